@@ -4,7 +4,6 @@ Run from the repository's root: python -m benchmarks.readme
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,12 @@ from benchmarks.users.jobs import users
 ROOT = Path(__file__).parent.parent
 OPERATIONS = {
     "starts as the base": "equals the base at the start",
-    "several at once, strength": "several active, strength",
+    "merge, unmerge": "merge and unmerge",
+    "save, load": "save and load",
+    "several at once, strength": "several active and their strengths",
     "an adapter a row": "one adapter per row",
 }
-"""Columns of the table of support that have another name in the result file."""
+"""Operations that have another name in the result file."""
 BASES = {
     "bnb_int8": "bitsandbytes int8",
     "bnb_nf4": "bitsandbytes nf4",
@@ -49,7 +50,7 @@ BASES = {
     "forward_only_hidden_bias": "unknown format, hidden bias",
     "inference_only": "unknown format without a backward pass",
 }
-"""The quantised bases of the table of support, by their names in the result file."""
+"""The quantised bases, by their names in the result file."""
 
 
 def updated(page: str, file: str) -> str:
@@ -100,31 +101,46 @@ def exactness(result: dict[str, Any]) -> str:
 
 
 def support(result: dict[str, Any]) -> str:
-    """What works: layer types on plain bases, then a linear layer on the others."""
+    """What was tried, and what does not work: layer types on plain bases, then a linear layer on the others."""
     outcomes = {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in result["rows"]}
     operations = list(dict.fromkeys(operation for _, _, operation in outcomes))
     bases = {layer: [base for name, base, _ in outcomes if name == layer] for layer, _, _ in outcomes}
     plain = list(dict.fromkeys(bases["Conv1d"]))
     others = [base for base in dict.fromkeys(bases["Linear"]) if base not in plain]
-    cells = {"works": "yes", "refused": "refused", "the base cannot": "base cannot"}
 
-    def cell(layer: str, chosen: list[str], operation: str) -> str:
-        found = {base: cells[outcomes[layer, base, operation]] for base in chosen}
-        (usual, _), *_ = Counter(found.values()).most_common(1)
-        return "; ".join([usual, *(f"{base}: {outcome}" for base, outcome in found.items() if outcome != usual)])
+    def failing(layer: str, chosen: list[str], outcome: str) -> str:
+        """The operations with that outcome, and where not all of the bases have it, on which."""
+        cells = []
+        for operation in operations:
+            where = [base for base in chosen if outcomes[layer, base, operation] == outcome]
+            only = "" if len(where) == len(chosen) else f" ({', '.join(where)})"
+            cells += [f"{OPERATIONS.get(operation, operation)}{only}"] if where else []
+        return ", ".join(cells)
 
-    head = ("", *(OPERATIONS.get(operation, operation) for operation in operations))
-    layers = [(name, *(cell(name, plain, operation) for operation in operations)) for name in bases]
-    linear = [(BASES[base], *(cell("Linear", [base], operation) for operation in operations)) for base in others]
+    def exceptions(head: str, rows: dict[str, tuple[str, list[str]]]) -> list[str]:
+        """A row for all that have the same exceptions; none for what has no exception."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, (layer, chosen) in rows.items():
+            cells = failing(layer, chosen, "refused"), failing(layer, chosen, "the base cannot")
+            alike.setdefault(cells, []).append(name)
+        return table(
+            (head, "refused", "the base cannot either"),
+            (("; ".join(names), *cells) for cells, names in alike.items() if any(cells)),
+        )
+
     environment = result["environment"]
     return text(
-        f"Every cell is a test for each of {', '.join(plain)} (`benchmarks/results/support.json`; torch "
-        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU). "
-        '"Refused" is an error that says why and leaves the model unchanged; "base cannot" means that the model '
-        "cannot do it without an adapter either.",
-        table(head, layers),
-        "A linear layer on a quantised base. An unknown format is a layer of which only the forward pass is known:",
-        table(head, linear),
+        f"Each of these operations was tried with each of these layers and bases (`benchmarks/results/support.json`; "
+        f"torch {environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, CPU):",
+        [
+            f"- **operations:** {'; '.join(OPERATIONS.get(operation, operation) for operation in operations)}",
+            f"- **layers**, in {', '.join(plain)}: {'; '.join(bases)}",
+            f"- **bases of a linear layer:** {'; '.join(BASES[base] for base in others)}. An unknown format is a layer "
+            "of which only the forward pass is known.",
+        ],
+        'All work, but for these. "Refused" is an error that says why and leaves the model unchanged.',
+        exceptions("layer", {name: (name, plain) for name in bases}),
+        exceptions("base of a linear layer", {BASES[base]: ("Linear", [base]) for base in others}),
     )
 
 
@@ -181,17 +197,20 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "conformance": conformance(load("conformance")),
         "examples": examples(load("examples")),
     },
-    "docs/how-to/train-many-adapters.md": lambda: {"speakers": speakers(load("speakers"))},
-    "docs/how-to/compile.md": lambda: {"compile": compiling(load("gate"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/many-adapters.md": lambda: many_adapters(load("many_adapters")),
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),
         "users": users(load("users")),
+        "speakers": speakers(load("speakers")),
         "reinforcement": reinforcement(load("reinforcement")),
         "demo": demo(load("demo")),
     },
-    "docs/speed.md": lambda: {**speed(load("speed")), "overhead": overhead(load("overhead"))},
+    "docs/speed.md": lambda: {
+        **speed(load("speed")),
+        "compile": compiling(load("gate")),
+        "overhead": overhead(load("overhead")),
+    },
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

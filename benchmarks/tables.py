@@ -20,16 +20,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     Args:
         head: of the columns.
         rows: the cells of each, as many as there are columns.
-
-    Raises:
-        ValueError: a row has more or fewer cells.
     """
-    lines = [_line(head).replace("|  |", "| |"), "|---" * len(head) + "|"]
-    for cells in rows:
-        if len(cells) != len(head):
-            raise ValueError(f"a row of {len(cells)} cells, expected {len(head)}: {cells}")
-        lines.append(_line(cells))
-    return lines
+    return [_line(head).replace("|  |", "| |"), "|---" * len(head) + "|", *map(_line, rows)]
 
 
 def text(*blocks: str | Iterable[str]) -> str:

@@ -39,7 +39,6 @@ class DenseDVoRA(nn.Module):
 
     @classmethod
     def of(cls, layer: DVoRAAdapter) -> "DenseDVoRA":
-        """The reference of an adapter with the values it has now."""
         base, shared = layer.base_layer, layer.shared
         return cls(
             base.weight,

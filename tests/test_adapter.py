@@ -13,14 +13,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import dvora
@@ -261,10 +258,8 @@ FORGETTING: dict[str, Callable[[DVoRAAdapter], object]] = {
     "backward": explicitly,
     "autograd's backward": lambda layer: torch.autograd.grad(layer(X).sum(), layer.magnitude),
     "eval": lambda layer: layer.eval().train(),
-    "evaluation": lambda layer: layer.eval()(X),
     "reset_state": lambda layer: layer.reset_state(),
     "checkpoint": lambda layer: checkpoint(layer, X, use_reentrant=False),
-    "reentrant checkpoint": lambda layer: checkpoint(layer, X.clone().requires_grad_(), use_reentrant=True),
     "inference mode": lambda layer: torch.inference_mode()(layer)(X),
     "cast": lambda layer: layer.to(torch.float64),
     "move": lambda layer: layer.to("meta"),
@@ -294,7 +289,6 @@ def test_copies_do_not_carry_the_last_input(copied: str) -> None:
 CHANGED: dict[str, Callable[[DVoRAAdapter, Tensor], object]] = {
     "input": lambda layer, x: x.add_(1),
     "set_parameters": lambda layer, x: layer.set_parameters(2 * layer.get_parameters()),
-    "optimizer": lambda layer, x: torch.optim.SGD([layer.lambda_d], lr=1).step(),
     "load": lambda layer, x: layer.load_state_dict(trained_layer(IN, OUT, RANK).state_dict()),
     "base": lambda layer, x: layer.base_layer.weight.zero_(),
     "new base": lambda layer, x: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(OUT, IN))),
@@ -332,24 +326,6 @@ def test_another_threads_pass_is_not_this_threads() -> None:
         layer(3 * X)
         expected = by_autograd(fresh_copy(layer))
         assert_close(found(layer, pool.submit(layer.backward, D).result()), expected)
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_gradients_of_several_threads_add_up() -> None:
-    layer, threads, rounds = trained_layer(IN, OUT, RANK), 4, 10
-    given_ = [randn(4, IN, seed=seed) for seed in range(threads)]
-    expected = [by_autograd(layer, x) for x in given_]
-
-    def steps(index: int) -> None:
-        for _ in range(rounds):
-            layer(given_[index])
-            torch.testing.assert_close(layer.backward(D), expected[index]["x"])
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(steps, range(threads)))
-    for name in NAMES:
-        total = rounds * sum(gradients[name].double() for gradients in expected)
-        assert worst_error(layer.get_parameter(name).grad, total) < 1e-5, name
 
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
@@ -512,18 +488,6 @@ def test_a_merged_layer_gives_the_outputs_of_the_adapter_and_shares_nothing_with
     assert_unchanged(layer, before)
 
 
-def test_a_parametrized_base_can_be_merged_once_the_parametrization_is_removed() -> None:
-    base = parametrizations.weight_norm(linear(IN, OUT))
-    layer = train(new_layer(base))
-    before, expected = copied_state(layer), layer(X)
-    with pytest.raises(TypeError, match=r"parametrized.*remove_parametrizations"):
-        layer.merge_to_original_layer()
-    assert_unchanged(layer, before)
-    parametrize.remove_parametrizations(base, "weight")  # what the refusal says to do
-    torch.testing.assert_close(layer(X), expected)
-    torch.testing.assert_close(layer.merge_to_original_layer()(X), expected)
-
-
 # Refusals: a clear error that leaves the base as it was.
 
 
@@ -535,22 +499,11 @@ class FakeQuantised(nn.Linear):
         return nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
 
 
-def replaced_forward() -> nn.Linear:
-    base = linear(IN, OUT)
-    base.forward = lambda x: 2 * nn.functional.linear(x, base.weight, base.bias)
-    return base
-
-
 def with_values(name: str, value: float) -> nn.Linear:
     base = linear(IN, OUT)
     with torch.no_grad():
         base.get_parameter(name)[[1, 3]] = value
     return base
-
-
-def with_lora() -> nn.Module:
-    model = get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), LoraConfig(r=2, target_modules=["0"]))
-    return model.base_model.model[0]
 
 
 def plain() -> nn.Linear:
@@ -570,11 +523,8 @@ REFUSED: list[tuple[Callable[[], object], dict[str, object], type[Exception], st
     (plain, {"d_initial": float("nan")}, ValueError, "d_initial must be finite"),
     (plain, {"d_initial": "1"}, TypeError, "d_initial must be a number"),
     (lambda: nn.Conv2d(3, 4, 2), {}, TypeError, r"type Conv2d is not supported; supported: torch\.nn\.Linear"),
-    (with_lora, {}, TypeError, r"is not supported; supported: torch\.nn\.Linear"),
-    (lambda: torch.zeros(3, 3), {}, TypeError, "type Tensor is not supported"),
     (lambda: nn.LazyLinear(OUT), {}, ValueError, "uninitialized"),
     (lambda: FakeQuantised(IN, OUT), {}, TypeError, r"its forward is not that of torch\.nn\.Linear.*through PEFT"),
-    (replaced_forward, {}, TypeError, "its forward is not that"),
     (new_layer, {}, TypeError, "already carries a DVoRA adapter"),
     (lambda: nn.Linear(IN, OUT, device="meta"), {}, ValueError, r"Linear\(6, 5\): the base weight is on the meta"),
     (lambda: with_values("weight", float("nan")), {}, ValueError, r"Linear\(6, 5\): 2 of 5 rows .* no finite norm"),
@@ -744,13 +694,6 @@ def exported(layer: DVoRAAdapter, x: Tensor) -> Tensor:
     return program(x)
 
 
-def jit_traced(layer: DVoRAAdapter, x: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        # It is deprecated, and says what it does not record; its own check traces again without gradients.
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(layer, (x,), check_trace=False)(x)
-
-
 def by_forward_mode(layer: DVoRAAdapter, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(torch.zeros_like(x), x))).tangent
@@ -771,18 +714,14 @@ def product_with_jacobian(layer: DVoRAAdapter, x: Tensor) -> Tensor:
 WAYS: dict[str, Callable[[DVoRAAdapter, Tensor], Tensor]] = {
     "compile": compiled,
     "export": exported,
-    "jit.trace": jit_traced,
-    "make_fx": lambda layer, x: make_fx(layer)(x)(x),
     "functional_call": with_values_of,
     "vmap": lambda layer, x: vmap(layer)(x),
     "jacrev": product_with_jacobian,
-    "jvp": lambda layer, x: jvp(layer, (0 * x,), (x,))[1] + layer.base_layer.bias,
     "forward mode": by_forward_mode,
 }
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("way", WAYS)
 @frozen_or_not
 def test_a_transformed_layer_equals_the_layer(freeze_base_layer: bool, way: str) -> None:
@@ -808,15 +747,6 @@ def test_gradients_by_func_equal_autograd_and_those_of_each_sample_add_up(freeze
     for name, gradient in zip(values, expected, strict=True):
         torch.testing.assert_close(by_func[name], gradient, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-4, atol=1e-4)
-
-
-def test_vmap_over_stacked_vectors_equals_one_layer_after_the_other() -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    vectors = {name: value.detach() for name, value in layer.vectors._asdict().items()}
-    stacked = {name: torch.stack([value, 0.5 * value, -value]) for name, value in vectors.items()}
-    together = vmap(lambda values: functional_call(layer, values, X))(stacked)
-    for index, y in enumerate(together):
-        torch.testing.assert_close(y, functional_call(layer, {n: v[index] for n, v in stacked.items()}, X))
 
 
 def test_a_layer_runs_on_tensors_without_values() -> None:

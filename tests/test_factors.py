@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import factors as source
 from dvora.factors import (
-    Factors,
     FactorSource,
     StackConstants,
     add_factor_pass,
@@ -45,12 +44,11 @@ settings = st.fixed_dictionaries(
 
 
 class Stack:
-    """L layers of one shape with N adapters each."""
+    """L layers of one shape with an adapter each."""
 
     def __init__(
         self,
         layers: int,
-        adapters: int = 1,
         shape: tuple[int, int, int] = (IN, OUT, RANK),
         dtype: torch.dtype = torch.float64,
         distribution: str = "kaiming_uniform",
@@ -61,106 +59,19 @@ class Stack:
         self.weights = [randn(out_features, in_features, seed=10 + i, dtype=dtype) for i in range(layers)]
         self.adapted = [AdaptedWeight(weight, rank, shared=shared, **options) for weight in self.weights]
         norms = torch.stack([weight.norm(dim=1) for weight in self.weights])[:, None]
-        sizes, low = (layers, adapters, out_features), (layers, adapters, rank)
         self.vectors = Vectors(
-            norms * (0.5 + randn(*sizes, seed=4, dtype=dtype).abs()),
-            randn(*sizes, seed=5, dtype=dtype),
-            0.3 * randn(*low, seed=6, dtype=dtype),
+            norms * (0.5 + randn(layers, 1, out_features, seed=4, dtype=dtype).abs()),
+            randn(layers, 1, out_features, seed=5, dtype=dtype),
+            0.3 * randn(layers, 1, rank, seed=6, dtype=dtype),
         )
-        self.gradient = randn(2, *sizes, seed=7, dtype=dtype)
-
-    def anew(self) -> None:
-        """The constants again, after a write to the weights."""
-        for adapted, weight in zip(self.adapted, self.weights, strict=True):
-            adapted.refresh(weight)
-
-    def made(self) -> tuple[Tensor, Tensor, Tensor]:
-        return stacked_factors(self.vectors, StackConstants.of(self.adapted))
-
-    def gradients(self, vectors: Vectors | None = None, **options: object) -> tuple[Tensor, ...]:
-        vectors = vectors or Vectors(*(v.detach().clone().requires_grad_() for v in self.vectors))
-        made = stacked_factors(vectors, StackConstants.of(self.adapted))
-        return torch.autograd.grad(made[:2], vectors, [*self.gradient], allow_unused=True, **options)
-
-    def one(self, layer: int, adapter: int) -> tuple[Vectors, DenseDVoRA]:
-        """One adapter of one layer by the dense method."""
-        vectors, adapted = Vectors(*(v[layer, adapter] for v in self.vectors)), self.adapted[layer]
-        wide = self.weights[layer].double()
-        dense = DenseDVoRA(
-            wide,
-            None,
-            adapted.A(wide),
-            adapted.B(wide),
-            *vectors,
-            scaling=adapted.scaling,
-            direction=adapted.direction,
-            detach_norm=adapted.detach_norm,
-        )
-        return vectors, dense
-
-    def dense_gradients(self, layer: int, adapter: int) -> tuple[Tensor, ...]:
-        _, dense = self.one(layer, adapter)
-        factors = torch.stack([dense.gain() - 1, dense.scale()])
-        wanted = [dense.magnitude, dense.lambda_b, dense.lambda_d]
-        gradient = self.gradient[:, layer, adapter].double()
-        found = torch.autograd.grad(factors, wanted, gradient, allow_unused=True)
-        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True))
-
-    def assert_equal_to_the_dense_method(self, tolerance: float) -> None:
-        made, gradients = self.made(), self.gradients()
-        for layer in range(len(self.weights)):
-            for adapter in range(self.vectors.magnitude.shape[1]):
-                gain_minus_one, scale, gain = (factor[layer, adapter] for factor in made)
-                _, dense = self.one(layer, adapter)
-                assert worst_error(gain_minus_one, dense.gain() - 1) < tolerance
-                assert worst_error(gain, dense.gain()) < tolerance
-                assert worst_error(scale, dense.scale()) < tolerance
-                expected = self.dense_gradients(layer, adapter)
-                for name, ours, theirs in zip(Vectors._fields, gradients, expected, strict=True):
-                    ours = torch.zeros_like(theirs) if ours is None else ours[layer, adapter]
-                    assert worst_error(ours, theirs) < 5 * tolerance, name
-
-
-@dtypes
-@distributions
-@given(layers=st.integers(1, 4), adapters=st.integers(1, 3), options=settings)
-def test_factors_and_their_gradients_equal_the_dense_method(
-    distribution: str, dtype: torch.dtype, layers: int, adapters: int, options: dict[str, object]
-) -> None:
-    stack = Stack(layers, adapters, dtype=dtype, distribution=distribution, **options)
-    stack.assert_equal_to_the_dense_method(4 * TOLERANCE[dtype])
-
-
-@distributions
-@given(shape=st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(1, 12)), options=settings)
-def test_factors_of_any_shape_equal_the_dense_method(
-    distribution: str, shape: tuple[int, int, int], options: dict[str, object]
-) -> None:
-    padding = {"padding_column": 1} if shape[0] > 2 else {}
-    Stack(2, 2, shape, distribution=distribution, **options, **padding).assert_equal_to_the_dense_method(1e-11)
-
-
-@directions
-@pytest.mark.parametrize("detach_norm", [False, True])
-def test_zero_rows_of_one_layer_leave_the_others_alone(detach_norm: bool, direction: str) -> None:
-    stack = Stack(3, direction=direction, detach_norm=detach_norm, alpha=2.0)
-    before = stack.made()
-    stack.weights[1][[0, 3]] = 0
-    stack.anew()
-    stack.assert_equal_to_the_dense_method(1e-12)
-    after, gradients = stack.made(), stack.gradients()
-    for index in (0, 2):
-        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
-    assert not after[0][1, 0, [0, 3]].any()
-    assert not gradients[0][1, 0, [0, 3]].any()
 
 
 @directions
 @distributions
 def test_second_derivatives_equal_finite_differences(distribution: str, direction: str) -> None:
-    stack = Stack(2, 1, (3, 4, 2), distribution=distribution, direction=direction)
+    stack = Stack(2, (3, 4, 2), distribution=distribution, direction=direction)
     stack.weights[0][1] = 0
-    stack.anew()
+    stack.adapted[0].refresh(stack.weights[0])
     constants = StackConstants.of(stack.adapted)
     vectors = tuple(v.requires_grad_() for v in stack.vectors)
 
@@ -171,47 +82,17 @@ def test_second_derivatives_equal_finite_differences(distribution: str, directio
     assert torch.autograd.gradgradcheck(made, vectors)
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_one_of_two_factors_may_have_no_gradient(missing: int) -> None:
-    stack = Stack(2)
-    stack.gradient[missing].zero_()
-    vectors = Vectors(*(v.requires_grad_() for v in stack.vectors))
-    made = stacked_factors(vectors, StackConstants.of(stack.adapted))
-    (given_,) = torch.autograd.grad(made[1 - missing], vectors[1], stack.gradient[1 - missing])
-    assert torch.equal(given_, stack.gradients()[1])
-
-
-@distributions
-@pytest.mark.parametrize("shape", [(64, 64, 8), (120, 768, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_gets_the_same_bits_alone_as_in_a_stack(
-    dtype: torch.dtype, shape: tuple[int, int, int], distribution: str
-) -> None:
-    stack = Stack(5, 1, shape, torch.float32, distribution)
-    for adapted in stack.adapted:
-        adapted.C = adapted.C.to(dtype)
-    together, gradients = stack.made(), stack.gradients()
-    for layer in range(5):
-        alone = Stack(5, 1, shape, torch.float32, distribution)
-        alone.adapted = [stack.adapted[layer]]
-        alone.vectors = Vectors(*(v[layer : layer + 1] for v in stack.vectors))
-        alone.gradient = stack.gradient[:, layer : layer + 1]
-        for ours, theirs in zip(alone.made(), together, strict=True):
-            assert torch.equal(ours[0], theirs[layer])
-        for ours, theirs in zip(alone.gradients(), gradients, strict=True):
-            assert worst_error(ours[0], theirs[layer].double()) < 1e-5
-
-
 @distributions
 @directions
 @pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 768, 64)], ids=str)
 def test_the_definition_gives_the_bits_of_the_stack(
     shape: tuple[int, int, int], direction: str, distribution: str
 ) -> None:
-    stack = Stack(3, 1, shape, torch.float32, distribution, direction=direction)
-    together = stack.made()
+    stack = Stack(3, shape, torch.float32, distribution, direction=direction)
+    together = stacked_factors(stack.vectors, StackConstants.of(stack.adapted))
     for layer, (adapted, weight) in enumerate(zip(stack.adapted, stack.weights, strict=True)):
-        for ours, theirs in zip(adapted.factors(stack.one(layer, 0)[0], weight), together, strict=True):
+        vectors = Vectors(*(vector[layer, 0] for vector in stack.vectors))
+        for ours, theirs in zip(adapted.factors(vectors, weight), together, strict=True):
             assert torch.equal(ours, theirs[layer, 0])
 
 
@@ -231,30 +112,6 @@ def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
 
 
 # Rows near cancellation.
-
-
-@directions
-@pytest.mark.parametrize("detach_norm", [False, True])
-def test_nearly_cancelled_rows_of_one_layer_are_measured_and_leave_the_others_alone(
-    detach_norm: bool, direction: str
-) -> None:
-    stack = Stack(3, 1, (16, 6, 4), torch.float32, direction=direction, detach_norm=detach_norm)
-    before, rows, adapted = stack.made(), [0, 2, 5], stack.adapted[1]
-    lambda_d = stack.vectors.lambda_d[1, 0]
-    update = (adapted.B(lambda_d) * lambda_d) @ adapted.A(lambda_d)
-    size = update.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        stack.weights[1][rows] = (-update / size + 0.01 * torch.nn.functional.normalize(stack.weights[1]))[rows]
-        stack.vectors.lambda_b[1, 0, rows] = 1 / size[rows, 0]
-    stack.anew()
-    if direction == "unit":
-        stack.vectors.lambda_b[1, 0, rows] /= adapted.w[rows]
-    assert stack.one(1, 0)[1].norm_ratio()[rows].max() < 3e-2
-    after, (_, dense) = stack.made(), stack.one(1, 0)
-    assert worst_error(after[2][1, 0], dense.gain()) < 1e-5
-    assert worst_error(after[1][1, 0], dense.scale()) < 1e-5
-    for index in (0, 2):
-        assert all(torch.equal(now[index], then[index]) for now, then in zip(after, before, strict=True))
 
 
 @directions
@@ -304,29 +161,6 @@ def test_a_strength_scales_update_and_gain(trained: bool, strength: float) -> No
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled[:4], full[:4], strict=True))
 
 
-def test_a_trained_strength_gets_its_gradient() -> None:
-    layer, strength = trained_layer(IN, OUT, RANK), torch.tensor(0.4, requires_grad=True)
-    factors = factors_of(*source_of(layer, strength))
-    (gradient,) = torch.autograd.grad(factors.gain_minus_one.sum() + factors.scale.sum(), strength)
-    full = factors_of(*source_of(layer))
-    torch.testing.assert_close(gradient, full.gain_minus_one.sum() + full.scale.sum())
-
-
-def test_factors_of_rows_are_those_of_their_adapters() -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    own, other = (
-        factors_of(*source_of(layer), together=False),
-        factors_of(*source_of(trained_layer(IN, OUT, RANK, alpha=9.0))),
-    )
-    rows = Factors.of_rows(torch.stack([own.row, other.row]), RANK, dimensions=4)
-    assert rows.scale.shape == (2, 1, 1, OUT)
-    assert rows.lambda_d.shape == (2, 1, 1, RANK)
-    assert rows.gain is None
-    for index, factors in enumerate((own, other)):
-        assert torch.equal(rows.gain_minus_one[index, 0, 0], factors.gain_minus_one)
-        assert torch.equal(rows.scale[index, 0, 0], factors.scale)
-
-
 @directions
 def test_the_delta_has_the_precision_of_the_forward(direction: str) -> None:
     layer = trained_layer(IN, OUT, RANK, direction=direction)
@@ -354,8 +188,6 @@ def test_norms_of_vectors_in_half_precision_are_not() -> None:
 
 
 class Model(nn.Module):
-    """Layers of one shape, one after another."""
-
     def __init__(self, count: int = 3, passes: bool = True, width: int = WIDTH, rank: int = RANK) -> None:
         super().__init__()
         self.layers = nn.ModuleList(trained_layer(width, width, rank) for _ in range(count))
@@ -374,7 +206,6 @@ class Model(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def alone(self) -> "Model":
-        """The same with fresh layers and no passes."""
         made = Model(0, passes=False)
         made.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
         return made
@@ -385,7 +216,6 @@ def inputs(tokens: int = 4) -> Tensor:
 
 
 def step(model: nn.Module, tokens: int = 4) -> list[Tensor]:
-    """The gradients of one pass."""
     model.zero_grad()
     model(inputs(tokens)).square().sum().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -541,15 +371,6 @@ def test_several_passes_may_be_open_until_one_backward_pass_reaches_them() -> No
     for each in (model, alone):
         sum(each(randn(tokens, WIDTH, seed=tokens)).square().sum() for tokens in (4, 40, 7)).backward()
     assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
-
-
-@FEW_AND_MANY
-def test_a_graph_that_is_retained_gives_the_same_gradients_again(tokens: int) -> None:
-    model = Model()
-    step(model)
-    y = model(inputs(tokens)).square().sum()
-    first = torch.autograd.grad(y, model.trained(), retain_graph=True)
-    assert all(map(torch.equal, first, torch.autograd.grad(y, model.trained())))
 
 
 class Checkpointed(Model):

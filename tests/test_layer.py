@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import layer as forward
 from dvora.factors import FactorPass, Factors, FactorSource, factors_of
 from dvora.layer import folds, project, thin_outputs
 from dvora.matrices.interface import DISTRIBUTIONS
-from dvora.weight import MAGNITUDE_ONLY, AdaptedWeight
-from tests.cases import DIRECTIONS, DTYPES, SHARED, TOLERANCE, fresh_copy, linear, randn, trained_layer
+from dvora.weight import AdaptedWeight
+from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, randn, trained_layer
 from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
 
@@ -37,7 +36,6 @@ both = pytest.mark.parametrize("tokens", [THIN, FOLDED], ids=["thin", "folded"])
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
 bias_or_not = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-both_checkpoints = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
 
 
 def is_folded(y: Tensor) -> bool:
@@ -124,22 +122,6 @@ def test_zero_rows_equal_the_dense_method(zero: list[int], direction: str, token
 
 
 @both
-@pytest.mark.parametrize("gain", [1e-3, 0.05, 30.0, -2.0])
-def test_gains_far_from_one_equal_the_dense_method(gain: float, tokens: int) -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    with torch.no_grad():
-        layer.magnitude[::2] *= gain
-    x, d, dense = inputs(tokens), randn(tokens, OUT, seed=9), DenseDVoRA.of(layer)
-    expected = dense.gradients(x, d)
-    for rows in (slice(0, None, 2), slice(1, None, 2)):
-        y = layer(x)
-        assert worst_error(y[:, rows], dense(x)[:, rows]) < 2e-5
-        ours = gradients(layer, y, x, d)
-        for name in ("magnitude", "lambda_b"):
-            assert worst_error(ours[name][rows], expected[name][rows]) < 2e-4, name
-
-
-@both
 @distributions
 def test_every_call_gives_the_same_bits(distribution: str, tokens: int) -> None:
     layer, x = trained_layer(IN, OUT, RANK, shared=SharedProjections(3, distribution)), inputs(tokens)
@@ -186,24 +168,6 @@ def test_a_backward_pass_under_autocast_is_in_the_dtype_of_its_forward_pass(toke
     expected, y = gradients(layer, layer(x), x, d), layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, gradients(layer, y, x, d).values(), expected.values()))
-
-
-@bias_or_not
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_magnitude_alone_rescales_rows(dtype: torch.dtype, bias: bool) -> None:
-    base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
-    adapted = AdaptedWeight(base.weight, MAGNITUDE_ONLY, shared=SHARED)
-    vectors = adapted.initial_vectors(0.1)
-    magnitude = (1.3 * vectors.magnitude).requires_grad_()
-    factors = factors_of(FactorSource(adapted, vectors._replace(magnitude=magnitude)), base.weight)
-    x = inputs(FOLDED, dtype)
-    assert not folds(base, x, adapted, factors)
-    y = thin_outputs(base(x), x, adapted, factors, base.bias)
-    products = x.double() @ base.weight.double().T
-    shift = 0 if base.bias is None else base.bias.double()
-    assert worst_error(y, 1.3 * products + shift) < ROUNDING[dtype]
-    (gradient,) = torch.autograd.grad(y.double().sum(), magnitude)
-    assert worst_error(gradient, products.sum(0) / base.weight.double().norm(dim=1)) < ROUNDING[dtype]
 
 
 # One computation or the other.
@@ -265,22 +229,6 @@ def test_a_hook_of_all_modules_sees_the_base() -> None:
     layer(inputs(FOLDED))
     hook.remove()
     assert layer.base_layer in seen
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rank", "folded"),
-    [
-        (IN, 1, True),
-        (IN - 1, 1, False),
-        (forward.FOLD_TOKENS * RANK, RANK, True),
-        (forward.FOLD_TOKENS * RANK - 1, RANK, False),
-        (forward.FOLD_TOKENS * LARGEST, LARGEST, True),
-        (10 * forward.FOLD_TOKENS * LARGEST, LARGEST + 1, False),
-        (0, RANK, False),
-    ],
-)
-def test_a_layer_folds_with_enough_tokens_and_a_small_rank(tokens: int, rank: int, folded: bool) -> None:
-    assert is_folded(trained_layer(IN, OUT, rank)(inputs(tokens))) == folded
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -346,7 +294,7 @@ def test_derivatives_of_higher_order_equal_finite_differences(tokens: int, bias:
         return functional_call(layer, dict(zip(trained, values, strict=True)), x)
 
     leaves = x, *(p.detach().clone().requires_grad_() for p in trained.values())
-    assert torch.autograd.gradcheck(outputs, leaves)
+    assert torch.autograd.gradcheck(outputs, leaves, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(outputs, leaves)
 
 
@@ -362,22 +310,6 @@ def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(t
         second.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves))
     for ours, theirs in zip(*second, strict=True):
         assert worst_error(ours, theirs) < 1e-12
-
-
-@distributions
-@both
-@bias_or_not
-def test_gradients_may_be_asked_for_in_batches(bias: bool, tokens: int, distribution: str) -> None:
-    layer = trained_layer(IN, OUT, RANK, bias=bias, shared=SharedProjections(3, distribution))
-    if bias:
-        layer.base_layer.bias.requires_grad_()
-    x, d = inputs(tokens).requires_grad_(), randn(3, tokens, OUT, seed=9)
-    y = layer(x)
-    assert is_folded(y) == (tokens == FOLDED)
-    batch = gradients(layer, y, x, d, is_grads_batched=True, retain_graph=True)
-    single = [gradients(layer, y, x, each, retain_graph=True) for each in d]
-    for name, found in batch.items():
-        assert worst_error(found, torch.stack([each[name] for each in single]).double()) < 1e-5, name
 
 
 # What is kept for the backward pass.
@@ -441,8 +373,6 @@ def test_saved_tensors_may_be_moved_away_and_back(tokens: int, hooks: Callable[[
 
 
 class Siblings(nn.Module):
-    """Query, key and value."""
-
     def __init__(self, **options: object) -> None:
         super().__init__()
         shared = SharedProjections(3)
@@ -450,22 +380,6 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self.layers], -1)
-
-
-@both_checkpoints
-@pytest.mark.parametrize("whole", [True, False], ids=["the whole", "each layer"])
-def test_checkpointed_siblings_train_to_the_same_gradients(whole: bool, use_reentrant: bool) -> None:
-    model, x = Siblings(), inputs(FOLDED).requires_grad_()
-    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
-    expected = torch.autograd.grad(model(x).square().sum(), trained)
-    for _ in range(2):
-        for parameter in trained:
-            parameter.grad = None
-        parts = [model] if whole else model.layers
-        y = torch.cat([checkpoint(part, x, use_reentrant=use_reentrant) for part in parts], -1)
-        y.square().sum().backward()
-        for parameter, gradient in zip(trained, expected, strict=True):
-            assert worst_error(parameter.grad, gradient.double()) < 1e-5
 
 
 @both
@@ -498,11 +412,7 @@ BETWEEN: dict[str, tuple[bool, Callable[[Tensor], Any]]] = {
     "nothing": (True, lambda x: None),
     "a read": (True, lambda x: x.sum()),
     "a write": (False, lambda x: x.add_(1)),
-    "a write to a view": (False, lambda x: x.view(-1)[3:5].zero_()),
-    "a write to an alias": (False, lambda x: x.detach().mul_(2)),
     "data assigned": (False, assign_data),
-    "set_": (False, lambda x: x.set_(randn(*x.shape, seed=3))),
-    "other strides": (False, lambda x: x.t_()),
     "a gradient asked for": (False, lambda x: x.requires_grad_()),
     "another pass": (False, lambda x: FactorPass().begin()),
 }

@@ -31,7 +31,6 @@ def adapted(name: str = "bert", **settings: object) -> nn.Module:
 
 
 def members(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the parameters in each group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1)}
 
@@ -142,7 +141,6 @@ OTHERS: list[tuple[dict[str, object] | None, str]] = [
 
 
 def answers() -> list[str]:
-    """What the check says on this rank of each of `OTHERS`."""
     return [answer(other if dist.get_rank() else {}) for other, _ in OTHERS]
 
 

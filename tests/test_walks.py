@@ -10,27 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from peft import PeftModel
 
 import dvora
-from tests.peft.tiny import train_vectors
+from tests.peft.kinds import Kind, saved
+from tests.peft.tiny import LAYERS, MODELS
 
 LIBRARY = Path(dvora.__file__).parent
 STEP, EVALUATION, BATCH, LOAD = 8, 7, 9, 17
 """The aim of the last one is 12."""
 
 
-def base() -> nn.Module:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
-
-
-def adapted() -> PeftModel:
-    return get_peft_model(base(), dvora.DVoRAConfig(r=8, target_modules=["query", "value", "dense"]))
+BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 
 
 def ids() -> torch.Tensor:
@@ -64,7 +55,7 @@ def told() -> str:
 
 @pytest.mark.parametrize("tokens", [2, 64], ids=["few tokens", "many tokens"])
 def test_a_training_step(tokens: int) -> None:
-    model, batch = adapted().train(), ids()[:, :16].flatten()[:tokens].view(1, -1)
+    model, batch = BERT.fresh().train(), ids().flatten()[:tokens].view(-1, min(tokens, 16))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def step() -> None:
@@ -78,7 +69,7 @@ def test_a_training_step(tokens: int) -> None:
 
 
 def test_an_evaluation() -> None:
-    model = adapted().eval()
+    model = BERT.fresh()
     files = files_of(torch.no_grad()(lambda: model(input_ids=ids())))
     check("an evaluation", files, EVALUATION)
     assert not [name for name in files if f"`{name}`" not in told()]
@@ -86,10 +77,8 @@ def test_an_evaluation() -> None:
 
 def test_a_batch_of_the_bank(tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
-        model = adapted()
-        train_vectors(model, seed=seed)
-        model.save_pretrained(tmp_path / name)
-    model = base()
+        saved(BERT.trained(seed), tmp_path / name)
+    model = BERT.base()
 
     def batch() -> None:
         with torch.no_grad(), bank.rows(["a", "b", None, "a"]):
@@ -101,5 +90,5 @@ def test_a_batch_of_the_bank(tmp_path: Path) -> None:
 
 
 def test_a_load(tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path)
-    check("a load", files_of(lambda: PeftModel.from_pretrained(base(), tmp_path)), LOAD)
+    saved(BERT.fresh(), tmp_path)
+    check("a load", files_of(lambda: PeftModel.from_pretrained(BERT.base(), tmp_path)), LOAD)

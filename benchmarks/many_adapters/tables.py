@@ -34,10 +34,7 @@ WAYS = {
     **{f"`adapter_names`, {name}": ("adapter_names", name) for name in (SMALL, KINDS[0], *LORAS)},
     **{f"batched products, {name}": ("gathered", name) for name in LORAS},
 }
-LOADED = (
-    *("bank, dvora structured r=64", "bank, dvora structured r=256"),
-    *("PEFT, LoRA r=8", "PEFT, dvora structured r=64"),
-)
+LOADED = ("bank, dvora structured r=64", "PEFT, dvora structured r=64", "PEFT, LoRA r=8")
 LEFT_OUT = ("add a vector", "add a folder", "add_folder, each", "add_pack, each")
 """What the page does not show of the rows of loading."""
 

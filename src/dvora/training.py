@@ -71,7 +71,7 @@ def recommended_rates(model: nn.Module, learning_rate: float = LAMBDA_RATE) -> d
 
     The magnitude's rate is a share of the median magnitude (without tiny rows), since the row norms of models differ by
     more than a factor of ten; the other vectors are relative to the rows already. Tuning chose 0.007 to 0.035 for
-    lambda_b and lambda_d on three models, and mostly this share for the magnitude (`docs/results.md`, question 4).
+    lambda_b and lambda_d on three models, and mostly this share for the magnitude (`docs/results.md`).
 
     Args:
         model: as for `parameter_groups`, before its parameters are sharded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.adapters import VALUES
+from dvora.bank.adapters import SETTINGS, VALUES
 from dvora.flat import Layout
 from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS, outputs
@@ -35,11 +36,9 @@ class Tenants(NamedTuple):
     dtype: torch.dtype
 
     def base(self) -> nn.Module:
-        """The frozen model, anew each time."""
         return self.kind.base().to(self.dtype).eval().requires_grad_(False)
 
     def path(self, name: str) -> Path:
-        """The folder of an adapter."""
         return self.folder / name
 
     def alone(self, name: str | None, merge: bool = True) -> nn.Module:
@@ -52,7 +51,6 @@ class Tenants(NamedTuple):
 
     @contextmanager
     def bank(self, **settings: Any) -> Iterator[Served]:
-        """A base with a bank of all of them."""
         model = self.base()
         with dvora.AdapterBank(model, **settings) as bank:
             bank.add_folder(self.folder)
@@ -60,8 +58,6 @@ class Tenants(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A model and its bank."""
-
     model: nn.Module
     bank: dvora.AdapterBank
 
@@ -85,15 +81,43 @@ def tenants(kind: Kind, folder: Path, count: int = 3, dtype: torch.dtype = torch
 
 
 def row_by_row(outputs_of: Callable[[str | None], Tensor], names: Sequence[str | None]) -> Tensor:
-    """Each row from the outputs of its adapter alone."""
     alone = {name: outputs_of(name) for name in set(names)}
     return torch.stack([alone[name][row] for row, name in enumerate(names)])
 
 
 def vectors_of(kind: Kind, count: int) -> list[Tensor]:
-    """The flat vectors of so many adapters."""
     model = kind.trained()
     layout = Layout.of(model)
     start = layout.to_vector(model)
     generator = torch.Generator().manual_seed(0)
     return [start + 0.3 * torch.randn(len(start), generator=generator) for _ in range(count)]
+
+
+WIDE = Kind(lambda: nn.Sequential(nn.Linear(4, 8192)), {"r": 2, "target_modules": ["0"]})
+
+
+def change_values(folder: Path, seed: int) -> None:
+    """Give a saved adapter other values, in a new file of its name."""
+    values = load_file(folder / VALUES)
+    generator = torch.Generator().manual_seed(seed)
+    changed = {key: value + torch.rand(value.shape, generator=generator) for key, value in values.items()}
+    save_file(changed, folder / "new", metadata={"format": "pt"})
+    (folder / "new").replace(folder / VALUES)
+
+
+def many(folder: Path, count: int, kind: Kind = HEADED) -> dict[str, Path]:
+    first = saved(kind.trained(), folder / "0000")
+    (first / "README.md").unlink()
+    for number in range(1, count):
+        shutil.copytree(first, folder / f"{number:04}")
+        change_values(folder / f"{number:04}", number)
+    return {f"{number:04}": folder / f"{number:04}" for number in range(count)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Both files of every adapter in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name in (SETTINGS, VALUES)
+    }

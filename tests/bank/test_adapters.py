@@ -17,10 +17,8 @@ from safetensors.torch import load_file
 import dvora
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource, VectorSource, adapters_in
 from dvora.flat import Layout
-from tests.bank.adapters import many
-from tests.bank.tenants import HEADED
-from tests.peft.adapter_files import edit_config, edit_weights
-from tests.peft.kinds import KINDS, bits, mlp, saved
+from tests.bank.tenants import HEADED, many
+from tests.peft.kinds import KINDS, bits, edit_config, edit_weights, mlp, saved
 from tests.peft.tiny import MODELS
 
 # What PEFT says of an adapter on embeddings.
@@ -83,21 +81,6 @@ def test_a_vector_is_copied() -> None:
     assert source.read().digest == before
 
 
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (lambda vector: vector.double(), TypeError, "torch.float64, expected a tensor of torch.float32"),
-        (lambda vector: vector.tolist(), TypeError, "vector is list"),
-        (lambda vector: vector[1:], ValueError, r"vector has shape \(\d+,\), expected"),
-        (lambda vector: vector[None], ValueError, r"vector has shape \(1, "),
-        (lambda vector: vector.index_fill(0, torch.tensor([30]), torch.nan), ValueError, "lin0.dvora_lambda_b has"),
-    ],
-)
-def test_a_wrong_vector_is_refused(wrong: Callable[[Any], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        of_vector(wrong(torch.ones(layout_of_headed().size)))
-
-
 def values(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     return lambda folder: edit_weights(folder, change)
 
@@ -120,6 +103,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),
     "another rank": (lambda folder: edit_config(folder, r=5), "another rank"),
     "a vector less": (values(lambda tensors: tensors.pop(f"{LAYER}lambda_b")), "lin1 has vec"),
+    "no vectors": (
+        values(lambda tensors: [tensors.pop(k) for k in list(tensors) if ".dvora_" in k]),
+        "has no vectors of",
+    ),
     "not finite": (values(lambda tensors: tensors[f"{LAYER}lambda_b"].fill_(torch.inf)), "lambda_b has values that ar"),
     "a head that is not finite": (
         values(lambda tensors: tensors["base_model.model.lin2.weight"].fill_(torch.nan)),

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
+from transformers import BertForTokenClassification
 
 import dvora
 from dvora.bank.packs import write_pack
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Served, Tenants, row_by_row, tenants
-from tests.peft.adapter_files import edit_config, edit_weights
+from tests.peft.bases import BASES, FAMILIES, dense_twin, quantised, wide
 from tests.peft.dense_weights import DenseModel
-from tests.peft.kinds import Kind, saved
+from tests.peft.kinds import Kind, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES, READ
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.tiny import LAYERS, MODELS, inputs, outputs, same_bits
+from tests.peft.tiny import LAYERS, MODELS, bert, inputs, outputs, same_bits, train_vectors
 
 # What PEFT says of an adapter on embeddings.
 pytestmark = [
@@ -140,30 +140,11 @@ def test_adapters_of_one_bank_have_strengths_of_their_own(tmp_path: Path) -> Non
     assert same_bits(found[1], outputs(these.base(), 6)[1])
 
 
-def roberta(head: type[nn.Module]) -> nn.Module:
-    config = RobertaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        num_labels=5,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return head(config).eval()
-
-
 HEADS = {
     "bert classifier": BERT,
-    "roberta classification head": Kind(
-        lambda: roberta(RobertaForSequenceClassification),
-        {"r": 3, "target_modules": ["query"], "task_type": "SEQ_CLS"},
-    ),
+    "a head of several modules": BERT._replace(settings={**BERT.settings, "modules_to_save": ["pooler", "classifier"]}),
     "a head on every token": Kind(
-        lambda: roberta(RobertaForTokenClassification), {"r": 3, "target_modules": ["query"], "task_type": "TOKEN_CLS"}
+        lambda: bert(BertForTokenClassification), {"r": 3, "target_modules": ["query"], "task_type": "TOKEN_CLS"}
     ),
     "two heads": Kind(MODELS["mlp"], {"r": 3, "target_modules": ["lin1"], "modules_to_save": ["lin2", "lin0"]}),
 }
@@ -260,16 +241,6 @@ def test_bits_do_not_depend_on_the_adapters_that_were_read_together(tmp_path: Pa
         assert torch.equal(one(["a"] * 4), other(["a"] * 4))
 
 
-@pytest.mark.parametrize("dtype", OF_BANK, ids=str)
-def test_a_row_in_memory_keeps_none_of_those_that_were_read_together(dtype: torch.dtype, tmp_path: Path) -> None:
-    these = tenants(MLP, tmp_path)
-    with these.bank(dtype=dtype) as served:
-        served(["a", "b", "c"])
-        rows = list(served.bank._host._rows.values())
-    assert len(rows) == 3
-    assert all(row.factors.untyped_storage().nbytes() == row.factors.nbytes for row in rows)
-
-
 def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:
     these = tenants(MLP, tmp_path, 2)
     with these.bank(slots=1) as served:
@@ -344,3 +315,35 @@ def test_modes_without_gradients_may_be_mixed(tmp_path: Path) -> None:
         assert torch.equal(first, second)
         assert asked.grad.any()
         check_rows(second, these, [name] * 4, 1e-5)
+
+
+# Quantised bases of every library.
+
+
+WIDE_LAYERS = ["lin0", "lin1", "lin2"]
+OF_QUANTISED = ["a", None, "b", "a", None, "c"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_are_those_of_the_dense_reference(kind: str, tmp_path: Path) -> None:
+    x = torch.randn(len(OF_QUANTISED), 64, generator=torch.Generator().manual_seed(0)).to(BASES[kind].dtype)
+    with torch.no_grad():
+        expected: dict[str | None, Tensor] = {None: quantised(wide(), kind).eval()(x)}
+    for seed, name in enumerate("abc"):
+        # Trained on the quantised base.
+        model = get_peft_model(quantised(wide(), kind), dvora.DVoRAConfig(r=8, target_modules=WIDE_LAYERS)).eval()
+        train_vectors(model, seed=seed)
+        model.save_pretrained(tmp_path / name)
+        expected[name] = dense_twin(model, wide(), kind)(x.double()).detach()
+    base = quantised(wide(), kind).eval()
+    with dvora.AdapterBank(base) as bank, torch.no_grad():
+        bank.add_folder(tmp_path)
+        with bank.rows(OF_QUANTISED):
+            found = base(x)
+        with bank.rows([None] * len(OF_QUANTISED)):
+            assert same_bits(base(x), expected[None])
+    assert same_bits(found[[1, 4]], expected[None][[1, 4]])
+    rows = torch.stack([expected[name][row].double() for row, name in enumerate(OF_QUANTISED)])
+    assert worst_difference(found, rows) < 3 * BASES[kind].eval_tolerance
+    with torch.no_grad():
+        assert same_bits(base(x), expected[None])

@@ -24,7 +24,6 @@ CLASSES = {"two": 2, "five": 5, "more": 25}
 
 
 def base(outputs: int) -> nn.Module:
-    """The model with a head of so many outputs."""
     model = MODELS["mlp"]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(outputs)

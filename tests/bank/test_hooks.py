@@ -199,24 +199,6 @@ def test_two_batches_of_one_thread_never_wait_for_each_other(these: Tenants, x: 
         assert served.bank.stats().slots_in_use == 0
 
 
-@pytest.mark.parametrize("kind", ["served adapters", "the base", "adapters in training"])
-def test_a_bank_is_not_closed_while_a_batch_runs_in_another_thread(kind: str, tmp_path: Path) -> None:
-    save_all(MLP, tmp_path)
-    with together(MLP, tmp_path) as both, ExitStack() as stack:
-        batch = {
-            "served adapters": lambda: both.bank.rows(["a"]),
-            "the base": lambda: both.bank.rows([None]),
-            "adapters in training": lambda: both.adapters.rows(["a"]),
-        }[kind]
-        other, x = Thread(), inputs(both.model, 1)["x"]
-        other(lambda: stack.enter_context(batch()))
-        before = other(lambda: both.model(x))
-        with pytest.raises(ValueError, match="1 batches are in the bank, which would have the base's outputs"):
-            both.bank.close()
-        assert torch.equal(other(lambda: both.model(x)), before)
-        other(stack.close)
-
-
 # What the hooks do
 
 

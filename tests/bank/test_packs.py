@@ -6,9 +6,7 @@ A bank serves under a name what the vectors of that entry say, whatever else the
 import gc
 import json
 import os
-import resource
 import shutil
-import signal
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +25,9 @@ import dvora
 from dvora.bank import packs
 from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
 from dvora.bank.packs import FORMAT, Pack, unpack, write_pack
-from tests.bank.adapters import WIDE, contents, many
-from tests.bank.tenants import HEADED, Served
-from tests.peft.adapter_files import edit_config, edit_weights
-from tests.peft.kinds import mlp, saved
+from tests.bank.tenants import HEADED, WIDE, Served, contents, many
+from tests.census import little_more_memory
+from tests.peft.kinds import edit_weights, mlp, saved
 
 FILES = (SETTINGS, VALUES)
 SPARSE = 2_000_000_000
@@ -97,18 +94,6 @@ def peak_of_memory() -> Iterator[Callable[[], int]]:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-@contextmanager
-def little_more_memory() -> Iterator[None]:
-    """Within it, this process may grow by 400 MB, whoever allocates: torch, too, fails beyond."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 10**8, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_it_is_a_safetensors_file_with_one_tensor_an_adapter(folders: dict[str, Path], pack: Path) -> None:
@@ -213,8 +198,6 @@ def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path)
 
 
 def forged(change: Callable[[Parts], object]) -> Callable[[Path], None]:
-    """A pack with other parts."""
-
     def forge(path: Path) -> None:
         change(parts := Parts.of(path))
         parts.write(path)
@@ -356,6 +339,10 @@ def test_an_open_pack_stays_what_it_was(folders: dict[str, Path], pack: Path) ->
         write_pack(pack, {"0000": folders["0001"]})
         assert opened.source("0000").read().digest == FolderSource(folders["0000"]).read().digest
         source = opened.source("0002")
+        # A forked process shares the position in the file: no read moves it.
+        position = os.lseek(opened._descriptor, 0, os.SEEK_CUR)
+        assert source.read()
+        assert os.lseek(opened._descriptor, 0, os.SEEK_CUR) == position
     with pytest.raises(ValueError, match="was closed; open it again"):
         source.read()
     with Pack.open(pack) as opened:
@@ -398,30 +385,6 @@ def test_the_file_is_closed_with_the_last_adapter_that_is_in_it(folders: dict[st
         with pytest.raises(ValueError, match="truncated"):
             bank.add_pack(pack)
         assert not is_open()
-
-
-# Python 3.12 and later say so of every fork beside other threads, of which this one's child uses none.
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_reads_the_pack_beside_its_parent(folders: dict[str, Path], pack: Path) -> None:
-    digests = {name: FolderSource(folder).read().digest for name, folder in folders.items()}
-    with Pack.open(pack) as opened:
-        sources = {name: opened.source(name) for name in folders}
-        position = os.lseek(opened._descriptor, 0, os.SEEK_CUR)
-
-        def is_read_right() -> bool:
-            return all(sources[name].read().digest == digests[name] for _ in range(200) for name in folders)
-
-        if not (child := os.fork()):
-            signal.alarm(60)
-            right = False
-            try:
-                right = is_read_right()
-            finally:
-                os._exit(not right)
-        assert is_read_right()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        # Both have one position in the file, which neither has moved.
-        assert os.lseek(opened._descriptor, 0, os.SEEK_CUR) == position
 
 
 # Writing
@@ -468,17 +431,6 @@ def test_adapters_of_several_kinds_are_one_pack(folders: dict[str, Path], tmp_pa
     with Pack.open(tmp_path / "pack") as opened:
         assert opened.source("other").content == FolderSource(other).content
         assert opened.source("0002").read().digest == FolderSource(folders["0002"]).read().digest
-
-
-def test_a_folder_that_becomes_another_adapter_while_it_is_packed_is_refused(tmp_path: Path) -> None:
-    folders = many(tmp_path / "adapters", 2)
-
-    def change(done: int, of: int) -> None:
-        edit_config(folders["0001"], strength=0.25)
-
-    with pytest.raises(ValueError, match="0001: it is another adapter than when it was added"):
-        write_pack(tmp_path / "pack", folders, change)
-    assert not (tmp_path / "pack").exists()
 
 
 def test_what_cannot_be_packed_is_refused_before_anything_is_written(

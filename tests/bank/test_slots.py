@@ -1,6 +1,5 @@
 """Batches that wait for slots go in turn, and rows in memory keep within their bytes. LRU: `test_bank_machine.py`."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -65,34 +64,6 @@ def test_rows_that_do_not_fit_lose_no_slot() -> None:
             held.take(object(), "B", rows)
     assert (held.used(), held.in_use()) == (0, 0)
     held.take(object(), "a", rows)
-
-
-def test_rows_that_were_evicted_while_a_batch_waits_are_loaded_then() -> None:
-    held, loaded, holds = slots(2), list[str](), threading.Event()
-    held.take(before := object(), "a", rows)
-    held.leave(before)
-
-    def load(digests: Sequence[str]) -> dict[str, AdapterRow]:
-        loaded.extend(digests)
-        return rows(digests)
-
-    def waits() -> None:
-        holds.wait()
-        held.take(object(), "ac", load)
-
-    def watches() -> None:
-        held.take(first := object(), "b", rows)
-        holds.set()
-        until(lambda: len(held._waiting) == 1)
-        assert loaded == ["c"]
-        # A second batch of a thread that holds slots, as another asyncio task may begin one, waits for none.
-        held.take(second := object(), "d", rows)
-        assert "a" not in held
-        held.leave(first)
-        held.leave(second)
-
-    in_threads(waits, watches)
-    assert sorted(loaded) == ["a", "c"]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdE"), st.sampled_from(["put", "get", "remove"])), max_size=40))

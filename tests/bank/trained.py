@@ -28,13 +28,10 @@ BATCHES = (["a", "b", "a", "c", "b"], ["c", "b", "c"], ["a"] * 4, ["b", "c", "a"
 
 
 class Batch(NamedTuple):
-    """Adapters and inputs of the rows."""
-
     names: Sequence[str]
     inputs: Mapping[str, Tensor]
 
     def of(self, name: str) -> dict[str, Tensor]:
-        """The inputs of one adapter's rows."""
         rows = [row for row, each in enumerate(self.names) if each == name]
         return {key: value[rows] for key, value in self.inputs.items()}
 
@@ -66,7 +63,6 @@ class Together(NamedTuple):
             (share * rows.loss(row_losses(self.model, batch.inputs))).backward()
 
     def step(self, batch: Batch) -> None:
-        """One step on one batch."""
         self.optimizer.zero_grad()
         self.backward(batch)
         self.optimizer.step()

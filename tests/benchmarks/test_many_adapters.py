@@ -12,14 +12,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from benchmarks.many_adapters import plan
 from benchmarks.many_adapters.__main__ import SECTIONS, main
 from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
 from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
 from benchmarks.many_adapters.requests import Answered, closed_loop, open_loop, poisson, zipf
 from benchmarks.many_adapters.results import merge
-from benchmarks.many_adapters.stream import summary
-from benchmarks.many_adapters.targets import all_targets
 from benchmarks.speed.arms import Arm, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload, bert, linears, llama
@@ -72,27 +69,6 @@ def test_a_batch_has_as_many_adapters_as_it_should(distinct: int, known: int) ->
     assert len(set(rows)) == distinct
     assert (len(rows), min(rows)) == (64, 0)
     assert max(rows) < known
-
-
-def test_every_model_of_the_plan_has_a_base_and_no_arm_twice() -> None:
-    for ground in [*plan.whole().grounds, *plan.quick().grounds]:
-        assert ground.arms[0] == plan.BASE
-        assert len({arm.name for arm in ground.arms}) == len(ground.arms)
-
-
-def test_every_target_is_of_something_that_the_plan_measures() -> None:
-    rows = [
-        {
-            **{"part": phase.part, "workload": ground.workload.name, "dtype": ground.dtype, "layers": 1},
-            **{**arm.described(), "passes": phase.passes, "kernels": 1, "seconds": [1.0]},
-        }
-        for ground in plan.whole().grounds
-        for phase in ground.phases
-        for arm in ground.arms
-    ]
-    of_batches = [target for target in all_targets(rows) if "64 adapters" in target.metric]
-    assert len(of_batches) == 3 + 1
-    assert all(target.measured is not None for target in of_batches)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,12 +148,3 @@ def test_requests_follow_their_laws_and_their_seeds() -> None:
     moments = poisson(20_000, per_second=4.0, seed=0)
     assert moments == sorted(moments)
     assert moments[-1] == pytest.approx(5_000, rel=0.05)
-
-
-def test_a_summary_has_each_round_and_all_together() -> None:
-    rounds = [Answered([1.0, 3.0], seconds=2.0), Answered([5.0] * 4, seconds=8.0, refused=3)]
-    found = summary(rounds)
-    assert found["p50"] == [2.0, 5.0]
-    assert found["per_second"] == [1.0, 0.5]
-    assert found["together"]["p50"] == 5.0
-    assert found["refused"] == 3

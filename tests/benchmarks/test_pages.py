@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from benchmarks.pictures import FOLDER, METHODS, save
+from benchmarks.pictures import FOLDER, save
 from benchmarks.plots import PICTURES
 from benchmarks.quality.evaluation import packed
 from benchmarks.quality.summary import Result
 from benchmarks.results import file_of, load, write
 from benchmarks.speed.runner import Report
-from benchmarks.speed.targets import Target
-from benchmarks.speed.timing import Spread
-from benchmarks.tables import points, table, text
 
 ITEMS = 50
 LIGHTEST, DARKEST = 0.4, 0.12
@@ -57,30 +54,6 @@ def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
     assert result(*rows).lowest_loss("countries", names) == "lora_r1_twice"
 
 
-def test_what_a_rate_loses_is_its_share_of_what_tuning_gained() -> None:
-    trials = [
-        {"task": "countries", "arm": "vera", "stage": "trial", "rates": {"adapter": rate}, "validation": {"loss": loss}}
-        for rate, loss in ((0.01, 0.7), (0.1, 0.6), (1.0, 1.4))
-    ]
-    found = result(final("frozen", 0, 20, loss=1.0, steps=0), *trials).lost("countries", "vera")
-    assert found == {0.01: pytest.approx(0.25), 0.1: 0.0, 1.0: pytest.approx(2.0)}
-
-
-def test_a_target_is_met_by_the_median() -> None:
-    spread = Spread(0.9, 1.0, 1.3)
-    assert Target("a", 1.0, spread).cells() == ("a", "≤ 1", "1 (0.9 to 1.3)", "yes")
-    assert Target("a", 1.1, spread, at_least=True).cells() == ("a", "≥ 1.1", "1 (0.9 to 1.3)", "no")
-    assert Target("a", 0.01, Spread(0.02, 0.02, 0.02), unit="ms").cells() == ("a", "≤ 10 ms", "20 ms", "no")
-    assert Target("a", 1.0, None).cells() == ("a", "≤ 1", "not measured", "")
-
-
-def test_a_table_is_markdown_and_has_no_crooked_row() -> None:
-    assert text("a:", table(("", "b"), [("1", "2")])) == "a:\n\n| | b |\n|---|---|\n| 1 | 2 |\n"
-    assert points(1.25, Spread(0.5, 1.25, 2), 2) == "+1.25 (+0.50 to +2.00)"
-    with pytest.raises(ValueError, match="a row of 1 cells, expected 2"):
-        table(("a", "b"), [("1",)])
-
-
 def test_a_result_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.results.FOLDER", tmp_path)
     report = Report()
@@ -102,14 +75,3 @@ def test_the_committed_pictures_say_what_is_drawn_from_the_committed_rows(name: 
     # Not the bytes, which another version of matplotlib would change.
     assert re.findall(r">([^<]+)</text>", light) == re.findall(r">([^<]+)</text>", committed)
     assert plt.get_fignums() == []
-
-
-def luminance(colour: str) -> float:
-    parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def test_every_method_has_a_colour_of_its_own_that_both_pages_can_show() -> None:
-    assert len(set(METHODS.values())) == len(METHODS)
-    assert all(DARKEST < luminance(colour) < LIGHTEST for colour in METHODS.values())

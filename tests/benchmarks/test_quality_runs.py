@@ -15,7 +15,6 @@ from benchmarks.quality.grid import FILE, Grid, Rates, Run, TaskPlan, read_grid
 from benchmarks.quality.heads import best_linear
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.running import carry_out
-from benchmarks.quality.training import FALLS
 
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
 ARMS = (
@@ -79,19 +78,6 @@ def test_padding_changes_no_loss_and_a_model_that_has_learned_nothing_scores_zer
         mean = sum(loss * count for loss, count in zip(alone, tokens, strict=True)) / sum(tokens)
         assert task.loss(model, np.arange(4)).item() == pytest.approx(float(mean), rel=1e-4)
     assert task.evaluate(model, "test").score == 0
-
-
-@pytest.mark.parametrize(("name", "middle", "last"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)])
-def test_how_a_rate_falls(name: str, middle: float, last: float) -> None:
-    assert [FALLS[name](done) for done in (0, 0.5, 1)] == [1, pytest.approx(middle), pytest.approx(last)]
-
-
-def test_batches_depend_on_the_seed_alone_and_have_one_size() -> None:
-    task = problem("movie_ratings", PLAN)
-    first, again, other = (task.batches(seed, 30) for seed in (1, 1, 2))
-    assert all(len(rows) == PLAN.batch for rows in first)
-    assert [rows.tolist() for rows in first] == [rows.tolist() for rows in again]
-    assert [rows.tolist() for rows in first] != [rows.tolist() for rows in other]
 
 
 def test_the_head_accepts_a_constant_feature_and_can_be_saved() -> None:

@@ -9,21 +9,16 @@ from torch import nn
 
 from benchmarks.speed import plan
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted, sharing_copy
+from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted
 from benchmarks.speed.memory import saved_for_backward
 from benchmarks.speed.metrics import row_of, time_ratio
 from benchmarks.speed.runner import Report, carry_out
 from benchmarks.speed.steps import decode_step, training_step
-from benchmarks.speed.timing import Spread, interleaved, ratios, spread
+from benchmarks.speed.timing import Spread, interleaved, ratios
 from benchmarks.speed.workloads import linears, llama, random
 
 # transformers deprecates its own name for a cache.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-
-
-def test_the_spread_is_median_and_quartiles() -> None:
-    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(2.0, 3.0, 4.0)
-    assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -82,15 +77,6 @@ def test_a_decoded_token_is_always_at_the_same_place() -> None:
     assert seen == [0, 128, 128]
 
 
-def test_a_copy_has_the_base_s_own_tensors() -> None:
-    base = linears(64, 176).frozen(torch.float32)
-    pointers = [parameter.data_ptr() for parameter in base.parameters()]
-    for copied in (sharing_copy(base), adapted(base, FULL, ["q_proj"])):
-        assert copied is not base
-        assert [parameter.data_ptr() for parameter in copied.parameters()] == pointers
-    assert not any(parameter.requires_grad for parameter in base.parameters())
-
-
 def test_what_is_kept_is_counted_once_and_without_weights() -> None:
     layer, x = nn.Linear(8, 6), random(10, 8).requires_grad_()
     # The input for the weight's gradient, and sigmoid's output.
@@ -110,12 +96,6 @@ def test_what_cannot_be_built_is_reported_and_the_rest_measured() -> None:
     (miss,) = report.not_measured
     assert miss["what"] == "training, linears-64, float32: VeRA r=-1"
     assert miss["reason"].startswith("RuntimeError: Trying to create tensor with negative dimension")
-
-
-def test_every_run_of_the_plan_has_a_base_and_no_method_twice() -> None:
-    for run in (*plan.WHOLE, *plan.QUICK):
-        assert run.arms[0] == BASE
-        assert len(set(run.arms)) == len(run.arms)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

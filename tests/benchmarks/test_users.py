@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.results import load
 from benchmarks.users import training
-from benchmarks.users.jobs import RATES, Job, users, waiting
+from benchmarks.users.jobs import RATES, Job, waiting
 from benchmarks.users.sources import ROWS, TOKENS, languages
 from benchmarks.users.training import ARMS, BATCH, carry_out
 
@@ -63,14 +62,3 @@ def test_side_by_side_is_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "TOGETHER", 1)
     # The base is in bfloat16, in which another size of a batch rounds otherwise.
     assert together == pytest.approx(carry_out(JOB)["losses"], abs=2e-2)
-
-
-def test_the_table_says_how_much_lower_a_loss_is() -> None:
-    content = load("users")
-    losses = {"base": [4.0, 5.0, 4.5], "lora_r8": [3.5, 4.5, 4.3]}
-    rows = [
-        {**row, "losses": losses.get(row["arm"], [3.8, 4.8, 4.6])} for row in content["rows"] if row["part"] == "test"
-    ]
-    text = users({**content, "rows": rows})
-    assert "| LoRA r=8 | 658 | +0.300 (+0.300 to +0.300); 0 worse |" in text
-    assert "| LoRA r=1 | 88 | +0.100 (-0.330 to +0.530); 1 worse |" in text

@@ -1,24 +1,19 @@
 """dvora analyze as it is typed, and its report in a browser."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from dvora.cli import analyze
 from tests.cli.program import assert_refused, run
 from tests.recipes import tiny_models
-from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 from tests.tools.pages.seen import PHONE, WIDE, seen
-
-EXAMPLES = [line.strip() for line in analyze.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters, the checkpoints of a trainer, a run, and their base."""
+    """Adapters, the checkpoints of a trainer, and their base."""
     folder = tmp_path_factory.mktemp("work")
     base = tiny_models.bert(folder / "base")
     save(base, folder / "adapter", "dvora")
@@ -26,7 +21,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(base, folder / "vera", "vera")
     for step in (5, 10, 100):
         save(base, folder / "trainer-output" / f"checkpoint-{step}", "dvora")
-    shutil.move(finished("text-classification", folder).folder, folder / "dvora-run")
     return folder
 
 
@@ -34,13 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(made)
-
-
-@pytest.mark.parametrize("command", EXAMPLES)
-def test_every_example_of_the_help_text_runs(command: str) -> None:
-    ended = run(command)
-    assert ended.code == 0, ended.stderr
-    assert command in run("dvora analyze --help").stdout
 
 
 def test_the_report_has_figures_and_the_same_as_json(made: Path) -> None:

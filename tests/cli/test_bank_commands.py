@@ -1,4 +1,4 @@
-"""dvora bank pack, unpack and inspect: their examples run, their errors are one line, their JSON is whole."""
+"""dvora bank as it is typed: what it shows, and errors of one line."""
 
 import json
 import shutil
@@ -7,21 +7,10 @@ from pathlib import Path
 import pytest
 
 from dvora.bank.packs import FORMAT
-from dvora.cli import bank
-from tests.bank.adapters import change_values, contents
+from tests.bank.tenants import change_values
 from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
-
-EXAMPLES = {
-    name: [line.strip() for line in text.splitlines() if line.strip().startswith("dvora ")]
-    for name, text in {
-        "pack": bank.PACK_EXAMPLES,
-        "unpack": bank.UNPACK_EXAMPLES,
-        "inspect": bank.INSPECT_EXAMPLES,
-    }.items()
-}
-LINES = [line for lines in EXAMPLES.values() for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -46,51 +35,6 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     assert run("dvora bank pack adapters --output adapters.dvora --quiet").code == 0
     return tmp_path
-
-
-@pytest.mark.parametrize("command", LINES)
-def test_every_example_runs_and_names_the_next_command(command: str, work: Path) -> None:
-    result = run(command)
-    assert result.code == 0, result.stderr
-    assert result.stdout
-    assert "--json" in command or result.stderr.splitlines()[-1].startswith("Next: dvora ")
-    shutil.rmtree("unpacked", ignore_errors=True)
-    assert run(f"{command} --quiet").stderr == ""
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_help_text_shows_its_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    result = run(f"dvora bank {name} --help")
-    assert result.code == 0
-    assert all(line in result.stdout for line in EXAMPLES[name])
-
-
-@pytest.mark.parametrize("command", LINES)
-def test_json_is_one_object_and_nothing_else(command: str, work: Path) -> None:
-    result = run(command if "--json" in command else f"{command} --json")
-    assert result.code == 0, result.stderr
-    assert json.loads(result.stdout)["count"] == 14
-    assert result.stdout.count("\n") == 1
-
-
-def test_unpacked_are_the_adapters_that_were_packed(work: Path) -> None:
-    assert run("dvora bank unpack adapters.dvora --output unpacked").code == 0
-    assert contents(work / "unpacked") == contents(work / "adapters")
-
-
-def test_a_damaged_adapter_leaves_the_pack_that_was_there(work: Path) -> None:
-    before = (work / "adapters.dvora").read_bytes()
-    (work / "adapters" / "customer-9" / "adapter_model.safetensors").write_bytes(b"")
-    assert_ends_with_one_line(run("dvora bank pack adapters --output adapters.dvora"), 1, "customer-9: ")
-    assert (work / "adapters.dvora").read_bytes() == before
-
-
-def test_a_pack_onto_one_of_its_inputs_is_refused(work: Path) -> None:
-    before = contents(work / "adapters")
-    output = "adapters/customer-9/adapter_model.safetensors"
-    assert_ends_with_one_line(run(f"dvora bank pack adapters --output {output}"), 1, "which is to be packed")
-    assert contents(work / "adapters") == before
 
 
 def test_inspect_tells_what_is_in_it_and_shows_the_first(work: Path) -> None:
@@ -125,10 +69,3 @@ def test_inspect_tells_what_is_in_it_and_shows_the_first(work: Path) -> None:
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:
     assert_ends_with_one_line(run(command), code, message)
-
-
-def test_a_truncated_pack_is_refused_in_one_line(work: Path) -> None:
-    (work / "adapters.dvora").write_bytes((work / "adapters.dvora").read_bytes()[:-1])
-    for command in ("unpack adapters.dvora --output out", "inspect adapters.dvora"):
-        assert_ends_with_one_line(run(f"dvora bank {command}"), 1, "it is truncated or damaged")
-    assert not (work / "out").exists()

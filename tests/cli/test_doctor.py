@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dvora.cli import doctor
-from tests.cli.program import Ended, assert_refused, run
+from tests.cli.program import Ended, run
 from tests.recipes import tiny_data, tiny_models
 from tests.recipes.finished_runs import DATA, finished
 from tests.recipes.saved_adapters import save
-
-EXAMPLES = [line.strip() for line in doctor.EXAMPLES.splitlines() if line.strip().startswith("dvora ")]
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +34,6 @@ def at_work(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def findings(ended: Ended) -> dict[str, Any]:
     return {finding["check"]: finding for finding in json.loads(ended.stdout)["findings"]}
-
-
-@pytest.mark.parametrize("command", EXAMPLES)
-def test_every_example_of_the_help_text_runs(command: str) -> None:
-    ended = run(command)
-    assert ended.code == 0, ended.stdout + ended.stderr
-    assert "save and load" in ended.stdout
-    if "--json" in command:
-        assert json.loads(ended.stdout)["verdict"] == "all 14 checks passed"
-        assert ended.stderr == ""
-    else:
-        assert ended.stdout.splitlines()[-1].startswith("Verdict: all ")
-        assert "Next: dvora merge" in ended.stderr
-
-
-def test_the_help_text_shows_its_examples() -> None:
-    shown = run("dvora doctor --help").stdout
-    assert all(line in shown for line in EXAMPLES)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -83,20 +62,8 @@ def test_runs_of_every_task_are_healthy(task: str, tmp_path: Path) -> None:
     trained = finished(task, tmp_path)
     ended = run(f"dvora doctor {trained.folder} --json")
     assert ended.code == 0, ended.stdout + ended.stderr
-    assert json.loads(ended.stdout)["healthy"] is True
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("dvora doctor nowhere", "nowhere: no such file or folder"),
-        ("dvora doctor adapter --model base --rows 1", "needs two or more"),
-        ("dvora doctor adapter new.csv --model base", "leave the data out"),
-        ("dvora doctor dvora-run --model base", "leave --model out"),
-    ],
-)
-def test_wrong_use_is_one_line(command: str, message: str) -> None:
-    assert_refused(command, message)
+    content = json.loads(ended.stdout)
+    assert (content["healthy"], content["verdict"]) == (True, "all 14 checks passed")
 
 
 def test_what_has_no_adapter_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""dvora evaluate, predict and generate as they are typed: their examples, their output, their errors, their pipes."""
+"""Commands on finished runs as they are typed: their output, their errors, their pipes."""
 
 import csv
 import json
@@ -7,7 +7,6 @@ import pty
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from dvora.cli.app import app
-from dvora.cli.evaluate import evaluate
-from dvora.cli.generate import generate
-from dvora.cli.predict import predict
 from dvora.recipes.settings import Settings
 from dvora.recipes.training.run import train
 from tests.recipes import tiny_data, tiny_models
@@ -56,24 +52,6 @@ def at_the_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def typed(*arguments: str, stdin: str | bytes | None = None) -> Any:
     return CliRunner().invoke(app, [*arguments], input=stdin)
-
-
-def examples(command: Callable[..., Any]) -> list[str]:
-    lines = (command.__doc__ or "").partition("Examples:")[2].splitlines()
-    return [line.strip() for line in lines if "dvora " in line]
-
-
-@pytest.mark.parametrize("command", [evaluate, predict, generate])
-def test_the_examples_of_the_help_work(command: Callable[..., Any]) -> None:
-    shown = " ".join(typed(command.__name__, "--help").stdout.split())
-    assert len(examples(command)) >= 3
-    for example in examples(command):
-        assert example in shown
-        before, _, words = example.rpartition(" | ")
-        stdin = subprocess.run(shlex.split(before), capture_output=True, check=True).stdout if before else None
-        result = typed(*shlex.split(words)[1:], stdin=stdin)
-        assert result.exit_code == 0, (example, result.output, result.exception)
-        assert result.stdout.strip()
 
 
 def test_evaluate_tells_the_record_s_figures_and_writes_them_where_asked(desk: Path) -> None:
@@ -162,6 +140,15 @@ def test_continuations_as_json() -> None:
         (["generate", "runs/play", "x", "--top-p", "0.5"], "top_p is set but temperature is 0"),
         (["generate", "runs/play", "x", "--system", "y"], "give --chat too"),
         (["generate", "runs/play", ""], "the prompt is empty"),
+        (["doctor", "nowhere"], "nowhere: no such file or folder"),
+        (["doctor", "dvora-run", "--rows", "1"], "needs two or more"),
+        (["doctor", "dvora-run", "--model", "minilm"], "leave --model out"),
+        (["doctor", "runs/play/adapter", "new.csv"], "leave the data out"),
+        (["report", "nowhere"], "nowhere: no such file or folder"),
+        (["report", "minilm"], "holds no run.json"),
+        (["report", "dvora-run", "-o", "page.txt"], "has to end in .html"),
+        (["report", "dvora-run", "-o", "no/page.html"], "there is no folder no"),
+        (["report", "dvora-run", "--against", "runs/play"], "predicts other classes"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:

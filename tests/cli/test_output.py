@@ -5,8 +5,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from dvora.cli.errors import nearest_option
-from dvora.cli.output import Output
+from dvora.cli.output import Output, results_alone
 
 NAME = "bert.encoder.layer.10.attention.output.dense"
 
@@ -49,17 +48,8 @@ def test_the_next_command_can_be_copied() -> None:
     assert stderr.getvalue() == ""
 
 
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        ("--lr", "--learning-rate"),
-        ("--learning_rate", "--learning-rate"),
-        ("--bs", "--batch-size"),
-        ("--epoch", "--epochs"),
-        ("--steps", "--max-steps"),
-        ("--zzz", None),
-    ],
-)
-def test_a_mistyped_option_has_a_nearest_one(typed: str, expected: str | None) -> None:
-    known = ["--learning-rate", "--batch-size", "--epochs", "--max-steps", "--rank", "--model"]
-    assert nearest_option(typed, known) == expected
+def test_what_libraries_print_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with results_alone():
+        print("loading")
+        Output(as_json=True).result({"a": 1})
+    assert capsys.readouterr() == ('{"a": 1}\n', "loading\n")

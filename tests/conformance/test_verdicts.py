@@ -1,4 +1,4 @@
-"""Outcomes are compared with the table, both ways."""
+"""PEFT's own tests: translated, of the version that the tables were written for, and compared with these both ways."""
 
 import json
 import os
@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, VeraConfig
+
+from conformance import source
+from conformance.counterparts import NoCounterpartError, counterpart, options
+from dvora import DVoRAConfig
+from materials.fetch import FetchError
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = """
@@ -66,3 +72,51 @@ def test_everything_else_fails_the_run(tmp_path: Path, table: str, message: str)
     status, output = run(tmp_path, table)
     assert status != 0
     assert message in output
+
+
+# PEFT's tests are those of the version that the tables were written for.
+
+
+def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "version", lambda _: "0.0.1")
+    with pytest.raises(FetchError, match=r"PEFT 0\.0\.1 is installed, and conformance knows 0\.21\.2"):
+        source.copy_tests(tmp_path / "tests")
+    assert not (tmp_path / "tests").exists()
+
+
+def test_the_tests_are_laid_out_as_a_package(tmp_path: Path) -> None:
+    folder = tmp_path / "tests"
+    (folder / "left_over").mkdir(parents=True)
+    source.copy_tests(folder)
+    assert {"__init__.py", "testing_common.py", "test_custom_models.py"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "left_over").exists()
+
+
+# LoRA's and VeRA's cases, translated to DVoRA.
+
+
+def test_options_are_renamed() -> None:
+    of_lora = {"r": 4, "lora_alpha": 2, "lora_dropout": 0.1, "init_lora_weights": False, "use_dora": True}
+    assert options(of_lora) == {"r": 4, "alpha": 2, "dvora_dropout": 0.1, "init_weights": False}
+    of_vera = {"projection_prng_key": 3, "d_initial": 0.2, "vera_dropout": 0.1, "bias": "vera_only"}
+    assert options(of_vera) == {"projection_seed": 3, "d_initial": 0.2, "dvora_dropout": 0.1, "bias": "dvora_only"}
+
+
+@pytest.mark.parametrize("of_lora", [{"lora_bias": True}, {"init_lora_weights": "pissa"}])
+def test_options_of_lora_alone_have_no_counterpart(of_lora: dict[str, object]) -> None:
+    with pytest.raises(NoCounterpartError):
+        options(of_lora)
+
+
+def test_an_option_that_nobody_has_read_about_stops_the_run() -> None:
+    with pytest.raises(KeyError, match="an_option_of_tomorrow"):
+        options({"an_option_of_tomorrow": 1})
+
+
+def test_rows_of_cases() -> None:
+    lora = ("MLP 1 LoRA", "MLP", LoraConfig, {"target_modules": ["lin0"], "lora_alpha": 4})
+    assert counterpart(lora) == ("MLP 1 DVoRA", "MLP", DVoRAConfig, {"r": 8, "alpha": 4, "target_modules": ["lin0"]})
+    assert counterpart(("Same", "vera", VeraConfig, {"r": 2})) == ("Same", "dvora", DVoRAConfig, {"r": 2})
+    assert counterpart(LoraConfig) is DVoRAConfig
+    config = counterpart(LoraConfig(target_modules=["lin0"], init_lora_weights=False))
+    assert (config.r, config.alpha, config.target_modules, config.init_weights) == (8, 8, {"lin0"}, False)

@@ -1,11 +1,18 @@
-"""Training in several processes, each with a part of the batch, against one process with all of it."""
+"""DDP, each process with a part of the batch, against one process with all of it; and FSDP."""
 
 import numpy as np
+import pytest
+import torch
 import torch.distributed as dist
+from peft import get_peft_model, get_peft_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.engines.processes import run
 from tests.engines.training import adapted, assert_trained_as_by_one, train, vectors
+from tests.peft.layer_cases import CASES as LAYER_CASES
+from tests.peft.models_compared import worst_difference
+from tests.peft.tiny import train_vectors
 
 CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
     "dense": ({}, {}),
@@ -15,7 +22,6 @@ CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
 
 
 def trained_in_parallel() -> dict[str, tuple[list[float], dict[str, np.ndarray]]]:
-    """Losses and vectors of every case."""
     found = {}
     for case, (settings, options) in CASES.items():
         model = DistributedDataParallel(adapted(**settings), **options)
@@ -30,3 +36,23 @@ def test_two_processes_train_what_one_does() -> None:
     for case, (settings, _) in CASES.items():
         losses, ranks = zip(*(rank[case] for rank in found), strict=True)
         assert_trained_as_by_one(adapted(**settings), *ranks, losses=list(losses))
+
+
+# FSDP, which holds parameters in a way of its own while it runs.
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`|When using ``NO_SHARD``|FSDP:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Embedding", "MultiheadAttention", "experts (E, out, in)"])
+def test_no_adapter_is_passed_by_and_files_have_the_same_names(name: str) -> None:
+    case = LAYER_CASES[name]
+    model = get_peft_model(case.base(), case.config()).eval()
+    train_vectors(model)
+    with torch.no_grad():
+        expected, base = model(case.inputs()), case.base()(case.inputs())
+        keys = get_peft_model_state_dict(model).keys()
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert worst_difference(sharded(case.inputs()), expected) < 1e-6
+        assert worst_difference(sharded(case.inputs()), base) > 1e-3
+        assert get_peft_model_state_dict(sharded).keys() == keys

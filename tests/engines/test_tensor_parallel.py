@@ -13,30 +13,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAConfig
 from tests.engines.processes import run
 from tests.engines.training import assert_trained_as_by_one, batch, train, vectors
+from tests.peft import tiny
 
 COLUMNS, ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj", "down_proj"]
 
 
 def llama() -> LlamaForCausalLM:
     """A tiny Llama whose four heads of keys can be sharded."""
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=48,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+    return tiny.llama(key_value_heads=4)
 
 
 def adapted(base: nn.Module, **settings: object) -> PeftModel:
@@ -186,7 +176,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def messages() -> list[str]:
-    """What every mistake says on this rank."""
     found = []
     for attempt, _ in MISTAKES.values():
         try:

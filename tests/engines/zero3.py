@@ -52,7 +52,6 @@ def train(engine: Any, first: int, last: int) -> list[float]:
 
 
 def vectors(model: nn.Module) -> dict[str, np.ndarray]:
-    """The trained parameters, gathered."""
     named = {name: parameter for name, parameter in model.named_parameters() if "dvora_" in name}
     with deepspeed().zero.GatheredParameters(list(named.values())):
         return {name: vector.detach().clone().numpy() for name, vector in named.items()}

@@ -13,7 +13,6 @@ from tests.recipes.saved_adapters import save
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """The warm process."""
     warm = Forks(tmp_path_factory.mktemp("forks"))
     yield warm
     warm.close()
@@ -21,7 +20,6 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, adapters and data; never written to."""
     folder = tmp_path_factory.mktemp("made")
     base = tiny_models.bert(folder / "base")
     tiny_models.llama(folder / "language")
@@ -32,5 +30,4 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(made: Path, tmp_path: Path) -> Path:
-    """A copy of them, to work in."""
     return Path(shutil.copytree(made, tmp_path / "desk"))

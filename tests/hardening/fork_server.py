@@ -118,7 +118,6 @@ def child(request: dict[str, Any]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """`dvora` with these arguments."""
     from dvora.cli.app import main as program
 
     sys.argv = ["dvora", *arguments]

@@ -103,7 +103,6 @@ class Forks:
         return Ended(code, out.read_text(), err.read_text(), seconds, changes, asked)
 
     def close(self) -> None:
-        """End the warm process."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()
@@ -122,3 +121,15 @@ def _signal(pid: int, number: int) -> None:
     # It may have ended just now.
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+TRAIN = "train --task text-classification -m base --data reviews.csv -o out --rank 4 --cpu --epochs 1"
+
+
+def assert_error(ended: Ended, code: int, *messages: str) -> None:
+    assert ended.code == code, ended
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("Error: ")
+    for message in messages:
+        assert message in ended.stderr

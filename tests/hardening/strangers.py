@@ -32,7 +32,6 @@ class Case(NamedTuple):
 
 
 def settings(path: Path, **changes: Any) -> None:
-    """Change names of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -73,8 +72,6 @@ def pipe(name: str) -> Callable[[Path], None]:
 
 
 def endless(name: str) -> Callable[[Path], None]:
-    """A file that never ends."""
-
     def change(desk: Path) -> None:
         (desk / name).unlink(missing_ok=True)
         (desk / name).symlink_to("/dev/zero")

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.hardening.errors import TRAIN, assert_error
-from tests.hardening.forks import Forks
+from tests.hardening.forks import TRAIN, Forks, assert_error
 
 MERGE = "merge adapter --model base -o disk/out"
 TRAIN_THERE = f"{TRAIN} -o disk/out --epochs 2 --quiet --json"

@@ -1,4 +1,4 @@
-"""SIGKILL while something is written: what is left is whole, can be gone on with, or is not there."""
+"""SIGKILL or Ctrl-C while something is written: what is left is whole, can be gone on with, or is not there."""
 
 import json
 import random
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.bank.adapters import many
-from tests.hardening.forks import Forks
+from dvora.whole_files import new_folder
+from tests.bank.tenants import many
+from tests.hardening.forks import Forks, assert_error
 
 FULL, SEED = 20, 20261126
 """Kills of each command of either kind with --fuzz, of three in all without; the seed of their moments."""
@@ -45,7 +46,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def start(made: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A desk with adapters and a pack of them."""
     desk = Path(shutil.copytree(made, tmp_path_factory.mktemp("start") / "desk"))
     many(desk / "adapters", 50)
     assert forks.run(desk, *["bank", "pack", "adapters", "-o", "pack", "--quiet"]).code == 0
@@ -117,3 +117,23 @@ def assert_whole(path: Path, expected: Path, moment: dict[str, float]) -> None:
     if path.exists():
         assert names(path) == names(expected), moment
         assert contents(path) == contents(expected), moment
+
+
+def test_ctrl_c_leaves_nothing_behind(forks: Forks, desk: Path, request: pytest.FixtureRequest) -> None:
+    command, before = "merge adapter -o out --json", names(desk)
+    changes = forks.run(desk, *command.split()).changes
+    shutil.rmtree(desk / "out")
+    every = range(1, changes + 1)
+    for change in every if request.config.getoption("--fuzz") else (1, changes // 2, changes):
+        ended = forks.run(desk, *command.split(), kill_at=change, signal=signal.SIGINT)
+        assert (ended.code, ended.stdout, ended.stderr) == (130, "", "stopped\n"), (change, ended)
+        assert names(desk) == before, change
+
+
+def test_two_commands_do_not_fill_one_folder(forks: Forks, desk: Path) -> None:
+    command = ["convert", "adapter", "--to", "dora", "-o", "out"]
+    with new_folder(desk / "out") as filled:
+        (filled / "file").touch()
+        assert_error(forks.run(desk, *command), 1, "another process is filling out; wait for it")
+    assert names(desk / "out") == ["file"]
+    assert_error(forks.run(desk, *command), 1, "out exists and is not an empty folder; choose another name")

@@ -9,8 +9,6 @@ WIDTH, VOCABULARY = 6, 9
 
 
 class FeedForward(nn.Module):
-    """Linear layers, with a bias and without."""
-
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Linear(WIDTH, 8)
@@ -21,8 +19,6 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Torch's own, which reads its weights instead of calling layers."""
-
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)

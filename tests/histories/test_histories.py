@@ -106,7 +106,6 @@ wrapper_is_usable = precondition(lambda machine: machine.model.active_adapter in
 
 
 def loss(outputs: Tensor) -> Tensor:
-    """A scalar that every output matters to."""
     return (outputs * COEFFICIENTS.to(outputs.dtype)).sum()
 
 
@@ -141,11 +140,9 @@ class Histories(RuleBasedStateMachine):
                 self.check_outputs()
 
     def layers(self) -> dict[str, DVoRALayer]:
-        """The adapted layers by the names that their weights have in the base."""
         return {parameter_name(path, layer): layer for path, layer in dvora_layers(self.model)}
 
     def vectors_of(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
-        """The vectors of an adapter in the model, by weight and name."""
         layers = {weight: layer for weight, layer in self.layers().items() if name in layer.dvora_adapted}
         return {weight: layer.vectors(name)._asdict() for weight, layer in layers.items()}
 

@@ -14,7 +14,6 @@ VERA = "peft_vera(r=40, in=48, out=48)"
 
 
 def matrices(kind: str, seed: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """A and B of a distribution."""
     if kind == "structured":
         return structured_side("A", rank, in_features, seed), structured_side("B", rank, out_features, seed).T
     if (sizes := vera_sizes(kind)) is not None:

@@ -106,26 +106,6 @@ def test_matrices_survive_and_passes_find_them_made(
 
 
 @every_distribution
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_what_is_reserved_is_all_that_passes_need(
-    dtype: torch.dtype, distribution: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrices, wide = SharedProjections(2, distribution).impl, torch.float64 if dtype == torch.float64 else torch.float32
-    for sizes in SIZES:
-        matrices.reserve(*sizes, dtype)
-    constants = dict(matrices._constants)
-    nothing_is_made(monkeypatch)
-    for rank, inputs, outputs in SIZES:
-        y = matrices.expand(matrices.project(randn(2, inputs, seed=0, dtype=dtype), rank), outputs)
-        assert matrices.expand_transpose(y, rank).dtype == dtype
-        lambda_d = randn(rank, seed=1, dtype=wide)
-        q = matrices.squares(lambda_d, inputs, outputs)
-        assert matrices.squares_gradient(q, lambda_d, inputs).dtype == wide
-    assert matrices._constants.keys() == constants.keys()
-    assert all(matrices._constants[key] is constant for key, constant in constants.items())
-
-
-@every_distribution
 def test_a_copy_shares_the_constants_and_a_file_holds_none(distribution: str) -> None:
     shared = reserved(distribution)
     assert shared.state_dict() == {}

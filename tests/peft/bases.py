@@ -47,8 +47,6 @@ class HiddenBiasLinear(PackedLinear):
 
 
 class InferenceOnlyLinear(PackedLinear):
-    """A kernel without a backward."""
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)

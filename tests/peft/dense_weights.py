@@ -66,7 +66,6 @@ class DenseModel:
                 self.weights[parameter] = dense_weight(self.base.get_parameter(parameter), layer, model, present)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The adapted weights by their names in the base model."""
         return {name: weight.parameter() for name, weight in self.weights.items()}
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -133,7 +132,6 @@ def _adapter(matrix: Tensor, module: nn.Module, layer: DVoRALayer, model: PeftMo
 
 @torch.no_grad()
 def _plain(linear: nn.Linear) -> nn.Linear:
-    """A linear layer that keeps the weight that another one computes."""
     plain = nn.Linear(linear.in_features, linear.out_features, dtype=torch.float64)
     plain.weight.copy_(linear.weight)
     plain.bias.copy_(linear.bias)

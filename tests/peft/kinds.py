@@ -1,11 +1,13 @@
 """Adapters of many kinds, in a model and as it saves them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
@@ -35,7 +37,6 @@ class Kind(NamedTuple):
 
 
 def saved(model: PeftModel, folder: Path, **options: Any) -> Path:
-    """The folder of a model's adapter."""
     model.save_pretrained(folder, **options)
     return folder
 
@@ -66,3 +67,26 @@ KINDS = {
 def bits(tensor: Tensor) -> Tensor:
     """Of float32 values."""
     return tensor.detach().contiguous().view(torch.int32)
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_bert(folder: Path) -> Path:
+    """Save a trained adapter of the tiny BERT, with its projections."""
+    config = DVoRAConfig(r=6, target_modules=LAYERS["bert"], projection_init="kaiming_uniform", save_projection=True)
+    model = get_peft_model(MODELS["bert"](), config)
+    train_vectors(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **values}))

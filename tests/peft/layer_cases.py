@@ -15,8 +15,6 @@ from dvora import DVoRAConfig
 
 
 class Case(NamedTuple):
-    """One layer type in a model."""
-
     model: Callable[[], nn.Module]
     x: Callable[[], Tensor]
     settings: dict[str, Any]
@@ -39,7 +37,6 @@ class Case(NamedTuple):
         return x.to(dtype) if x.is_floating_point() else x
 
     def config(self, **settings: Any) -> DVoRAConfig:
-        """Settings that adapt the layer."""
         return DVoRAConfig(**{"r": 5, **self.settings, **settings})
 
 
@@ -116,8 +113,6 @@ class Mixture(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The sparse block of transformers' Mixtral."""
-
     def __init__(self) -> None:
         super().__init__()
         config = MixtralConfig(hidden_size=16, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2)

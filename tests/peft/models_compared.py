@@ -17,7 +17,6 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """The model as it is now."""
     return Snapshot(
         {name: type(module) for name, module in model.named_modules()},
         {name: value.detach().clone() for name, value in model.state_dict().items()},
@@ -41,7 +40,6 @@ def assert_unchanged(model: nn.Module, before: Snapshot, *, trainable: bool = Tr
 
 
 def worst_difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value of `b`."""
     assert a.shape == b.shape, (a.shape, b.shape)
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo().tiny))

@@ -1,12 +1,13 @@
-"""What is tried on every layer type and base; each function returns "works", or "refused" if that is the promise.
+"""Every layer type on every base, and what is tried on each: "works", or "refused" if that is the promise.
 
-They fail where the outcome is anything else: a wrong number, another error, a model changed by a refusal.
+Operations fail where the outcome is anything else: a wrong number, another error, a model changed by a refusal.
 """
 
 import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,9 +17,87 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dvora
-from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.subjects import Subject, second
+from dvora import DVoRAConfig
+from tests.peft import bases
+from tests.peft.dense_weights import DenseModel, gradients_by_parameter
+from tests.peft.layer_cases import CASES
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import same_bits, train_vectors
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
+PAIRS = [
+    *((layer, base) for layer in CASES for base in DTYPES),
+    *(("Linear", base) for base in bases.QUANTISED),
+]
+
+
+class Subject(NamedTuple):
+    layer: str
+    base_name: str
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base keeps no weight of numbers."""
+        return self.base_name in bases.BASES and self.base_name not in DTYPES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return bases.BASES[self.base_name].dtype if self.quantised else DTYPES[self.base_name]
+
+    @property
+    def tolerance(self) -> float:
+        """Of outputs and gradients relative to their largest value, against float64."""
+        if self.quantised:
+            base = bases.BASES[self.base_name]
+            return 3 * max(base.tolerance, base.eval_tolerance, TOLERANCES[base.compute])
+        return TOLERANCES[self.dtype]
+
+    def base(self) -> nn.Module:
+        if self.quantised:
+            return bases.quantised(bases.wide(), self.base_name)
+        return CASES[self.layer].base(self.dtype)
+
+    def x(self) -> Tensor:
+        if self.quantised:
+            return torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        return CASES[self.layer].inputs(self.dtype)
+
+    def config(self, **settings: Any) -> DVoRAConfig:
+        if self.quantised:
+            return DVoRAConfig(**{"r": 5, "target_modules": ["lin0", "lin1", "lin2"], **settings})
+        return CASES[self.layer].config(**settings)
+
+    def adapted(self, **settings: Any) -> PeftModel:
+        """The base with an adapter as if trained, in evaluation mode."""
+        model = get_peft_model(self.base(), self.config(**settings)).eval()
+        train_vectors(model)
+        return model
+
+    def dense(self, model: PeftModel, adapter_names: tuple[str, ...] = ("default",)) -> DenseModel:
+        if self.quantised:
+            return bases.dense_twin(model, bases.wide(), self.base_name, adapter_names)
+        return DenseModel(self.base(), model, adapter_names)
+
+    def close(self, actual: Tensor, expected: Tensor) -> bool:
+        return worst_difference(actual, expected) <= self.tolerance
+
+    def gradients_agree(self, model: PeftModel) -> bool:
+        dense = self.dense(model)
+        outputs = dense(self.x())
+        weights = torch.linspace(-1, 2, outputs.numel(), dtype=torch.float64).view_as(outputs)
+        (outputs * weights).sum().backward()
+        (model(self.x()).double() * weights).sum().backward()
+        expected = dense.gradients()
+        found = gradients_by_parameter(model)
+        return all(worst_difference(found[name], expected[name]) <= 2 * self.tolerance for name in found)
+
+
+def second(model: PeftModel, subject: Subject, name: str = "second") -> None:
+    model.add_adapter(name, copy.deepcopy(subject.config()))
+    train_vectors(model, name, seed=1)
+
 
 WORKS, REFUSED, BASE_CANNOT = "works", "refused", "the base cannot"
 READ_LAYERS = ("MultiheadAttention", "TransformerEncoderLayer", "experts", "Mixtral")

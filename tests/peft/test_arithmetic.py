@@ -15,7 +15,7 @@ from dvora import DVoRAConfig
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.subjects import Subject, second
+from tests.peft.operations_tried import Subject, second
 from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 MLP = ["lin0", "lin1", "lin2"]
@@ -153,16 +153,6 @@ def test_a_strength_by_name_is_that_of_the_layers_so_named_and_a_whole_name_come
         model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
         model.set_strength(strengths)
         assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
-
-
-def test_a_strength_survives_the_meta_device() -> None:
-    model = adapted()
-    model.set_strength({"lin1": 0.4})
-    expected, values = outputs(model), copy.deepcopy(model.state_dict())
-    model.to("meta").to_empty(device="cpu")
-    model.load_state_dict(values)
-    assert same_bits(outputs(model), expected)
-    assert not any("strength" in key for key in values)
 
 
 def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dvora
 from dvora import DVoRAConfig
 from dvora.peft.base_weight import CHUNK
-from tests.peft.adapter_files import CONFIG, edit_config, save_bert
+from tests.peft.kinds import CONFIG, edit_config, save_bert
 from tests.peft.tiny import MODELS, dvora_layers
 
 # A layer that is read through its forward; how exactly: `test_quantised.py`.
@@ -56,7 +56,6 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def changed(change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The tiny BERT with other weights."""
     model = MODELS["bert"]()
     for module in model.modules():
         if isinstance(module, nn.Linear):

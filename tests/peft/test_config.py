@@ -1,17 +1,22 @@
-"""The settings: what is accepted, what is refused with which words, and what is written."""
+"""The settings: what is accepted, what is refused with which words, what is written; and PEFT knows their type."""
 
 import copy
 import dataclasses
 import json
 import pickle
+from enum import Enum
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
 
-from dvora import DVoRAConfig
-from tests.peft.adapter_files import edit_config
+from dvora import DVoRAConfig, DVoRAModel
+from dvora.peft import register
+from tests.peft.kinds import edit_config
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS
 
@@ -53,7 +58,6 @@ BAD_VALUES: list[tuple[dict[str, object], type[Exception], str]] = [
 
 
 def edited(folder: Path, **values: object) -> Path:
-    """A saved configuration with other values."""
     DVoRAConfig(r=4).save_pretrained(folder)
     edit_config(folder, **values)
     return folder
@@ -171,3 +175,34 @@ def test_a_file_of_an_older_version_with_norm_cache_is_read_without_a_warning(
     assert not recwarn.list
     config.save_pretrained(tmp_path)
     assert "norm_cache" not in (tmp_path / "adapter_config.json").read_text()
+
+
+# PEFT knows the method by name, once.
+
+
+def test_peft_finds_config_model_and_prefix_by_the_type_however_often_it_is_registered() -> None:
+    members = list(PeftType)
+    register()
+    assert list(PeftType) == members
+    kind = PeftType["DVORA"]
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is DVoRAConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is DVoRAModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == "dvora_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is peft.LoraConfig
+
+
+def test_the_type_is_a_member_like_any_other() -> None:
+    kind = PeftType["DVORA"]
+    assert isinstance(kind, PeftType)
+    assert isinstance(kind, Enum)
+    assert PeftType("DVORA") is PeftType.DVORA is kind
+    assert [member.name for member in PeftType].count("DVORA") == 1
+    assert kind in PeftType
+    assert kind == "DVORA"
+    assert (kind.name, kind.value) == ("DVORA", "DVORA")
+    assert repr(kind) == repr(PeftType.LORA).replace("LORA", "DVORA")
+    assert str(kind) == str(PeftType.LORA).replace("LORA", "DVORA")
+    assert len({PeftType.LORA, kind, PeftType["DVORA"]}) == 2
+    assert json.dumps(kind) == '"DVORA"'
+    assert copy.copy(kind) is copy.deepcopy(kind) is kind
+    assert all(pickle.loads(pickle.dumps(kind, protocol)) is kind for protocol in range(pickle.HIGHEST_PROTOCOL + 1))

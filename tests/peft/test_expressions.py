@@ -10,7 +10,7 @@ from torch import nn
 
 import dvora
 from dvora import DVoRAConfig
-from tests.peft.adapter_files import CONFIG, edit_config, save_bert
+from tests.peft.kinds import CONFIG, edit_config, save_bert
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers
 

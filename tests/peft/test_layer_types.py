@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +20,7 @@ from tests.census import Census
 from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES, Convolution
 from tests.peft.models_compared import worst_difference
-from tests.peft.tiny import MODELS, dvora_layers, outputs, same_bits, train_vectors
+from tests.peft.tiny import MODELS, outputs, same_bits, train_vectors
 
 
 class Halved(nn.Linear):
@@ -120,31 +120,6 @@ def test_a_rank_beyond_a_kernel_costs_no_more_than_the_kernel() -> None:
                 model(x)
         costs.append(counter.get_total_flops())
     assert costs[1] < 1.5 * costs[0]
-
-
-@pytest.mark.parametrize("direction", ["unit", "weight"])
-@pytest.mark.parametrize("name", ["Embedding", "Conv2d"])
-def test_peft_dora_with_the_same_factors_gives_the_same_outputs(name: str, direction: str) -> None:
-    base, x = CASES[name].base(), CASES[name].inputs()
-    model = trained(base, direction=direction)
-    oracle = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, use_dora=True, **LAYER)).eval()
-    _, layer = next(dvora_layers(model))
-    magnitude, lambda_b, lambda_d = layer.vectors("default")
-    adapted = layer.adapted("default")
-    beta = lambda_b * adapted.w if direction == "unit" else lambda_b
-    A, B = lambda_d[:, None] * adapted.A(lambda_d), beta[:, None] * adapted.B(lambda_d)
-    dora = oracle.base_model.model.layer
-    factors = (
-        (dora.lora_embedding_A["default"], dora.lora_embedding_B["default"])
-        if name == "Embedding"
-        else (dora.lora_A["default"].weight, dora.lora_B["default"].weight)
-    )
-    with torch.no_grad():
-        for factor, value in zip(
-            (*factors, dora.lora_magnitude_vector["default"].weight), (A, B, magnitude), strict=True
-        ):
-            factor.copy_(value.view_as(factor))
-        assert worst_difference(model(x), oracle(x)) < 1e-5
 
 
 def test_a_lookup_makes_no_table_of_the_vocabulary() -> None:

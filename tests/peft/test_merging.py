@@ -1,8 +1,5 @@
 """Merging into the base's weights, of all layers or of none, and taking it back bit for bit."""
 
-import copy
-import itertools
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -48,19 +45,6 @@ def merged_adapters(model: nn.Module) -> set[tuple[str, ...]]:
 # What a merge computes.
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(ADAPTERS)), ids="-".join)
-def test_adapters_merged_one_by_one_in_any_order_are_the_dense_sum(order: tuple[str, ...]) -> None:
-    model = adapted("gpt2", torch.float64)
-    before, dense = snapshot(model), DenseModel(MODELS["gpt2"](), model, ADAPTERS).parameters()
-    for adapter in order:
-        model.merge_adapter([adapter])
-    assert merged_adapters(model) == {order}
-    for name, layer in dvora_layers(model):
-        assert worst_difference(layer.base_layer.weight, dense[f"{name}.weight"]) < 1e-12
-    model.unmerge_adapter()
-    assert_unchanged(model, before)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_merge_and_unload_returns_a_plain_base_with_the_adapted_outputs(name: str) -> None:
     base, model = MODELS[name](), adapted(name)
@@ -76,15 +60,6 @@ def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once
     expected = DenseModel(MODELS["gpt2"](), model, ["second", "third"])(**inputs(model))
     model.merge_adapter(["second"])
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
-
-
-def test_the_original_follows_casts_a_copy_and_a_pickle() -> None:
-    model, cast = adapted(), adapted().bfloat16().float()
-    model.merge_adapter()
-    # Rounded in between, like all other values.
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))).bfloat16().float()
-    twin.unmerge_adapter()
-    assert_unchanged(twin, snapshot(cast))
 
 
 # What rounding takes.
@@ -114,26 +89,6 @@ def test_a_merge_that_loses_nothing_does_not_warn() -> None:
 
 
 # Errors: all layers or none.
-
-
-def one_layer(model: PeftModel) -> object:
-    return next(dvora_layers(model))[1].merge()
-
-
-MERGES: dict[str, Callable[[PeftModel], object]] = {
-    "merge_adapter": lambda model: model.merge_adapter(),
-    "merge_and_unload": lambda model: model.merge_and_unload(),
-    "one layer": one_layer,
-}
-
-
-@pytest.mark.parametrize("merge", MERGES)
-def test_a_warning_that_is_an_error_leaves_nothing_merged(merge: str) -> None:
-    model = nudge(get_peft_model(MODELS["mlp"]().bfloat16(), DVoRAConfig(r=4, target_modules=LAYERS["mlp"])).eval())
-    before = snapshot(model)
-    with pytest.raises(MergePrecisionWarning):
-        MERGES[merge](model)
-    assert_unchanged(model, before)
 
 
 def test_tokens_that_peft_merges_are_taken_back_too() -> None:
@@ -170,17 +125,6 @@ def test_a_merge_that_is_not_finite_is_refused_and_leaves_all_layers_as_they_wer
             merge(adapter_names=["second"])
         assert_unchanged(model, before)
         assert merged_adapters(model) == {("default",)}
-
-
-def test_a_large_magnitude_with_a_small_strength_merges() -> None:
-    model = adapted("mlp", torch.float16, adapters=1)
-    with torch.no_grad():
-        for _, layer in dvora_layers(model):
-            layer.vectors("default").magnitude.mul_(1e6)
-    model.set_strength(1e-5)
-    expected = outputs(model)
-    model.merge_adapter()
-    assert torch.allclose(outputs(model).float(), expected.float(), rtol=0.01, atol=0.05)
 
 
 def tied(base: nn.Module) -> None:
@@ -239,14 +183,9 @@ LOADS: dict[str, Callable[[PeftModel, Path], object]] = {
     "a state dict of the adapter": lambda model, _: set_peft_model_state_dict(
         model, get_peft_model_state_dict(adapted()), "default"
     ),
-    "a merged state dict": lambda model, _: model.load_state_dict(model.state_dict()),
     "another base, assigned": lambda model, _: model.load_state_dict(other_base(), assign=True),
     "one layer of another base": lambda model, _: model.load_state_dict(
         only(other_base(), "lin1.base_layer.weight"), strict=False
-    ),
-    "vectors alone": lambda model, _: model.load_state_dict(only(adapted().state_dict(), "default"), strict=False),
-    "from within": lambda model, _: model.get_base_model().load_state_dict(
-        {k.removeprefix("base_model.model."): v for k, v in other_base().items()}
     ),
     "hot swap": lambda model, folder: dvora.hotswap_adapter(model, folder),
 }

@@ -17,17 +17,11 @@ from peft import (
 )
 from torch import Tensor, nn
 
-import dvora
-from dvora import DVoRAConfig, SharedProjections
+from dvora import DVoRAConfig
 from dvora.factors import current_pass, remove_factor_pass
-from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.peft import DVoRALayer
-from tests.peft import tiny
-from tests.peft.dense_weights import DenseModel, gradients_by_parameter
-from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import worst_difference
-from tests.peft.subjects import Subject
-from tests.peft.tiny import MODELS, dvora_layers, same_bits, train_vectors
+from tests.peft.tiny import dvora_layers, same_bits, train_vectors
 
 WIDTH, RANK = 8, 3
 LAYERS = ["lin0", "lin1", "lin2", "lin3"]
@@ -94,7 +88,6 @@ def loss_of(y: Tensor) -> Tensor:
 
 
 def trained(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs and all gradients of one training pass, by name."""
     model.zero_grad()
     y = model(inputs() if x is None else x)
     loss_of(y).backward()
@@ -103,12 +96,10 @@ def trained(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluated(model: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs of a pass without gradients."""
     return {"outputs": model(inputs() if x is None else x)}
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The worst difference of all values, or of the outputs alone."""
     assert found.keys() == expected.keys() or found.keys() == {"outputs"}
     return max(worst_difference(value, expected[name]) for name, value in found.items())
 
@@ -137,99 +128,11 @@ def no_pass_is_left() -> Iterator[None]:
 
 # Factors of whole models by the dense method, whatever PEFT's settings say.
 
-SCALINGS = {"lin1": 1.0, "lin2": 1 / 5, "lin3": 2 / 3}
-"""alpha / r of "patterns"."""
-
-SETTINGS: dict[str, dict[str, object]] = {
-    "defaults": {},
-    "weight": {"direction": "weight"},
-    "detach_norm": {"detach_norm": True},
-    "alpha": {"alpha": 7.5},
-    "patterns": {"rank_pattern": {"lin1": 5, "lin2": 5}, "alpha_pattern": {"lin3": 2.0, "lin2": 1.0}},
-    "strength": {"strength": 0.4},
-    "strengths": {"strength": {"lin1": 0.4, "lin2": -1.5, "lin0|lin3": 1.0}},
-    "biases": {"bias": "dvora_only"},
-    "some vectors": {"train": ["lambda_b", "lambda_d"]},
-    "one vector": {"train": ["magnitude"]},
-    "magnitudes": {"target_modules": ["lin0", "lin2"], "magnitude_modules": ["lin1", "lin3"]},
-    "a rank above the sizes": {"r": 20},
-}
-
-
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_every_pass_is_that_of_the_dense_method(settings: str, distribution: str) -> None:
-    model = adapted(projection_init=distribution, **SETTINGS[settings]).double()
-    # As many tokens as fold.
-    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    dense = DenseModel(tower(), model)
-    for name, scaling in SCALINGS.items() if settings == "patterns" else ():
-        dense.weights[f"{name}.weight"].adapters[0].scaling = scaling
-    y = dense(x)
-    loss_of(y).backward()
-    for _ in range(3):
-        assert worst_difference(trained(model, x)["outputs"], y) < 1e-12
-        for name, gradient in gradients_by_parameter(model).items():
-            assert worst_difference(gradient, dense.gradients()[name]) < 2e-12, name
-        assert worst_difference(evaluated(model, x)["outputs"], y) < 1e-12
-
 
 # Between two passes.
 
 
-def second_and_back(model: PeftModel) -> None:
-    model.set_adapter("second")
-    evaluated(model)
-    layer_of(model).vectors("default").magnitude.data.mul_(1.4)
-    model.set_adapter("default")
-
-
-def replace_first(model: PeftModel) -> None:
-    model.set_adapter("second")
-    model.delete_adapter("default")
-    evaluated(model)
-    model.add_adapter("default", dvora.DVoRAConfig(r=3, target_modules=LAYERS, direction="weight"))
-    train_vectors(model, "default", seed=6)
-    model.set_adapter("default")
-
-
-def merge_there_and_back(model: PeftModel) -> None:
-    model.merge_adapter(["second"])
-    evaluated(model)
-    model.unmerge_adapter()
-    train_vectors(model, seed=8)
-
-
-def disable_for_a_while(model: PeftModel) -> None:
-    with model.disable_adapter():
-        evaluated(model)
-        layer_of(model).vectors("default").lambda_d.data.mul_(1.4)
-
-
-def strength_there_and_back(model: PeftModel) -> None:
-    model.set_strength(0.3)
-    evaluated(model)
-    model.set_strength(1.0)
-    train_vectors(model, seed=4)
-
-
-def write_to_a_strength(model: PeftModel) -> None:
-    model.set_strength(0.3)
-    evaluated(model)
-    layer_of(model).strength("default").data.fill_(0.6)
-
-
 OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
-    "a base layer's state dict": lambda model: layer_of(model).base_layer.load_state_dict(
-        {"weight": torch.eye(8), "bias": torch.ones(8)}
-    ),
-    "the second and back": second_and_back,
-    "both": lambda model: model.base_model.set_adapter(["default", "second"]),
-    "another of the same name": replace_first,
-    "merged and unmerged": merge_there_and_back,
-    "disabled and enabled": disable_for_a_while,
-    "strength there and back": strength_there_and_back,
-    "a strength written to": write_to_a_strength,
     "no bias": lambda model: setattr(layer_of(model).base_layer, "bias", None),
     "a layer replaced": lambda model: setattr(inner(model), CHANGED, copy.deepcopy(layer_of(model, "lin0"))),
     "a layer called twice": lambda model: setattr(inner(model), CHANGED, layer_of(model, "lin0")),
@@ -246,21 +149,6 @@ def test_an_operation_between_passes_is_followed(operation: str) -> None:
         assert worst_difference(before, expected["outputs"]) > 1e-3
         for _ in range(2):
             assert worst(run(model), expected) < 1e-5
-
-
-@pytest.mark.parametrize("layer", CASES)
-def test_every_layer_type_follows_writes_that_are_not_counted(layer: str) -> None:
-    subject = Subject(layer, "float64")
-    model = subject.adapted()
-    for _ in range(3):
-        with torch.no_grad():
-            before = model(subject.x())
-            for name, parameter in model.named_parameters():
-                if ".dvora_" in name:
-                    parameter.data.mul_(1.3)
-            found, expected = model(subject.x()), alone(model)(subject.x())
-        assert subject.close(found, expected)
-        assert not subject.close(found, before)
 
 
 def test_rows_with_adapters_of_their_own_follow_each() -> None:
@@ -297,44 +185,6 @@ def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
 
 
 # What layers of whole models share.
-
-
-def projected(model: PeftModel) -> int:
-    """How often a pass multiplies by A."""
-    times = 0
-    (shared,) = {module for module in model.modules() if isinstance(module, SharedProjections)}
-    project = shared.impl.project
-
-    def counting(x: Tensor, rank: int) -> Tensor:
-        nonlocal times
-        times += 1
-        return project(x, rank)
-
-    shared.impl.project = counting
-    tiny.outputs(model)
-    del shared.impl.project
-    return times
-
-
-READERS = {
-    "llama": (["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], 6),
-    "bert": (["query", "key", "value"], 2),
-    "t5": (["q", "k", "v"], 8),
-}
-"""Targets, and the tensors that two blocks of them read: T5's decoders attend to two each."""
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_every_tensor_is_projected_once_but_where_layers_drop_inputs_of_their_own(name: str) -> None:
-    targets, tensors = READERS[name]
-    model = get_peft_model(MODELS[name](), DVoRAConfig(r=6, target_modules=targets, dvora_dropout=0.5)).eval()
-    train_vectors(model)
-    assert projected(model) == tensors
-    found = tiny.outputs(model)
-    assert same_bits(found, tiny.outputs(alone(model)))
-    for _, layer in dvora_layers(model):
-        layer.dvora_dropout.train()
-    assert projected(model) == len(list(dvora_layers(model)))
 
 
 # The hooks around an adapted model's forward.

@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks.support import RESULT
 from tests.peft.bases import FAMILIES
-from tests.peft.operations_tried import OPERATIONS
-from tests.peft.subjects import DTYPES, PAIRS, Subject
+from tests.peft.operations_tried import DTYPES, OPERATIONS, PAIRS, Subject
 
 RECORDED = (
     {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in json.loads(RESULT.read_text())["rows"]}

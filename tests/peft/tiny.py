@@ -37,7 +37,7 @@ def mlp() -> MLP:
     return _seeded(MLP)
 
 
-def bert() -> BertForSequenceClassification:
+def bert(head: type[nn.Module] = BertForSequenceClassification, num_labels: int = 3) -> nn.Module:
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -45,19 +45,19 @@ def bert() -> BertForSequenceClassification:
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=32,
-        num_labels=3,
+        num_labels=num_labels,
         initializer_range=0.2,
     )
-    return _seeded(lambda: BertForSequenceClassification(config))
+    return _seeded(lambda: head(config))
 
 
-def llama() -> LlamaForCausalLM:
+def llama(key_value_heads: int = 2) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_value_heads,
         intermediate_size=48,
         max_position_embeddings=64,
         pad_token_id=0,
@@ -110,7 +110,6 @@ LAYERS: dict[str, list[str]] = {
 
 
 def inputs(model: nn.Module, rows: int = 4) -> dict[str, Tensor]:
-    """A batch for the model."""
     generator = torch.Generator().manual_seed(rows)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -126,7 +125,6 @@ def inputs(model: nn.Module, rows: int = 4) -> dict[str, Tensor]:
 
 
 def forward(model: nn.Module, rows: int = 4, **options: object) -> Tensor:
-    """What the model returns for `inputs`: its logits."""
     result = model(**inputs(model, rows), **options)
     return result if isinstance(result, Tensor) else result.logits
 
@@ -138,7 +136,6 @@ def outputs(model: nn.Module, rows: int = 4, **options: object) -> Tensor:
 
 
 def loss(model: nn.Module, rows: int = 4) -> Tensor:
-    """A scalar that every output matters to."""
     result = forward(model, rows)
     return (result * torch.linspace(-1, 2, result.numel()).to(result.dtype).view_as(result)).sum()
 

@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bank, convert, count, doctor, inspect, merge, report
+from . import analyze, bank, convert, count, inspect, merge
+from .doctor import doctor
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
 from .generate import generate
 from .predict import predict
+from .report import report
 from .train import train
 
 app = typer.Typer(
@@ -40,11 +42,9 @@ def _options(
     """Options of the program itself."""
 
 
-for command in (train, evaluate, predict, generate):
+for command in (train, evaluate, predict, generate, doctor, report):
     app.command()(command)
-app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze_command)
-app.command("report", epilog=report.EXAMPLES)(report.report_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)

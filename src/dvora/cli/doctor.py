@@ -6,24 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tools.pages.text import listed
 from .errors import check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
 if TYPE_CHECKING:
     from ..tools.doctor import Examination
 
-EXAMPLES = """[bold]Examples[/bold]
-
-    dvora doctor dvora-run
-
-    dvora doctor dvora-run new.csv --rows 16
-
-    dvora doctor adapter --model base --json
-"""
 MANY = 4
 
 
-def doctor_command(
+def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `dvora train`, or of an adapter.")],
     data: Annotated[
         list[str] | None, typer.Argument(help="Labelled rows for a run's model.", show_default="those that it held out")
@@ -44,46 +37,41 @@ def doctor_command(
 ) -> None:
     """Prove that an adapter is right: LoRA, DoRA, VeRA or DVoRA, from `dvora train` or from anywhere.
 
-    Compares every layer with a dense rebuild in float64, gradients with finite
-    differences, the merged model with the adapted one, and the saved file with
-    what a fresh process loads of it; checks values, norms, and what is trained.
+    Compares outputs and gradients of every layer with a dense rebuild in float64,
+    the merged model with the adapted one, and the saved file with what a fresh
+    process loads of it; checks values, norms, and what is trained.
     The exit code is 1 if something failed.
+
+    Examples:
+
+    \b
+    dvora doctor dvora-run
+    dvora doctor dvora-run new.csv --rows 16
+    dvora doctor adapter --model base --json
     """
     with one_line(debug), wrong_input():
         check_there(folder)
         from ..recipes.reports.examination import examine_folder
         from ..recipes.settings import Trust
 
-        found = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
+        examination = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
         shown = Output(as_json, quiet)
-        values = _json(found) if as_json else _tables(found)
-        shown.result(values, f"Doctor's findings on {folder}", verdict=f"Verdict: {found.verdict}")
-        if not found.failed:
-            shown.next_step("dvora", "merge", str(folder), "--output", "merged", why="a model without dvora")
-    if found.failed:
-        raise typer.Exit(1)
+        values = {"healthy": examination.healthy, "verdict": examination.verdict, **asdict(examination)}
+        shown.result(
+            values if as_json else _tables(examination),
+            f"Doctor's findings on {folder}",
+            verdict=f"Verdict: {examination.verdict}",
+        )
+        if examination.failed:
+            raise typer.Exit(1)
+        shown.next_step("dvora", "merge", str(folder), "--output", "merged", why="a model without dvora")
 
 
-def _json(found: "Examination") -> dict[str, Any]:
-    return {
-        "healthy": found.healthy,
-        "verdict": found.verdict,
-        "layers": found.layers,
-        "looked_at": found.looked_at,
-        "findings": [asdict(finding) for finding in found.findings],
-    }
-
-
-def _tables(found: "Examination") -> dict[str, Any]:
+def _tables(examination: "Examination") -> dict[str, Any]:
     advice = [
-        {"check": finding.check, "advice": finding.advice, "where": _shortened(finding.layers)}
-        for finding in found.findings
+        {"check": finding.check, "advice": finding.advice, "where": listed(finding.layers, MANY)}
+        for finding in examination.findings
         if finding.advice
     ]
-    looked_at = f"{found.looked_at} of {found.layers}"
-    return {"layers_looked_at": looked_at, "findings": found.rows(), **({"what_to_do": advice} if advice else {})}
-
-
-def _shortened(layers: tuple[str, ...]) -> str:
-    more = f" and {len(layers) - MANY} more" if len(layers) > MANY else ""
-    return ", ".join(layers[:MANY]) + more
+    looked_at = f"{examination.looked_at} of {examination.layers}"
+    return {"layers_looked_at": looked_at, "findings": examination.rows()} | ({"what_to_do": advice} if advice else {})

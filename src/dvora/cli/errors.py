@@ -3,10 +3,8 @@
 import errno
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,20 +17,17 @@ import typer
 from typer.core import TyperGroup
 
 from ..extras import missing
-from .output import kept_stdout, print_line
+from .output import print_line, results_alone
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
 
 
-_FULL = "no space left; free some, or choose a folder on another disk"
-_ADVICE = {
-    errno.ENOSPC: _FULL,
+_ADVICE: dict[int | None, str] = {
+    errno.ENOSPC: "no space left; free some, or choose a folder on another disk",
     errno.EDQUOT: "no space left in your quota; free some, or choose a folder on another disk",
-    errno.EFBIG: "file too large for this disk or for the limit of this shell (ulimit -f); choose another folder",
     errno.EROFS: "the disk is read-only; choose another folder",
     errno.EACCES: "permission denied; change the permissions, or choose another one",
-    errno.EPERM: "not permitted; change the permissions, or choose another one",
 }
 """What to do about errors of the system, by their number."""
 _TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -50,8 +45,9 @@ def check_there(*paths: str | Path | None) -> None:
     Raises:
         UsageError: one is not.
     """
-    if missing_ones := [path for path in paths if path is not None and not Path(path).exists()]:
-        raise UsageError(f"{missing_ones[0]}: no such file or folder")
+    for path in paths:
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"{path}: no such file or folder")
 
 
 def check_page(page: Path) -> None:
@@ -91,9 +87,8 @@ def one_line(debug: bool) -> Iterator[None]:
     Args:
         debug: show the traceback too.
     """
-    interrupts: list[int] = []
     try:
-        with kept_stdout(), _noted(interrupts), warnings.catch_warnings():
+        with results_alone(), warnings.catch_warnings():
             # Of one library for the authors of another; nobody at a terminal can do anything about them.
             warnings.simplefilter("ignore", FutureWarning)
             yield
@@ -107,68 +102,12 @@ def one_line(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:  # no traceback unless --debug asks for it
-        if interrupts:
-            # Libraries in C++ raise an error of their own on an interrupt.
-            print_line("stopped")
-            raise typer.Exit(INTERRUPTED) from None
         if debug:
             for line in traceback.format_exc().splitlines():
                 print_line(line)
-        wrong_use = isinstance(error, UsageError) or _lacks_an_extra(error)
-        print_line(f"Error: {_message(error)}")
-        raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
-
-
-@contextmanager
-def _noted(interrupts: list[int]) -> Iterator[None]:
-    """Record every Ctrl-C and raise KeyboardInterrupt, unless the signal is handled or ignored elsewhere."""
-
-    def note(number: int, _: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _lacks_an_extra(error: Exception) -> bool:
-    return isinstance(error, ImportError) and missing(error) is not None
-
-
-def _message(error: Exception) -> str:
-    """The message of an error, in one line."""
-    if isinstance(error, ImportError) and (message := missing(error)):
-        return message
-    text = " ".join(str(error).split())
-    place = error.filename if isinstance(error, OSError) else None
-    if (number := _system_error(error, text)) in _ADVICE:
-        return f"{place or 'a file could not be written'}: {_ADVICE[number]}"
-    if isinstance(error, FileNotFoundError) and not place and _is_here_gone():
-        return "the folder that this command was started in is gone; change to one that is there"
-    if isinstance(error, OSError) and error.strerror and place:
-        return f"{place}: {error.strerror}"
-    if isinstance(error, RecursionError):
-        return "something in these files is nested too deeply"
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _is_here_gone() -> bool:
-    """Whether the working directory has been removed."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        return True
-    return False
+        advice = missing(error) if isinstance(error, ImportError) else None
+        print_line(f"Error: {advice or _message(error)}")
+        raise typer.Exit(WRONG_USE if advice or isinstance(error, UsageError) else FAILED) from None
 
 
 @contextmanager
@@ -176,10 +115,22 @@ def wrong_input() -> Iterator[None]:
     """Around work whose ValueErrors are all about its input: they become wrong use."""
     try:
         yield
-    except UsageError:
-        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _message(error: Exception) -> str:
+    """The message of an error, in one line."""
+    text = " ".join(str(error).split())
+    place = error.filename if isinstance(error, OSError) else None
+    if advice := _ADVICE.get(_system_error(error, text)):
+        return f"{place or 'a file could not be written'}: {advice}"
+    if isinstance(error, FileNotFoundError) and not place:
+        # Only the system's question for the working directory names no file.
+        return "the folder that this command was started in is gone; change to one that is there"
+    if isinstance(error, OSError) and error.strerror and place:
+        return f"{place}: {error.strerror}"
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _system_error(error: Exception, text: str) -> int | None:
@@ -187,8 +138,8 @@ def _system_error(error: Exception, text: str) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     # safetensors is written in Rust.
-    if found := re.search(r"\(os error (\d+)\)", text):
-        return int(found[1])
+    if code := re.search(r"\(os error (\d+)\)", text):
+        return int(code[1])
     # torch says no more than that its archive is incomplete.
     return errno.ENOSPC if any(word in text for word in _TORCH_WRITES) and "Reader" not in text else None
 
@@ -218,18 +169,18 @@ def _typed_wrongly() -> Iterator[None]:
             raise
         context = cast(Any, error).ctx
         if context and (typed := vars(error).get("option_name")):
-            known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-            near = nearest_option(typed, known)
+            options = [name for parameter in context.command.params for name in parameter.opts if name[:2] == "--"]
+            near = nearest_option(typed, options)
             message = f"No such option {typed}" + (f", did you mean {near}" if near else "")
         program = context.command_path if context else "dvora"
         print_line(f"Error: {message.rstrip('.?')}; {program} --help shows what there is")
         raise typer.Exit(WRONG_USE) from None
 
 
-def nearest_option(typed: str, known: Sequence[str]) -> str | None:
+def nearest_option(typed: str, options: Sequence[str]) -> str | None:
     """The option that was probably meant: by its initials (--lr), by one of its words (--steps), or by its letters."""
     name = typed.lstrip("-").replace("_", "-").lower()
-    words = {each: each.lstrip("-").split("-") for each in known}
-    by_initials = [each for each, parts in words.items() if "".join(part[0] for part in parts) == name]
-    by_word = [each for each, parts in words.items() if name in parts]
-    return next(iter((*by_initials, *get_close_matches(f"--{name}", known, n=1), *by_word)), None)
+    words = {option: option.lstrip("-").split("-") for option in options}
+    by_initials = [option for option, parts in words.items() if "".join(part[0] for part in parts) == name]
+    by_word = [option for option, parts in words.items() if name in parts]
+    return next(iter((*by_initials, *get_close_matches(f"--{name}", options, n=1), *by_word)), None)

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
+from .output import Debug, Download, Json, LabelColumn, Output, OwnCode, Quiet, SecondTextColumn, TextColumn
 
 if TYPE_CHECKING:
     from ..recipes.reports.evaluation import Evaluation
     from ..recipes.run_folder import Run
-
-_COLUMNS, TRAINED = "Columns of the files", "as in the training data"
 
 
 def evaluate(
@@ -27,16 +25,9 @@ def evaluate(
         bool,
         typer.Option("--base", help="Also evaluate the base: a language model before training, else the head alone."),
     ] = False,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
-    second_text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of the class or number.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
+    label_column: LabelColumn = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the result, as JSON, to this file.")
     ] = None,
@@ -59,11 +50,7 @@ def evaluate(
     dvora evaluate dvora-run new.csv --label-column verdict
     dvora evaluate runs/play --base --output play.json
     """
-    columns = {
-        "text_column": text_column,
-        "second_text_column": second_text_column,
-        "label_column": label_column,
-    }
+    columns = {"text_column": text_column, "second_text_column": second_text_column, "label_column": label_column}
     with one_line(debug), wrong_input():
         if output is not None:
             check_writable(output)
@@ -71,7 +58,7 @@ def evaluate(
         from ..recipes.run_folder import read_run
         from ..recipes.settings import Trust
 
-        found = read_run(run, Trust(own_code, download))
+        finished = read_run(run, Trust(own_code, download))
         # After all that can be wrong without them: libraries of models take seconds.
         from ..recipes.files import typed
         from ..recipes.reports.evaluation import evaluate_run
@@ -79,14 +66,14 @@ def evaluate(
         from ..whole_files import write_atomically
 
         shown = Output(as_json, quiet)
-        evaluation = evaluate_run(found, data or [], columns, base, shown.note)
+        evaluation = evaluate_run(finished, data or [], columns, base, shown.note)
         sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
-        result = _shown(found, data or [], evaluation, as_json) | ({"verdict": sentences} if as_json else {})
+        result = _shown(finished, data or [], evaluation, as_json) | ({"verdict": sentences} if as_json else {})
         if output is not None:
             write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
-        title = f"{found.settings.method} on {found.settings.task}"
+        title = f"{finished.settings.method} on {finished.settings.task}"
         shown.result(result, title=title, verdict="\n".join(sentences))
-        if found.settings.task == "causal-lm":
+        if finished.settings.task == "causal-lm":
             shown.next_step("dvora", "generate", str(run), "Once upon a time")
         else:
             shown.next_step("dvora", "predict", str(run), "new.csv", "--output", "predicted.csv")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -99,11 +99,11 @@ def generate(
         check_there(file, adapter)
         from ..recipes.settings import Trust
 
-        found = _chosen(run, adapter, model, Trust(own_code, download))
+        finished = _chosen(run, adapter, model, Trust(own_code, download))
         from ..recipes.reports.generation import Generator, Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        generator = Generator(found, not only_adapter)
+        generator = Generator(finished, not only_adapter)
         _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
         if results().isatty():
             shown.next_step("dvora", "merge", str(run or adapter), "--output", "merged", why="a model without dvora")
@@ -124,59 +124,50 @@ def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Tr
 
 
 def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[str]:
+    from ..recipes.data.tables import stream_lines, stream_table
+
     if prompt is not None:
         if file is not None:
             raise UsageError("both a prompt and --file are given; give one of them")
         return iter([prompt])
-    if file is None and sys.stdin.isatty():
+    if file is not None:
+        lines = (row["text"] for _, row in stream_table(file, None, shown.note, suffix=".txt"))
+    elif sys.stdin.isatty():
         raise UsageError('there is no prompt; give one, as in: dvora generate RUN "Once upon a time"')
-    return _lines(file, shown)
-
-
-def _lines(file: Path | None, shown: Output) -> Iterator[str]:
-    from ..recipes.data.tables import stream_lines, stream_table
-
-    if file is None:
-        yield from (line for _, line in stream_lines(sys.stdin.buffer, "stdin") if line.strip())
-        return
-    rows = stream_table(file, None, shown.note, suffix=".txt")
-    yield from (row["text"] for _, row in rows if row["text"].strip())
+    else:
+        lines = (line for _, line in stream_lines(sys.stdin.buffer, "stdin"))
+    return filter(str.strip, lines)
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:
     from ..recipes.data.row_files import json_lines, json_object
 
     if stdout.isatty() and not as_json:
-        for number, found in enumerate(continuations):
-            _show(found, stdout, first=not number)
+        for continuation in continuations:
+            _show(continuation, stdout)
         return
-    rows = map(_row, continuations)
+    rows = ({name: text for name, text in asdict(each).items() if text is not None} for each in continuations)
     for text in json_object(rows, "continuations") if as_json else json_lines(rows):
         typer.echo(text.encode(), file=stdout, nl=False)
 
 
-def _row(found: "Continuation") -> dict[str, Any]:
-    return {name: value for name, value in asdict(found).items() if value is not None}
-
-
-def _show(found: "Continuation", stdout: TextIO, first: bool) -> None:
+def _show(continuation: "Continuation", stdout: TextIO) -> None:
+    """The prompt, and below it one text, or two beside each other."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    def lines(text: str) -> Text:
+        return Text("\n".join(map(visible, text.expandtabs().split("\n"))))
+
+    columns = {"with the adapter": continuation.with_adapter}
+    if continuation.without_adapter is not None:
+        columns["without"] = continuation.without_adapter
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True, show_header=len(columns) > 1)
+    for name in columns:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*map(lines, columns.values()))
     console = Console(file=stdout, highlight=False)
-    if not first:
-        console.print()
-    console.print(Text(_lines_of(found.prompt), style="bold"))
-    if found.without_adapter is None:
-        console.print(Text(_lines_of(found.with_adapter)))
-        return
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
-    table.add_column("with the adapter", ratio=1, overflow="fold")
-    table.add_column("without", ratio=1, overflow="fold")
-    table.add_row(Text(_lines_of(found.with_adapter)), Text(_lines_of(found.without_adapter)))
+    console.print(lines(continuation.prompt), style="bold")
     console.print(table)
-
-
-def _lines_of(text: str) -> str:
-    return "\n".join(map(visible, text.expandtabs().split("\n")))
+    console.print()

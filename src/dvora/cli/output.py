@@ -25,11 +25,22 @@ OwnCode = Annotated[
         "--trust-remote-code", help="Run Python code that comes with the base, if it has any.", rich_help_panel=_BASE
     ),
 ]
+_COLUMNS, _TRAINED = "Columns of the files", "as in the training data"
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
+]
+SecondTextColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the second text of a pair.", show_default=_TRAINED, rich_help_panel=_COLUMNS),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of the class or number.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
 LONGEST = 2000
 """Letters of a message; errors repeat what is in files, which may be long."""
-_kept: ContextVar[TextIO | None] = ContextVar("kept", default=None)
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
 
 class Output:
@@ -61,23 +72,29 @@ class Output:
         from rich.text import Text
 
         console = Console(file=results(), highlight=False)
+
+        def print_bold(line: str) -> None:
+            console.print(Text(visible(line), style="bold"))
+
+        def print_pairs(pairs: Mapping[str, Any]) -> None:
+            _print_table(console, [{"": spaced(name), " ": value} for name, value in pairs.items()], headed=False)
+
         if title:
-            console.print(Text(visible(title), style="bold"))
-        single = {name: value for name, value in values.items() if not _is_rows(value)}
-        if single:
-            _print_table(console, [{"": spaced(name), " ": value} for name, value in single.items()], headed=False)
-        for name, rows in values.items():
-            if _is_rows(rows):
-                console.print()
-                console.print(Text(visible(spaced(name)), style="bold"))
-                _print_table(console, rows)
+            print_bold(title)
+        tables = {name: value for name, value in values.items() if _is_rows(value)}
+        if single := {name: value for name, value in values.items() if name not in tables}:
+            print_pairs(single)
+        for name, rows in tables.items():
+            console.print()
+            print_bold(spaced(name))
+            _print_table(console, rows)
         if legend:
             console.print()
-            _print_table(console, [{"": spaced(name), " ": meaning} for name, meaning in legend.items()], headed=False)
+            print_pairs(legend)
         if verdict:
             console.print()
             for line in verdict.splitlines():
-                console.print(Text(visible(line), style="bold"))
+                print_bold(line)
 
     def note(self, text: str) -> None:
         """Say something on stderr."""
@@ -129,18 +146,14 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
 
 
 @contextmanager
-def kept_stdout() -> Iterator[TextIO]:
-    """Redirect what is printed to stderr, and yield the stream for results."""
-    kept = _kept.get()
-    if kept is not None:
-        yield kept
-        return
-    token = _kept.set(sys.stdout)
+def results_alone() -> Iterator[None]:
+    """Keep stdout for results: what is printed goes to stderr."""
+    token = _results.set(results())
     try:
         with redirect_stdout(sys.stderr):
-            yield results()
+            yield
     finally:
-        _kept.reset(token)
+        _results.reset(token)
 
 
 def print_line(text: str) -> None:
@@ -150,5 +163,5 @@ def print_line(text: str) -> None:
 
 
 def results() -> TextIO:
-    """The stream for results: stdout, also while it is kept."""
-    return _kept.get() or sys.stdout
+    """The stream for results: stdout, also while what is printed goes elsewhere."""
+    return _results.get() or sys.stdout

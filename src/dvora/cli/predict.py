@@ -13,14 +13,11 @@ import typer
 from ..tools.pages.text import shown as as_text
 from ..tools.pages.text import visible
 from .errors import UsageError, check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
+from .output import Debug, Download, Json, Output, OwnCode, Quiet, SecondTextColumn, TextColumn, results
 
 if TYPE_CHECKING:
-    from ..recipes.data.new_files import Input
     from ..recipes.reports.prediction import Predicted
-    from ..recipes.run_folder import Run
 
-_COLUMNS, TRAINED = "Columns of the file", "as in the training data"
 STREAM = "-"
 
 
@@ -37,13 +34,8 @@ def predict(
         bool, typer.Option("--all-probabilities", help="A column with the probability of every class.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 32,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text.", show_default=TRAINED, rich_help_panel=_COLUMNS)
-    ] = None,
-    second_text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of the second text of a pair.", show_default=TRAINED, rich_help_panel=_COLUMNS),
-    ] = None,
+    text_column: TextColumn = None,
+    second_text_column: SecondTextColumn = None,
     safe_csv: Annotated[
         bool,
         typer.Option(
@@ -81,15 +73,22 @@ def predict(
         from ..recipes.run_folder import read_run
         from ..recipes.settings import Trust
 
-        found = read_run(run, Trust(own_code, download))
+        finished = read_run(run, Trust(own_code, download))
+        from ..recipes.data.new_files import file_inputs, line_inputs, reading_settings
+        from ..recipes.data.tables import stream_lines
         from ..recipes.reports.prediction import Predictor
 
-        predictor = Predictor(found)
+        predictor = Predictor(finished)
         # Whoever types lines wants an answer to each.
         size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-        predicted = predictor.predict(_inputs(file, found, columns, shown), size, all_probabilities)
+        settings = reading_settings(finished, columns)
+        if file == STREAM:
+            inputs = line_inputs(stream_lines(sys.stdin.buffer, "stdin"), settings)
+        else:
+            inputs = file_inputs(Path(file), settings, shown.note)
+        predicted = predictor.predict(inputs, size, all_probabilities)
         if output == STREAM:
-            _print(predicted, found, as_json, results())
+            _print(predicted, finished.labels, as_json, results())
         else:
             summary = _write(predicted, Path(output), safe_csv)
         if cut := predictor.truncation.sentence(predictor.length):
@@ -101,23 +100,13 @@ def predict(
 
 
 def _check_output(output: str, safe: bool) -> None:
-    if output == STREAM:
-        if safe:
-            raise UsageError("--safe-csv is for a csv or tsv file; name one with --output")
-        return
     from ..recipes.data.row_files import writer_for
 
-    writer_for(Path(output).suffix, safe)
-    check_writable(Path(output))
-
-
-def _inputs(file: str, run: "Run", columns: dict[str, str | None], shown: Output) -> "Iterator[Input]":
-    from ..recipes.data.new_files import file_inputs, line_inputs
-    from ..recipes.data.tables import stream_lines
-
-    if file == STREAM:
-        return line_inputs(stream_lines(sys.stdin.buffer, "stdin"), run, columns)
-    return file_inputs(Path(file), run, columns, shown.note)
+    if output != STREAM:
+        writer_for(Path(output).suffix, safe)
+        check_writable(Path(output))
+    elif safe:
+        raise UsageError("--safe-csv is for a csv or tsv file; name one with --output")
 
 
 def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
@@ -127,32 +116,28 @@ def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str
     from ..whole_files import new_file
 
     counts: Counter[str] = Counter()
-    rows = 0
 
     def counted() -> Iterator[dict[str, Any]]:
-        nonlocal rows
-        for found in predicted:
-            rows += 1
-            prediction = found.columns["prediction"]
-            if isinstance(prediction, str):
-                counts[prediction] += 1
-            yield found.row
+        for row in predicted:
+            prediction = row.columns["prediction"]
+            counts[prediction if isinstance(prediction, str) else ""] += 1
+            yield row.row
 
     with new_file(typed(path)) as file:
         for text in writer_for(path.suffix, safe)(counted()):
             file.write(text.encode())
-    return {"output": str(path), "rows": rows, **({"predicted": dict(counts.most_common())} if counts else {})}
+    classes = {} if "" in counts else {"predicted": dict(counts.most_common())}
+    return {"output": str(path), "rows": counts.total(), **classes}
 
 
-def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: TextIO) -> None:
+def _print(predicted: "Iterable[Predicted]", labels: tuple[str, ...], as_json: bool, stdout: TextIO) -> None:
     from ..recipes.data.row_files import json_lines, json_object
 
-    if as_json:
-        texts = json_object((found.row for found in predicted), "predictions")
-    elif stdout.isatty():
-        texts = _table(predicted, run.labels, shutil.get_terminal_size().columns)
+    if stdout.isatty() and not as_json:
+        texts = _table(predicted, labels, shutil.get_terminal_size().columns)
     else:
-        texts = json_lines(found.row for found in predicted)
+        rows = (row.row for row in predicted)
+        texts = json_object(rows, "predictions") if as_json else json_lines(rows)
     for text in texts:
         typer.echo(text.encode(), file=stdout, nl=False)
 
@@ -160,12 +145,12 @@ def _print(predicted: "Iterable[Predicted]", run: "Run", as_json: bool, stdout: 
 def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:
     """Lines to be read, each as soon as it is known: the prediction, then as much of the row as has room."""
     first = max(len("prediction"), *(len(visible(label)) for label in labels), 0)
-    for number, found in enumerate(predicted):
-        rest = {name: value for name, value in found.columns.items() if name != "prediction"}
+    for number, row in enumerate(predicted):
+        rest = {name: value for name, value in row.columns.items() if name != "prediction"}
         if not number:
-            yield visible("  ".join(["prediction".ljust(first), *rest, *found.input.row]))[:width] + "\n"
-        prediction = found.columns["prediction"]
+            yield visible("  ".join(["prediction".ljust(first), *rest, *row.input.row]))[:width] + "\n"
+        prediction = row.columns["prediction"]
         numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
-        texts = [" ".join(str(value).split()) for value in found.input.row.values()]
+        texts = [" ".join(str(value).split()) for value in row.input.row.values()]
         cells = [as_text(prediction).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
         yield "  ".join(cells)[:width] + "\n"

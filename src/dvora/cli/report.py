@@ -8,15 +8,8 @@ import typer
 from .errors import check_page, check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 
-EXAMPLES = """[bold]Examples[/bold]
 
-    dvora report dvora-run
-
-    dvora report dvora-run --against head-run --output compared.html
-"""
-
-
-def report_command(
+def report(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The page.", show_default="RUN.html")] = None,
     against: Annotated[
@@ -33,6 +26,12 @@ def report_command(
     """Write a page on a run: what was trained, curves, what the adapter changed, sizes, and the doctor's table.
 
     One HTML file that needs nothing else: no server, no scripts, no network.
+
+    Examples:
+
+    \b
+    dvora report dvora-run
+    dvora report dvora-run --against head-run --output compared.html
     """
     with one_line(debug), wrong_input():
         page = output or Path(f"{run.resolve().name}.html")

@@ -10,7 +10,7 @@ Nothing here is fast, and nothing is shared with what it is compared with.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -50,32 +50,27 @@ class Term:
 
     def values(self) -> dict[str, Tensor]:
         """The current trained parameters, in float64."""
-        return {name: parameter.detach().double() for name, parameter in self.parameters.items()}
+        return {name: parameter.double() for name, parameter in self.parameters.items()}
 
-    def delta(self, values: Values, weight: Float[Tensor, "O I"], norm: Tensor | None = None) -> Float[Tensor, "O I"]:
-        """`W' - W` in float64.
-
-        Args:
-            values: the trained ones.
-            weight: W.
-            norm: of the rows of V', to hold it while the values move; None computes it.
-        """
+    def delta(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        """`W' - W` in float64, for `weight` W; where autograd records, it has the gradients of the definition."""
+        values = self.values()
         updated = self.updated(values, weight)
         if self.magnitude is not None:
-            norm = self.norm(values, weight) if norm is None else norm
-            gain = torch.where(norm > 0, values[self.magnitude].flatten() / norm, 1.0)
+            norm = self.norm(weight).detach() if self.detached else self.norm(weight)
+            # A gradient through a quotient by zero is no number, even where the quotient is not taken.
+            gain = torch.where(norm > 0, values[self.magnitude].flatten() / torch.where(norm > 0, norm, 1.0), 1.0)
             updated = gain[:, None] * updated
         return self.strength * (updated - weight)
 
     def moves(self, weight: Float[Tensor, "O I"]) -> bool:
         """Whether it changes the weight by more than rounding; values that are no numbers do."""
         precision = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters.values())
-        change = self.delta(self.values(), weight)
-        return not bool(change.norm() <= 4 * precision * weight.norm())
+        return not bool(self.delta(weight).norm() <= 4 * precision * weight.norm())
 
-    def norm(self, values: Values, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
+    def norm(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
         """Norms of the rows of V'."""
-        norms: Tensor = torch.linalg.vector_norm(self.updated(values, weight), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.updated(self.values(), weight), dim=1)
         return norms
 
 
@@ -134,7 +129,7 @@ class Subject:
 
     def rebuilt(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W' of all its terms together."""
-        return weight + sum(term.delta(term.values(), weight) for term in self.terms)
+        return weight + sum(term.delta(weight) for term in self.terms)
 
 
 def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterator[Subject]:
@@ -161,22 +156,16 @@ def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
     # Parameters and attention's projections are read by the modules around them.
     if not terms or (is_dvora and layer.layer_type.low_rank is None):
         return None
-    layout = layer.layer_type.layout if is_dvora else _layout(base)
-    if layout is None or not _is_plain(base):
-        layout = None
-        if not isinstance(getattr(base, "in_features", None), int):
-            return None
-    return Subject(name, layer, base, terms, layout)
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether it keeps its weight as a tensor of numbers that are what they seem."""
+    layout = next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
+    if is_dvora:
+        layout = layer.layer_type.layout
     weight = base._parameters.get("weight")
-    return type(weight) in (Tensor, nn.Parameter) and cast(Tensor, weight).is_floating_point()
-
-
-def _layout(base: nn.Module) -> WeightLayout | None:
-    return next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        # It has no weight, or one whose numbers are not what they seem.
+        layout = None
+    if layout is None and not isinstance(getattr(base, "in_features", None), int):
+        return None
+    return Subject(name, layer, base, terms, layout)
 
 
 def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:

@@ -1,13 +1,12 @@
 """Rows as text: read back as they were written, one at a time."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dvora.recipes.data.row_files import json_object, writer_for
+from dvora.recipes.data.row_files import writer_for
 from dvora.recipes.data.tables import stream_table
 
 ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
@@ -39,14 +38,3 @@ def test_a_table_keeps_the_columns_of_its_first_row() -> None:
     assert "".join(writer_for(".csv")([{"a": 1, "b": 2}, {"b": 3}])) == "a,b\n1,2\n,3\n"
     with pytest.raises(ValueError, match=r"row 2 has 'c', which the first row lacks.*write \.jsonl"):
         list(writer_for(".csv")([{"a": 1}, {"a": 2, "c": 3}]))
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_one_object(count: int) -> None:
-    rows = [{"a": number} for number in range(count)]
-    assert json.loads("".join(json_object(rows, "rows"))) == {"rows": rows}
-
-
-def test_an_unknown_suffix() -> None:
-    with pytest.raises(ValueError, match=r"'\.cvs' names no format that is written here, did you mean '\.csv'"):
-        writer_for(".cvs")

@@ -77,7 +77,6 @@ def test_rows_of_held_out_files_are_in_no_other_part(tmp_path: Path, part: str) 
         (["text,label", "a,1", "b,2"], {"text_column": "label", "label_column": "label"}, "two columns have one name"),
         (["text,rating", "a,1", "b,good"], {"task": "regression"}, "row 2: the label 'good' is not a number"),
         (["text,rating", "a,1", "b,inf"], {"task": "regression"}, "row 2: the label 'inf' is not finite"),
-        (["text"], {}, "a.csv has no rows"),
     ],
 )
 def test_bad_data_is_reported_with_its_place(

@@ -1,6 +1,5 @@
 """Continuations: the adapted model's and the base's, as if each were alone; drawn from a seed and nothing else."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,19 +155,26 @@ def test_values_out_of_range_are_reported(values: dict[str, float], message: str
         Sampling(**values)  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_generate_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, r"holds no adapter_config\.json"),
+        ("{", r"adapter_config\.json is damaged"),
+        ("{}", "has no peft_type"),
+        ('{"peft_type": "DVORA"}', "does not name its base model; give it with --model"),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_is_refused(
+    models: dict[str, Path], tmp_path: Path, settings: str | None, message: str
+) -> None:
+    save(models["llama"], tmp_path, task_type="CAUSAL_LM")
+    (tmp_path / "adapter_config.json").unlink()
+    if settings is not None:
+        (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(ValueError, match=message):
+        as_run(tmp_path, None)
+
+
+def test_a_model_that_does_not_generate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
         Generator(finished("text-classification", tmp_path))
-    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
-        as_run(tmp_path, None)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
-        as_run(tmp_path, None)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no peft_type"):
-        as_run(tmp_path, None)
-    save(models["llama"], tmp_path, task_type="CAUSAL_LM")
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not name its base model; give it with --model"):
-        as_run(tmp_path, None)

@@ -11,14 +11,14 @@ from dvora.tools.analysis import analyze, layer_type
 from dvora.tools.analysis.measures import change
 from dvora.tools.analysis.pictures import log_limits
 from tests.peft import tiny
-from tests.tools.doctor.patients import METHODS, adapted, patient
+from tests.tools.doctor.models import METHODS, adapted, small_model
 
 LAYERS = ["lin0", "lin1", "lin2"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_are_moved_as_a_merge_moves_them(method: str) -> None:
-    model = patient(method)
+    model = small_model(method)
     found = analyze(model).changes[0]
     assert [each.layer for each in found] == LAYERS
     before = {name: tiny.mlp().get_submodule(name).weight.detach().double() for name in LAYERS}
@@ -30,21 +30,21 @@ def test_layers_are_moved_as_a_merge_moves_them(method: str) -> None:
 
 
 def test_the_magnitude_alone_turns_nothing() -> None:
-    found = analyze(patient("magnitude")).changes[0]
+    found = analyze(small_model("magnitude")).changes[0]
     assert max(each.change.degrees for each in found) < 1e-5
     assert min(each.change.magnitude for each in found) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_an_update_has_the_rank_of_its_method(method: str) -> None:
-    for each in analyze(patient(method)).changes[0]:
+    for each in analyze(small_model(method)).changes[0]:
         rank = {"lora": 4, "vera": 8}[method]
         assert sum(value > 1e-6 for value in each.spectrum.values) <= rank
         assert 1 <= each.spectrum.effective_rank <= rank
 
 
 def with_two(method: str) -> PeftModel:
-    model = patient(method)
+    model = small_model(method)
     model.add_adapter("other", METHODS[method](target_modules=LAYERS))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def test_opposite_adapters_are_reported() -> None:
 
 
 def test_an_untrained_adapter_has_changed_nothing() -> None:
-    found = analyze(patient(moved=0.0))
+    found = analyze(small_model(moved=0.0))
     assert max(each.change.size for each in found.changes[0]) < 1e-6
     assert found.correlation() is None or -1 <= found.correlation() <= 1
 
@@ -87,7 +87,7 @@ def test_the_correlation_is_that_of_magnitude_and_direction() -> None:
 
 
 def test_the_analysis_is_json() -> None:
-    content = json.loads(json.dumps(analyze(patient()).to_dict()))
+    content = json.loads(json.dumps(analyze(small_model()).to_dict()))
     assert [layer["layer"] for layer in content["adapters"][0]["layers"]] == LAYERS
     assert content["similarity"] == [[1.0]]
 
@@ -95,7 +95,7 @@ def test_the_analysis_is_json() -> None:
 def test_what_cannot_be_analyzed_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a PeftModel, got MLP"):
         analyze(tiny.mlp())  # type: ignore[arg-type]
-    model = patient()
+    model = small_model()
     with pytest.raises(ValueError, match="no adapter 'else', only default"):
         analyze(model, ["else"])
     model.merge_adapter()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dvora.tools.doctor import Finding, examine
 from dvora.training import parameter_groups, recommended_rates
 from tests.peft import tiny
-from tests.tools.doctor.patients import METHODS, adapted, four_bits, inputs, patient
+from tests.tools.doctor.models import METHODS, adapted, four_bits, inputs, small_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
@@ -30,14 +30,14 @@ def layer(model: PeftModel, name: str = "lin1") -> Any:
 
 @pytest.mark.parametrize(("method", "option"), [("dvora", "init_weights"), ("lora", "init_lora_weights")])
 def test_a_start_that_is_not_the_base(method: str, option: str) -> None:
-    found = finding(patient(method, **{option: False}), "identity at the start")
+    found = finding(small_model(method, **{option: False}), "identity at the start")
     assert found.status == "fail"
     assert option in found.advice
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_that_computes_something_else(method: str) -> None:
-    model = patient(method)
+    model = small_model(method)
     broken, right = layer(model), layer(model).forward
     broken.forward = lambda x, *rest, **more: right(x, *rest, **more) + 1e-3 * x[..., :1]
     found = finding(model, "outputs")
@@ -47,14 +47,14 @@ def test_a_layer_that_computes_something_else(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("wrong", [lambda g: 1.01 * g, lambda g: torch.where(g > 0, g, 0)], ids=["longer", "cut"])
 def test_a_gradient_that_is_not_one(method: str, wrong: Callable[[Tensor], Tensor]) -> None:
-    model = patient(method)
+    model = small_model(method)
     next(each for each in layer(model).parameters() if each.requires_grad).register_hook(wrong)
     found = finding(model, "gradients")
     assert (found.status, found.layers) == ("fail", ("lin1",))
 
 
 def test_norms_of_a_base_that_was_changed_behind_its_back() -> None:
-    model = patient()
+    model = small_model()
     # Through NumPy, which bypasses autograd's count of changes.
     layer(model).base_layer.weight.detach().numpy()[:] *= 1.1
     found = examine(model, inputs(), fresh_process=False)
@@ -63,7 +63,7 @@ def test_norms_of_a_base_that_was_changed_behind_its_back() -> None:
 
 
 def test_rows_that_the_update_cancels() -> None:
-    model = patient("dora", r=10, lora_alpha=10)
+    model = small_model("dora", r=10, lora_alpha=10)
     first = layer(model, "lin0")
     with torch.no_grad():
         first.lora_A["default"].weight.copy_(torch.eye(10))
@@ -73,30 +73,31 @@ def test_rows_that_the_update_cancels() -> None:
 
 
 class WithSpare(tiny.MLP):
-    """Has a layer that nobody calls, and one that no gradient reaches."""
+    """Has a layer that nobody calls, one that no gradient reaches, and one whose gradient is zero."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.spare = nn.Linear(24, 24)
+        self.spare, self.idle = nn.Linear(24, 24), nn.Linear(24, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(torch.tanh(self.lin1(torch.tanh(self.lin0(x)).detach())))
+        hidden = torch.tanh(self.lin0(x)).detach()
+        return self.lin2(torch.tanh(self.lin1(hidden + 0 * self.idle(hidden))))
 
 
 @pytest.mark.parametrize("method", ["dvora", "lora", "vera"])
 def test_layers_that_are_not_called_and_values_that_no_gradient_reaches(method: str) -> None:
-    model = adapted(WithSpare(), method, ["lin0", "lin1", "spare"])
+    model = adapted(WithSpare(), method, ["lin0", "lin1", "spare", "idle"])
     called = finding(model, "calls")
     assert (called.status, called.layers) == ("fail", ("spare",))
     received = finding(model, "gradients received")
     assert received.status == "fail"
-    assert {name.split(".")[0] for name in received.layers} == {"lin0", "spare"}
+    assert {name.split(".")[0] for name in received.layers} == {"lin0", "spare", "idle"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_numbers(method: str, value: float) -> None:
-    model = patient(method)
+    model = small_model(method)
     with torch.no_grad():
         next(each for each in layer(model).parameters() if each.requires_grad).flatten()[0] = value
     examined = examine(model, inputs(), fresh_process=False)
@@ -109,7 +110,7 @@ def test_values_that_are_no_numbers(method: str, value: float) -> None:
 
 @pytest.mark.parametrize("method", ["dvora", "magnitude", "dora"])
 def test_a_magnitude_that_ran_away(method: str) -> None:
-    model = patient(method)
+    model = small_model(method)
     vector = next(each for name, each in layer(model).named_parameters() if "magnitude" in name)
     with torch.no_grad():
         vector.mul_(2)
@@ -118,7 +119,7 @@ def test_a_magnitude_that_ran_away(method: str) -> None:
 
 
 def test_learning_rates_that_look_wrong() -> None:
-    model = patient()
+    model = small_model()
 
     def finding_of(groups: Any) -> Finding:
         return finding(model, "learning rates", optimizer=torch.optim.AdamW(groups))
@@ -141,7 +142,7 @@ def test_a_merge_that_rounds_the_update_away() -> None:
 
 @pytest.mark.parametrize("method", ["dvora", "lora", "dora", "vera"])
 def test_a_merge_that_is_not_the_forward_pass(method: str) -> None:
-    model = patient(method)
+    model = small_model(method)
     broken, name = layer(model), "merge_quietly" if method == "dvora" else "merge"
     right = getattr(broken, name)
 
@@ -155,14 +156,14 @@ def test_a_merge_that_is_not_the_forward_pass(method: str) -> None:
 
 
 def test_rows_of_a_batch_that_get_another_adapter() -> None:
-    model = patient()
+    model = small_model()
     broken, right = layer(model), layer(model).forward
     broken.forward = lambda x, adapter_names=None: right(x)
     assert finding(model, "mixed batch").status == "fail"
 
 
 def test_a_file_that_is_not_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, right = patient(), PeftModel.save_pretrained
+    model, right = small_model(), PeftModel.save_pretrained
 
     def rounded(self: PeftModel, folder: str, **more: Any) -> None:
         right(self, folder, **more)
@@ -176,7 +177,7 @@ def test_a_file_that_is_not_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_peft_s_vera_ignores_which_row_has_which_adapter() -> None:
     """A real one: VeRA's layers take `adapter_names` and give every row the active adapter, without a word."""
-    found = finding(patient("vera"), "mixed batch")
+    found = finding(small_model("vera"), "mixed batch")
     assert found.status == "fail"
     assert found.figures["worst"] > 1e-3
 

@@ -13,7 +13,7 @@ from torch import nn
 from dvora.tools.doctor import Examination, examine
 from dvora.tools.doctor.checks import CHECKS
 from tests.peft import tiny
-from tests.tools.doctor.patients import METHODS, Convolved, adapted, inputs, patient
+from tests.tools.doctor.models import METHODS, Convolved, adapted, inputs, small_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
@@ -94,17 +94,17 @@ def test_healthy_models_of_other_dtypes_pass(method: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_loads_in_a_fresh_process_bit_for_bit(method: str) -> None:
-    finding = examine(patient(method), inputs()).of("save and load")
+    finding = examine(small_model(method), inputs()).of("save and load")
     assert (finding.status, finding.figures["worst"]) == ("pass", 0.0)
 
 
 def test_an_untrained_adapter_is_reported_to_do_nothing() -> None:
-    found = findings(examined(patient(moved=0.0), inputs()))
+    found = findings(examined(small_model(moved=0.0), inputs()))
     assert list(found) == ["movement"]
 
 
 def test_an_adapter_that_was_loaded_to_be_used_is_examined_too() -> None:
-    model = patient()
+    model = small_model()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert findings(examined(model, inputs())) == {}
@@ -112,7 +112,7 @@ def test_an_adapter_that_was_loaded_to_be_used_is_examined_too() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_left_as_it_was(method: str) -> None:
-    model = patient(method).train()
+    model = small_model(method).train()
     before = copy.deepcopy(model.state_dict())
     switches = {name: each.requires_grad for name, each in model.named_parameters()}
     model.base_model.model.lin0.eval()
@@ -135,14 +135,14 @@ def test_its_own_loss_and_labels_are_used() -> None:
     model = adapted(base, "dvora", "all-linear")
     batch = {**tiny.inputs(base), "labels": torch.tensor([0, 1, 2, 0])}
     assert findings(examined(model, batch)) == {}
-    asked: list[bool] = []
+    losses: list[Any] = []
 
     def loss(outputs: Any) -> torch.Tensor:
-        asked.append(True)
-        return outputs.logits.square().sum()
+        losses.append(outputs.logits.square().sum())
+        return losses[-1]
 
     assert findings(examined(model, batch, loss=loss)) == {}
-    assert asked
+    assert losses
 
 
 @pytest.mark.parametrize("method", ["dvora", "lora"])
@@ -159,13 +159,13 @@ def test_some_layers_stand_for_all() -> None:
     assert found.of("outputs").figures["layers"] == 3
     assert found.of("calls").figures["layers"] == 14
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
-        examined(patient(), inputs(), layers=0)
+        examined(small_model(), inputs(), layers=0)
 
 
 def test_what_cannot_be_examined_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a PeftModel, got MLP"):
         examine(tiny.mlp(), inputs())  # type: ignore[arg-type]
-    model = patient()
+    model = small_model()
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge it first"):
         examine(model, inputs())
@@ -185,7 +185,7 @@ def test_every_check_is_explained_on_its_page_and_made() -> None:
     table = re.search(r"^\| check \|.*?\n\n", page, flags=re.MULTILINE | re.DOTALL)
     assert table is not None
     assert [row.split("|")[1].strip() for row in table[0].splitlines()[2:] if row] == list(CHECKS)
-    model = patient()
+    model = small_model()
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     found = examine(model, inputs(), optimizer=optimizer)
     assert [finding.check for finding in found.findings] == list(CHECKS)

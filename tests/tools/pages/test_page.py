@@ -7,7 +7,6 @@ import pytest
 
 from dvora.tools.pages.page import Section, Table, matrix, page
 from dvora.tools.pages.pictures import axes_of, new_figure, svg
-from dvora.tools.pages.text import shown
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 
@@ -52,13 +51,6 @@ def test_pictures_leave_no_trace_in_matplotlib() -> None:
     picture()
     assert dict(matplotlib.rcParams) == before
     assert pyplot.get_fignums() == open_figures
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, ""), (True, "yes"), (12345, "12,345"), (0.12345678, "0.1235"), ("a", "a")]
-)
-def test_cells(value: Any, text: str) -> None:
-    assert shown(value) == text
 
 
 @pytest.mark.parametrize("width", [WIDE, PHONE])

@@ -30,8 +30,12 @@ def test_what_acts_is_spelled(text: str, expected: str) -> None:
     assert shown([text, {text: text}]) == f"{expected}, {expected} {expected}"
 
 
-def test_html_is_left_as_it_is() -> None:
-    assert shown(Markup("<b>\n</b>")) == "<b>\n</b>"
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (True, "yes"), (12345, "12,345"), (0.12345678, "0.1235"), (Markup("<b>\n"), "<b>\n")],
+)
+def test_values_are_text_and_html_is_left_as_it_is(value: object, text: str) -> None:
+    assert shown(value) == text
 
 
 def test_names_in_figures_are_no_formulas() -> None:

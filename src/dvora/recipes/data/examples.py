@@ -51,14 +51,14 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
     """
     examples: list[Example] = []
     columns: dict[str, str] = {}
-    whole = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
+    many = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
     for path in map(Path, paths):
         _check_kind(path, settings.task)
         if path.is_dir():
-            found = [({"image": str(image), "label": name}, str(image)) for image, name in labelled_images(path)]
-            examples += [Example(row, image_key(Path(place)), place) for row, place in found]
+            for image, name in labelled_images(path):
+                examples.append(Example({"image": str(image), "label": name}, image_key(image), str(image)))
         elif path.suffix.lower() == ".txt":
-            examples += _pieces(path, settings.encoding, note, whole)
+            examples += _pieces(path, settings.encoding, note, many)
         else:
             rows = [*stream_table(path, settings.encoding, note)]
             names = dict.fromkeys(name for _, row in rows for name in row)
@@ -80,14 +80,14 @@ def _check_kind(path: Path, task: str) -> None:
         raise ValueError(f"{path} has no columns; {task} needs a text and a label in each row: csv, tsv, jsonl")
 
 
-def _pieces(path: Path, encoding: str | None, note: Note, whole: bool) -> Iterator[Example]:
+def _pieces(path: Path, encoding: str | None, note: Note, in_one: bool) -> Iterator[Example]:
     try:
         with opened_text(path, encoding, note) as file:
             text = file.read()
     except (ValueError, LookupError) as error:
         raise ValueError(f"{path}: {error}") from None
-    pieces = [text] if whole else _stretches(text)
-    if not whole:
+    pieces = [text] if in_one else _stretches(text)
+    if not in_one:
         note(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
     for number, piece in enumerate(pieces, start=1):
         yield Example({"passage": piece}, same_text(piece), f"{path}, piece {number}")

@@ -31,10 +31,10 @@ def labelled_images(folder: Path) -> list[tuple[Path, str]]:
             f"{folder} holds {', '.join(parts)}, which are parts, not classes: give them one by one, as in data: "
             f"{folder / parts[0]}, test_data: {folder / parts[-1]}"
         )
-    found = [(image, path.name) for path in classes for image in _images(path)]
-    if not found:
+    images = [(image, path.name) for path in classes for image in _images(path)]
+    if not images:
         raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")
-    return found
+    return images
 
 
 def images_in(path: Path) -> list[Path]:
@@ -43,10 +43,10 @@ def images_in(path: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    found = _images(path) if path.is_dir() else [path]
-    if not found:
+    images = _images(path) if path.is_dir() else [path]
+    if not images:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return found
+    return images
 
 
 def _images(folder: Path) -> list[Path]:

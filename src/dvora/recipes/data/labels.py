@@ -39,18 +39,18 @@ def number(value: Any) -> float:
         ValueError: it is none, or not finite.
     """
     try:
-        found = float(value)
+        label = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a number") from None
-    if not isfinite(found):
+    if not isfinite(label):
         raise ValueError(f"{value!r} is not finite")
-    return found
+    return label
 
 
 def are_numbers(values: Sequence[object]) -> bool:
     """Whether labels look like numbers: all are, and some have a fraction or there are many different ones."""
     try:
-        found = {number(value) for value in values}
+        numbers = {number(value) for value in values}
     except ValueError:
         return False
-    return len(found) > MANY or any(not value.is_integer() for value in found)
+    return len(numbers) > MANY or any(not value.is_integer() for value in numbers)

@@ -1,9 +1,8 @@
 """Files that a run was not trained on: with labels to evaluate on, or rows, lines and images to predict for."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..run_folder import Run
 from ..settings import Settings
@@ -14,14 +13,8 @@ from .run_data import encode_labels
 from .tables import Note, stream_table
 
 
-@dataclass(frozen=True)
-class Input:
-    """A row without its label.
-
-    Args:
-        values: what was read, by column.
-        row: `text` (and `text2`) or `image`, which the model sees.
-    """
+class Input(NamedTuple):
+    """A row without its label: the values that were read, by column, and `text` (and `text2`) or `image` of them."""
 
     values: dict[str, Any]
     row: dict[str, Any]
@@ -53,25 +46,23 @@ def labelled_examples(
     return examples
 
 
-def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: Note) -> Iterator[Input]:
+def file_inputs(path: Path, settings: Settings, note: Note) -> Iterator[Input]:
     """The rows of a file: a table with at least the columns of the run's texts, or lines (.txt); images, or a folder.
 
     Args:
         path: of the file or folder.
-        run: finished.
-        columns: of the file, where they are not those of the run; see `reading_settings`.
+        settings: see `reading_settings`.
         note: called with what was assumed.
 
     Raises:
         ValueError: it is not what the task needs; a mistake in a row is raised when the row is reached.
         OSError: it cannot be read.
     """
-    settings = reading_settings(run, columns)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix.lower() == ".txt":
         lines = stream_table(path, settings.encoding, note)
-        yield from line_inputs(((place, row["text"]) for place, row in lines), run, columns)
+        yield from line_inputs(((place, row["text"]) for place, row in lines), settings)
     elif settings.task == "image-classification":
         yield from (_image(str(image)) for image in images_in(path))
     elif path.is_dir():
@@ -84,18 +75,16 @@ def file_inputs(path: Path, run: Run, columns: Mapping[str, str | None], note: N
             yield Input(values, row_of(values, {KINDS[key]: name for key, name in named.items()}, place)[0])
 
 
-def line_inputs(lines: Iterable[tuple[str, str]], run: Run, columns: Mapping[str, str | None]) -> Iterator[Input]:
+def line_inputs(lines: Iterable[tuple[str, str]], settings: Settings) -> Iterator[Input]:
     """A text, two texts with a tab between them, or the path of an image in each line; empty lines are passed over.
 
     Args:
         lines: each with its place.
-        run: finished.
-        columns: what to call the texts, see `reading_settings`.
+        settings: with the names of the texts, see `reading_settings`.
 
     Raises:
         ValueError: a line is not what the task needs.
     """
-    settings = reading_settings(run, columns)
     first, second = settings.text_column or "text", settings.second_text_column
     for place, line in lines:
         if not line.strip():

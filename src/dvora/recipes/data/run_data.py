@@ -63,7 +63,8 @@ def load_data(settings: Settings) -> Data:
     parts = _without_leaks(drawn)
     rows = {part: len(examples) for part, examples in parts.items()}
     _check_sizes(rows, settings)
-    duplicates, leaks = _count(read) - _count(distinct), _count(drawn) - _count(parts)
+    counts = [sum(map(len, examples.values())) for examples in (read, distinct, drawn, parts)]
+    duplicates, leaks = counts[0] - counts[1], counts[2] - counts[3]
     if duplicates:
         notes.append(f"{duplicates:,} exact duplicates removed")
     if leaks:
@@ -84,10 +85,6 @@ def load_data(settings: Settings) -> Data:
         notes=tuple(dict.fromkeys(notes)),
         train_keys=tuple(example.key for example in parts["train"]),
     )
-
-
-def _count(parts: Parts) -> int:
-    return sum(map(len, parts.values()))
 
 
 def _classes(train: Sequence[Example], column: str, settings: Settings, note: Note) -> tuple[str, ...]:
@@ -150,8 +147,8 @@ def _without_leaks(parts: Parts) -> Parts:
 
 
 def _check_sizes(rows: Mapping[str, int], settings: Settings) -> None:
-    wanted = {"train": SMALLEST, "validation": int(settings.validation_share > 0), "test": int(settings.test_share > 0)}
-    if short := [part for part, least in wanted.items() if rows[part] < least]:
+    least = {"train": SMALLEST, "validation": int(settings.validation_share > 0), "test": int(settings.test_share > 0)}
+    if short := [part for part in least if rows[part] < least[part]]:
         sizes = ", ".join(f"{part} {count}" for part, count in rows.items())
         raise ValueError(f"too few different rows for the part {short[0]} ({sizes}); add data, or change its share")
 

@@ -1,12 +1,11 @@
 """What a run's model predicts for held-out rows, beside what another model or the base does."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from ..data.new_files import Input
 from ..run_folder import Run
-from ..tasks.task import features
 from .evaluation import head_alone_of, head_alone_outputs
 from .generation import Continuation, Generator, Sampling
 from .prediction import Predictor
@@ -15,16 +14,8 @@ BATCH = 32
 PROMPT_WORDS = 24
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One held-out row.
-
-    Args:
-        row: as the model reads it.
-        label: the class's name, or the number, that is right.
-        predicted: by the run's model.
-        other: predicted by what it is compared with; None where there is nothing.
-    """
+class Compared(NamedTuple):
+    """A held-out row, its label, and what the run's model and the other one predict; None where there is no other."""
 
     row: dict[str, Any]
     label: str | float
@@ -51,8 +42,7 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
     if against is not None:
         others = _predictions(Predictor(against), rows)
     elif (head := head_alone_of(run)) is not None:
-        dataset = features(rows, run.settings, predictor.processor, predictor.length).dataset
-        outputs = head_alone_outputs(run, head, dataset, predictor.task)
+        outputs = head_alone_outputs(run, head, predictor.features(rows).dataset, predictor.task)
         others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
     return [
         Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
@@ -62,20 +52,14 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
 
 def continuations(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) -> list[Continuation]:
     """Beginnings of held-out rows, continued by a language model with and without its adapter."""
-    generator = Generator(run)
-    found: list[Continuation] = []
-    for row in rows:
-        if len(found) == count:
-            break
-        if (prompt := _prompt(row)) is not None:
-            text, is_chat, system = prompt
-            found.append(generator.continued(text, Sampling(max_new_tokens=tokens), is_chat, system))
-    return found
+    generator, sampling = Generator(run), Sampling(max_new_tokens=tokens)
+    prompts = islice(filter(None, map(_prompt, rows)), count)
+    return [generator.continued(text, sampling, is_chat, system) for text, is_chat, system in prompts]
 
 
 def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
     unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
-    return [each.columns["prediction"] for each in predictor.predict(unlabelled, BATCH)]
+    return [predicted.columns["prediction"] for predicted in predictor.predict(unlabelled, BATCH)]
 
 
 def _prompt(row: dict[str, Any]) -> tuple[str, bool, str | None] | None:

@@ -1,6 +1,7 @@
 """A finished run evaluated: on the rows that it held out, or on the rows of other files."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +20,8 @@ from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
-from ..tasks.task import Task, Truncation, features, longest, task_parts
-
-Rows = Sequence[dict[str, Any]]
+from ..tasks.task import Task, Truncation
+from .run_model import Rows, RunModel
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,14 @@ def evaluate_run(
             raise ValueError(f"the run in {run.folder} held no rows out for a test; give files to evaluate it on")
         return _evaluation("test", data.test, _guess(run, data, data.test), run, with_base, 0)
     examples = labelled_examples(files, run, columns or {}, note)
-    own = _data_if_unchanged(run)
-    known = {*own.train_keys} if own else ()
-    seen = sum(example.key in known for example in examples) if own else None
     rows = [example.row for example in examples]
-    return _evaluation("files", rows, _guess(run, own, rows), run, with_base, seen)
+    try:
+        data = unchanged_data(run)
+    except ValueError:
+        return _evaluation("files", rows, _guess(run, None, rows), run, with_base, None)
+    trained_on = {*data.train_keys}
+    seen = sum(example.key in trained_on for example in examples)
+    return _evaluation("files", rows, _guess(run, data, rows), run, with_base, seen)
 
 
 def head_alone_of(run: Run) -> nn.Linear | None:
@@ -112,13 +115,6 @@ def unchanged_data(run: Run) -> Data:
     return load_data(run.settings)
 
 
-def _data_if_unchanged(run: Run) -> Data | None:
-    try:
-        return unchanged_data(run)
-    except ValueError:
-        return None
-
-
 def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
     """What the simplest guess gets; None where there is none, or where nobody knows any more what it would be."""
     if run.settings.task == "causal-lm":
@@ -136,34 +132,28 @@ def _evaluation(
     part: str, rows: Rows, guess: dict[str, Any] | None, run: Run, with_base: bool, seen: int | None
 ) -> Evaluation:
     settings = run.settings
-    head = head_alone_of(run) if with_base and settings.task != "causal-lm" else None
-    if with_base and settings.task != "causal-lm" and head is None:
+    of_text = settings.task == "causal-lm"
+    head = head_alone_of(run) if with_base and not of_text else None
+    if with_base and not of_text and head is None:
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
-    model, processor = load_trained(run)
-    length = 0 if settings.task == "image-classification" else longest(settings, processor, model.config)
-    task = task_parts(settings, run.labels, processor)
-    found = {}
+    trained = RunModel(run)
+    model, task = trained.model, trained.task
     with quiet_transformers(), TemporaryDirectory() as folder:
-        dataset, truncation = features(rows, settings, processor, length)
+        dataset, truncation = trained.features(rows)
         if not len(dataset):
-            raise ValueError(f"no row has anything to evaluate within max_length {length}")
-        found[part] = evaluated(evaluator(model, task, settings, Path(folder)), dataset)
-        recorded = run.record["metrics"].get(f"{part}_head_alone")
+            raise ValueError(f"no row has anything to evaluate within max_length {trained.length}")
+        metrics = {part: evaluated(evaluator(model, task, settings, Path(folder)), dataset)}
         if head is not None:
             labels = torch.tensor(dataset.with_format(None)["label"][:])
-            found[f"{part}_head_alone"] = head_metrics(head_alone_outputs(run, head, dataset, task), labels, run.labels)
-        elif recorded is not None:
-            found[f"{part}_head_alone"] = recorded
+            outputs = head_alone_outputs(run, head, dataset, task)
+            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels, run.labels)
+        elif (recorded := run.record["metrics"].get(f"{part}_head_alone")) is not None:
+            metrics[f"{part}_head_alone"] = recorded
         if guess is not None:
-            found[f"{part}_simplest_guess"] = guess
-        if with_base and settings.task == "causal-lm":
-            found[f"{part}_before_training"] = _before_training(run, model, task, dataset, Path(folder))
-    return Evaluation(part, len(rows), seen, found, truncation, length)
-
-
-def _before_training(run: Run, model: Any, task: Task, dataset: Dataset, folder: Path) -> dict[str, float]:
-    if not isinstance(model, PeftModel):
-        base, _ = load_trained(run, with_adapter=False)
-        return evaluated(evaluator(base, task, run.settings, folder), dataset)
-    with model.disable_adapter():
-        return evaluated(evaluator(model, task, run.settings, folder), dataset)
+            metrics[f"{part}_simplest_guess"] = guess
+        if with_base and of_text:
+            adapted = isinstance(model, PeftModel)
+            base = model if adapted else load_trained(run, with_adapter=False)[0]
+            with base.disable_adapter() if adapted else nullcontext():
+                metrics[f"{part}_before_training"] = evaluated(evaluator(base, task, settings, Path(folder)), dataset)
+    return Evaluation(part, len(rows), seen, metrics, truncation, trained.length)

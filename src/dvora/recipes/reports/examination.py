@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...tools.doctor import Examination, examine
 from ..data.new_files import labelled_examples
@@ -10,11 +9,10 @@ from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
 from ..models.hub import offline
 from ..models.inputs import example_inputs
-from ..models.trained import load_trained
-from ..run_folder import RECORD, Run, read_run
+from ..run_folder import RECORD, read_run
 from ..settings import NOTHING, Trust
-from ..tasks.task import features, longest, task_parts, without_bytes
 from .evaluation import unchanged_data
+from .run_model import Rows, RunModel
 
 TOKENS = 16
 EXAMINED = 8
@@ -50,29 +48,17 @@ def examine_folder(
         run = read_run(folder, trust)
         if run.settings.method in ("full", "head"):
             raise ValueError(f"{folder} was trained with the method {run.settings.method}, which makes no adapter")
-        adapted, processor = load_trained(run)
-        batch = batch_of(run, adapted, processor, _rows(run, files)[:rows])
+        if files:
+            labelled: Rows = [example.row for example in labelled_examples(files, run, {})]
+        else:
+            data = unchanged_data(run)
+            labelled = data.test or data.train
+        trained = RunModel(run)
         with offline():
-            return examine(adapted, batch, layers=layers)
+            return examine(trained.model, trained.batch(labelled[:rows]), layers=layers)
     if files:
         raise ValueError(f"{folder} is no run, so it is not known how to read {files[0]}; leave the data out")
     adapter = read_adapter(folder)
     adapted = load_adapted(adapter, model, trust)
     with offline():
         return examine(adapted, example_inputs(adapted.get_base_model(), rows, TOKENS), layers=layers)
-
-
-def batch_of(run: Run, model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Labelled rows as a batch of the run's model."""
-    length = 0 if run.settings.task == "image-classification" else longest(run.settings, processor, model.config)
-    dataset = without_bytes(features(rows, run.settings, processor, length).dataset)
-    task = task_parts(run.settings, run.labels, processor)
-    batch: dict[str, Any] = dict(task.collator([dataset[row] for row in range(min(len(rows), len(dataset)))]))
-    return batch
-
-
-def _rows(run: Run, files: Sequence[str]) -> Sequence[dict[str, Any]]:
-    if files:
-        return [example.row for example in labelled_examples(files, run, {})]
-    data = unchanged_data(run)
-    return data.test or data.train

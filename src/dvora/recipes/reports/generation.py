@@ -1,13 +1,13 @@
 """Continuations of prompts, by a language model with its adapter and by the same model without it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from ..data.chats import prompt_text
@@ -91,8 +91,7 @@ class Generator:
         self.settings, self.compares = run.settings, compares
         self.device = device_of(run.settings)
         model, self.tokenizer = load_trained(run)
-        self.model: nn.Module = model.to(self.device)
-        self.base: nn.Module | None = None
+        self.model = self.base = model.to(self.device)
         if compares and not isinstance(model, PeftModel):
             self.base = load_trained(run, with_adapter=False)[0].to(self.device)
         self.positions = longest(run.settings.model_copy(update={"max_length": None}), self.tokenizer, model.config)
@@ -112,15 +111,11 @@ class Generator:
             ValueError: the prompt is empty, longer than the model can read, or the tokenizer has no chat template.
         """
         tokens = self._tokens(prompt, is_chat, system)
-        trained = self._text(self.model, tokens, sampling)
-        return Continuation(prompt, trained, self._without_adapter(tokens, sampling) if self.compares else None)
-
-    def _without_adapter(self, tokens: Tensor, sampling: Sampling) -> str:
-        if self.base is not None:
-            return self._text(self.base, tokens, sampling)
-        assert isinstance(self.model, PeftModel)
-        with self.model.disable_adapter():
-            return self._text(self.model, tokens, sampling)
+        with_adapter = self._text(self.model, tokens, sampling)
+        if not self.compares:
+            return Continuation(prompt, with_adapter, None)
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            return Continuation(prompt, with_adapter, self._text(self.base, tokens, sampling))
 
     def _tokens(self, prompt: str, is_chat: bool, system: str | None) -> Tensor:
         if is_chat:
@@ -141,37 +136,31 @@ class Generator:
 
     def _text(self, model: Any, tokens: Tensor, sampling: Sampling) -> str:
         """The text that a model generates after a prompt's tokens."""
-        config = _config(model, sampling, self.positions - tokens.shape[1], self.tokenizer)
+        start, own = tokens.shape[1], model.generation_config
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+        # Greedy or sampled as asked for, whatever the model's own configuration does.
+        config = GenerationConfig(
+            max_new_tokens=min(sampling.max_new_tokens, self.positions - start),
+            num_beams=1,
+            do_sample=sampling.temperature > 0,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **(drawn if sampling.temperature > 0 else {}),
+        )
+        mask = torch.ones_like(tokens)
         with computing(self.settings), _seeded(sampling.seed, self.device):
-            made = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config)[0]
-        return text_after(made, tokens.shape[1], self.tokenizer)
+            generated = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)[0]
+        return text_after(generated, start, self.tokenizer)
 
 
 def text_after(tokens: Tensor, start: int, tokenizer: Any) -> str:
     """The text of the tokens from `start` on, with the space that it may begin with."""
     # Decoded alone it would lose that space, which many tokenizers drop from the beginning of a text.
-    before = tokenizer.decode(tokens[:start], skip_special_tokens=True)
-    whole: str = tokenizer.decode(tokens, skip_special_tokens=True)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    alone: str = tokenizer.decode(tokens[start:], skip_special_tokens=True)
-    return alone
-
-
-def _config(model: Any, sampling: Sampling, room: int, tokenizer: Any) -> GenerationConfig:
-    """Greedy or sampled as asked for, whatever the model's own configuration does; its other settings are kept."""
-    drawn = sampling.temperature > 0
-    options = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
-    own = model.generation_config
-    return GenerationConfig(
-        max_new_tokens=min(sampling.max_new_tokens, room),
-        num_beams=1,
-        do_sample=drawn,
-        repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **(options if drawn else {}),
+    before, text, alone = (
+        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (tokens[:start], tokens, tokens[start:])
     )
+    return text.removeprefix(before) if text.startswith(before) else alone
 
 
 @contextmanager

@@ -1,31 +1,27 @@
 """Predictions of a run's model, in batches and in order, of as many rows as there are."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.new_files import Input
 from ..models.bases import computing, device_of, quiet_transformers
-from ..models.trained import load_trained
 from ..run_folder import Run
-from ..tasks.task import Task, Truncation, features, longest, task_parts
+from ..tasks.task import Truncation
+from .run_model import Rows, RunModel
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """What a model predicts for a row.
+class Predicted(NamedTuple):
+    """A row as it was read, and the columns that are added to it.
 
-    Args:
-        input: as it was read.
-        columns: `prediction`: a class's name or a number; of classes its `probability`, and on request
-            `probability_NAME` of each.
+    These are the `prediction`, a class's name or a number; of classes its `probability`, and on request
+    `probability_NAME` of each.
     """
 
     input: Input
@@ -37,7 +33,7 @@ class Predicted:
         return {**self.input.values, **self.columns}
 
 
-class Predictor:
+class Predictor(RunModel):
     """The model of a run, ready to predict.
 
     Args:
@@ -55,13 +51,9 @@ class Predictor:
             raise ValueError(
                 f"the run in {run.folder} is of a language model; `dvora generate` continues texts with it"
             )
-        self.run = run
+        super().__init__(run)
         self.device = device_of(run.settings)
-        model, self.processor = load_trained(run)
-        self.model = model.to(self.device)
-        images = run.settings.task == "image-classification"
-        self.length = 0 if images else longest(run.settings, self.processor, model.config)
-        self.task: Task = task_parts(run.settings, run.labels, self.processor)
+        self.model.to(self.device)
         self.truncation = Truncation()
 
     def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
@@ -77,38 +69,32 @@ class Predictor:
         """
         rest = iter(inputs)
         while batch := list(islice(rest, batch_size)):
-            for found, columns in zip(batch, self._columns(batch, every_class), strict=True):
-                if taken := columns.keys() & found.values.keys():
+            for row, columns in zip(batch, self._columns(batch, every_class), strict=True):
+                if taken := columns.keys() & row.values.keys():
                     raise ValueError(f"the rows have a column {min(taken)!r} already; rename it, to keep both")
-                yield Predicted(found, columns)
+                yield Predicted(row, columns)
 
     def _columns(self, batch: Sequence[Input], every_class: bool) -> list[dict[str, str | float]]:
-        logits = self._logits([found.row for found in batch])
+        logits = self._logits([row.row for row in batch])
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]
-        found = []
-        for probabilities in logits.softmax(-1).tolist():
-            best = max(range(len(probabilities)), key=probabilities.__getitem__)
-            row: dict[str, str | float] = {
-                "prediction": self.run.labels[best],
-                "probability": _rounded(probabilities[best]),
-            }
+        rows: list[dict[str, str | float]] = []
+        for values in logits.softmax(-1).tolist():
+            probabilities = dict(zip(self.run.labels, values, strict=True))
+            best = max(probabilities, key=probabilities.__getitem__)
+            rows.append({"prediction": best, "probability": _rounded(probabilities[best])})
             if every_class:
-                named = zip(self.run.labels, probabilities, strict=True)
-                row |= {f"probability_{name}": _rounded(probability) for name, probability in named}
-            found.append(row)
-        return found
+                rows[-1] |= {f"probability_{name}": _rounded(value) for name, value in probabilities.items()}
+        return rows
 
-    def _logits(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        settings = self.run.settings
+    def _logits(self, rows: Rows) -> Tensor:
         with quiet_transformers():
-            dataset, truncation = features(rows, settings, self.processor, self.length)
+            dataset, truncation = self.features(rows)
             self.truncation += truncation
             batch = self.task.collator([dataset[index] for index in range(len(dataset))])
-        with computing(settings):
+        with computing(self.run.settings):
             outputs = self.model(**{name: values.to(self.device) for name, values in batch.items()})
-        logits: Tensor = outputs.logits
-        return logits.to("cpu", torch.float32)
+        return torch.as_tensor(outputs.logits, device="cpu", dtype=torch.float32)
 
 
 def _rounded(value: float) -> float:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,21 @@ from peft import PeftModel
 
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
-from ...tools.doctor import Examination, examine
+from ...tools.doctor import examine
 from ...tools.pages.page import Section, Table, matrix, page
 from ...tools.pages.text import shown
 from ...whole_files import write_atomically
 from ..data.images import opened_image
 from ..models.hub import offline
-from ..models.trained import load_trained
 from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .comparison import Compared, compared, continuations
 from .evaluation import unchanged_data
-from .examination import EXAMINED, batch_of
+from .examination import EXAMINED
 from .generation import Continuation
+from .run_model import RunModel
 from .run_pictures import curves, numbers
 
 SHOWN = 8
@@ -70,7 +71,12 @@ def write_page(
         raise ValueError(f"the run in {folder} held no rows out, so there is nothing to show that it has not seen")
     other = None if against is None else read_run(against, trust)
     part = "test" if data.test else "validation"
-    sections = [_metrics(run), _trained(run), _curves(run)]
+    drawn = curves(run.record["history"], run.record["best_step"])
+    sections = [
+        _metrics(run),
+        _trained(run),
+        Section("Training", [] if drawn else ["No loss is on record."], [drawn] if drawn else []),
+    ]
     if run.settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
     elif run.labels:
@@ -78,25 +84,27 @@ def write_page(
     else:
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
-    model, processor = load_trained(run)
+    trained = RunModel(run)
+    model = trained.model
     if isinstance(model, PeftModel):
-        sections.append(_layers(model))
+        drawn = magnitude_and_direction(analyze(model).changes[0])
+        explained = ["One point a layer; dvora analyze shows more."]
+        sections.append(Section("What changed in the layers", explained, [drawn]))
         if doctor:
-            batch = batch_of(run, model, processor, (data.test or data.train)[:EXAMINED])
             with offline():
-                examined = examine(model, batch)
-            verdict.append(f"The doctor on the adapter: {examined.verdict}")
-            sections.append(_doctor(examined))
+                examination = examine(model, trained.batch((data.test or data.train)[:EXAMINED]))
+            verdict.append(f"The doctor on the adapter: {examination.verdict}")
+            advice = [f"{finding.check}: {finding.advice}." for finding in examination.findings if finding.advice]
+            sections.append(Section("Is the adapter right?", advice, tables=[Table(examination.rows())]))
     settings = run.settings
-    lead = f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "
-    lead += f"{len(held_out):,} of its {part} rows."
     text = page(
         f"A run of dvora train: {folder.resolve().name}",
-        lead,
+        f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "
+        f"{len(held_out):,} of its {part} rows.",
         sections,
         "Made by dvora report.",
         verdict,
-        _figures(run, part, sum(each.numel() for each in model.parameters())),
+        _figures(run, part, sum(parameter.numel() for parameter in model.parameters())),
     )
     write_atomically(output, text.encode())
 
@@ -104,16 +112,14 @@ def write_page(
 def _figures(run: Run, part: str, parameters: int) -> dict[str, str]:
     """The numbers on top: the main metric beside the baseline's, and what it cost."""
     metrics, trained = run.record["metrics"], run.record["trained_parameters"]
-    own = metrics.get(part, {})
-    found = {}
-    if name := next((each for each in MAIN_METRICS if each in own), None):
-        found[f"{part} {name.replace('_', ' ')}"] = shown(own[name])
-        for key, what in (("head_alone", "head alone"), ("before_training", "before training")):
-            if name in metrics.get(f"{part}_{key}", {}):
-                found[what] = shown(metrics[f"{part}_{key}"][name])
+    scores = {}
+    if name := next((name for name in MAIN_METRICS if name in metrics.get(part, {})), None):
+        labels = {part: f"{part} {name.replace('_', ' ')}"}
+        labels |= {f"{part}_head_alone": "head alone", f"{part}_before_training": "before training"}
+        scores = {label: shown(metrics[key][name]) for key, label in labels.items() if name in metrics.get(key, {})}
     size = sum(file.stat().st_size for file in run.adapter.rglob("*") if file.is_file())
     return {
-        **found,
+        **scores,
         "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
         "size on disk": f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB",
         "steps": f"{run.record['steps']:,}",
@@ -134,28 +140,22 @@ def _metrics(run: Run) -> Section:
     return Section("How good it is", text, tables=tables)
 
 
-def _curves(run: Run) -> Section:
-    drawn = curves(run.record["history"], run.record["best_step"])
-    return Section("Training", [] if drawn else ["No loss is on record."], [drawn] if drawn else [])
-
-
-def _classes(run: Run, found: Sequence[Compared], other: Run | None) -> list[Section]:
+def _classes(run: Run, rows: Sequence[Compared], other: Run | None) -> list[Section]:
     name = "head alone" if other is None else other.folder.name
-    labels, predicted = [each.label for each in found], [each.predicted for each in found]
-    right = sum(each.predicted == each.label for each in found)
-    text = f"{right:,} of {len(found):,} right ({right / len(found):.1%})."
-    with_other = all(each.other is not None for each in found)
+    _, labels, predicted, predicted_by_other = zip(*rows, strict=True)
+    right = sum(row.predicted == row.label for row in rows)
+    text = f"{right:,} of {len(rows):,} right ({right / len(rows):.1%})."
     scores = _scores(run.labels, labels, predicted)
-    if with_other:
-        of_other = _scores(run.labels, labels, [each.other for each in found])
+    if None not in predicted_by_other:
+        of_other = _scores(run.labels, labels, predicted_by_other)
         scores = [{**row, f"F1, {name}": beside["F1"]} for row, beside in zip(scores, of_other, strict=True)]
     scores.sort(key=lambda row: row["F1"])
     sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
     sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))
-    if not with_other:
+    if None in predicted_by_other:
         return sections
-    gained = [each for each in found if each.predicted == each.label != each.other]
-    lost = [each for each in found if each.predicted != each.label == each.other]
+    gained = [row for row in rows if row.predicted == row.label != row.other]
+    lost = [row for row in rows if row.predicted != row.label == row.other]
     counts = f"{len(gained):,} rows are right here and wrong with {name}, {len(lost):,} the other way."
     tables = [
         Table(_examples(gained, name), f"right here, wrong with {name}"),
@@ -193,45 +193,31 @@ def _mistakes(classes: Sequence[str], counts: Mapping[tuple[Any, Any], int]) -> 
     return Section(heading, [text], [drawn])
 
 
-def _examples(found: Sequence[Compared], name: str) -> list[dict[str, Any]]:
-    return [
-        {"row": _row(each.row), "true": each.label, "predicted": each.predicted, name: each.other}
-        for each in found[:SHOWN]
-    ]
+def _examples(rows: Sequence[Compared], *names: str) -> list[dict[str, Any]]:
+    columns = ("true", "predicted", *names)
+    return [{"row": _row(row), **dict(zip(columns, values, strict=False))} for row, *values in rows[:SHOWN]]
 
 
-def _numbers(found: Sequence[Compared]) -> list[Section]:
-    pairs = [(float(each.label), float(each.predicted)) for each in found]
-    furthest = sorted(found, key=lambda each: -abs(float(each.predicted) - float(each.label)))
-    rows = [{"row": _row(each.row), "true": each.label, "predicted": each.predicted} for each in furthest[:SHOWN]]
+def _numbers(rows: Sequence[Compared]) -> list[Section]:
+    pairs = [(float(row.label), float(row.predicted)) for row in rows]
+    furthest = sorted(rows, key=lambda row: -abs(float(row.predicted) - float(row.label)))
     return [
         Section("Predicted and true numbers", pictures=[numbers(pairs)]),
-        Section("Rows that are furthest off", tables=[Table(rows)]),
+        Section("Rows that are furthest off", tables=[Table(_examples(furthest))]),
     ]
 
 
-def _texts(found: Sequence[Continuation]) -> Section:
-    rows = [
-        {"prompt": each.prompt, "with the adapter": each.with_adapter, "without": each.without_adapter}
-        for each in found
-    ]
+def _texts(texts: Sequence[Continuation]) -> Section:
+    rows = [dict(zip(("prompt", "with the adapter", "without"), astuple(text), strict=True)) for text in texts]
     text = [f"Beginnings of held-out texts, and the {TOKENS} likeliest tokens that follow, one after the other."]
     text = text if rows else ["No held-out text is long enough to begin with."]
     return Section("Texts", text, tables=[Table(rows)], wide=True)
 
 
-def _layers(model: PeftModel) -> Section:
-    drawn = magnitude_and_direction(analyze(model).changes[0])
-    return Section("What changed in the layers", ["One point a layer; dvora analyze shows more."], [drawn])
-
-
-def _doctor(found: Examination) -> Section:
-    advice = [f"{each.check}: {each.advice}." for each in found.findings if each.advice]
-    return Section("Is the adapter right?", advice, tables=[Table(found.rows())])
-
-
 def _trained(run: Run) -> Section:
     settings, record = run.settings, run.record
+    truncation = {part: Truncation(**counts) for part, counts in record.get("truncation", {}).items()}
+    sentences = {part: lost.sentence(record.get("max_length", 0)) for part, lost in truncation.items()}
     facts: dict[str, Any] = {
         "base": Path(settings.model).name,
         "data": ", ".join(Path(path).name for path in settings.data),
@@ -241,17 +227,10 @@ def _trained(run: Run) -> Section:
         "learning rate": settings.learning_rate,
         "other rates": ", ".join(f"{name} {rate:.3g}" for name, rate in record.get("learning_rates", {}).items()),
         "kept step": f"{record['best_step']:,} of {record['steps']:,}",
-        "texts that were cut": _cut(run),
+        "texts that were cut": "; ".join(f"{part}: {sentence}" for part, sentence in sentences.items() if sentence),
     }
     rows = [{"": name, " ": shown(value)} for name, value in facts.items() if value not in (None, "")]
     return Section("What was trained", tables=[Table(rows, headed=False)])
-
-
-def _cut(run: Run) -> str:
-    """What the texts lost at `max_length`, part by part."""
-    length = run.record.get("max_length", 0)
-    parts = {part: Truncation(**found) for part, found in run.record.get("truncation", {}).items()}
-    return "; ".join(f"{part}: {found.sentence(length)}" for part, found in parts.items() if found.cut)
 
 
 def _row(row: Mapping[str, Any]) -> str | Markup:

@@ -53,7 +53,7 @@ class Analysis:
 
         Below zero for full fine-tuning and DoRA, above for LoRA in the DoRA paper's figure 2.
         """
-        points = torch.tensor([(each.change.magnitude, each.change.direction) for each in self.changes[adapter]])
+        points = torch.tensor([(layer.change.magnitude, layer.change.direction) for layer in self.changes[adapter]])
         if len(points) < 3 or bool((points.std(dim=0) == 0).any()):
             return None
         return float(torch.corrcoef(points.T)[0, 1])
@@ -61,25 +61,14 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
         layers = [
-            [
-                {
-                    "layer": each.layer,
-                    "shape": list(each.shape),
-                    **each.change._asdict(),
-                    **each.spectrum._asdict(),
-                }
-                for each in changes
-            ]
-            for changes in self.changes
+            [{"layer": row.layer, "shape": row.shape, **row.change._asdict(), **row.spectrum._asdict()} for row in rows]
+            for rows in self.changes
         ]
-        return {
-            "adapters": [
-                {"name": name, "correlation": self.correlation(index), "layers": layers[index]}
-                for index, name in enumerate(self.adapters)
-            ],
-            "similarity": [list(row) for row in self.similarity],
-            "layer_similarity": {name: [list(row) for row in rows] for name, rows in self.layer_similarity.items()},
-        }
+        adapters = [
+            {"name": name, "correlation": self.correlation(index), "layers": layers[index]}
+            for index, name in enumerate(self.adapters)
+        ]
+        return {"adapters": adapters, "similarity": self.similarity, "layer_similarity": self.layer_similarity}
 
 
 @torch.no_grad()
@@ -105,14 +94,14 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
         if subject.layer.merged:
             raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
         weight = subject.weight()
-        updates = {term.adapter: term.delta(term.values(), weight) for term in subject.terms}
+        updates = {term.adapter: term.delta(weight) for term in subject.terms}
         for name, update in updates.items():
-            shape = (weight.shape[0], weight.shape[1])
             moved, values = change(weight, weight + update), spectrum(weight, update)
-            changes[name].append(LayerChange(subject.name, layer_type(subject.name), shape, moved, values))
-        found = products([updates[name] if name in updates else torch.zeros_like(weight) for name in names])
-        by_layer[subject.name] = _rows(cosines(found.cpu()))
-        inner += found.cpu()
+            kind, shape = layer_type(subject.name), (weight.shape[0], weight.shape[1])
+            changes[name].append(LayerChange(subject.name, kind, shape, moved, values))
+        of_layer = products([updates.get(name, torch.zeros_like(weight)) for name in names]).cpu()
+        by_layer[subject.name] = _rows(cosines(of_layer))
+        inner += of_layer
     if empty := [name for name, layers in changes.items() if not layers]:
         raise ValueError(f"no layer of the adapter {empty[0]!r} can be rebuilt; LoRA, DoRA, VeRA and DVoRA can")
     return Analysis(names, tuple(map(tuple, changes.values())), _rows(cosines(inner)), by_layer)

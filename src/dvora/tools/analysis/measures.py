@@ -91,15 +91,15 @@ def spectrum(weight: Float[Tensor, "O I"], update: Float[Tensor, "O I"]) -> Spec
     scale = float(_largest(weight, 4)[0])
     shares = values.square() / values.square().sum().clamp_min(1e-300)
     entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
-    kept = values[:SOME] / (scale or 1.0)
-    return Spectrum(tuple(map(float, kept)), math.exp(entropy) if bool(values.any()) else 0.0, complete)
+    largest = values[:SOME] / (scale or 1.0)
+    return Spectrum(tuple(map(float, largest)), math.exp(entropy) if bool(values.any()) else 0.0, complete)
 
 
 def means(changes: Sequence[Change]) -> dict[str, float]:
     """Mean changes over layers: shares in percent, the angle in degrees."""
     names = {"magnitude": "magnitude, %", "growth": "growth, %", "degrees": "angle, degrees", "size": "size, %"}
     return {
-        label: (1 if name == "degrees" else 100) * sum(getattr(each, name) for each in changes) / len(changes)
+        label: (1 if name == "degrees" else 100) * sum(getattr(layer, name) for layer in changes) / len(changes)
         for name, label in names.items()
     }
 
@@ -115,8 +115,7 @@ def cosines(inner: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
     """Cosines from inner products; zero where an update is."""
     norms = inner.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)
-    found: Tensor = (inner * scale[:, None] * scale).clamp(-1, 1)
-    return found
+    return torch.clamp(inner * scale[:, None] * scale, -1, 1)
 
 
 def _largest(matrix: Float[Tensor, "O I"], count: int) -> Float[Tensor, "K"]:

@@ -13,50 +13,47 @@ MANY = 400
 """Layers beyond which the table has types only."""
 
 
-def report(found: Analysis, title: str, foot: str, steps: Sequence[int] | None = None) -> str:
+def report(analysis: Analysis, title: str, foot: str, steps: Sequence[int] | None = None) -> str:
     """The page.
 
     Args:
-        found: the analysis of one or several adapters; of several, layers are those of the last.
+        analysis: of one or several adapters; of several, layers are those of the last.
         title: of the page.
         foot: what made it.
         steps: of the checkpoints, where the adapters are those of one training.
     """
-    changes = found.changes[-1]
+    changes = analysis.changes[-1]
     lead = f"What training changed in {len(changes)} layers, against the base model's weights."
-    if len(found.adapters) > 1:
-        lead += f" {len(found.adapters)} adapters are compared; layers are shown of the last, {found.adapters[-1]}."
+    if len(names := analysis.adapters) > 1:
+        lead += f" {len(names)} adapters are compared; layers are shown of the last, {names[-1]}."
     rows = [
         {"adapter": name, "layers": len(layers), **_means(layers)}
-        for name, layers in zip(found.adapters, found.changes, strict=True)
+        for name, layers in zip(analysis.adapters, analysis.changes, strict=True)
     ]
+    moved = sorted(changes, key=lambda layer: -layer.change.size)[:3]
+    most = [f"{layer.layer} ({layer.change.size:.1%})" for layer in moved]
     sections = [
         Section("Overview", ["Means over layers."], tables=[Table(rows)], wide=True),
-        _directions(found),
-        Section("Which layers moved", [_most_moved(changes)], [sizes(changes)]),
+        _directions(analysis),
+        Section("Which layers moved", [f"Most: {', '.join(most)}."], [sizes(changes)]),
         _spectra(changes),
     ]
     if steps is not None:
-        sections.append(Section("Along the checkpoints", [], [drift(found, steps)]))
-    elif len(found.adapters) > 1:
-        sections.append(_similarity(found))
+        sections.append(Section("Along the checkpoints", [], [drift(analysis, steps)]))
+    elif len(analysis.adapters) > 1:
+        sections.append(_similarity(analysis))
     return page(title, lead, [*sections, _layers(changes)], foot)
 
 
-def _directions(found: Analysis) -> Section:
-    correlation = found.correlation(len(found.changes) - 1)
+def _directions(analysis: Analysis) -> Section:
+    correlation = analysis.correlation(len(analysis.changes) - 1)
     text = [
         "One point a layer. In the DoRA paper, layers change either magnitude or direction in full fine-tuning and in "
         "DoRA (a negative slope), and both at once in LoRA (a positive one)."
     ]
     if correlation is not None:
         text.append(f"Correlation here: {correlation:+.2f}.")
-    return Section("Magnitude and direction", text, [magnitude_and_direction(found.changes[-1])])
-
-
-def _most_moved(changes: Sequence[LayerChange]) -> str:
-    most = sorted(changes, key=lambda layer: -layer.change.size)[:3]
-    return f"Most: {', '.join(f'{layer.layer} ({layer.change.size:.1%})' for layer in most)}."
+    return Section("Magnitude and direction", text, [magnitude_and_direction(analysis.changes[-1])])
 
 
 def _spectra(changes: Sequence[LayerChange]) -> Section:
@@ -70,12 +67,12 @@ def _spectra(changes: Sequence[LayerChange]) -> Section:
     return Section("Spectrum of the update", text, [spectra(changes)])
 
 
-def _similarity(found: Analysis) -> Section:
+def _similarity(analysis: Analysis) -> Section:
     text = [
         "Cosines of the whole updates: one for equal directions, zero for unrelated ones, minus one for opposite ones."
     ]
-    cells = [[(f"{value:.2f}", value) for value in row] for row in found.similarity]
-    drawn = matrix(found.adapters, found.adapters, cells, "Cosines of the updates of adapters")
+    cells = [[(f"{value:.2f}", value) for value in row] for row in analysis.similarity]
+    drawn = matrix(analysis.adapters, analysis.adapters, cells, "Cosines of the updates of adapters")
     return Section("Similarity of adapters", text, [drawn])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -17,13 +18,12 @@ LEGEND_LINE, LEGEND_LETTERS = 0.22, 60
 
 def kinds_of(changes: Sequence[LayerChange]) -> list[str]:
     """The types of layers, in the order of the model."""
-    return list(dict.fromkeys(each.kind for each in changes))
+    return list(dict.fromkeys(layer.kind for layer in changes))
 
 
 def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
     """One point a layer: the change of its magnitude against that of its direction (DoRA paper, figure 2)."""
-    figure = _figure(2.9, changes)
-    (axes,) = axes_of(figure)
+    figure, axes = _figure(2.9, changes)
     for where, mark, style in _by_kind(changes):
         points = [changes[index].change for index in where]
         axes.plot(
@@ -34,36 +34,31 @@ def magnitude_and_direction(changes: Sequence[LayerChange]) -> Markup:
     # Shares such as 0.00125 take room.
     axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(bottom=0)
-    _legend(figure)
-    return svg(figure, "Change of magnitude against change of direction, a point a layer")
+    return _with_legend(figure, "Change of magnitude against change of direction, a point a layer")
 
 
 def sizes(changes: Sequence[LayerChange]) -> Markup:
     """How far each layer was moved, along the model."""
-    figure = _figure(2.5, changes)
-    (axes,) = axes_of(figure)
+    figure, axes = _figure(2.5, changes)
     for where, mark, style in _by_kind(changes):
         axes.plot(where, [changes[index].change.size for index in where], marker=mark, linewidth=1, **style)
     axes.set(xlabel="layer, in the order of the model", ylabel="||W' - W|| / ||W||")
     axes.set_ylim(bottom=0)
-    _legend(figure)
-    return svg(figure, "Size of the update of each layer along the model")
+    return _with_legend(figure, "Size of the update of each layer along the model")
 
 
 def spectra(changes: Sequence[LayerChange]) -> Markup:
     """Singular values of the updates: the median over the layers of a type."""
-    figure = _figure(2.5, changes)
-    (axes,) = axes_of(figure)
+    figure, axes = _figure(2.5, changes)
     for where, _, style in _by_kind(changes):
-        found = [changes[index].spectrum.values for index in where]
-        length = min(map(len, found))
-        values = np.array([each[:length] for each in found])
+        of_layers = [changes[index].spectrum.values for index in where]
+        length = min(map(len, of_layers))
+        values = np.array([values[:length] for values in of_layers])
         axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
     if limits := log_limits(np.concatenate([line.get_ydata() for line in axes.lines])):
         axes.set_ylim(*limits)
-    _legend(figure)
-    return svg(figure, "Singular values of the updates, medians over layers of a type")
+    return _with_legend(figure, "Singular values of the updates, medians over layers of a type")
 
 
 def log_limits(drawn: np.ndarray) -> tuple[float, float] | None:
@@ -74,12 +69,12 @@ def log_limits(drawn: np.ndarray) -> tuple[float, float] | None:
     return float(max(positive.min(), positive.max() * 1e-6)) / 1.5, float(positive.max()) * 1.5
 
 
-def drift(found: Analysis, steps: Sequence[int]) -> Markup:
+def drift(analysis: Analysis, steps: Sequence[int]) -> Markup:
     """Along checkpoints: how far the adapter is from the base, and how alike its last state."""
     figure = new_figure(5, 4.6)
     upper, lower = axes_of(figure, 2)
-    means = [np.mean([layer.change for layer in changes], axis=0) for changes in found.changes]
-    names = list(found.changes[0][0].change._fields)
+    means = [np.mean([layer.change for layer in changes], axis=0) for changes in analysis.changes]
+    names = list(analysis.changes[0][0].change._fields)
     for place, (name, shown) in enumerate({"magnitude": "magnitude", "direction": "direction, 1 - cos"}.items()):
         values = [mean[names.index(name)] for mean in means]
         upper.plot(steps, values, marker="o", markersize=3, color=COLOURS[place], label=shown)
@@ -87,7 +82,7 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
         xlabel="step", ylabel="mean change", yscale="log" if min(min(mean[:1]) for mean in means) > 0 else "linear"
     )
     upper.legend(frameon=False)
-    lower.plot(steps, [row[-1] for row in found.similarity], marker="o", markersize=3, color=COLOURS[2])
+    lower.plot(steps, [row[-1] for row in analysis.similarity], marker="o", markersize=3, color=COLOURS[2])
     lower.set(xlabel="step", ylabel="cosine with the last", ylim=(-0.05, 1.05))
     return svg(figure, "Change of magnitude and direction along checkpoints, and similarity to the last")
 
@@ -95,20 +90,22 @@ def drift(found: Analysis, steps: Sequence[int]) -> Markup:
 def _by_kind(changes: Sequence[LayerChange]) -> Iterator[tuple[list[int], str, dict[str, str]]]:
     """The places of each type's layers, and the type's mark, colour and label: the same in every picture."""
     for place, kind in enumerate(kinds_of(changes)):
-        where = [index for index, each in enumerate(changes) if each.kind == kind]
+        where = [index for index, layer in enumerate(changes) if layer.kind == kind]
         yield where, MARKS[place % len(MARKS)], {"color": COLOURS[place % len(COLOURS)], "label": label(kind)}
 
 
-def _legend(figure: Figure) -> None:
-    """Above the axes, in columns."""
+def _with_legend(figure: Figure, description: str) -> Markup:
+    """The figure with a legend above the axes, in columns."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=_columns(labels), frameon=False)
+    return svg(figure, description)
 
 
-def _figure(height: float, changes: Sequence[LayerChange]) -> Figure:
-    """A figure with room for axes of that height, in inches, and for the legend of all types."""
+def _figure(height: float, changes: Sequence[LayerChange]) -> tuple[Figure, Any]:
+    """A figure with axes of that height, in inches, and room for the legend of all types."""
     types = kinds_of(changes)
-    return new_figure(5, height + LEGEND_LINE * ceil(len(types) / _columns(types)))
+    figure = new_figure(5, height + LEGEND_LINE * ceil(len(types) / _columns(types)))
+    return figure, axes_of(figure)[0]
 
 
 def _columns(labels: Sequence[str]) -> int:

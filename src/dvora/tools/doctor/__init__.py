@@ -5,8 +5,8 @@ from peft import PeftModel
 
 from ..dense_rebuild import subjects
 from .checks import CHECKS
+from .examined import Examined, Inputs, Loss, recorded, restored
 from .findings import Examination, Finding
-from .patient import Inputs, Loss, Patient, recorded, restored
 
 __all__ = ["Examination", "Finding", "examine"]
 
@@ -53,7 +53,7 @@ def examine(
     count = len(every) if layers is None else min(layers, len(every))
     some = tuple(every[place * len(every) // count] for place in range(count))
     left_out = {*(["learning rates"] if optimizer is None else []), *([] if fresh_process else ["save and load"])}
-    with restored(model):
-        patient = Patient(model, inputs, loss, optimizer, every, some, *recorded(model, inputs, every))
-        findings = [check.finding(patient) for name, check in CHECKS.items() if name not in left_out]
+    with restored(model), torch.no_grad():
+        examined = Examined(model, inputs, loss, optimizer, every, some, *recorded(model, inputs, every))
+        findings = [check(examined) for name, check in CHECKS.items() if name not in left_out]
     return Examination(tuple(findings), len(every), count)

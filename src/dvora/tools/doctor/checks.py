@@ -6,20 +6,20 @@
 import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...functional import unit_rows
 from ...peft.layer import DVoRALayer
 from ...tensors import bias_of
 from ...weight import MergePrecisionWarning
-from ..dense_rebuild import Subject, Term
+from ..dense_rebuild import Subject
+from .examined import CannotCheckError, Examined, Loss, called, restored, tensors_of
 from .findings import Finding, Status
-from .patient import CannotCheckError, Loss, Patient, called, restored, tensors_of
 from .round_trip import outputs_of_the_file
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -33,7 +33,6 @@ RUNAWAY = 0.5
 """Median relative change of a magnitude beyond which it has run away."""
 FAST = 0.05
 """Learning rate of the magnitude, as a share of the median norm of a row, beyond which it will."""
-_STEP = 1e-5
 _PERTURBATION = 0.01
 _FRESH = "doctor"
 _REFUSALS = (TypeError, ValueError, NotImplementedError)
@@ -41,60 +40,45 @@ _NO_GRADIENT = "an autograd kernel was not registered"
 """In torch's warning when an operator without a gradient is differentiated."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a check found.
-
-    Args:
-        passed: whether nothing has to be done.
-        found, figures, layers: as in `Finding`.
-        status, advice: of what did not pass, where they are others than the check's.
-    """
+class Outcome(NamedTuple):
+    """What a check found, as in `Finding`; status and advice only where they are others than the check's."""
 
     passed: bool
     found: str
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = {}
     layers: tuple[str, ...] = ()
     status: Status | None = None
     advice: str | None = None
 
 
-@dataclass(frozen=True)
-class Check:
-    """A check.
-
-    Args:
-        name: of it.
-        look: at a model; raises `CannotCheckError` where it cannot.
-        advice: for what does not pass.
-        status: of what does not pass.
-    """
-
-    name: str
-    look: Callable[[Patient], Outcome]
-    advice: str
-    status: Status
-
-    def finding(self, patient: Patient) -> Finding:
-        """The finding on a model."""
-        try:
-            outcome = self.look(patient)
-        except CannotCheckError as reason:
-            return Finding(self.name, "skip", str(reason))
-        if outcome.passed:
-            return Finding(self.name, "pass", outcome.found, figures=outcome.figures)
-        status, advice = outcome.status or self.status, outcome.advice or self.advice
-        return Finding(self.name, status, outcome.found, advice, outcome.figures, outcome.layers)
+CHECKS: dict[str, Callable[[Examined], Finding]] = {}
+"""Of each check what it finds; it is skipped where it raises `CannotCheckError`."""
 
 
-CHECKS: dict[str, Check] = {}
+def _check(
+    name: str, advice: str, status: Status = "fail"
+) -> Callable[[Callable[[Examined], Outcome]], Callable[[Examined], Outcome]]:
+    """Add a function to the checks, with the advice and the status of what does not pass."""
 
+    def add(check: Callable[[Examined], Outcome]) -> Callable[[Examined], Outcome]:
+        def finding(examined: Examined) -> Finding:
+            try:
+                outcome = check(examined)
+            except CannotCheckError as reason:
+                return Finding(name, "skip", str(reason))
+            if outcome.passed:
+                return Finding(name, "pass", outcome.found, figures=outcome.figures)
+            return Finding(
+                name,
+                outcome.status or status,
+                outcome.found,
+                outcome.advice or advice,
+                outcome.figures,
+                outcome.layers,
+            )
 
-def _check(name: str, advice: str, status: Status = "fail") -> Callable[[Callable[[Patient], Outcome]], None]:
-    """Add a function to the checks."""
-
-    def add(look: Callable[[Patient], Outcome]) -> None:
-        CHECKS[name] = Check(name, look, advice, status)
+        CHECKS[name] = finding
+        return check
 
     return add
 
@@ -103,9 +87,9 @@ def _check(name: str, advice: str, status: Status = "fail") -> Callable[[Callabl
     "identity at the start",
     "training starts from a damaged model: leave init_weights (init_lora_weights) at its default",
 )
-def _identity(patient: Patient) -> Outcome:
+def _identity(examined: Examined) -> Outcome:
     """A fresh adapter of the same configuration against the base alone."""
-    model, active = patient.model, patient.adapter
+    model, active = examined.model, examined.adapter
     config = copy.deepcopy(model.peft_config[active])
     config.inference_mode = False
     with restored(model):
@@ -116,9 +100,9 @@ def _identity(patient: Patient) -> Outcome:
         try:
             model.set_adapter(_FRESH)
             model.eval()
-            started = patient.output()
+            started = examined.output()
             with model.disable_adapter():
-                base = patient.output()
+                base = examined.output()
         finally:
             model.set_adapter(active)
             model.delete_adapter(_FRESH)
@@ -131,25 +115,24 @@ def _identity(patient: Patient) -> Outcome:
     "the layer does not compute its adapter: do not trust its results; try another version of the library, or an "
     "unquantised base",
 )
-def _outputs(patient: Patient) -> Outcome:
+def _outputs(examined: Examined) -> Outcome:
     """Each layer's outputs against those of W' as a dense matrix."""
     errors, limits = {}, {}
-    for subject, x in _called(patient):
-        with torch.no_grad():
-            found = subject.layer(x)
-            errors[subject.name] = distance(found, subject.outputs(x, subject.rebuilt(subject.weight())))
-        limits[subject.name] = QUANTISED_TOLERANCE if subject.layout is None else TOLERANCES[found.dtype]
+    for subject, x in _called(examined):
+        outputs = subject.layer(x)
+        errors[subject.name] = distance(outputs, subject.outputs(x, subject.rebuilt(subject.weight())))
+        limits[subject.name] = QUANTISED_TOLERANCE if subject.layout is None else TOLERANCES[outputs.dtype]
     return _within(errors, limits, "outputs differ from a dense float64 rebuild by")
 
 
 @_check("gradients", "training goes in a wrong direction: look for hooks, custom kernels, and a forward under no_grad")
-def _gradients(patient: Patient) -> Outcome:
-    """Each layer's gradients against finite differences of its dense rebuild."""
+def _gradients(examined: Examined) -> Outcome:
+    """Each layer's gradients against those of its dense rebuild in float64, by autograd."""
     errors, limits = {}, {}
-    for subject, x in _called(patient):
+    for subject, x in _called(examined):
         errors[subject.name] = _gradient_error(subject, x)
         limits[subject.name] = GRADIENT_TOLERANCES[subject.dtype if subject.layout else torch.bfloat16]
-    return _within(errors, limits, "gradients differ from finite differences by")
+    return _within(errors, limits, "gradients differ from the dense rebuild's by")
 
 
 @_check(
@@ -157,10 +140,10 @@ def _gradients(patient: Patient) -> Outcome:
     "the base was changed behind the layer's back (through .data, or another library): adapt it again, or load the "
     "base's weights with load_state_dict",
 )
-def _constants(patient: Patient) -> Outcome:
+def _constants(examined: Examined) -> Outcome:
     """The constants of the norm that DVoRA keeps, against the weight as it is now."""
     errors: dict[str, float] = {}
-    for subject in patient.some:
+    for subject in examined.some:
         if not isinstance(subject.layer, DVoRALayer) or subject.layout is None:
             continue
         weight, w = subject.weight(), subject.weight().norm(dim=1)
@@ -180,15 +163,15 @@ def _constants(patient: Patient) -> Outcome:
     "lower the learning rate of lambda_b and lambda_d (LoRA's matrices), or alpha: such rows point anywhere",
     "warn",
 )
-def _short_rows(patient: Patient) -> Outcome:
+def _short_rows(examined: Examined) -> Outcome:
     """Rows that the update nearly cancels, so that the rescaling magnifies what is left of them."""
     shares: dict[str, float] = {}
-    for subject in patient.some:
+    for subject in examined.some:
         weight = subject.weight()
         for term in subject.terms:
             if term.magnitude is not None:
                 # A row of zeros has nothing that could be cancelled.
-                short = term.norm(term.values(), weight) < SHORT_ROW * weight.norm(dim=1)
+                short = term.norm(weight) < SHORT_ROW * weight.norm(dim=1)
                 shares[subject.name] = max(float(short.double().mean()), shares.get(subject.name, 0.0))
     return _within(shares, 0.0, f"share of rows with less than {SHORT_ROW:g} of their norm left before rescaling:")
 
@@ -199,10 +182,10 @@ def _short_rows(patient: Patient) -> Outcome:
     "out, or compute in float64",
     "warn",
 )
-def _small_rows(patient: Patient) -> Outcome:
+def _small_rows(examined: Examined) -> Outcome:
     """Rows of DVoRA that are tiny beside their bias, which is subtracted from the base's rounded outputs."""
     shares = {}
-    for subject in patient.some:
+    for subject in examined.some:
         if isinstance(layer := subject.layer, DVoRALayer):
             w, bias = subject.weight().norm(dim=1), bias_of(layer.get_base_layer(), layer.measured_bias)
             small = torch.zeros_like(w) if bias is None else (w > 0) & (w < SMALL_ROW * bias.detach().abs().to(w))
@@ -213,10 +196,10 @@ def _small_rows(patient: Patient) -> Outcome:
 @_check(
     "calls", "leave them out (target_modules, exclude_modules), or give inputs that reach them, as experts may need"
 )
-def _calls(patient: Patient) -> Outcome:
+def _calls(examined: Examined) -> Outcome:
     """Layers that were adapted and did not run."""
-    names = [subject.name for subject in patient.layers]
-    never = [name for name in names if name not in patient.layer_inputs]
+    names = [subject.name for subject in examined.layers]
+    never = [name for name in names if name not in examined.layer_inputs]
     found = f"all {len(names)} adapted layers were called"
     return _none_of(never, names, found, "adapted layers were never called")
 
@@ -225,23 +208,26 @@ def _calls(patient: Patient) -> Outcome:
     "gradients received",
     "what is not reached is not trained: look for a detach, a branch that is off, or layers that are not called",
 )
-def _received(patient: Patient) -> Outcome:
+def _received(examined: Examined) -> Outcome:
     """Trained parameters that no gradient reaches, a small step away from where they are.
 
     At the start of training some gradients are zero by design: lambda_d's, and those of LoRA's A.
     """
-    with restored(patient.model, values=True):
-        trained, generator = patient.trained(), torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in trained.values():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device)
-                parameter.add_((_PERTURBATION * noise).to(parameter.dtype)).requires_grad_(True)
-        for subject in patient.layers:
+    with restored(examined.model, values=True):
+        trained, generator = examined.trained(), torch.Generator().manual_seed(0)
+        for parameter in trained.values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device)
+            parameter.add_((_PERTURBATION * noise).to(parameter.dtype)).requires_grad_(True)
+        for subject in examined.layers:
             subject.make_differentiable()
         with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _loss(called(patient.model, patient.inputs), patient.loss, generator).backward()
-        without = [name for name, parameter in trained.items() if not _has_gradient(parameter)]
+            _loss(called(examined.model, examined.inputs), examined.loss, generator).backward()
+        without = [
+            name
+            for name, parameter in trained.items()
+            if (gradient := parameter.grad) is None or not (gradient.isfinite().all() and gradient.any())
+        ]
     if stops := [str(warning.message) for warning in caught if _NO_GRADIENT in str(warning.message)]:
         advice = (
             "load the model again and train it before it is evaluated: bitsandbytes repacks 4-bit weights in the first "
@@ -254,20 +240,20 @@ def _received(patient: Patient) -> Outcome:
 
 
 @_check("values", "training diverged: go back to a checkpoint and lower the learning rate")
-def _values(patient: Patient) -> Outcome:
+def _values(examined: Examined) -> Outcome:
     """Trained parameters that are not finite."""
-    trained = patient.trained()
+    trained = examined.trained()
     bad = [name for name, parameter in trained.items() if not bool(parameter.isfinite().all())]
     found = f"all values of {len(trained)} trained tensors are finite"
     return _none_of(bad, trained, found, "trained tensors hold values that are not finite")
 
 
 @_check("movement", "lower the magnitude's learning rate (dvora.training.recommended_rates)")
-def _movement(patient: Patient) -> Outcome:
+def _movement(examined: Examined) -> Outcome:
     """Whether the adapter is still where it started, and whether its magnitude ran away."""
     changes: dict[str, float] = {}
     moved = 0
-    for subject in patient.some:
+    for subject in examined.some:
         weight = subject.weight()
         for term in subject.terms:
             moved += term.moves(weight)
@@ -275,12 +261,12 @@ def _movement(patient: Patient) -> Outcome:
                 rows = weight.norm(dim=1)
                 relative = (term.values()[term.magnitude].flatten() - rows).abs() / rows.clamp_min(1e-30)
                 changes[subject.name] = float(relative.nan_to_num(float("inf")).median())
-    figures = {"layers": float(len(patient.some)), "moved": float(moved)}
+    figures = {"layers": float(len(examined.some)), "moved": float(moved)}
     if not moved:
         found = "no layer has moved from where it started: the adapter does nothing"
         advice = "train it; after training, look whether its values are in the optimizer and its rates above zero"
         return Outcome(False, found, figures, status="warn", advice=advice)
-    found = f"{moved} of {len(patient.some)} layers have moved"
+    found = f"{moved} of {len(examined.some)} layers have moved"
     if not changes:
         return Outcome(True, found, figures)
     worst = max(changes.values())
@@ -296,18 +282,18 @@ def _movement(patient: Patient) -> Outcome:
     "take dvora.training.recommended_rates: AdamW moves every value by about its rate in each step",
     "warn",
 )
-def _rates(patient: Patient) -> Outcome:
+def _rates(examined: Examined) -> Outcome:
     """Learning rates that look wrong, and trained parameters that the optimizer does not have."""
-    if patient.optimizer is None:
+    if examined.optimizer is None:
         raise CannotCheckError("no optimizer was given")
-    rates = {id(each): float(group["lr"]) for group in patient.optimizer.param_groups for each in group["params"]}
-    trained = {name: parameter for name, parameter in patient.model.named_parameters() if parameter.requires_grad}
+    rates = {id(each): float(group["lr"]) for group in examined.optimizer.param_groups for each in group["params"]}
+    trained = {name: parameter for name, parameter in examined.model.named_parameters() if parameter.requires_grad}
     if left_out := [name for name, parameter in trained.items() if id(parameter) not in rates]:
         advice = "make the optimizer after the adapter, over all that is trained (dvora.training.parameter_groups)"
         outcome = _none_of(left_out, trained, "", "trained tensors are in no group of the optimizer")
-        return Outcome(False, outcome.found, layers=outcome.layers, status="fail", advice=advice)
+        return outcome._replace(status="fail", advice=advice)
     fast, still = {}, []
-    for subject in patient.some:
+    for subject in examined.some:
         for term in subject.terms:
             for vector, parameter in term.parameters.items():
                 rate = rates.get(id(parameter))
@@ -316,10 +302,8 @@ def _rates(patient: Patient) -> Outcome:
                 elif rate is not None and vector == term.magnitude:
                     fast[subject.name] = rate / float(subject.weight().norm(dim=1).median().clamp_min(1e-30))
     if still:
-        found = f"{len(still)} trained tensors have a learning rate of zero, first {still[0]}"
-        return Outcome(
-            False, found, layers=tuple(still), advice="leave them out of training (train=...), or give them a rate"
-        )
+        outcome = _none_of(still, trained, "", "trained tensors have a learning rate of zero")
+        return outcome._replace(advice="leave them out of training (train=...), or give them a rate")
     if not fast:
         return Outcome(True, f"all {len(trained)} trained tensors have a learning rate above zero")
     return _within(fast, FAST, "the magnitude's learning rate, as a share of the median norm of a row, is")
@@ -330,10 +314,10 @@ def _rates(patient: Patient) -> Outcome:
     "keep the adapter unmerged, or merge into a float32 copy of the base (dvora merge --dtype float32)",
     "warn",
 )
-def _merge_losses(patient: Patient) -> Outcome:
+def _merge_losses(examined: Examined) -> Outcome:
     """The share of each update that rounding to the base's dtype would change in a merge."""
     lost = {}
-    for subject in patient.some:
+    for subject in examined.some:
         if subject.layout is not None:
             weight = subject.weight()
             merged = subject.rebuilt(weight)
@@ -344,40 +328,40 @@ def _merge_losses(patient: Patient) -> Outcome:
 
 
 @_check("merge", "do not ship the merged model: keep the adapter, or merge into a float32 copy of the base")
-def _merge(patient: Patient) -> Outcome:
+def _merge(examined: Examined) -> Outcome:
     """The outputs of the model with its adapter merged into the weights, against those of the adapted model."""
-    if any(subject.layout is None for subject in patient.layers):
+    if any(subject.layout is None for subject in examined.layers):
         raise CannotCheckError("the base is quantised: a merge would quantise it anew")
-    merges: Any = patient.model
-    with restored(patient.model, values=True), warnings.catch_warnings():
+    merges: Any = examined.model
+    with restored(examined.model, values=True), warnings.catch_warnings():
         # The check "merge rounding" reports it.
         warnings.simplefilter("ignore", MergePrecisionWarning)
         try:
             merges.merge_adapter()
-            error = distance(patient.output(), patient.outputs)
+            error = distance(examined.output(), examined.outputs)
         except _REFUSALS as problem:
             raise CannotCheckError(f"not possible here: {problem}") from problem
         finally:
-            if any(subject.layer.merged for subject in patient.layers):
+            if any(subject.layer.merged for subject in examined.layers):
                 merges.unmerge_adapter()
-    limit = max(TOLERANCES[subject.dtype] for subject in patient.layers)
+    limit = max(TOLERANCES[subject.dtype] for subject in examined.layers)
     return _within({"": error}, 10 * limit, "outputs of the merged model differ by")
 
 
 @_check("mixed batch", "serve one adapter at a time until it is mended")
-def _mixed_batch(patient: Patient) -> Outcome:
+def _mixed_batch(examined: Examined) -> Outcome:
     """A batch whose rows have the adapter and the base by turns, against the rows of both."""
-    if any(isinstance(each.layer, LoraLayer) and term.magnitude for each in patient.layers for term in each.terms):
+    if any(isinstance(each.layer, LoraLayer) and term.magnitude for each in examined.layers for term in each.terms):
         # It would refuse in the middle of a pass, and leave its hooks behind.
         raise CannotCheckError("PEFT's DoRA takes no batches of several adapters")
-    adapter, adapted = patient.adapter, patient.outputs
+    adapter, adapted = examined.adapter, examined.outputs
     rows = [adapter if row % 2 else "__base__" for row in range(len(adapted))]
     if len(rows) < 2:
         raise CannotCheckError("the inputs have a single row")
     try:
-        mixed = patient.output(adapter_names=rows)
-        with patient.model.disable_adapter():
-            base = patient.output()
+        mixed = examined.output(adapter_names=rows)
+        with examined.model.disable_adapter():
+            base = examined.output()
     except (*_REFUSALS, AttributeError) as problem:
         raise CannotCheckError(f"not possible here: {_first_line(problem)}") from problem
     expected = torch.stack([adapted[row] if row % 2 else base[row] for row in range(len(rows))])
@@ -389,11 +373,11 @@ def _mixed_batch(patient: Patient) -> Outcome:
     "save and load",
     "the file is not the adapter: look which of its values differ (dvora inspect), and in which dtype they are",
 )
-def _round_trip(patient: Patient) -> Outcome:
+def _round_trip(examined: Examined) -> Outcome:
     """The outputs of the saved adapter in a fresh process, against those of the model."""
-    error = distance(outputs_of_the_file(patient), patient.outputs.cpu())
+    error = distance(outputs_of_the_file(examined), examined.outputs.cpu())
     what = "outputs after saving and loading in a fresh process differ by"
-    return _within({"": error}, TOLERANCES[patient.outputs.dtype], what)
+    return _within({"": error}, TOLERANCES[examined.outputs.dtype], what)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -426,19 +410,15 @@ def _none_of(bad: Collection[str], names: Collection[str], right: str, wrong: st
     return Outcome(not bad, found, {"layers": float(len(names))}, tuple(bad))
 
 
-def _called(patient: Patient) -> Iterator[tuple[Subject, Tensor]]:
+def _called(examined: Examined) -> Iterator[tuple[Subject, Tensor]]:
     """The layers that are checked one by one and were called, with their inputs."""
-    for subject in patient.some:
-        if subject.name in patient.layer_inputs:
-            yield subject, patient.layer_inputs[subject.name]
+    for subject in examined.some:
+        if subject.name in examined.layer_inputs:
+            yield subject, examined.layer_inputs[subject.name]
 
 
 def _first_line(problem: Exception) -> str:
     return str(problem).splitlines()[0]
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
 
 
 def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor:
@@ -456,46 +436,22 @@ def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor
 
 
 def _gradient_error(subject: Subject, x: Tensor) -> float:
-    """The largest error of a directional derivative, as a share of the gradient's norm."""
-    weight, generator = subject.weight(), torch.Generator().manual_seed(0)
-    trained = [
-        (term, name, each.requires_grad_(True)) for term in subject.terms for name, each in term.parameters.items()
-    ]
-    for _, _, parameter in trained:
+    """The largest relative error of the gradient of a trained vector or matrix."""
+    # The rebuild has copies, since hooks of the parameters would act on its gradients too.
+    rebuild = replace(subject, terms=copy.deepcopy(subject.terms))
+    both = [[value for term in layer.terms for value in term.parameters.values()] for layer in (subject, rebuild)]
+    for parameter in (*both[0], *both[1]):
         parameter.requires_grad_(True)
     subject.make_differentiable()
     with torch.enable_grad():
-        found = subject.layer(x)
-        weights = torch.randn(found.shape, generator=generator, dtype=torch.float64).to(found.device)
-        loss = (found.double() * weights).sum()
-        gradients = torch.autograd.grad(loss, [parameter for _, _, parameter in trained], allow_unused=True)
-    worst = 0.0
-    for (term, name, parameter), given in zip(trained, gradients, strict=True):
-        gradient = torch.zeros_like(parameter).double() if given is None else given.double()
-        random = torch.randn(gradient.shape, generator=generator, dtype=torch.float64).to(gradient.device)
-        for direction in (gradient, random):
-            step = direction / direction.norm().clamp_min(1e-300)
-            slope = _slope(subject, term, name, step, weight, lambda y: float((y * weights).sum()), x)
-            error = abs(float((gradient * step).sum()) - slope)
-            worst = max(worst, error / max(float(gradient.norm()), abs(slope), 1e-12))
-    return worst
-
-
-@torch.no_grad()
-def _slope(
-    subject: Subject,
-    term: Term,
-    name: str,
-    step: Tensor,
-    weight: Tensor,
-    loss: Callable[[Tensor], float],
-    x: Tensor,
-) -> float:
-    """The slope of a loss of the rebuilt layer's outputs along a step of one vector, by central differences."""
-    values = term.values()
-    norm = term.norm(values, weight) if term.detached and term.magnitude is not None else None
-    ends = [
-        loss(subject.outputs(x, weight + term.delta({**values, name: values[name] + sign * step}, weight, norm)))
-        for sign in (_STEP, -_STEP)
+        outputs = (subject.layer(x).double(), rebuild.outputs(x, rebuild.rebuilt(subject.weight())))
+        weights = torch.randn(outputs[1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gradients, expected = (
+            torch.autograd.grad((y * weights.to(y.device)).sum(), parameters, materialize_grads=True)
+            for y, parameters in zip(outputs, both, strict=True)
+        )
+    errors = [
+        (gradient.double() - right.double()).norm() / torch.maximum(gradient.norm(), right.norm()).clamp_min(1e-12)
+        for gradient, right in zip(gradients, expected, strict=True)
     ]
-    return (ends[0] - ends[1]) / (2 * _STEP)
+    return float(torch.stack(errors).max())

@@ -11,28 +11,28 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .patient import CannotCheckError, Patient, called, tensors_of
+from .examined import CannotCheckError, Examined, called, tensors_of
 
 _START = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 """As new as a spawned process; who examines many adapters can have imports made once (`set_forkserver_preload`)."""
 
 
-def outputs_of_the_file(patient: Patient) -> Tensor:
+def outputs_of_the_file(examined: Examined) -> Tensor:
     """The outputs of the adapter, saved and loaded by another process onto a copy of the base.
 
     Raises:
         CannotCheckError: several adapters are active, or the base cannot be copied.
     """
-    adapter = patient.adapter
+    adapter = examined.adapter
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        patient.model.save_pretrained(str(folder / "saved"), selected_adapters=[adapter])
+        examined.model.save_pretrained(str(folder / "saved"), selected_adapters=[adapter])
         own = folder / "saved" / adapter
         try:
-            torch.save(copy.deepcopy(patient.model).unload(), folder / "base.pt")
+            torch.save(copy.deepcopy(examined.model).unload(), folder / "base.pt")
         except (pickle.PicklingError, AttributeError, TypeError, ValueError, NotImplementedError) as problem:
             raise CannotCheckError(f"the base cannot be handed to another process: {problem}") from problem
-        torch.save(patient.inputs, folder / "inputs.pt")
+        torch.save(examined.inputs, folder / "inputs.pt")
         saved = own if own.is_dir() else folder / "saved"
         with ProcessPoolExecutor(1, get_context(_START)) as fresh:
             return fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()

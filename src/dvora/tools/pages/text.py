@@ -45,17 +45,17 @@ def shown(value: Any) -> str:
     return value if isinstance(value, Markup) else visible(str(value))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A half sentence to append to an error: the nearest of the known names, else all of them, or the first ones."""
-    names = sorted(known)
-    compared = [each for each in islice(names, MANY) if len(each) <= LONG]
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A half sentence to append to an error: the nearest of the names that there are, else the first of them."""
+    names = sorted(names)
+    compared = [other for other in islice(names, MANY) if len(other) <= LONG]
     if len(name) <= LONG and (near := get_close_matches(name.lower(), compared, n=1, cutoff=0.6)):
         return f"did you mean {near[0]!r}?"
     return f"expected one of {listed(names)}" if names else "there are none"
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
     """Names with commas between them: as many as a reader wants to see."""
-    shown = [*names]
-    more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
-    return ", ".join(each if len(each) <= LONG else f"{each[:LONG]}..." for each in shown[:SHOWN]) + more
+    names = [*names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(name if len(name) <= LONG else f"{name[:LONG]}..." for name in names[:most]) + more

@@ -24,7 +24,7 @@ class CannotCheckError(Exception):
 
 
 @dataclass(frozen=True)
-class Patient:
+class Examined:
     """A model, and what it does with its inputs.
 
     Args:
@@ -55,7 +55,6 @@ class Patient:
             raise CannotCheckError("several adapters are active at once")
         return self.model.active_adapters[0]
 
-    @torch.no_grad()
     def output(self, **more: Any) -> Tensor:
         """The model's main output as it is now."""
         return tensors_of(called(self.model, self.inputs, **more))[0]
@@ -90,7 +89,6 @@ def tensors_of(outputs: Any) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
 def recorded(model: nn.Module, inputs: Inputs, layers: tuple[Subject, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """The model's output, and a few rows of the inputs of each layer that was called, by its name."""
     seen: dict[str, Tensor] = {}
@@ -129,7 +127,6 @@ def restored(model: nn.Module, values: bool = False) -> Iterator[None]:
         for parameter, (trained, gradient) in switches.items():
             parameter.requires_grad_(trained)
             parameter.grad = gradient
-        with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                if not torch.equal(tensor.cpu(), copy):
-                    tensor.copy_(copy)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if not torch.equal(tensor.cpu(), copy):
+                tensor.copy_(copy)

@@ -47,7 +47,7 @@ def adapted(base: nn.Module, method: str, targets: Any, moved: float = 0.02, **m
     return model.eval()
 
 
-def patient(method: str = "dvora", **more: Any) -> PeftModel:
+def small_model(method: str = "dvora", **more: Any) -> PeftModel:
     """A small network of linear layers with an adapter."""
     return adapted(tiny.mlp(), method, ["lin0", "lin1", "lin2"], **more)
 
