@@ -31,7 +31,7 @@ def test_a_batch_takes_all_its_slots_or_none_while_it_waits() -> None:
         assert "c" not in held
         # The base needs no slot, and no turn.
         held.take(object(), "", rows)
-        held.leave(first)
+        held.release(first)
 
     place, _ = in_threads(lambda: held.take(second, "cd", rows), watches)
     assert {digest: float(held.factors[slot, 0]) for digest, slot in place.items()} == {"c": ord("c"), "d": ord("d")}
@@ -45,11 +45,11 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
         until(lambda: len(held._waiting) == turn)
         held.take(batch := object(), digests, rows)
         order.append(name)
-        held.leave(batch)
+        held.release(batch)
 
     def watch() -> None:
         until(lambda: len(held._waiting) == 2)
-        held.leave(first)
+        held.release(first)
 
     # What the small one needs is in its slot all the time.
     in_threads(lambda: take("large", "cd", 0), lambda: take("small", "a", 1), watch)

@@ -253,7 +253,7 @@ class AdapterBank:
             with self._batches.entered(slots.rows(index)) as entered:
                 yield entered
         finally:
-            slots.leave(batch)
+            slots.release(batch)
 
     def trainable(self, names: Collection[str] = (), *, new: Collection[str] = ()) -> TrainableAdapters:
         """Adapters to train together, in one step a batch; the bank serves the old ones until `publish`.

@@ -154,7 +154,7 @@ class Slots:
     def take(
         self, batch: object, digests: Collection[str], load: Callable[[Sequence[str]], Mapping[str, AdapterRow]]
     ) -> dict[str, int]:
-        """Slots for a batch until it leaves; waits while other batches hold too many.
+        """Slots for a batch until `release`; waits while other batches hold too many.
 
         Args:
             batch: compared by identity.
@@ -201,8 +201,8 @@ class Slots:
         factors, heads = self.factors, (dict(self.heads), list(self.shapes))
         return GatheredRows(index, self._lengths, lambda: factors, lambda: heads, base=self.count)
 
-    def leave(self, batch: object) -> None:
-        """Give the slots of a batch back, if it has any."""
+    def release(self, batch: object) -> None:
+        """Give the slots of a batch back, if it has any; its adapters stay in them until others need the room."""
         with self._changed:
             for digest in self._held.pop(batch, (0, ()))[1]:
                 if self.factors.is_cuda:
@@ -246,15 +246,19 @@ class Slots:
 
     def _assign(self, digest: str, row: AdapterRow) -> None:
         if not self._unused:
-            in_use = self._in_use()
-            oldest = next(other for other in self._slot_of if other not in in_use)
-            self._unused.append(self._slot_of.pop(oldest))
-            self.evictions += 1
-            if (left := self._left.pop(oldest, None)) is not None:
-                left.wait()
+            self._evict()
         # Unused until it is whole: what fails loses no slot.
         self._put(self._unused[-1], row)
         self._slot_of[digest] = self._unused.pop()
+
+    def _evict(self) -> None:
+        """The adapter that was used least recently leaves its slot; never one that a running batch has."""
+        in_use = self._in_use()
+        oldest = next(other for other in self._slot_of if other not in in_use)
+        self._unused.append(self._slot_of.pop(oldest))
+        self.evictions += 1
+        if (left := self._left.pop(oldest, None)) is not None:
+            left.wait()
 
     @torch.no_grad()
     def _put(self, slot: int, row: AdapterRow) -> None:

@@ -88,8 +88,8 @@ def inspect_command(
         packed = inspect_pack(file)
         shown = Output(as_json, quiet)
         shown.result(_shown(packed, as_json), f"Packed adapters in {file}")
-        if not as_json and packed["count"] > MANY:
-            shown.note(f"{packed['count'] - MANY:,} more adapters are in it; --json names all")
+        if not as_json and (more := packed["count"] - MANY) > 0:
+            shown.note(f"{more:,} more adapters are in it; --json names all")
         shown.next_step("dvora", "bank", "unpack", str(file), "--output", "unpacked")
 
 

@@ -140,7 +140,7 @@ def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[s
 
 
 def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.data.row_files import json_lines, json_object
+    from ..recipes.data.written_rows import json_lines, json_object
 
     if stdout.isatty() and not as_json:
         for continuation in continuations:

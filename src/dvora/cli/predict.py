@@ -100,7 +100,7 @@ def predict(
 
 
 def _check_output(output: str, safe: bool) -> None:
-    from ..recipes.data.row_files import writer_for
+    from ..recipes.data.written_rows import writer_for
 
     if output != STREAM:
         writer_for(Path(output).suffix, safe)
@@ -111,7 +111,7 @@ def _check_output(output: str, safe: bool) -> None:
 
 def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
     """Write a file of predictions; returns how many there are of what."""
-    from ..recipes.data.row_files import writer_for
+    from ..recipes.data.written_rows import writer_for
     from ..recipes.files import typed
     from ..whole_files import new_file
 
@@ -131,7 +131,7 @@ def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str
 
 
 def _print(predicted: "Iterable[Predicted]", labels: tuple[str, ...], as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.data.row_files import json_lines, json_object
+    from ..recipes.data.written_rows import json_lines, json_object
 
     if stdout.isatty() and not as_json:
         texts = _table(predicted, labels, shutil.get_terminal_size().columns)

@@ -1,10 +1,12 @@
 """Bases: loaded or refused in one line; and computing as a run did, on a device that is there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertModel
 
 from dvora.recipes.models.bases import computing, device_of, load_base
 from dvora.recipes.settings import Settings
@@ -23,6 +25,19 @@ def test_new_layers_come_from_the_seed_alone(models: dict[str, Path]) -> None:
     assert (first.model.classifier.weight == second.model.classifier.weight).all()
     other = load_base(chosen.model_copy(update={"seed": 4}), ["bad", "good"], 0)
     assert (first.model.classifier.weight != other.model.classifier.weight).any()
+
+
+def test_what_the_base_lacks_is_trained_whole_too(bert: Path, tmp_path: Path) -> None:
+    BertModel.from_pretrained(bert, add_pooling_layer=False).save_pretrained(tmp_path)
+    base = load_base(settings(model=str(tmp_path)), [], 0)
+    assert base.heads == ("classifier", "bert.pooler.dense")
+
+
+def test_a_pipe_in_a_model_s_folder_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        load_base(settings(model=str(tmp_path)), [], 0)
 
 
 MODEL = {"config.json": {"model_type": "bert"}}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dvora.recipes.data.row_files import writer_for
 from dvora.recipes.data.tables import stream_table
+from dvora.recipes.data.written_rows import writer_for
 
 ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
 
