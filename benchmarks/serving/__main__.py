@@ -104,7 +104,11 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         start("merged model", dvora(bases["merged-classifier"], folder / "empty", 1), ["merged-classifier"] * requests)
         for count in COUNTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
-            start(f"{count} adapters", dvora(bases["minilm"], packs[count], SLOTS), models)
+            start(
+                f"{count} {'adapter' if count == 1 else 'adapters'}",
+                dvora(bases["minilm"], packs[count], SLOTS),
+                models,
+            )
         for rank in (1, 8):
             for count in PEFT_COUNTS:
                 (empty := folder / f"empty-{rank}-{count}").mkdir()
@@ -135,7 +139,10 @@ def decoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         for count in OF_TEXTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
             command = dvora(bases["smollm2"], packs[count], 64, WRITERS)
-            servers[f"{count} adapters"] = running.enter_context(started(command)), models
+            servers[f"{count} {'adapter' if count == 1 else 'adapters'}"] = (
+                running.enter_context(started(command)),
+                models,
+            )
         return {f"generate: {name}": row for name, row in in_turns(servers, rounds, WRITERS, TOKENS, console).items()}
 
 
