@@ -39,6 +39,11 @@ TOKENS = 16
 PEFT_COUNTS = (16, 64)
 
 
+def named(count: int) -> str:
+    """A number of adapters."""
+    return f"{count} adapter{'s' * (count > 1)}"
+
+
 def trained(folder: Path, steps: int, rows: int) -> dict[str, Path]:
     """The materials, and an adapter of each kind that `dvora train` has made."""
     lay_out(folder)
@@ -105,7 +110,7 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         for count in COUNTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
             start(
-                f"{count} {'adapter' if count == 1 else 'adapters'}",
+                named(count),
                 dvora(bases["minilm"], packs[count], SLOTS),
                 models,
             )
@@ -139,7 +144,7 @@ def decoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         for count in OF_TEXTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
             command = dvora(bases["smollm2"], packs[count], 64, WRITERS)
-            servers[f"{count} {'adapter' if count == 1 else 'adapters'}"] = (
+            servers[named(count)] = (
                 running.enter_context(started(command)),
                 models,
             )
