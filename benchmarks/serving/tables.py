@@ -25,8 +25,8 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
             *blocks,
             f"An update by a vector of {update['bytes'] / 1e6:.1f} MB in the request takes "
             f"{update['answer_ms_p50']:.0f} ms (p95 {update['answer_ms_p95']:.0f}). The p95 of requests for 16 "
-            f"adapters is {first['answer_ms_p95']:.0f} ms beside first uses of others and {used['answer_ms_p95']:.0f} beside as "
-            "many requests for one in its slot.",
+            f"adapters is {first['answer_ms_p95']:.0f} ms beside first uses of others, and "
+            f"{used['answer_ms_p95']:.0f} beside as many requests for one in its slot.",
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
             "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
             "Adapters by Zipf's law (exponent 1), dvora structured r=64: one that was trained, and perturbations of "
