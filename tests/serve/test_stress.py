@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dvora.serve.requests import Answer, Piece, Request, Sampling
 from tests.serve.served import ADMIN, TEXTS, Alone, complete, copied, serving
 
 CONTENTS = tuple(f"a{number}" for number in range(6))
@@ -72,6 +73,26 @@ def test_who_hangs_up_frees_the_place(llama: Path, language_adapters: Path, tmp_
                 next(stream.iter_lines())
         assert complete(client, "a1", "the ").status_code == 200
         assert all(version.in_flight == 0 for version in server.registry.versions())
+
+
+def test_a_cancelled_text_gets_no_more_steps(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    ended = threading.Event()
+    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (_, server):
+        pieces: list[Piece | Answer] = []
+
+        def hear(request: Request, part: Piece | Answer) -> None:
+            pieces.append(part)
+            server.engine.cancel([request])
+
+        def hear_end(_: Request, part: Piece | Answer) -> None:
+            if isinstance(part, Answer):
+                ended.set()
+
+        sampling = Sampling(max_tokens=50, temperature=0)
+        server.engine.submit([Request("generate", None, [20, 21], hear, sampling)])
+        server.engine.submit([Request("generate", None, [20, 21], hear_end, sampling)])
+        assert ended.wait(30)
+        assert len(pieces) == 1
 
 
 def test_a_full_queue_is_429(bert: Path, classifiers: Path, tmp_path: Path) -> None:

@@ -126,9 +126,6 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive, most: int) -> bytes:
         too_large = RefusedError(413, f"the body is larger than the {most:,} bytes that are read here", "too_large")
-        # Said before the body is sent, so that nothing is read in vain.
-        if (length := _header(scope, b"content-length")).isdigit() and int(length) > most:
-            raise too_large
 
         async def read() -> bytes:
             body, is_more = bytearray(), True

@@ -95,9 +95,10 @@ class Engine:
     def _loop(self) -> None:
         while (batch := self._next()) is not None:
             started = time.monotonic()
-            for request, answer in self._run(batch):
-                request.answer(answer)
+            answers = self._run(batch)
             self.metrics.batch(batch, time.monotonic() - started, started)
+            for request, answer in answers:
+                request.answer(answer)
         self.base.leave()
 
     def _next(self) -> Batch | None:
