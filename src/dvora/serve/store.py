@@ -14,8 +14,9 @@ import json
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -87,13 +88,10 @@ class Store:
         if not (_shared_lock(lock, self._held) if is_shared else _lock(lock, self._held)):
             raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder")
         self._changes = filelock.FileLock(self.folder / "changes", timeout=CHANGING_SECONDS, thread_local=False)
-        self._last_read: os.stat_result | None = None
-        self._last_file = ExitStack()
-        self.index = self._read_index()
+        self.index, self._last_read = self._read_index()
 
     def close(self) -> None:
         """Let other servers have the files."""
-        self._last_file.close()
         self._held.close()
 
     def names(self) -> list[str]:
@@ -156,6 +154,8 @@ class Store:
         """Serve an adapter after a restart too."""
         relative = folder.resolve().relative_to(self.root.resolve()).as_posix()
         self._write_index({**self.index, name: Entry(relative, labels, is_upload, digest)})
+        if self.is_shared:
+            self.sweep()
 
     def forget(self, name: str) -> None:
         """Serve an adapter no longer after a restart; of what was given the files stay."""
@@ -195,31 +195,32 @@ class Store:
             state = (self.folder / INDEX).stat()
         except FileNotFoundError:
             return False
-        return self._last_read is None or not os.path.samestat(state, self._last_read)
+        return self._last_read is None or not os.path.samestat(state, self._last_read.state)
 
     @contextmanager
     def catching_up(self) -> Iterator[dict[str, Entry | None]]:
-        """The entries that others changed, None where nothing is served any more; to be read again after an error."""
-        try:
-            index, before = self._read_index(), self.index
-            names = [name for name in {**before, **index} if index.get(name, ABSENT) != before.get(name, ABSENT)]
-            yield {name: index.get(name) for name in names}
-        except BaseException:
-            self._last_read = None
-            raise
-        self.index = index
+        """The entries that others changed, None where nothing is served any more.
 
-    def _read_index(self) -> dict[str, Entry | None]:
+        Until they are taken over, and also after an error, `is_behind` is true.
+        """
+        (index, read), before = self._read_index(), self.index
+        names = [name for name in {**before, **index} if index.get(name, ABSENT) != before.get(name, ABSENT)]
+        yield {name: index.get(name) for name in names}
+        self.index, self._last_read = index, read
+
+    def _read_index(self) -> tuple[dict[str, Entry | None], _ReadFile | None]:
+        """The index, and the file it was read from or an older one."""
         file = self.folder / INDEX
         if not file.is_file():
-            return {}
-        self._remember(file)
+            return {}, None
+        read = _ReadFile(file) if self.is_shared else None
         try:
             saved = read_json(file, LARGEST_INDEX)
-            return {
+            index = {
                 name: None if entry is None else Entry(**{**entry, "labels": tuple(entry["labels"])})
                 for name, entry in saved.items()
             }
+            return index, read
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error!r:.200}); remove it to start with the given adapters"
@@ -230,16 +231,21 @@ class Store:
         for name, entry in self.index.items():
             if self.is_shared and entry is not None and entry.is_upload and index.get(name) != entry:
                 # From now on it lingers.
-                os.utime(self.root / entry.folder)
+                with suppress(FileNotFoundError):
+                    os.utime(self.root / entry.folder)
         write_atomically(self.folder / INDEX, json.dumps(saved).encode())
-        self._remember(self.folder / INDEX)
         self.index = index
-
-    def _remember(self, file: Path) -> None:
-        """Which file the index is now; it stays open, so that the disk gives its number to no later one."""
         if self.is_shared:
-            self._last_file.close()
-            self._last_read = os.fstat(self._last_file.enter_context(file.open("rb")).fileno())
+            self._last_read = _ReadFile(self.folder / INDEX)
+
+
+class _ReadFile:
+    """A file that was read; it stays open, so that the disk gives its number to no later file of its name."""
+
+    def __init__(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        self.state = os.fstat(descriptor)
 
 
 def _lock(file: Path, held: ExitStack) -> bool:
