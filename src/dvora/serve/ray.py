@@ -3,19 +3,19 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..recipes.adapters import Dtype
 from ..recipes.settings import Trust
 from .app import make_app
 from .registry import Registry
 from .scheduler import Limits
 from .server import Server, Settings
 
-TOKEN = "DVORA_SERVE_TOKEN"
+TOKEN, SHORTEST_TOKEN = "DVORA_SERVE_TOKEN", 8
 NOTED_NAMES = 1024
 """Adapters of a replica that Ray knows of at a time. Forgetting one unloads nothing."""
 
@@ -26,21 +26,26 @@ class Args(BaseModel):
     model_config = ConfigDict(extra="forbid")
     base: str
     adapters: Path
-    slots: int = 256
-    host_memory: float = 1.0
-    dtype: str = "auto"
-    max_length: int | None = None
-    batch_rows: int = 32
-    batch_tokens: int = 8192
-    queue: int = 1024
-    timeout: float = 120.0
-    upload: int = 2**26
+    slots: PositiveInt = 256
+    host_memory: PositiveFloat = 1.0
+    dtype: Dtype = "auto"
+    max_length: PositiveInt | None = None
+    batch_rows: PositiveInt = 32
+    batch_tokens: PositiveInt = 8192
+    queue: PositiveInt = 1024
+    timeout: PositiveFloat = 120.0
+    upload: PositiveInt = 2**26
     download: bool = False
-    warm_routing: bool = True
-    """Whether Ray hears which adapters a replica has used; its HAProxy refuses replicas that tell."""
 
     def settings(self) -> Settings:
-        """Of the server in each replica; whoever changes adapters has the token of the replica's environment."""
+        """Of the server in each replica; whoever changes adapters has the token of the replica's environment.
+
+        Raises:
+            ValueError: the token is too short.
+        """
+        token = os.environ.get(TOKEN)
+        if token is not None and len(token) < SHORTEST_TOKEN:
+            raise ValueError(f"{TOKEN} has {len(token)} letters; take {SHORTEST_TOKEN} or more, or unset it")
         return Settings(
             self.base,
             self.adapters,
@@ -48,7 +53,7 @@ class Args(BaseModel):
             int(self.host_memory * 2**30),
             self.dtype,
             self.max_length,
-            os.environ.get(TOKEN),
+            token,
             self.timeout,
             self.upload,
             Trust(download=self.download),
@@ -67,16 +72,17 @@ class Replica:
     """
 
     def __init__(self, args: Args) -> None:
-        logging.getLogger("dvora.serve").setLevel(logging.INFO)
+        log = logging.getLogger("dvora.serve")
+        log.setLevel(logging.INFO)
+        for handler in logging.getLogger("ray.serve").handlers:
+            # The replica's log.
+            log.addHandler(handler)
         self.server = Server(args.settings())
-        # On the instance, since a class that has it is refused by Ray's HAProxy.
-        self.note = serve.multiplexed(_note, max_num_models_per_replica=NOTED_NAMES) if args.warm_routing else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray serves; it closes the server when the replica stops."""
         app = make_app(self.server)
-        if self.note is not None:
-            app.add_middleware(Noting, note=self.note, registry=self.server.registry)
+        app.add_middleware(Noting, registry=self.server.registry)
         return app
 
     def check_health(self) -> None:
@@ -97,8 +103,9 @@ async def _note(name: str) -> str:
 class Noting:
     """Has Ray send requests with the header `serve_multiplexed_model_id` to where the adapter of that name was used."""
 
-    def __init__(self, app: ASGIApp, note: Any, registry: Registry) -> None:
-        self.app, self.note, self.registry = app, note, registry
+    def __init__(self, app: ASGIApp, registry: Registry) -> None:
+        self.app, self.registry = app, registry
+        self.note = serve.multiplexed(_note, max_num_models_per_replica=NOTED_NAMES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take a request."""
@@ -114,7 +121,7 @@ replica = serve.deployment(
     # The engine has the queue; Ray's default of 5 would leave its batches small.
     max_ongoing_requests=256,
     max_queued_requests=1024,
-    # Longer than the server drains.
+    # Long texts take more than Ray's default of 20.
     graceful_shutdown_timeout_s=45,
     graceful_shutdown_wait_loop_s=1,
 )
