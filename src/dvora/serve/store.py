@@ -235,8 +235,6 @@ class Store:
                     os.utime(self.root / entry.folder)
         write_atomically(self.folder / INDEX, json.dumps(saved).encode())
         self.index = index
-        if self.is_shared:
-            self._last_read = _ReadFile(self.folder / INDEX)
 
 
 class _ReadFile:
