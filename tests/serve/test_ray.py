@@ -79,7 +79,9 @@ class Cluster:
 
     def metrics(self) -> dict[str, str]:
         """What the replicas that completed texts count, by what only one of them says."""
-        texts = [self.client.get("/metrics").text for _ in range(32)]
+        with ThreadPoolExecutor(8) as pool:
+            # Several at a time, since one after another may all go to one replica.
+            texts = list(pool.map(lambda _: self.client.get("/metrics").text, range(64)))
         return {match[1]: text for text in texts for match in CREATED.finditer(text)}
 
     def wait(self, is_there: Callable[[], bool], seconds: float = 60) -> None:
@@ -134,7 +136,7 @@ def test_every_replica_serves_what_one_of_them_took(cluster: Cluster, language_a
                 assert answer.status_code == 200, answer.text
                 assert answer.headers["x-dvora-digest"] == put.headers["x-dvora-digest"]
                 assert answer.json()["choices"][0]["text"] == alone.continued(language_adapters / source, "the ", 6)
-    assert len(cluster.metrics()) == 2
+    cluster.wait(lambda: len(cluster.metrics()) == 2)
     assert cluster.client.delete("/v1/adapters/tenant", headers=ADMIN).status_code == 200
     assert {answers(0).status_code for _ in range(16)} == {404}
 
@@ -173,18 +175,25 @@ def total(texts: Iterable[str], name: str) -> float:
 
 
 def test_a_header_leads_to_where_an_adapter_was_used(cluster: Cluster) -> None:
-    """More adapters than the three that Ray would keep."""
+    """More adapters than the three a replica that Ray would keep."""
     cluster.run(PUT)
     cluster.run(ROUTED)
-    for name in ("a0", "a1", "a2", "a3", "a4"):
-        headers = {"serve_multiplexed_model_id": name}
+    names = ("shop", "a0", "a1", "a2", "a3", "a4", "a5")
+
+    def ask(name: str) -> None:
         body = {"model": name, "prompt": "the ", "max_tokens": 2}
+        headers = {"serve_multiplexed_model_id": name}
         cluster.client.post("/v1/completions", json=body, headers=headers).raise_for_status()
-        # Ray's replicas tell its routers now and then.
-        time.sleep(1.5)
+
+    for name in names:
+        # Replicas tell Ray's routers every second.
+        time.sleep(2)
+        ask(name)
+    time.sleep(2)
+    for name in names:
         start = completed(cluster)
         for _ in range(12):
-            cluster.client.post("/v1/completions", json=body, headers=headers).raise_for_status()
+            ask(name)
         assert sorted(count - start[replica] for replica, count in completed(cluster).items()) == [0, 12]
 
 
@@ -215,15 +224,15 @@ def test_a_restart_loses_no_request(cluster: Cluster, llama: Path, language_adap
             count += 1
         return count
 
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask, name) for name in expected]
+    with ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(ask, name) for name in expected for _ in range(4)]
         try:
             cluster.run(RESTART)
             cluster.wait(lambda: len(now := set(cluster.metrics())) == 2 and not now & before)
             time.sleep(3)
         finally:
             is_done.set()
-        assert all(future.result() > 10 for future in asking)
+        assert all(future.result() > 5 for future in asking)
 
 
 def test_replicas_come_with_the_load(cluster: Cluster) -> None:
