@@ -55,8 +55,8 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
-fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 164 kills of commands
-	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/test_hostile_folders.py tests/hardening
+fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 164 kills of commands, 10,000 requests
+	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/test_hostile_folders.py tests/hardening tests/serve
 
 lint: setup
 	$(PY) -m ruff check .
@@ -75,6 +75,7 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.speed
 	$(PY) -m benchmarks.many_adapters
 	$(PY) -m benchmarks.compiling
+	$(PY) -m benchmarks.serving
 	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
 

@@ -17,6 +17,7 @@ from benchmarks.quality.page import at_a_glance
 from benchmarks.quality.page import parts as quality
 from benchmarks.reinforcement import reinforcement
 from benchmarks.results import load
+from benchmarks.serving.tables import parts as serving
 from benchmarks.speakers import table as speakers
 from benchmarks.speed.tables import overhead, speed
 from benchmarks.speed.targets import all_targets as targets_of_speed
@@ -198,7 +199,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(load("examples")),
     },
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
-    "docs/many-adapters.md": lambda: many_adapters(load("many_adapters")),
+    "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),
         "users": users(load("users")),

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ CLIENTS, WRITERS = 32, 8
 """Requests under way: classified, and generated."""
 TOKENS = 16
 PEFT_COUNTS = (16, 64)
+
+
+def named(count: int) -> str:
+    """A number of adapters."""
+    return f"{count} adapter{'s' * (count > 1)}"
 
 
 def trained(folder: Path, steps: int, rows: int) -> dict[str, Path]:
@@ -103,7 +109,11 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         start("merged model", dvora(bases["merged-classifier"], folder / "empty", 1), ["merged-classifier"] * requests)
         for count in COUNTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
-            start(f"{count} adapters", dvora(bases["minilm"], packs[count], SLOTS), models)
+            start(
+                named(count),
+                dvora(bases["minilm"], packs[count], SLOTS),
+                models,
+            )
         for rank in (1, 8):
             for count in PEFT_COUNTS:
                 (empty := folder / f"empty-{rank}-{count}").mkdir()
@@ -134,8 +144,28 @@ def decoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int
         for count in OF_TEXTS:
             models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
             command = dvora(bases["smollm2"], packs[count], 64, WRITERS)
-            servers[f"{count} adapters"] = running.enter_context(started(command)), models
+            servers[named(count)] = (
+                running.enter_context(started(command)),
+                models,
+            )
         return {f"generate: {name}": row for name, row in in_turns(servers, rounds, WRITERS, TOKENS, console).items()}
+
+
+def cold(folder: Path, bases: Mapping[str, Path], rounds: int, asked: int) -> dict[str, Row]:
+    """What first uses of adapters cost those who ask for others: beside as many requests for an adapter in its slot."""
+    pack = folder / "1024.pack"
+    warm = [name_of(number) for number in range(16)]
+    never_used = iter(range(16, max(COUNTS)))
+    with started(dvora(bases["minilm"], pack, SLOTS)) as server, ThreadPoolExecutor(1) as pool:
+        ask(server.address, warm * 4, 8)
+        measured = {name: Measured() for name in ("first uses", "used ones")}
+        for turn in range(rounds):
+            for name in measured:
+                others = [name_of(next(never_used)) if name == "first uses" else warm[0] for _ in range(asked // 8)]
+                beside = pool.submit(ask, server.address, others, 2)
+                measured[name].add(ask(server.address, (warm * asked)[:asked], 14, 0, turn))
+                beside.result()
+    return {f"others beside {name}": measured[name].row() for name in measured}
 
 
 def updates(folder: Path, bases: Mapping[str, Path], times: int) -> dict[str, Row]:
@@ -175,6 +205,7 @@ def main() -> None:
         bases = trained(folder, *((2, 2) if given.quick else (60, 16)))
         if given.only in (None, "classify"):
             rows |= encoders(folder, bases, requests, rounds, console)
+            rows |= cold(folder, bases, *((1, 64) if given.quick else (8, 400)))
         if given.only in (None, "generate"):
             rows |= decoders(folder, bases, texts, rounds, console)
         if given.only in (None, "update"):

@@ -31,7 +31,7 @@ def request(work: Any, adapter: int, tokens: int) -> Request:
 def test_everything_runs_once_in_order_and_within_the_limits(
     asked: list[tuple[str, int, int]], tokens: int, rows: int, slots: int, data: st.DataObject
 ) -> None:
-    scheduler = Scheduler(Limits(tokens, rows, 1000, slots))
+    scheduler = Scheduler(Limits(tokens, rows, 1000, slots, cache := data.draw(st.integers(60, 300))))
     requests = [request(*one) for one in asked]
     scheduler.add(requests)
     gone = [one for one in requests if data.draw(st.booleans())]
@@ -54,6 +54,7 @@ def test_everything_runs_once_in_order_and_within_the_limits(
         if batch.kind == "prefill":
             scheduler.running += batch.requests
             assert len(scheduler.running) <= rows
+            assert len(scheduler.running) * max(one.room for one in scheduler.running) <= cache
         assert len(batch.requests) <= rows
         assert len({one.adapter for one in (*batch.requests, *scheduler.running)} - {None}) <= slots
         order += batch.requests

@@ -28,11 +28,15 @@ def test_adapters_change_under_load(
         content_of = {client.get(f"/v1/adapters/{name}").json()["digest"]: name for name in CONTENTS}
         served: dict[str, set[str]] = {tenant: set() for tenant in tenants}
 
+        for tenant in tenants:
+            client.put(f"/v1/adapters/{tenant}", content=values["a0"], headers=ADMIN).raise_for_status()
+            served[tenant].add("a0")
+
         def change() -> int:
             changes, choose = 0, random.Random(2)
             while not is_done.is_set():
                 tenant = choose.choice(tenants)
-                if choose.random() < 0.2:
+                if choose.random() < 0.1:
                     assert client.delete(f"/v1/adapters/{tenant}", headers=ADMIN).status_code in (200, 404)
                 else:
                     content = choose.choice(CONTENTS)

@@ -29,6 +29,10 @@ def serve(
     host_memory: Annotated[
         float, typer.Option(help="GiB of adapters in memory.", min=0.001, rich_help_panel=_MEMORY)
     ] = 1.0,
+    cache_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of all texts that are generated at a time.", min=2, rich_help_panel=_MEMORY),
+    ] = 32768,
     dtype: Annotated[
         Dtype, typer.Option(help="Of the base's weights; auto: as they are stored.", rich_help_panel=_MEMORY)
     ] = "auto",
@@ -89,7 +93,7 @@ def serve(
         settings = Settings(
             base,
             adapters,
-            Limits(batch_tokens, batch_rows, queue, slots),
+            Limits(batch_tokens, batch_rows, queue, slots, cache_tokens),
             int(host_memory * 2**30),
             dtype,
             max_length,

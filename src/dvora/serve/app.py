@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -124,7 +123,7 @@ class Guard:
                 "adapter": headers.get(ADAPTER),
                 "digest": headers.get(DIGEST),
             }
-            _log.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+            _log.info({name: value for name, value in line.items() if value is not None})
 
     async def _body(self, scope: Scope, receive: Receive, most: int) -> bytes:
         too_large = RefusedError(413, f"the body is larger than the {most:,} bytes that are read here", "too_large")

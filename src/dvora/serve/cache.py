@@ -13,26 +13,31 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-FIRST_LENGTH = 256
-"""Tokens that there is room for at first."""
-
 
 class RowCache(Cache):
-    """The cache of one model, of at most `rows` texts of at most `longest` tokens.
+    """The cache of one model.
 
-    Before a pass `begin` says which rows it is of, and how many tokens they have.
+    `reserve` makes room when texts come; before a pass `begin` says which rows it is of, and how many tokens they have.
 
     Args:
         layers: of the model.
-        rows: at most.
-        longest: tokens of a text, its prompt among them.
+        tokens: rows times room, at most.
     """
 
-    def __init__(self, layers: int, rows: int, longest: int) -> None:
-        self.capacity, self.longest, self.room = rows, longest, min(FIRST_LENGTH, longest)
+    def __init__(self, layers: int, tokens: int) -> None:
+        self.tokens, self.rows, self.room = tokens, 0, 0
         self.first, self.positions, self.seen = 0, torch.empty(0, 0, dtype=torch.long), 0
         self.of_layers = [_Layer(self) for _ in range(layers)]
         super().__init__(layers=[*self.of_layers])
+
+    def reserve(self, rows: int, room: int) -> None:
+        """Have room for so many texts of so many tokens, no more of which than the cache may hold.
+
+        What is there is kept where this leaves room for it: texts come and go without their keys and values moving.
+        """
+        if rows > self.rows or room > self.room:
+            self.rows = max(rows, min(self.rows, self.tokens // room))
+            self.room = max(room, min(self.room, self.tokens // self.rows))
 
     def begin(self, first: int, positions: Tensor) -> None:
         """Say which rows a pass is of.
@@ -42,8 +47,6 @@ class RowCache(Cache):
             positions: of the tokens that each row gets, (rows, tokens).
         """
         self.first, self.positions, self.seen = first, positions, int(positions.max()) + 1
-        while self.room < self.seen:
-            self.room = min(2 * self.room, self.longest)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the attention of a pass: every token sees its row up to itself, (rows, 1, tokens, seen)."""
@@ -79,17 +82,18 @@ class _Layer(CacheLayerMixin):
         """Make room, or more of it."""
         before = self.held
         self.held = [
-            states.new_zeros(self.cache.capacity, states.shape[1], self.cache.room, states.shape[3])
+            states.new_zeros(self.cache.rows, states.shape[1], self.cache.room, states.shape[3])
             for states in (key_states, value_states)
         ]
         for old, new in zip(before, self.held, strict=False):
-            new[:, :, : old.shape[2]] = old
+            rows, room = min(len(old), len(new)), min(old.shape[2], new.shape[2])
+            new[:rows, :, :room] = old[:rows, :, :room]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens of the pass's rows, and give all that these rows have."""
         cache = self.cache
-        if not self.held or self.held[0].shape[2] < cache.room:
+        if not self.held or (len(self.held[0]), self.held[0].shape[2]) != (cache.rows, cache.room):
             self.lazy_initialization(key_states, value_states)
         rows = slice(cache.first, cache.first + len(cache.positions))
         for states, held in zip((key_states, value_states), self.held, strict=True):
@@ -112,7 +116,7 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Tokens of a row at most."""
-        return self.cache.longest
+        return self.cache.room
 
 
 def check_cacheable(config: PreTrainedConfig) -> None:

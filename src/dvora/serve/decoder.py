@@ -108,7 +108,7 @@ class Decoder:
     def __post_init__(self) -> None:
         config = self.base.model.config
         check_cacheable(config)
-        self.cache = RowCache(config.get_text_config().num_hidden_layers, self.limits.batch_rows, self.longest)
+        self.cache = RowCache(config.get_text_config().num_hidden_layers, self.limits.cache_tokens)
         self.ends = ends_of(self.base.model, self.base.tokenizer)
         # transformers renamed the argument.
         parameters = inspect.signature(self.base.model.forward).parameters
@@ -145,6 +145,8 @@ class Decoder:
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for row, request in zip(ids, requests, strict=True):
             row[: len(request.tokens)] = torch.tensor(request.tokens)
+        everyone = [*self.running, *requests]
+        self.cache.reserve(len(everyone), max(request.room for request in everyone))
         positions = torch.arange(max(lengths)).expand(len(requests), -1)
         logits = self._pass(requests, ids, len(self.texts), positions, torch.tensor(lengths) - 1)
         texts = [self._text(request) for request in requests]
@@ -211,7 +213,10 @@ def chosen(logits: Tensor, text: _Text) -> int:
     sampling = text.request.sampling
     if sampling.temperature == 0:
         return int(logits.argmax())
-    ordered, ids = (logits / sampling.temperature).softmax(0).sort(descending=True)
+    probabilities = (logits / sampling.temperature).softmax(0)
+    if sampling.top_p == 1:
+        return int(torch.multinomial(probabilities, 1, generator=text.generator))
+    ordered, ids = probabilities.sort(descending=True)
     # Those before which the others together have less than top_p; always the first.
     kept = ordered * (ordered.cumsum(0) - ordered < sampling.top_p)
     return int(ids[torch.multinomial(kept, 1, generator=text.generator)])

@@ -122,9 +122,9 @@ class Engine:
         except Exception as error:
             # A server goes on; whoever asked is told, and the log has the traceback.
             self.base.leave()
+            if self._decoder is not None:
+                self._decoder.drop([text for text in self._decoder.texts if text.request in batch.requests])
             if len(batch.requests) == 1 or batch.kind == "decode":
                 _log.exception("a batch of %s failed", batch.kind)
-                if self._decoder is not None:
-                    self._decoder.drop([text for text in self._decoder.texts if text.request in batch.requests])
                 return [(request, Answer(error=error)) for request in batch.requests]
         return [pair for request in batch.requests for pair in self._run(Batch(batch.kind, [request]))]

@@ -153,6 +153,15 @@ class Registry:
         version = self._versions.get(name) if name is not None else None
         return version is not None and version.digest is None
 
+    def warm(self, name: str | None) -> None:
+        """Read an adapter before it is used.
+
+        Raises:
+            RefusedError: as `using`.
+        """
+        with self.using(name):
+            pass
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[Version | None]:
         """Hold the version that answers now under a name, whatever happens to the name; None is the base.

@@ -86,6 +86,11 @@ class Request:
     is_cancelled: bool = False
     """Nobody listens any more."""
 
+    @property
+    def room(self) -> int:
+        """Tokens of the prompt, and of its continuation if it is as long as it may be."""
+        return len(self.tokens) + (self.sampling.max_tokens if self.work == "generate" else 0)
+
     def answer(self, answer: Answer) -> None:
         """Tell the answer, unless nobody listens."""
         if not self.is_cancelled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Callable
@@ -16,6 +17,17 @@ LARGEST_HEADERS = 2**14
 DRAINING_SECONDS = 30
 IDLE_SECONDS = 10
 """After which a connection without requests is closed."""
+
+
+class JsonLines(logging.Formatter):
+    """Records as lines of JSON; a message may be names and values."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        content = record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
+        trace = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        head = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        return json.dumps({**head, **content, **trace}, ensure_ascii=False)
 
 
 def serve(settings: Settings, host: str, port: int, connections: int, tell: Callable[[str], None] | None) -> None:
@@ -34,7 +46,9 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
     # Before the model is loaded, which takes seconds.
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
         if tell is not None:
-            logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+            handler = logging.StreamHandler()
+            handler.setFormatter(JsonLines())
+            logging.getLogger("dvora.serve").addHandler(handler)
             logging.getLogger("dvora.serve").setLevel(logging.INFO)
         server = Server(settings)
         if tell is not None:

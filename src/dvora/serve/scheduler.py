@@ -25,12 +25,14 @@ class Limits:
         batch_rows: rows of a batch, and texts that are generated at a time.
         queue: requests that wait; more are refused.
         slots: different adapters of a batch, and of the texts that are generated.
+        cache_tokens: of the texts that are generated, as if all were as long as the longest.
     """
 
     batch_tokens: int = 8192
     batch_rows: int = 32
     queue: int = 1024
     slots: int = 256
+    cache_tokens: int = 32768
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,18 @@ class Scheduler:
         """Of the waiting requests those that do the first one's work, as many as fit."""
         new: list[Request] = []
         longest, adapters = 0, {request.adapter for request in self.running}
+        room = max((request.room for request in self.running), default=0)
         for request in self.waiting:
             if request.work != self.waiting[0].work:
                 continue
-            rows = len(new) + 1 + (len(self.running) if request.work == "generate" else 0)
-            longest = max(longest, len(request.tokens))
+            rows, of_texts = len(new) + 1, request.work == "generate"
+            longest, room = max(longest, len(request.tokens)), max(room, request.room)
             named = {*adapters, request.adapter} - {None}
+            if of_texts:
+                rows += len(self.running)
             over_budget = new and longest * (len(new) + 1) > self.limits.batch_tokens
-            if over_budget or rows > self.limits.batch_rows or len(named) > self.limits.slots:
+            no_cache = of_texts and rows > 1 and rows * room > self.limits.cache_tokens
+            if over_budget or no_cache or rows > self.limits.batch_rows or len(named) > self.limits.slots:
                 break
             new.append(request)
             adapters.add(request.adapter)

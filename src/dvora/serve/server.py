@@ -98,7 +98,8 @@ class Server:
             self.registry.open()
             # Of its own: a tokenizer that truncates is changed by that, and the engine decodes with the other one.
             self._tokenizer, self._tokenizing = copy.deepcopy(self.base.tokenizer), threading.Lock()
-            self.longest = min(settings.max_length or self.base.longest(), self.base.longest())
+            limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
+            self.longest = min(limit for limit in limits if limit is not None)
             self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -181,13 +182,12 @@ class Server:
 
         An adapter that was never used is read beside the engine, so that no batch waits for a disk.
         """
+        distinct = dict.fromkeys(names)
+        for name in distinct:
+            if self.registry.is_cold(name):
+                await asyncio.to_thread(self.registry.warm, name)
         with ExitStack() as held:
-            yield {
-                name: await asyncio.to_thread(held.enter_context, self.registry.using(name))
-                if self.registry.is_cold(name)
-                else held.enter_context(self.registry.using(name))
-                for name in dict.fromkeys(names)
-            }
+            yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
 
     async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], gone: Gone) -> list[Row]:
         """Classify or embed texts, each by an adapter, in as few batches as they fit.
