@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples conformance fuzz lint wheel versions bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples conformance fuzz lint wheel versions ray bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -45,6 +45,12 @@ test-system: setup  ## what is slow: several processes, browsers, the site, comm
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
 	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
 	.venv-examples/bin/python -m benchmarks.examples $(ARGS)
+
+# An environment of its own: Ray brings fifty packages.
+ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
+	$(MAKE) setup VENV=.venv-ray EXTRAS=ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check httpx2 hypothesis pytest
+	.venv-ray/bin/python -m pytest tests/serve/test_ray.py
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)

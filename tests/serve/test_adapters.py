@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 import dvora
 from dvora.bank.packs import write_pack
@@ -139,6 +141,21 @@ def test_a_restart_serves_the_same(llama: Path, language_adapters: Path, tmp_pat
         assert {card["id"] for card in client.get("/v1/models").json()["data"]} == {"llama", *names}
         assert {name: text_of(client, name) for name in names} == texts
         assert {name: client.get(f"/v1/adapters/{name}").json()["digest"] for name in names} == digests
+
+
+def test_an_adapter_that_changes_nothing_yet_is_there_after_a_restart(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    """Of a trainer before its first step."""
+    config = dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "new")
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    for _ in range(2):
+        with serving(llama, adapters) as (client, _):
+            if "policy" not in {card["id"] for card in client.get("/v1/models").json()["data"]}:
+                content = (tmp_path / "new" / VALUES).read_bytes()
+                client.put("/v1/adapters/policy", content=content, headers=ADMIN).raise_for_status()
+            assert text_of(client, "policy") == Alone(llama).continued(None, "the ", 12)
 
 
 def test_an_empty_folder_takes_what_comes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ class Guard:
                 body = await self._body(
                     scope, receive, self.server.settings.largest_upload if changes else LARGEST_JSON
                 )
+                await self.server.follow()
             except RefusedError as refusal:
                 # Of the body there may be more to come, which nobody reads.
                 await _answer(refusal, {"Connection": "close"})(scope, receive, noted)

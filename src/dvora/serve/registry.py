@@ -17,7 +17,7 @@ from typing import Any
 from ..bank import AdapterBank
 from ..whole_files import remove
 from .requests import RefusedError
-from .store import Store
+from .store import Entry, Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
@@ -88,11 +88,41 @@ class Registry:
                 self._versions[name] = Version(name, name, self.store.labels_of(name))
         for name, entry in index.items():
             if entry is not None:
-                folder = self.store.root / entry.folder
-                self.bank.add(key := self._new_key(name), folder)
-                upload = folder if entry.is_upload else None
-                self._versions[name] = Version(name, key, tuple(entry.labels), upload, self.bank.digest(key))
+                self._versions[name] = self._opened(name, entry)
         self.store.sweep()
+
+    def follow(self) -> None:
+        """Take what other servers changed that share the files.
+
+        Raises:
+            RefusedError: 503, what they left cannot be read here.
+        """
+        with self._changing:
+            self._follow()
+
+    def _follow(self) -> None:
+        if not self.store.is_behind():
+            return
+        try:
+            with self.store.catching_up() as changed:
+                for name, entry in changed.items():
+                    version = None if entry is None else self._opened(name, entry)
+                    with self._lock:
+                        before = self._versions.get(name)
+                        if version is not None:
+                            self._versions[name] = version
+                        elif before is not None:
+                            del self._versions[name]
+                    if before is not None:
+                        self._retire(before)
+        except (ValueError, TypeError, OSError) as error:
+            raise RefusedError(503, f"what other servers changed cannot be read: {error}", "unavailable") from error
+
+    def _opened(self, name: str, entry: Entry) -> Version:
+        """A version of what the index names."""
+        folder = self.store.root / entry.folder
+        self.bank.add(key := self._new_key(name), folder, allow_unchanged=True)
+        return Version(name, key, entry.labels, folder if entry.is_upload else None, self.bank.digest(key))
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -179,7 +209,8 @@ class Registry:
             RefusedError: 400, the name cannot be one or is taken; 422, the adapter is damaged, of another base or kind.
         """
         check_name(name)
-        with self._changing:
+        with self._changing, self.store.changing():
+            self._follow()
             if name in self and not replaces:
                 raise RefusedError(
                     400,
@@ -193,12 +224,13 @@ class Registry:
                 # Read, checked and made ready here, not in the engine's thread.
                 self.bank.add(key, folder, allow_unchanged=True)
                 labels = labels or self._labels_before(name)
-                version = Version(name, key, labels, folder if is_upload else None, self.bank.digest(key))
+                digest = self.bank.digest(key)
             except (ValueError, TypeError, OSError) as error:
                 if key in self.bank:
                     self.bank.remove(key)
                 raise RefusedError(422, f"the adapter cannot be served: {error}", "adapter_error") from error
-            self.store.keep(name, folder, labels, is_upload)
+            self.store.keep(name, folder, labels, is_upload, digest)
+            version = Version(name, key, labels, folder if is_upload else None, digest)
             with self._lock:
                 before = self._versions.get(name)
                 self._versions[name] = version
@@ -212,7 +244,8 @@ class Registry:
         Raises:
             RefusedError: 404, there is no such adapter.
         """
-        with self._changing:
+        with self._changing, self.store.changing():
+            self._follow()
             with self._lock:
                 if (version := self._versions.pop(name, None)) is None:
                     raise _unknown(name)
@@ -238,7 +271,7 @@ class Registry:
 
     def _forget(self, version: Version) -> None:
         self.bank.remove(version.key)
-        if version.upload is not None:
+        if version.upload is not None and not self.store.is_shared:
             remove(version.upload)
 
     def card(self, version: Version) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Settings:
         timeout: seconds that a request may take.
         largest_upload: bytes of an adapter in a request.
         trust: whether the base may be fetched.
+        is_shared: whether other servers have the same adapters, which change for all of them.
     """
 
     base: str
@@ -53,6 +54,7 @@ class Settings:
     timeout: float = 120.0
     largest_upload: int = 2**26
     trust: Trust = NAMED
+    is_shared: bool = False
 
 
 class Text(NamedTuple):
@@ -82,7 +84,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.metrics = settings, Metrics()
-        self.store = Store(settings.adapters)
+        self.store = Store(settings.adapters, settings.is_shared)
         try:
             self.base = open_base(
                 settings.base,
@@ -164,6 +166,15 @@ class Server:
             advice = "send a shorter one" if self.base.generates else "send a shorter one, or truncate: true"
             raise RefusedError(400, f"the input has {len(tokens):,} tokens, and at most {most:,} are read; {advice}")
         return Text(tokens, types)
+
+    async def follow(self) -> None:
+        """Serve what servers that share the adapters have changed.
+
+        Raises:
+            RefusedError: 503, it cannot be read here.
+        """
+        if self.store.is_behind():
+            await asyncio.to_thread(self.registry.follow)
 
     @asynccontextmanager
     async def versions(self, names: Iterable[str | None]) -> AsyncIterator[dict[str | None, Version | None]]:

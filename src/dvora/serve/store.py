@@ -3,13 +3,20 @@
 Beside the given folder or pack stands `.served` with a folder for each upload and `index.json`: for every name that a
 client loaded where its adapter is, for every name that one deleted null. An upload is written before the index names
 it, and the index is replaced in one step, so a killed server starts again with either the old adapter or the new one.
+
+Files are one server's, or shared by several: then the index is what they tell each other by. Each changes it while it
+holds a lock, and the others read it again before their next request (see `Registry.follow`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
-from collections.abc import Mapping
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +34,17 @@ from ..recipes.run_folder import RECORD, checked_labels
 from ..whole_files import new_folder, remove, write_atomically
 from .requests import RefusedError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 INDEX, LARGEST_INDEX = "index.json", 2**26
+ABSENT = object()
+CHANGING_SECONDS = 30.0
+"""For which a change waits for those of other servers."""
+LINGERING_SECONDS = 3600.0
+"""For which a replaced upload stays where servers share the files: requests to other ones may still read it."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +55,44 @@ class Entry:
         folder: of the adapter, relative to the root.
         labels: names of the classes.
         is_upload: whether the folder came with a request.
+        digest: of the content, so that a folder whose files were replaced is another entry.
     """
 
     folder: str
     labels: tuple[str, ...]
     is_upload: bool
+    digest: str
 
 
 class Store:
-    """The files of one server.
+    """The files of a server.
 
     Args:
         source: a folder of adapters or runs, which may be empty, or a pack.
+        is_shared: whether other servers have the same files, each of them sharing them.
 
     Raises:
-        ValueError: it is neither, another server has it, or its index is damaged.
+        ValueError: it is neither, another server has it for itself, or its index is damaged.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, is_shared: bool = False) -> None:
         if not source.exists():
             raise ValueError(f"--adapters {source}: there is no such file or folder; make the folder if it is new")
         self.pack = None if source.is_dir() else source
         self.root = source if source.is_dir() else source.parent
         self.folder = source / ".served" if source.is_dir() else source.with_name(f".{source.name}.served")
         self.folder.mkdir(exist_ok=True)
-        self._held = filelock.FileLock(self.folder / "lock", timeout=0, thread_local=False)
-        try:
-            self._held.acquire()
-        except filelock.Timeout:
-            raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder") from None
-        self.index = self._read_index()
+        self.is_shared = is_shared
+        self._held = ExitStack()
+        lock = self.folder / "lock"
+        if not (_shared_lock(lock, self._held) if is_shared else _lock(lock, self._held)):
+            raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder")
+        self._changes = filelock.FileLock(self.folder / "changes", timeout=CHANGING_SECONDS, thread_local=False)
+        self.index, self._last_read = self._read_index()
 
     def close(self) -> None:
         """Let other servers have the files."""
-        self._held.release()
+        self._held.close()
 
     def names(self) -> list[str]:
         """Of the adapters that were given, and of those that clients loaded."""
@@ -129,10 +150,12 @@ class Store:
                 (filling / name).write_bytes(data)
         return folder
 
-    def keep(self, name: str, folder: Path, labels: tuple[str, ...], is_upload: bool) -> None:
+    def keep(self, name: str, folder: Path, labels: tuple[str, ...], is_upload: bool, digest: str) -> None:
         """Serve an adapter after a restart too."""
         relative = folder.resolve().relative_to(self.root.resolve()).as_posix()
-        self._write_index({**self.index, name: Entry(relative, labels, is_upload)})
+        self._write_index({**self.index, name: Entry(relative, labels, is_upload, digest)})
+        if self.is_shared:
+            self.sweep()
 
     def forget(self, name: str) -> None:
         """Serve an adapter no longer after a restart; of what was given the files stay."""
@@ -142,22 +165,62 @@ class Store:
         self._write_index({**index, name: None} if given else index)
 
     def sweep(self) -> None:
-        """Remove uploads that the index does not name, as a killed server leaves them."""
+        """Remove uploads that the index does not name, as a killed server leaves them; of shared ones only old ones."""
         used = {(self.root / entry.folder).resolve() for entry in self.index.values() if entry is not None}
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.resolve() not in used:
+        unused = [path for path in self.folder.iterdir() if path.is_dir() and path.resolve() not in used]
+        for path in unused:
+            if not self.is_shared or path.stat().st_mtime < time.time() - LINGERING_SECONDS:
                 remove(path)
 
-    def _read_index(self) -> dict[str, Entry | None]:
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While the index is changed: of servers that share it one after another, each from what the last one left.
+
+        Raises:
+            RefusedError: 503, others change it all the time.
+        """
+        with ExitStack() as held:
+            if self.is_shared:
+                try:
+                    held.enter_context(self._changes)
+                except filelock.Timeout:
+                    raise RefusedError(503, "other servers change the adapters; try again", "unavailable") from None
+            yield
+
+    def is_behind(self) -> bool:
+        """Whether another server changed the index since it was last read here."""
+        if not self.is_shared:
+            return False
+        try:
+            state = (self.folder / INDEX).stat()
+        except FileNotFoundError:
+            return False
+        return self._last_read is None or not os.path.samestat(state, self._last_read.state)
+
+    @contextmanager
+    def catching_up(self) -> Iterator[dict[str, Entry | None]]:
+        """The entries that others changed, None where nothing is served any more.
+
+        Until they are taken over, and also after an error, `is_behind` is true.
+        """
+        (index, read), before = self._read_index(), self.index
+        names = [name for name in {**before, **index} if index.get(name, ABSENT) != before.get(name, ABSENT)]
+        yield {name: index.get(name) for name in names}
+        self.index, self._last_read = index, read
+
+    def _read_index(self) -> tuple[dict[str, Entry | None], _ReadFile | None]:
+        """The index, and the file it was read from or an older one."""
         file = self.folder / INDEX
         if not file.is_file():
-            return {}
+            return {}, None
+        read = _ReadFile(file) if self.is_shared else None
         try:
             saved = read_json(file, LARGEST_INDEX)
-            return {
-                name: None if entry is None else Entry(str(entry["folder"]), tuple(entry["labels"]), entry["is_upload"])
+            index = {
+                name: None if entry is None else Entry(**{**entry, "labels": tuple(entry["labels"])})
                 for name, entry in saved.items()
             }
+            return index, read
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error!r:.200}); remove it to start with the given adapters"
@@ -165,8 +228,44 @@ class Store:
 
     def _write_index(self, index: dict[str, Entry | None]) -> None:
         saved: dict[str, Any] = {name: None if entry is None else asdict(entry) for name, entry in index.items()}
+        for name, entry in self.index.items():
+            if self.is_shared and entry is not None and entry.is_upload and index.get(name) != entry:
+                # From now on it lingers.
+                with suppress(FileNotFoundError):
+                    os.utime(self.root / entry.folder)
         write_atomically(self.folder / INDEX, json.dumps(saved).encode())
         self.index = index
+
+
+class _ReadFile:
+    """A file that was read; it stays open, so that the disk gives its number to no later file of its name."""
+
+    def __init__(self, file: Path) -> None:
+        descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        self.state = os.fstat(descriptor)
+
+
+def _lock(file: Path, held: ExitStack) -> bool:
+    """Hold a lock that nobody else has."""
+    try:
+        held.enter_context(filelock.FileLock(file, timeout=0, thread_local=False))
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def _shared_lock(file: Path, held: ExitStack) -> bool:
+    """Hold a lock that others have who share it, and nobody for himself; filelock has no such lock without SQLite."""
+    if fcntl is None:
+        raise ValueError("servers share adapters on systems with fcntl only, which this one has not; use one server")
+    opened = held.enter_context(file.open("ab"))
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        return False
+    return True
 
 
 def files_of_vector(vector: Tensor, like: Description) -> dict[str, bytes]:

@@ -1,0 +1,139 @@
+"""Replicas of the server under Ray Serve: each has the base and its own batches, and all of them share the adapters."""
+
+import logging
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..recipes.adapters import Dtype
+from ..recipes.settings import Trust
+from .app import make_app
+from .registry import Registry
+from .scheduler import Limits
+from .server import Server, Settings
+
+TOKEN, SHORTEST_TOKEN = "DVORA_SERVE_TOKEN", 8
+NOTED_NAMES = 1024
+"""Adapters of a replica that Ray knows of at a time. Forgetting one unloads nothing."""
+
+
+class Args(BaseModel):
+    """What `serve run` and the `args` of a configuration take: the options of `dvora serve`."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str
+    adapters: Path
+    slots: PositiveInt = 256
+    host_memory: PositiveFloat = 1.0
+    dtype: Dtype = "auto"
+    max_length: PositiveInt | None = None
+    batch_rows: PositiveInt = 32
+    batch_tokens: PositiveInt = 8192
+    queue: PositiveInt = 1024
+    timeout: PositiveFloat = 120.0
+    upload: PositiveInt = 2**26
+    download: bool = False
+
+    def settings(self) -> Settings:
+        """Of the server in each replica; whoever changes adapters has the token of the replica's environment.
+
+        Raises:
+            ValueError: the token is too short.
+        """
+        token = os.environ.get(TOKEN)
+        if token is not None and len(token) < SHORTEST_TOKEN:
+            raise ValueError(f"{TOKEN} has {len(token)} letters; take {SHORTEST_TOKEN} or more, or unset it")
+        return Settings(
+            self.base,
+            self.adapters,
+            Limits(self.batch_tokens, self.batch_rows, self.queue, self.slots),
+            int(self.host_memory * 2**30),
+            self.dtype,
+            self.max_length,
+            token,
+            self.timeout,
+            self.upload,
+            Trust(download=self.download),
+            is_shared=True,
+        )
+
+
+class Replica:
+    """One server. It batches for itself: `serve.batch` would put every adapter into a batch of its own.
+
+    Args:
+        args: of the application.
+
+    Raises:
+        ValueError: the base or an adapter cannot be served.
+    """
+
+    def __init__(self, args: Args) -> None:
+        log = logging.getLogger("dvora.serve")
+        log.setLevel(logging.INFO)
+        for handler in logging.getLogger("ray.serve").handlers:
+            # The replica's log.
+            log.addHandler(handler)
+        self.server = Server(args.settings())
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """What Ray serves; it closes the server when the replica stops."""
+        app = make_app(self.server)
+        app.add_middleware(Noting, registry=self.server.registry)
+        return app
+
+    def check_health(self) -> None:
+        """Have Ray replace a replica whose engine has died.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if not self.server.engine.is_alive:
+            raise RuntimeError("the engine has died; its log says why")
+
+
+async def _note(name: str) -> str:
+    """All that Ray takes for loading: the bank loads, as many at a time as it likes."""
+    return name
+
+
+class Noting:
+    """Has Ray send requests with the header `serve_multiplexed_model_id` to where the adapter of that name was used."""
+
+    def __init__(self, app: ASGIApp, registry: Registry) -> None:
+        self.app, self.registry = app, registry
+        self.note = serve.multiplexed(_note, max_num_models_per_replica=NOTED_NAMES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take a request."""
+        # Only names that are served: clients write what they like.
+        if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()) in self.registry:
+            await self.note(name)
+        await self.app(scope, receive, send)
+
+
+replica = serve.deployment(
+    serve.ingress()(Replica),
+    name="dvora",
+    # The engine has the queue; Ray's default of 5 would leave its batches small.
+    max_ongoing_requests=256,
+    max_queued_requests=1024,
+    # Long texts take more than Ray's default of 20.
+    graceful_shutdown_timeout_s=45,
+    graceful_shutdown_wait_loop_s=1,
+)
+"""The deployment; `replica.options(num_replicas=2).bind(Args(...))` is an application."""
+
+
+def app(args: Args) -> serve.Application:
+    """An application for `serve run dvora.serve.ray:app base=minilm adapters=customers`, and for configurations.
+
+    Args:
+        args: as on the command line, relative paths from where the command runs.
+    """
+    base = Path(args.base)
+    paths = {"base": str(base.resolve()) if base.is_dir() else args.base, "adapters": args.adapters.resolve()}
+    return replica.bind(args.model_copy(update=paths))
