@@ -20,7 +20,7 @@ def test_classes(bert: Path, classifiers: Path, tmp_path: Path, width: int, sche
         page.click("#adapters >> text=two")
         page.fill("#text", "good movie")
         page.keyboard.press("Enter")
-        page.wait_for_selector("article >> nth=3")
+        page.wait_for_selector("article code >> nth=3")
         assert sorted(page.locator("article h2").all_inner_texts()) == ["five", "one", "three", "two"]
         two = page.locator("article", has_text="two").inner_text()
         probabilities = Alone(bert).logits(classifiers / "two", 2, "good movie").softmax(-1)
@@ -42,7 +42,7 @@ def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         page.wait_for_selector("#adapters button")
         page.fill("#text", "<b>a")
         page.click("#ask")
-        page.wait_for_selector("article >> nth=2")
+        page.wait_for_selector("article code >> nth=2")
         expected = Alone(llama).continued(language_adapters / "a1", "<b>a", 48)
         assert "".join(("<b>a" + expected).split()) in "".join(
             page.locator("article", has_text="a1").inner_text().split()
