@@ -1,7 +1,8 @@
 """Adapters by name, at paths that name their content.
 
-vLLM keeps the blocks of prompts by name and path of an adapter, and never looks whether the files at a path have changed.
-So the path of an adapter is a copy of it, in a folder named by the digest of both files: other content is another path.
+vLLM keeps the blocks of prompts by name and path of an adapter, and never looks whether the files at a path are other
+ones now. So the path of an adapter is a copy of it, in a folder named by the digest of both files: other content is
+another path.
 """
 
 import asyncio
@@ -76,8 +77,8 @@ def read(path: Path) -> AdapterValues:
     digest = source.description.digest(values)
     if path.name != digest:
         raise ValueError(
-            f"{path}: the path of an adapter must end in the digest of its content, {digest}, since vLLM keeps blocks "
-            f"of prompts by path; put the adapter into {FOLDER} and name it as the model, or use dvora_vllm.lora_request"
+            f"{path}: an adapter's path must end in the digest of its content, {digest}, since vLLM keeps blocks of "
+            f"prompts by path; put the adapter into {FOLDER} and name it as the model, or use dvora_vllm.lora_request"
         )
     return values
 

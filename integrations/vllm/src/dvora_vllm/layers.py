@@ -1,7 +1,7 @@
 """The layers of vLLM's model with the adapter of each token.
 
-Every adapter is one row of numbers, its row factors `(g - 1, scale, lambda_d)` of all layers. The rows of the adapters in
-slots are one table; A and B are shared by all. A layer takes its columns of the rows of a batch's tokens:
+Every adapter is one row of numbers, its row factors `(g - 1, scale, lambda_d)` of all layers. The rows of the adapters
+in slots are one table; A and B are shared by all. A layer takes its columns of the rows of a batch's tokens:
 
     y = y_b + (g - 1) (y_b - bias) + scale ((x A^T) lambda_d) B^T        y_b = x W^T + bias
 
@@ -19,7 +19,7 @@ from dvora import functional
 from dvora.bank.slots import LayerPlace
 from dvora.weight import AdaptedWeight
 
-from .private import BaseLayerWithLoRA, token_slots
+from .private import BaseLayerWithLoRA
 
 
 class SlotTable(BaseLayerWithLoRA):
@@ -98,7 +98,7 @@ class DVoRALinear(BaseLayerWithLoRA):
             y: (T, O).
             x: (T, I).
         """
-        rows, slots = self.tables[0].rows, token_slots(self.punica_wrapper, len(x))
+        rows, slots = self.tables[0].rows, self.punica_wrapper.token_lora_indices
         bias = None if self.base_layer.skip_bias_add else self.base_layer.bias
         projected: dict[object, Tensor] = {}
         for part in self.slices:

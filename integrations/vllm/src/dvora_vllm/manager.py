@@ -1,4 +1,4 @@
-"""What each worker of vLLM has for adapters: the base's constants, the adapted layers, and the way from a file to a slot.
+"""What each worker of vLLM has for adapters: the base's constants, adapted layers, and the way from a file to a slot.
 
 The row factors of an adapter need the base's weights once, and vLLM packs, shards and drops them. So they are read from
 the model's own files into the CPU's memory, the constants are computed, and the weights are let go.
@@ -19,6 +19,7 @@ from dvora.bank.served import ServedModel
 from .adapters import FOLDER, adapters_folder, read
 from .layers import DVoRALinear, Slice, SlotTable
 from .private import (
+    CompilationMode,
     LinearBase,
     LoRALayerWeights,
     LoRAModel,
@@ -37,8 +38,13 @@ class DVoRAModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, *, vllm_config: VllmConfig, **settings: Any) -> None:
         check_served(vllm_config)
-        self._factor_rows = factor_rows(vllm_config)
+        self._factor_rows: FactorRows | None = factor_rows(vllm_config)
         super().__init__(vllm_config=vllm_config, **settings)
+
+    def base_replaced(self) -> None:
+        """Serve no adapters any longer: the constants are those of the weights that were."""
+        self.remove_all_adapters()
+        self._factor_rows = None
 
     def load(self, number: int, path: Path) -> LoRAModel:
         """Read an adapter.
@@ -50,7 +56,8 @@ class DVoRAModelManager(LRUCacheLoRAModelManager):
         Raises:
             TypeError, ValueError: it is not at such a path, damaged, or of another base or kind.
         """
-        rows = self._factor_rows
+        if (rows := self._factor_rows) is None:
+            raise ValueError("the base's weights were replaced, of which row factors are made; start vLLM again")
         with errors_of(path):
             values = read(path)
             check_vectors_only(values.content.whole, values.beside)
@@ -102,6 +109,10 @@ class DVoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     _manager_cls = DVoRAModelManager
 
+    def base_replaced(self) -> None:
+        """What `install` needs."""
+        self._adapter_manager.base_replaced()
+
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         if lora_request.load_inplace:
             raise ValueError(
@@ -118,8 +129,10 @@ def check_served(config: VllmConfig) -> None:
         ValueError: vLLM is to run so.
     """
     model, parallel = config.model_config, config.parallel_config
+    compiled = config.compilation_config.mode != CompilationMode.NONE
     refused = {
-        "tensor and pipeline parallelism": parallel.world_size > 1,
+        "tensor, pipeline and data parallelism": parallel.world_size_across_dp > 1,
+        "compiled models and CUDA graphs (without --enforce-eager)": compiled,
         "quantised models": config.quant_config is not None,
         "pooling models (classification, embeddings)": model.runner_type != "generate",
         "models of images or sound": model.is_multimodal_model,
