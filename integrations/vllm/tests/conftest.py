@@ -90,20 +90,18 @@ class Merged:
             model = PeftModel.from_pretrained(model, self.adapters / name).merge_and_unload()
         return model.eval()
 
-    def answer(self, name: str | None, prompt: list[int]) -> list[int]:
-        """What greedy decoding gives."""
-        ids = torch.tensor([prompt])
+    def answer(self, name: str | None, prompt: list[int], answer: list[int]) -> list[int]:
+        """The best token after the prompt, and after each of an answer: the answer itself if that is greedy."""
         with torch.no_grad():
-            whole = self.model(name).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        answer: list[int] = whole[0, len(prompt) :].tolist()
-        return answer
+            logits = self.model(name)(torch.tensor([prompt + answer])).logits[0]
+        best: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        return best
+
+    def answers(self, names: list[str | None], prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+        """Of many, adapter by adapter."""
+        order = sorted(range(len(names)), key=lambda number: names[number] or "")
+        best = {number: self.answer(names[number], prompts[number], answers[number]) for number in order}
+        return [best[number] for number in range(len(names))]
 
 
 @dataclass

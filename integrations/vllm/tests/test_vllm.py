@@ -1,8 +1,11 @@
 """vLLM's answers with adapters of DVoRA: those of merged models, never another adapter's, the base's or yesterday's."""
 
+import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import dvora_vllm
@@ -25,17 +28,10 @@ def mixed(count: int, vocabulary: int, adapters: int = 16) -> tuple[list[str | N
     return names, prompts
 
 
-def expected(merged: Merged, names: list[str | None], prompts: list[list[int]]) -> list[list[int]]:
-    """The answers, adapter by adapter."""
-    order = sorted(range(len(names)), key=lambda number: names[number] or "")
-    answers = {number: merged.answer(names[number], prompts[number]) for number in order}
-    return [answers[number] for number in range(len(names))]
-
-
 def test_answers_in_mixed_batches_are_those_of_merged_models(client: Client, merged: Merged) -> None:
     names, prompts = mixed(200, vocabulary=96)
     answers = client.answers(names, prompts)
-    assert answers == expected(merged, names, prompts)
+    assert answers == merged.answers(names, prompts, answers)
     # The prompts are different, and so are adapters for one prompt.
     assert len({tuple(client.answer(name, prompts[0])) for name in (None, "a0", "a1", "a2")}) == 4
 
@@ -46,7 +42,7 @@ def test_answers_of_a_real_model_are_those_of_merged_models(tmp_path: Path) -> N
     names, prompts = mixed(200, vocabulary=40_000)
     with serving(base, adapters) as client:
         answers = client.answers(names, prompts)
-    assert answers == expected(Merged(base, adapters), names, prompts)
+    assert answers == Merged(base, adapters).answers(names, prompts, answers)
 
 
 def test_a_replaced_adapter_gets_no_blocks_of_the_old_one(client: Client, adapters: Path, merged: Merged) -> None:
@@ -62,7 +58,7 @@ def test_a_replaced_adapter_gets_no_blocks_of_the_old_one(client: Client, adapte
     assert client.answer("changing", prompt) == old
     assert client.post("/v1/unload_lora_adapter", lora_name="changing")[0] == 200
     new = client.answer("changing", prompt)
-    assert new == merged.answer("changing", prompt)
+    assert new == merged.answer("changing", prompt, new)
     assert new != old
 
 
@@ -107,6 +103,49 @@ def test_paths_without_a_digest_and_loads_in_place_are_refused(client: Client, a
     status, _ = client.post("/v1/load_lora_adapter", lora_name="x", lora_path=str(copy), load_inplace=True)
     assert status >= 400
     assert "vLLM would read the adapter again in every step" in client.log.read_text()
+
+
+OFFLINE = """
+import sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from dvora_vllm import lora_request
+
+base, folder = sys.argv[1:]
+llm = LLM(base, dtype="float32", enable_lora=True, max_model_len=512, skip_tokenizer_init=True)
+prompt, greedy = {"prompt_token_ids": [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+
+def answer(name):
+    request = name and lora_request(name, f"{folder}/{name}")
+    return list(llm.generate([prompt], greedy, lora_request=request)[0].outputs[0].token_ids)
+
+def refused(call):
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+
+print("ANSWERS", [answer(name) for name in ("a0", "a1", None)])
+first, second = (lora_request(name, f"{folder}/{name}") for name in ("a1", "a2"))
+print("NUMBER", refused(lambda: llm.llm_engine.add_lora(LoRARequest("other", first.lora_int_id, second.lora_path))))
+llm.collective_rpc("reload_weights")
+print("REPLACED", refused(lambda: llm.llm_engine.add_lora(second)))
+"""
+
+
+def test_offline(base: Path, adapters: Path, merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers, a number that is another adapter's, and weights that are replaced."""
+    monkeypatch.setenv("DVORA_ADAPTERS", str(adapters))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    ended = subprocess.run(
+        [sys.executable, "-c", OFFLINE, base, adapters], capture_output=True, text=True, timeout=200, check=False
+    )
+    said = dict(re.findall(r"^(ANSWERS|NUMBER|REPLACED) (.*)$", ended.stdout, flags=re.MULTILINE))
+    assert said.keys() == {"ANSWERS", "NUMBER", "REPLACED"}, ended.stdout + ended.stderr
+    for name, answer in zip(("a0", "a1", None), json.loads(said["ANSWERS"]), strict=True):
+        assert answer == merged.answer(name, [5, 6, 7], answer)
+    assert "has the number of another adapter" in said["NUMBER"] + ended.stdout + ended.stderr
+    assert "the base's weights were replaced" in said["REPLACED"] + ended.stdout + ended.stderr
 
 
 def test_settings_that_were_never_tried_are_refused(base: Path, adapters: Path) -> None:

@@ -33,6 +33,26 @@ _TABLE = "dvora"
 """What vLLM calls the one layer that adapters have values of."""
 
 
+class Adapter(LoRAModel):
+    """An adapter as vLLM keeps it: one layer, whose A is the row."""
+
+    path: str | None = None
+    """Where it came from; None for one of vLLM's warm-up."""
+
+    @classmethod
+    def of_row(cls, number: int, row: torch.Tensor, path: str | None = None) -> "Adapter":
+        """An adapter with a row of factors.
+
+        Args:
+            number: vLLM's, of the adapter.
+            row: of the bank's layers, (F,).
+            path: where it came from.
+        """
+        adapter = cls(number, 1, {_TABLE: LoRALayerWeights(_TABLE, 1, 1, row, row.new_empty(0))})
+        adapter.path = path
+        return adapter
+
+
 class DVoRAModelManager(LRUCacheLoRAModelManager):
     """Adapts the linear layers that the adapters in the folder have values of."""
 
@@ -46,7 +66,7 @@ class DVoRAModelManager(LRUCacheLoRAModelManager):
         self.remove_all_adapters()
         self._factor_rows = None
 
-    def load(self, number: int, path: Path) -> LoRAModel:
+    def load(self, number: int, path: Path) -> Adapter:
         """Read an adapter.
 
         Args:
@@ -63,11 +83,11 @@ class DVoRAModelManager(LRUCacheLoRAModelManager):
             check_vectors_only(values.content.whole, values.beside)
             rows.served.check_fits(values.content, {})
             row = rows.row(values, rows.of([values])[0])
-        return _lora_model(number, row.factors)
+        return Adapter.of_row(number, row.factors, str(path))
 
-    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> LoRAModel:
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Adapter:
         """An adapter that changes nothing, for vLLM's warm-up."""
-        return _lora_model(lora_id, self._factor_rows.base().factors)
+        return Adapter.of_row(lora_id, self._factor_rows.base().factors)
 
     def _create_lora_modules(self) -> None:
         rows = self._factor_rows
@@ -112,6 +132,16 @@ class DVoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def base_replaced(self) -> None:
         """What `install` needs."""
         self._adapter_manager.base_replaced()
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter unless it is there, or refuse a number that is another adapter's."""
+        held = self._adapter_manager.get_adapter(lora_request.lora_int_id)
+        if held is not None and held.path not in (None, lora_request.lora_path):
+            raise ValueError(
+                f"{lora_request.lora_name!r} has the number of another adapter, {lora_request.lora_int_id}; use "
+                "dvora_vllm.lora_request, or one process of the API server (--api-server-count 1)"
+            )
+        return super().add_adapter(lora_request)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         if lora_request.load_inplace:
@@ -182,8 +212,3 @@ def check_vectors_only(whole: Any, beside: Any) -> None:
             f"the adapter saves {name}, and dvora-vllm serves vectors of linear layers only: no heads, biases, tokens, "
             "tables or projections"
         )
-
-
-def _lora_model(number: int, row: torch.Tensor) -> LoRAModel:
-    """An adapter as vLLM keeps it: one layer, whose A is the row."""
-    return LoRAModel(number, 1, {_TABLE: LoRALayerWeights(_TABLE, 1, 1, row, row.new_empty(0))})
