@@ -99,6 +99,7 @@ def test_paths_without_a_digest_and_loads_in_place_are_refused(client: Client, a
     status, _ = client.post("/v1/load_lora_adapter", lora_name="plain", lora_path=str(adapters / "a1"))
     assert status >= 400
     assert "an adapter's path must end in the digest of its content" in client.log.read_text()
+    client.answer("a1", [5, 6])
     copy = next(path for path in (adapters / ".vllm").iterdir())
     status, _ = client.post("/v1/load_lora_adapter", lora_name="x", lora_path=str(copy), load_inplace=True)
     assert status >= 400
