@@ -45,7 +45,11 @@ MEMBERS = {
     # Replaced: what vLLM calls when the base's weights were replaced.
     LoRAModelRunnerMixin: ("reset_lora_state",),
 }
-"""What is replaced or called of these classes."""
+"""What is replaced or called of these classes.
+
+Attributes of instances: of a `LinearBase` `output_size`, `output_sizes`, `skip_bias_add` and `bias`; of `VllmConfig` what
+`check_served` and `factor_rows` of `manager.py` read.
+"""
 
 
 def install(manager: type[LRUCacheWorkerLoRAManager]) -> None:
