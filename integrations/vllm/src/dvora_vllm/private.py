@@ -34,10 +34,10 @@ MEMBERS = {
         # Replaced.
         *("_create_lora_modules", "create_dummy_lora"),
         # Called or read; also the attributes `model`, `device`, `packed_modules_mapping`.
-        *("_get_punica_wrapper", "register_module", "lora_slots"),
+        *("_get_punica_wrapper", "register_module", "get_adapter", "remove_all_adapters", "lora_slots"),
     ),
     # Replaced; also the attribute `_adapter_manager`.
-    LRUCacheWorkerLoRAManager: ("_manager_cls", "_load_adapter"),
+    LRUCacheWorkerLoRAManager: ("_manager_cls", "_load_adapter", "add_adapter"),
     # What `activate_adapter` calls of a layer.
     BaseLayerWithLoRA: ("set_lora", "reset_lora", "set_mapping"),
     # The slot of each token's adapter, -1 for the base.
@@ -47,8 +47,8 @@ MEMBERS = {
 }
 """What is replaced or called of these classes.
 
-Attributes of instances: of a `LinearBase` `output_size`, `output_sizes`, `skip_bias_add` and `bias`; of `VllmConfig` what
-`check_served` and `factor_rows` of `manager.py` read.
+Attributes of instances: of a `LinearBase` `output_size`, `output_sizes`, `skip_bias_add` and `bias`; of `VllmConfig`
+what `check_served` and `factor_rows` of `manager.py` read.
 """
 
 
