@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples conformance fuzz lint wheel versions ray bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples vllm ray conformance fuzz lint wheel versions bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -51,6 +51,15 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 	$(MAKE) setup VENV=.venv-ray EXTRAS=ray
 	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check httpx2 hypothesis pytest
 	.venv-ray/bin/python -m pytest tests/serve/test_ray.py
+
+# An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
+# which need PyTorch's builds for GPUs and which no test needs.
+VLLM := integrations/vllm
+vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" for a part
+	$(MAKE) setup VENV=.venv-vllm EXTRAS=peft
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable "$(VLLM)[cpu]" gguf pytest
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	timeout 1200 .venv-vllm/bin/python -m pytest -c $(VLLM)/pyproject.toml --rootdir $(VLLM) $(VLLM)/tests $(ARGS)
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
