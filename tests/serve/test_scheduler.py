@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvora.serve.decoder import TextStream
@@ -21,8 +21,9 @@ def request(work: Any, adapter: int, tokens: int) -> Request:
     return Request(work, f"a{adapter}" if adapter else None, range(tokens), heard)
 
 
+@settings(max_examples=200)
 @given(
-    st.lists(st.tuples(st.sampled_from(WORKS), st.integers(0, 6), st.integers(1, 40)), max_size=40),
+    st.lists(st.tuples(st.sampled_from(WORKS), st.integers(0, 6), st.integers(1, 40)), min_size=4, max_size=40),
     st.integers(10, 100),
     st.integers(1, 6),
     st.integers(1, 4),
