@@ -232,7 +232,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         OSError: it cannot be read.
     """
     visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    places = {path.name: path if (path / SETTINGS).is_file() else path / IN_RUN for path in visible}
+    places = {path.name: folder_of(path) for path in visible}
     folders = {name: place for name, place in places.items() if (place / SETTINGS).is_file()}
     if not folders:
         advice = (
@@ -240,6 +240,11 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         )
         raise ValueError(f"{folder} has no folders with adapters in it ({SETTINGS} and {VALUES}); {advice}")
     return folders
+
+
+def folder_of(path: Path) -> Path:
+    """Where the adapter is in a folder of one or in a run of `dvora train`, if it is there."""
+    return path if (path / SETTINGS).is_file() else path / IN_RUN
 
 
 @lru_cache(maxsize=64)

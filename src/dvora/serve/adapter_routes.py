@@ -10,34 +10,32 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict
 
 from ..bank.adapters import SETTINGS, VALUES
 from ..bank.packs import FORMAT, unpack
+from ..flat import Layout
 from ..whole_files import remove
-from .answers import headers_of, server_of
+from .answers import Body, headers_of, server_of
 from .registry import Version, check_name
 from .requests import RefusedError
 from .server import Server
-from .store import files_of_upload, files_of_vector, lengths_of_vector, vector_of
+from .store import files_of_upload, files_of_vector, vector_of
 
 router = APIRouter(tags=["adapters"])
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-class Load(BaseModel):
+class Load(Body):
     """Of /v1/load_lora_adapter, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class Unload(BaseModel):
+class Unload(Body):
     """Of /v1/unload_lora_adapter, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
     lora_name: str
     lora_int_id: int | None = None
 
@@ -156,5 +154,5 @@ def _layout(server: Server) -> dict[str, Any] | None:
     like = server.store.description_of()
     if like is None:
         return None
-    values = sum(lengths_of_vector(like))
+    values = Layout(like.content).size
     return {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": json.loads(like.settings)}

@@ -1,4 +1,4 @@
-"""What the routes have in common: headers that name what answered, errors, and hearing that a client hung up."""
+"""What the routes have in common: the schema of bodies, headers that name what answered, errors, who hung up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
+from pydantic import BaseModel, ConfigDict
 
 from .registry import Version
 from .server import Gone, Server
@@ -15,6 +16,12 @@ from .server import Gone, Server
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
 BASE = "base"
 """In place of an adapter and of its digest."""
+
+
+class Body(BaseModel):
+    """Of a request; fields that are not kept are errors, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def server_of(request: Request) -> Server:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import BASE, digest_of, headers_of, listening, server_of
+from .answers import BASE, Body, digest_of, headers_of, listening, server_of
 from .registry import Version
-from .requests import RefusedError
+from .requests import RefusedError, Work
 from .server import Row, Server
 
 router = APIRouter(tags=["encoders"])
@@ -24,13 +24,7 @@ MOST_ROWS = 512
 Pair = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
-class _Body(BaseModel):
-    """Of a request; fields that are not kept are errors, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Classify(_Body):
+class Classify(Body):
     """Of /v1/classify."""
 
     model: str | Annotated[list[str], Field(min_length=1)]
@@ -38,7 +32,7 @@ class Classify(_Body):
     truncate: bool = False
 
 
-class Predict(_Body):
+class Predict(Body):
     """Of /predict; two texts are a pair, several rows are lists of one text or two."""
 
     inputs: str | Pair | list[Pair]
@@ -47,7 +41,7 @@ class Predict(_Body):
     raw_scores: bool = False
 
 
-class Embed(_Body):
+class Embed(Body):
     """Of /embed."""
 
     inputs: str | list[str]
@@ -55,7 +49,7 @@ class Embed(_Body):
     truncate: bool = False
 
 
-class Rerank(_Body):
+class Rerank(Body):
     """Of /rerank."""
 
     query: str
@@ -96,7 +90,7 @@ async def predict(body: Predict, request: Request) -> Response:
 async def embed(body: Embed, request: Request) -> Response:
     """Vectors of length one."""
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    rows = await _rows(request, [(body.model, text) for text in inputs], body.truncate, work_is_embed=True)
+    rows = await _rows(request, [(body.model, text) for text in inputs], body.truncate, "embed")
     return JSONResponse([row.values.tolist() for row in rows], headers=headers_of(row.version for row in rows))
 
 
@@ -172,7 +166,7 @@ def _scores(row: Row, server: Server, is_raw: bool) -> list[dict[str, Any]]:
 
 
 async def _rows(
-    request: Request, wanted: Sequence[tuple[str | None, Any]], truncate: bool, *, work_is_embed: bool = False
+    request: Request, wanted: Sequence[tuple[str | None, Any]], truncate: bool, work: Work = "classify"
 ) -> list[Row]:
     """What comes out for models and texts, a row each; no model is the base.
 
@@ -183,7 +177,6 @@ async def _rows(
     if not 0 < len(wanted) <= MOST_ROWS:
         raise RefusedError(400, f"the request has {len(wanted)} rows (texts times models), expected 1 to {MOST_ROWS}")
     names = {model: None if model is None else server.registry.named(model) for model, _ in wanted}
-    work: Any = "embed" if work_is_embed else "classify"
     server.require(work)
     # A text once, also for several adapters.
     texts = {repr(text): text for _, text in wanted}

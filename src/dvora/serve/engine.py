@@ -28,7 +28,7 @@ class Engine:
     """
 
     def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
-        self.base, self.metrics, self.longest = base, metrics, longest
+        self.base, self.metrics = base, metrics
         self._scheduler = Scheduler(limits)
         self._decoder = Decoder(base, limits, longest) if base.generates else None
         self._encoder = None if base.generates else Encoder(base)

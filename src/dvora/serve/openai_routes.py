@@ -11,13 +11,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
-from .answers import digest_of, error_body, headers_of, listening, server_of
+from .answers import Body, digest_of, error_body, headers_of, listening, server_of
 from .requests import Answer, Piece, RefusedError, Sampling
 from .server import Server, Text
 
@@ -26,19 +25,13 @@ MOST_INPUTS = 2048
 MOST_STOPS = 4
 
 
-class _Body(BaseModel):
-    """Of a request; fields that are not kept are errors, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has besides the text."""
 
     include_usage: bool = False
 
 
-class Generation(_Body):
+class Generation(Body):
     """What completions and chats have in common."""
 
     model: str
@@ -74,14 +67,14 @@ class Completion(Generation):
     suffix: None = None
 
 
-class Part(_Body):
+class Part(Body):
     """Of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body):
     """Of a chat."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -107,7 +100,7 @@ class Chat(Generation):
     tool_choice: None = None
 
 
-class Embeddings(_Body):
+class Embeddings(Body):
     """Of /v1/embeddings."""
 
     model: str
@@ -294,12 +287,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _encoded(vector: Any, encoding: str) -> Any:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else _floats(vector)
-
-
-def _floats(vector: Any) -> list[float]:
-    values: list[float] = np.asarray(vector, dtype=np.float64).tolist()
-    return values
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
 def _card(name: str, root: str | None, parent: str | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..bank.adapters import IN_RUN, SETTINGS, VALUES, Description, FolderSource, adapters_in
+from ..bank.adapters import SETTINGS, VALUES, Description, FolderSource, adapters_in, folder_of
 from ..bank.packs import Pack
 from ..recipes.files import read_json
 from ..recipes.run_folder import RECORD, checked_labels
@@ -119,8 +119,7 @@ class Store:
         folder = (self.root / path).resolve()
         if not folder.is_relative_to(self.root.resolve()) or self.folder.resolve() in (folder, *folder.parents):
             raise RefusedError(400, "lora_path leads out of the folder of adapters; name one in it", "InvalidUserInput")
-        if not (folder / SETTINGS).is_file() and (folder / IN_RUN / SETTINGS).is_file():
-            folder = folder / IN_RUN
+        folder = folder_of(folder)
         if not (folder / SETTINGS).is_file():
             raise RefusedError(404, f"lora_path: there is no adapter in {path[:200]!r}", "NotFoundError")
         return folder
@@ -279,7 +278,7 @@ def files_of_vector(vector: Tensor, like: Description) -> dict[str, bytes]:
         ValueError: it is of another length.
     """
     shapes = {key: like.entries[key][1] for key in like.names.values()}
-    lengths = lengths_of_vector(like)
+    lengths = [prod(shape) for shape in shapes.values()]
     if vector.shape != (sum(lengths),):
         raise ValueError(
             f"the vector has {len(vector):,} values, expected {sum(lengths):,}; was its layout another one?"
@@ -287,11 +286,6 @@ def files_of_vector(vector: Tensor, like: Description) -> dict[str, bytes]:
     parts = vector.split(lengths)
     tensors = {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
     return {SETTINGS: like.settings, VALUES: save(tensors, metadata={"format": "pt"})}
-
-
-def lengths_of_vector(like: Description) -> list[int]:
-    """How many values of a flat vector each entry has."""
-    return [prod(like.entries[key][1]) for key in like.names.values()]
 
 
 def files_of_upload(data: bytes, like: Description | None) -> dict[str, bytes]:
