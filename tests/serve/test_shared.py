@@ -5,13 +5,14 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 
 from dvora.serve.server import Server
-from dvora.serve.store import LINGERING_SECONDS
+from dvora.serve.store import LINGERING_SECONDS, Store
 from tests.serve.served import ADMIN, Alone, complete, copied, serving
 
 VALUES = "adapter_model.safetensors"
@@ -132,6 +133,15 @@ def test_a_replaced_upload_stays_for_those_who_still_read_it(
     # The second was used until now, whenever it was written.
     assert first not in uploads()
     assert second in uploads()
+
+
+def test_an_upload_that_takes_its_name_disturbs_no_other_servers_sweep(adapters: Path) -> None:
+    with closing(Store(adapters, is_shared=True)) as one, closing(Store(adapters, is_shared=True)) as two:
+        with ThreadPoolExecutor(1) as pool:
+            uploads = pool.submit(lambda: [one.write({"values": b""}) for _ in range(200)])
+            while not uploads.done():
+                two.sweep()
+        assert all(path.is_dir() for path in uploads.result())
 
 
 def test_what_is_shared_is_nobodys_alone(llama: Path, adapters: Path) -> None:

@@ -168,8 +168,10 @@ class Store:
         used = {(self.root / entry.folder).resolve() for entry in self.index.values() if entry is not None}
         unused = [path for path in self.folder.iterdir() if path.is_dir() and path.resolve() not in used]
         for path in unused:
-            if not self.is_shared or path.stat().st_mtime < time.time() - LINGERING_SECONDS:
-                remove(path)
+            # What another server is writing takes its own name at any moment.
+            with suppress(FileNotFoundError):
+                if not self.is_shared or path.stat().st_mtime < time.time() - LINGERING_SECONDS:
+                    remove(path)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
