@@ -5,6 +5,7 @@ alike; one that is not asked computes nothing. The clients are in this process, 
 """
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,19 @@ from benchmarks.many_adapters.requests import zipf
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
 from benchmarks.serving.population import name_of, write_packs, write_perturbed
-from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started
+from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
 from dvora.flat import Layout
 from transcript.materials import lay_out
 
 COUNTS = (1, 16, 64, 256, 1024)
-"""Adapters that requests ask for, by Zipf's law with exponent one."""
-OF_TEXTS = (1, 16, 256)
+"""Adapters that requests ask for."""
+OF_TEXTS = (1, 16, 64, 256)
 SLOTS = 256
 CLIENTS, WRITERS = 32, 8
 """Requests under way: classified, and generated."""
 TOKENS = 16
 PEFT_COUNTS = (16, 64)
+PROCESSES = 16
 
 
 def named(count: int) -> str:
@@ -60,110 +63,193 @@ def trained(folder: Path, steps: int, rows: int) -> dict[str, Path]:
     return {name: folder / name for name in ("minilm", "smollm2", "merged-classifier", "merged-writer")}
 
 
-def in_turns(
-    servers: Mapping[str, tuple[Running, Sequence[str]]], rounds: int, clients: int, tokens: int, console: Console
-) -> dict[str, Row]:
+@dataclass
+class Load:
+    """What is asked under one name: of one server, or of one for each tenant.
+
+    Args:
+        servers: to ask.
+        models: that the requests name, for all turns; of several servers each has its own, by the number of the tenant.
+    """
+
+    servers: Sequence[Running]
+    models: Sequence[str]
+
+    def requests(self, turn: int, turns: int) -> list[tuple[str, str]]:
+        """Of one turn: where each goes, and the model that it names."""
+        part = self.models[turn * len(self.models) // turns : (turn + 1) * len(self.models) // turns]
+        if len(self.servers) == 1:
+            return [(self.servers[0].address, model) for model in part]
+        return [(self.servers[int(model.partition("-")[2])].address, "merged-classifier") for model in part]
+
+    def computed(self) -> float:
+        """Seconds in batches."""
+        return sum(server.computed() for server in self.servers)
+
+    def memory(self) -> int:
+        """MiB."""
+        return sum(server.memory() for server in self.servers)
+
+
+def in_turns(loads: Mapping[str, Load], turns: int, clients: int, tokens: int, console: Console) -> dict[str, Row]:
     """Ask all servers in turns.
 
     Args:
-        servers: by name, each with the models that its requests name, for all rounds.
-        rounds: turns.
+        loads: by name.
+        turns: how many.
         clients: requests under way.
         tokens: to generate; 0 classifies.
         console: for progress.
     """
-    total = {name: Measured() for name in servers}
-    rates: dict[str, list[float]] = {name: [] for name in servers}
-    shares: dict[str, list[float]] = {name: [] for name in servers}
-    for turn in range(rounds):
-        for name, (server, models) in servers.items():
-            part = models[turn * len(models) // rounds : (turn + 1) * len(models) // rounds]
-            before = server.computed()
-            measured = ask(server.address, part, clients, tokens, turn)
-            shares[name].append((server.computed() - before) / measured.elapsed)
+    total = {name: Measured() for name in loads}
+    rates, shares, memory = ({name: list[float]() for name in loads} for _ in range(3))
+    for turn in range(turns):
+        for name, load in loads.items():
+            before = load.computed()
+            measured = ask(load.requests(turn, turns), clients, tokens, turn)
+            shares[name].append((load.computed() - before) / measured.elapsed)
             rates[name].append(len(measured.seconds) / measured.elapsed)
+            memory[name].append(load.memory())
             total[name].add(measured)
-            console.print(f"turn {turn + 1} of {rounds}: {name}: {rates[name][-1]:.1f} requests a second")
+            console.print(f"turn {turn + 1} of {turns}: {name}: {rates[name][-1]:.1f} requests a second")
     return {
         name: {
             **total[name].row(),
             "rates": [round(rate, 2) for rate in rates[name]],
             "share_in_batches": round(statistics.median(shares[name]), 3),
-            "memory_mib": servers[name][0].memory(),
+            "memory_mib": memory[name],
         }
-        for name in servers
+        for name in loads
     }
 
 
-def encoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int, console: Console) -> dict[str, Row]:
-    """Classification by heads of several sizes, beside the merged model and PEFT's LoRA."""
+def drawn(count: int, requests: int) -> list[str]:
+    """The adapters that requests name, by Zipf's law with exponent one."""
+    return [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
+
+
+def by_peft(
+    base: Path, folder: Path, chosen: Sequence[tuple[int, int, str]], requests: int, running: ExitStack
+) -> dict[str, Load]:
+    """LoRA through the same server: rank, number of adapters, and the way in which PEFT gives rows their adapters."""
+    loads = {}
+    for rank, count, how in chosen:
+        (empty := folder / f"empty-{base.name}-{rank}-{count}-{how}").mkdir()
+        server = running.enter_context(started(lora(base, empty, rank, count, how)))
+        loads[f"LoRA r={rank}, {count} by {how}"] = Load([server], drawn(count, requests))
+    return loads
+
+
+def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
+    """Classification by heads of several sizes, beside the merged model, PEFT's LoRA, and a process for each tenant."""
     write_perturbed(folder / "classifier" / "adapter", folder / "classifiers", max(COUNTS))
     packs = write_packs(folder / "classifiers", COUNTS, folder)
-    (folder / "empty").mkdir()
+    merged, everyone = bases["merged-classifier"], ["merged-classifier"] * requests
     with ExitStack() as running:
-        servers: dict[str, tuple[Running, Sequence[str]]] = {}
-
-        def start(name: str, command: list[str], models: Sequence[str]) -> None:
-            servers[name] = running.enter_context(started(command)), models
-
-        start("merged model", dvora(bases["merged-classifier"], folder / "empty", 1), ["merged-classifier"] * requests)
+        (empty := folder / "empty").mkdir()
+        loads = {"merged model": Load([running.enter_context(started(dvora(merged, empty, 1)))], everyone)}
         for count in COUNTS:
-            models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
-            start(
-                named(count),
-                dvora(bases["minilm"], packs[count], SLOTS),
-                models,
-            )
-        for rank in (1, 8):
-            for count in PEFT_COUNTS:
-                (empty := folder / f"empty-{rank}-{count}").mkdir()
-                command = lora(bases["merged-classifier"], empty, rank, count, "adapter_names")
-                models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
-                start(f"LoRA r={rank}, {count} by adapter_names", command, models)
-        (empty := folder / "empty-set").mkdir()
-        command = lora(bases["merged-classifier"], empty, 8, 16, "set_adapter")
-        models = [name_of(number) for number in zipf(16, requests, 1.0, seed=0)]
-        start("LoRA r=8, 16 by set_adapter", command, models)
-        return {f"classify: {name}": row for name, row in in_turns(servers, rounds, CLIENTS, 0, console).items()}
+            server = running.enter_context(started(dvora(bases["minilm"], packs[count], SLOTS)))
+            loads[named(count)] = Load([server], drawn(count, requests))
+        ways = [(rank, count, "adapter_names") for rank in (1, 8) for count in PEFT_COUNTS]
+        loads |= by_peft(merged, folder, [*ways, (8, 16, "set_adapter")], requests, running)
+        rows = {f"classify: {name}": row for name, row in in_turns(loads, turns, CLIENTS, 0, console).items()}
+    with ExitStack() as running:
+        servers = []
+        for number in range(PROCESSES):
+            (empty := folder / f"empty-of-{number}").mkdir()
+            servers.append(running.enter_context(started(dvora(merged, empty, 1))))
+        for server in servers:
+            # Together they have the one core that every other server has.
+            server.process.cpu_affinity([0])
+        pack = folder / "of-processes.pack"
+        shutil.copy(packs[16], pack)
+        one = running.enter_context(started(dvora(bases["minilm"], pack, SLOTS)))
+        loads = {
+            f"{PROCESSES} processes, one a tenant": Load(servers, drawn(PROCESSES, requests)),
+            f"one process beside them, {PROCESSES} adapters": Load([one], drawn(PROCESSES, requests)),
+        }
+        rows |= {f"tenants: {name}": row for name, row in in_turns(loads, turns, CLIENTS, 0, console).items()}
+    return rows
 
 
-def decoders(folder: Path, bases: Mapping[str, Path], requests: int, rounds: int, console: Console) -> dict[str, Row]:
-    """Generation, beside the base alone and the merged model."""
+def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
+    """Generation, beside the base alone, the merged model and PEFT's LoRA."""
     write_perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
     packs = write_packs(folder / "writers", OF_TEXTS, folder / "writers")
-    (folder / "empty-texts").mkdir()
-    (folder / "empty-base").mkdir()
     with ExitStack() as running:
-        servers: dict[str, tuple[Running, Sequence[str]]] = {}
-        for name, base, empty in (
-            ("base", "smollm2", folder / "empty-base"),
-            ("merged model", "merged-writer", folder / "empty-texts"),
-        ):
+        loads = {}
+        for name, base in (("base", "smollm2"), ("merged model", "merged-writer")):
+            (empty := folder / f"empty-{base}").mkdir()
             server = running.enter_context(started(dvora(bases[base], empty, 1, WRITERS)))
-            servers[name] = server, [base] * requests
+            loads[name] = Load([server], [base] * requests)
         for count in OF_TEXTS:
-            models = [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
-            command = dvora(bases["smollm2"], packs[count], 64, WRITERS)
-            servers[named(count)] = (
-                running.enter_context(started(command)),
-                models,
-            )
-        return {f"generate: {name}": row for name, row in in_turns(servers, rounds, WRITERS, TOKENS, console).items()}
+            server = running.enter_context(started(dvora(bases["smollm2"], packs[count], 64, WRITERS)))
+            loads[named(count)] = Load([server], drawn(count, requests))
+        ways = [(1, 16, "adapter_names"), (8, 16, "adapter_names")]
+        loads |= by_peft(bases["merged-writer"], folder, ways, requests, running)
+        return {f"generate: {name}": row for name, row in in_turns(loads, turns, WRITERS, TOKENS, console).items()}
 
 
-def cold(folder: Path, bases: Mapping[str, Path], rounds: int, asked: int) -> dict[str, Row]:
+def engines(
+    folder: Path, bases: Mapping[str, Path], python: str, requests: int, turns: int, console: Console
+) -> dict[str, Row]:
+    """Generation by vLLM: the merged model, LoRA, and DVoRA by the plug-in, beside this server."""
+    if not (folder / "writers").exists():
+        write_perturbed(folder / "writer" / "adapter", folder / "writers", 16)
+    write_lora(bases["smollm2"], folder / "loras", 8, 16)
+    writers, loras = folder / "writers16", folder / "loras"
+    for number in range(16):
+        shutil.copytree(folder / "writers" / name_of(number), writers / name_of(number))
+    # Kept apart from the server's own index.
+    shutil.copytree(writers, folder / "writers-of-vllm")
+    common = ("--enable-lora", "--max-loras", "16", "--max-cpu-loras", "16", "--max-lora-rank")
+    modules = [f"{name_of(number)}={loras / name_of(number)}" for number in range(16)]
+    of_vllm = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    }
+    with ExitStack() as running:
+
+        def start(command: list[str], models: Sequence[str], adapters: Path | None = None) -> Load:
+            settings = of_vllm if adapters is None else {**of_vllm, "DVORA_ADAPTERS": str(adapters)}
+            return Load([running.enter_context(started(command, python, "health", settings))], models)
+
+        server = running.enter_context(started(dvora(bases["smollm2"], writers, 16, WRITERS)))
+        loads = {
+            "dvora serve, 16 adapters": Load([server], drawn(16, requests)),
+            "vLLM, merged model": start(vllm(bases["merged-writer"]), ["base"] * requests),
+            "vLLM, LoRA r=8, 16 adapters": start(
+                vllm(bases["smollm2"], *common, "8", "--lora-modules", *modules), drawn(16, requests)
+            ),
+            "vLLM, dvora r=64, 16 adapters": start(
+                vllm(bases["smollm2"], *common, "64"), drawn(16, requests), folder / "writers-of-vllm"
+            ),
+        }
+        for load in loads.values():
+            # First uses.
+            ask([(load.servers[0].address, model) for model in dict.fromkeys(load.models)], WRITERS, 2)
+        return {f"engines: {name}": row for name, row in in_turns(loads, turns, WRITERS, TOKENS, console).items()}
+
+
+def cold(folder: Path, bases: Mapping[str, Path], turns: int, asked: int) -> dict[str, Row]:
     """What first uses of adapters cost those who ask for others: beside as many requests for an adapter in its slot."""
     pack = folder / "1024.pack"
     warm = [name_of(number) for number in range(16)]
     never_used = iter(range(16, max(COUNTS)))
     with started(dvora(bases["minilm"], pack, SLOTS)) as server, ThreadPoolExecutor(1) as pool:
-        ask(server.address, warm * 4, 8)
+
+        def of(models: Sequence[str]) -> list[tuple[str, str]]:
+            return [(server.address, model) for model in models]
+
+        ask(of(warm * 4), 8)
         measured = {name: Measured() for name in ("first uses", "used ones")}
-        for turn in range(rounds):
+        for turn in range(turns):
             for name in measured:
                 others = [name_of(next(never_used)) if name == "first uses" else warm[0] for _ in range(asked // 8)]
-                beside = pool.submit(ask, server.address, others, 2)
-                measured[name].add(ask(server.address, (warm * asked)[:asked], 14, 0, turn))
+                beside = pool.submit(ask, of(others), 2)
+                measured[name].add(ask(of((warm * asked)[:asked]), 14, 0, turn))
                 beside.result()
     return {f"others beside {name}": measured[name].row() for name in measured}
 
@@ -195,19 +281,24 @@ def main() -> None:
     """Measure, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few requests, nothing is recorded")
-    parser.add_argument("--only", choices=("classify", "generate", "update"), help="one section")
+    parser.add_argument("--only", choices=("classify", "generate", "engines", "update"), help="one section")
+    parser.add_argument(
+        "--vllm", help="an interpreter with vLLM and dvora-vllm, as `make vllm` sets up; else no engines"
+    )
     given = parser.parse_args()
     console, rows = Console(stderr=True), dict[str, Row]()
-    requests, texts, rounds = (64, 16, 1) if given.quick else (3000, 240, 6)
+    requests, texts, turns = (64, 16, 1) if given.quick else (3000, 240, 6)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         console.print("training one adapter of each kind")
         bases = trained(folder, *((2, 2) if given.quick else (60, 16)))
         if given.only in (None, "classify"):
-            rows |= encoders(folder, bases, requests, rounds, console)
+            rows |= encoders(folder, bases, requests, turns, console)
             rows |= cold(folder, bases, *((1, 64) if given.quick else (8, 400)))
         if given.only in (None, "generate"):
-            rows |= decoders(folder, bases, texts, rounds, console)
+            rows |= decoders(folder, bases, texts, turns, console)
+        if given.vllm and given.only in (None, "engines"):
+            rows |= engines(folder, bases, given.vllm, texts, turns, console)
         if given.only in (None, "update"):
             rows |= updates(folder, bases, 5 if given.quick else 100)
     for key, row in rows.items():

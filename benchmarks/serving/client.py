@@ -60,29 +60,31 @@ class Measured:
         return values
 
 
-def ask(address: str, models: Sequence[str], clients: int, tokens: int = 0, seed: int = 0) -> Measured:
+def ask(requests: Sequence[tuple[str, str]], clients: int, tokens: int = 0, seed: int = 0) -> Measured:
     """Send requests, so many at a time.
 
     Args:
-        address: of the server.
-        models: one a request.
+        requests: for each the server's address and the model that it names.
         clients: how many requests are under way.
         tokens: to generate; 0 classifies.
         seed: of the texts.
     """
-    return asyncio.run(_ask(address, models, clients, tokens, seed))
+    return asyncio.run(_ask(requests, clients, tokens, seed))
 
 
-async def _ask(address: str, models: Sequence[str], clients: int, tokens: int, seed: int) -> Measured:
-    measured, coming = Measured(), iter(enumerate(models))
-    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+async def _ask(requests: Sequence[tuple[str, str]], clients: int, tokens: int, seed: int) -> Measured:
+    measured, coming = Measured(), iter(enumerate(requests))
+    async with httpx.AsyncClient(timeout=120) as client:
 
         async def work() -> None:
-            for number, model in coming:
+            for number, (address, model) in coming:
                 text = SENTENCES[(number + seed) % len(SENTENCES)]
                 started = time.perf_counter()
                 try:
-                    await (_generate if tokens else _classify)(client, model, text, tokens, measured, started)
+                    if tokens:
+                        await _generate(client, address, model, text, tokens, measured, started)
+                    else:
+                        await _classify(client, address, model, text, measured, started)
                 except (httpx.HTTPError, KeyError):
                     measured.errors += 1
 
@@ -93,25 +95,25 @@ async def _ask(address: str, models: Sequence[str], clients: int, tokens: int, s
 
 
 async def _classify(
-    client: httpx.AsyncClient, model: str, text: str, tokens: int, measured: Measured, started: float
+    client: httpx.AsyncClient, address: str, model: str, text: str, measured: Measured, started: float
 ) -> None:
-    answer = await client.post("/v1/classify", json={"model": model, "input": text})
+    answer = await client.post(f"{address}/v1/classify", json={"model": model, "input": text})
     answer.raise_for_status()
     measured.seconds.append(time.perf_counter() - started)
 
 
 async def _generate(
-    client: httpx.AsyncClient, model: str, text: str, tokens: int, measured: Measured, started: float
+    client: httpx.AsyncClient, address: str, model: str, text: str, tokens: int, measured: Measured, started: float
 ) -> None:
     body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
     moments, options = [], {"stream_options": {"include_usage": True}}
-    async with client.stream("POST", "/v1/completions", json={**body, **options}) as stream:
+    async with client.stream("POST", f"{address}/v1/completions", json={**body, **options}) as stream:
         stream.raise_for_status()
         count = 0
         async for line in stream.aiter_lines():
             if line.startswith("data: {"):
                 moments.append(time.perf_counter())
-                count = json.loads(line[6:]).get("usage", {}).get("completion_tokens", count)
+                count = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", count)
     measured.seconds.append(time.perf_counter() - started)
     measured.first.append(moments[0] - started)
     if count > 1:

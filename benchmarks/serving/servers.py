@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx2 as httpx
@@ -17,13 +18,14 @@ import psutil
 import torch
 import uvicorn
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from dvora.serve import encoder
 from dvora.serve.app import make_app
 from dvora.serve.base import Base
 from dvora.serve.registry import Version
 from dvora.serve.requests import Answer, Request
-from dvora.serve.scheduler import Batch, Limits
+from dvora.serve.scheduler import Batch
 from dvora.serve.server import Server, Settings
 
 TOKEN = "of the benchmark"
@@ -37,31 +39,45 @@ class Running:
     process: psutil.Process
 
     def memory(self) -> int:
-        """MiB that it holds now."""
-        size: int = self.process.memory_info().rss
-        return size // 2**20
+        """MiB that it and its children hold now."""
+        processes = [self.process, *self.process.children(recursive=True)]
+        return sum(process.memory_info().rss for process in processes) // 2**20
 
     def computed(self) -> float:
-        """Seconds that its batches have taken."""
+        """Seconds that its batches have taken; of vLLM it is unknown, and 0."""
         lines = httpx.get(f"{self.address}/metrics").text.splitlines()
         return sum(float(line.split()[1]) for line in lines if line.startswith("dvora_batch_seconds_total"))
 
 
 @contextmanager
-def started(command: Sequence[str]) -> Iterator[Running]:
-    """A server that answers, until the end; `PORT` in the command is a free one."""
+def started(
+    command: Sequence[str],
+    python: str = sys.executable,
+    ready: str = "readyz",
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Running]:
+    """A server that answers, until the end; `PORT` in the command is a free one.
+
+    Args:
+        command: arguments of the interpreter.
+        python: the interpreter.
+        ready: what a server answers as soon as it takes requests.
+        settings: of its environment.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "DVORA_SERVE_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
-    argv = [sys.executable, *(port if word == "PORT" else word for word in command)]
-    process = subprocess.Popen(argv, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "DVORA_SERVE_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1", **settings}
+    argv = [python, *(port if word == "PORT" else word for word in command)]
+    process = subprocess.Popen(argv, env=everything, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None:
             with suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/readyz").status_code == 200:
+                if httpx.get(f"{address}/{ready}").status_code == 200:
                     break
             time.sleep(0.2)
+        else:
+            raise RuntimeError(f"this server has ended: {' '.join(argv)}")
         yield Running(address, psutil.Process(process.pid))
     finally:
         process.terminate()
@@ -82,35 +98,52 @@ def lora(base: Path, empty: Path, rank: int, count: int, how: str) -> list[str]:
     return ["-m", "benchmarks.serving.servers", *arguments]
 
 
-class ByPeft(encoder.Encoder):
-    """An encoder whose adapters PEFT has: by `adapter_names` in one pass, or one after another by `set_adapter`."""
+def vllm(base: Path, *arguments: str) -> list[str]:
+    """The command of vLLM's server."""
+    return [
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base"),
+        *("--port", "PORT", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "256"),
+        *("--no-enable-prefix-caching", *arguments),
+    ]
 
-    def __init__(self, base: Base, adapted: Any, how: str) -> None:
-        super().__init__(base)
-        self.adapted, self.how = adapted, how
+
+class OneByOne(encoder.Encoder):
+    """An encoder whose adapters PEFT has: those of a batch run one after another, by `set_adapter`."""
 
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """The answers of a batch."""
-        if self.how == "adapter_names":
-            names = [str(request.adapter) for request in batch.requests]
-            logits = self.adapted(**self._padded(batch.requests), adapter_names=names).logits
-            return [(request, Answer(row)) for request, row in zip(batch.requests, logits, strict=True)]
         by_name: dict[str, list[Request]] = {}
         for request in batch.requests:
             by_name.setdefault(str(request.adapter), []).append(request)
         answers = []
         for name, requests in by_name.items():
-            self.adapted.set_adapter(name)
-            logits = self.adapted(**self._padded(requests)).logits
+            self.base.model.set_adapter(name)
+            logits = self.base.model(**self._padded(requests)).logits
             answers += [(request, Answer(row)) for request, row in zip(requests, logits, strict=True)]
         return answers
 
 
+def by_names(base: Base, adapted: Any) -> None:
+    """Have PEFT give each row its adapter, in one pass."""
+    forward = adapted.forward
+    adapted.forward = lambda **inputs: forward(**inputs, adapter_names=base._names)
+
+
+def write_lora(base: Path, folder: Path, rank: int, count: int) -> None:
+    """Save LoRA adapters of a language model, with random values."""
+    config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    for number in range(count):
+        torch.manual_seed(number)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        adapted.save_pretrained(folder / f"tenant-{number:04d}")
+
+
 def serve_lora(base: Path, empty: Path, rank: int, count: int, how: str, port: int) -> None:
-    """Serve LoRA adapters with heads through the server's own engine and routes."""
-    server = Server(Settings(str(base), empty, Limits(batch_rows=32)))
-    config = LoraConfig(r=rank, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False)
+    """Serve LoRA adapters, of an encoder with heads, through the server's own engine and routes."""
+    server = Server(Settings(str(base), empty))
+    kind = "CAUSAL_LM" if server.base.generates else "SEQ_CLS"
+    config = LoraConfig(r=rank, target_modules="all-linear", task_type=kind, init_lora_weights=False)
     adapted = get_peft_model(server.base.model, config, adapter_name="tenant-0000")
     for number in range(1, count):
         adapted.add_adapter(f"tenant-{number:04d}", config)
@@ -119,7 +152,11 @@ def serve_lora(base: Path, empty: Path, rank: int, count: int, how: str, port: i
     for number in range(count):
         name = f"tenant-{number:04d}"
         server.registry._versions[name] = Version(name, name, digest=name)
-    server.engine._encoder = ByPeft(server.base, adapted, how)
+    server.base.model = adapted
+    if how == "adapter_names":
+        by_names(server.base, adapted)
+    else:
+        server.engine._encoder = OneByOne(server.base)
     uvicorn.Server(uvicorn.Config(make_app(server), port=port, log_config=None, http="h11")).run()
 
 

@@ -1,5 +1,7 @@
 """What runs next, and how text comes out of tokens."""
 
+from collections.abc import Sequence
+from itertools import compress, product
 from typing import Any
 
 import pytest
@@ -29,10 +31,11 @@ def request(work: Any, adapter: int, tokens: int) -> Request:
     st.integers(1, 4),
     st.data(),
 )
-def test_everything_runs_once_in_order_and_within_the_limits(
+def test_everything_runs_once_the_oldest_next_and_within_the_limits(
     asked: list[tuple[str, int, int]], tokens: int, rows: int, slots: int, data: st.DataObject
 ) -> None:
-    scheduler = Scheduler(Limits(tokens, rows, 1000, slots, cache := data.draw(st.integers(60, 300))))
+    limits = Limits(tokens, rows, 1000, slots, cache := data.draw(st.integers(60, 300)))
+    scheduler = Scheduler(limits, data.draw(st.integers(0, 100)))
     requests = [request(*one) for one in asked]
     scheduler.add(requests)
     gone = [one for one in requests if data.draw(st.booleans())]
@@ -48,6 +51,8 @@ def test_everything_runs_once_in_order_and_within_the_limits(
             # A text ends now and then.
             scheduler.running = scheduler.running[data.draw(st.integers(0, 1)) :] if steps < 500 else []
             continue
+        assert batch.requests[0] is next(one for one in requests if one not in {*order, *gone})
+        assert list(batch.requests) == [one for one in requests if one in batch.requests]
         assert len({one.work for one in batch.requests}) == 1
         assert batch.kind == ("prefill" if batch.requests[0].work == "generate" else batch.requests[0].work)
         longest = max(len(one.tokens) for one in batch.requests)
@@ -61,10 +66,32 @@ def test_everything_runs_once_in_order_and_within_the_limits(
         order += batch.requests
     assert {*order} == {*requests} - {*gone}
     assert len(order) == len({*order})
-    for work in WORKS:
-        assert [one for one in order if one.work == work] == [
-            one for one in requests if one in order and one.work == work
-        ]
+
+
+def cheapest(lengths: Sequence[int], limits: Limits, pass_tokens: int) -> int:
+    """What texts cost at least: the first one with any of the others, and the rest."""
+    if not lengths:
+        return 0
+    costs = []
+    for beside in product((False, True), repeat=len(lengths) - 1):
+        batch = [lengths[0], *compress(lengths[1:], beside)]
+        rest = [length for length, is_in in zip(lengths[1:], beside, strict=True) if not is_in]
+        padded = max(batch) * len(batch)
+        if len(batch) <= limits.batch_rows and (len(batch) == 1 or padded <= limits.batch_tokens):
+            costs.append(padded + pass_tokens + cheapest(rest, limits, pass_tokens))
+    return min(costs)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(10, 150), st.integers(3, 6), st.integers(0, 60)
+)
+def test_what_runs_together_costs_least(lengths: list[int], tokens: int, rows: int, pass_tokens: int) -> None:
+    scheduler = Scheduler(limits := Limits(tokens, rows), pass_tokens)
+    scheduler.add([request("classify", 0, length) for length in lengths])
+    cost = 0
+    while (batch := scheduler.schedule()) is not None:
+        cost += max(len(one.tokens) for one in batch.requests) * len(batch.requests) + pass_tokens
+    assert cost == cheapest(lengths, limits, pass_tokens)
 
 
 def test_a_text_gets_its_step_between_prompts() -> None:

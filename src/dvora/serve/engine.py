@@ -12,7 +12,7 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .metrics import Metrics
 from .requests import Answer, RefusedError, Request
-from .scheduler import Batch, Limits, Scheduler
+from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Limits, Scheduler
 
 _log = logging.getLogger("dvora.serve")
 
@@ -29,7 +29,7 @@ class Engine:
 
     def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
         self.base, self.metrics = base, metrics
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, PASS_ON_CPU if base.device.type == "cpu" else PASS_ON_ACCELERATOR)
         self._decoder = Decoder(base, limits, longest) if base.generates else None
         self._encoder = None if base.generates else Encoder(base)
         self._changed = threading.Condition()

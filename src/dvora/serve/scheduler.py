@@ -1,7 +1,8 @@
-"""What runs next: the waiting requests in their order, as many as a batch has room for; texts that are generated first.
+"""What runs next: the request that has waited longest, with others for which it is cheap to run beside it.
 
-A batch is bounded by its padded tokens (rows times the longest), its rows, and the slots of the bank. After every batch
-of new prompts the running texts get a step, so that neither waits for ever.
+A batch is padded to its longest text, so short and long ones run apart where the padding would cost more than another
+pass. It is bounded by its padded tokens, its rows, and the slots of the bank. After every batch of new prompts the
+texts that are generated get a step, so that neither waits for ever.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from .requests import RefusedError, Request
 
 Kind = Literal["classify", "embed", "prefill", "decode"]
+
+PASS_ON_CPU, PASS_ON_ACCELERATOR = 64, 2048
+"""Padded tokens that take about as long as what every pass takes: of small models; only the first was measured."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,11 @@ class Scheduler:
 
     Args:
         limits: of the server.
+        pass_tokens: padded tokens that cost as much as another pass.
     """
 
     limits: Limits
+    pass_tokens: int = PASS_ON_CPU
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     """Texts that are generated, by their rows in the cache."""
@@ -86,22 +93,43 @@ class Scheduler:
         return Batch("decode", list(self.running)) if self.running else None
 
     def _next(self) -> list[Request]:
-        """Of the waiting requests those that do the first one's work, as many as fit."""
+        """The first waiting request, and of those that are cheap to run with it as many as fit, in their order."""
+        if not self.waiting:
+            return []
+        same = (request for request in self.waiting if request.work == self.waiting[0].work)
+        near = _cheap_together(list(islice(same, 2 * self.limits.batch_rows)), self.limits, self.pass_tokens)
+        # Texts hold their row, their adapter and their cache until they end.
+        held = self.running if self.waiting[0].work == "generate" else []
+        adapters = {request.adapter for request in self.running}
+        room = max((request.room for request in held), default=0)
         new: list[Request] = []
-        longest, adapters = 0, {request.adapter for request in self.running}
-        room = max((request.room for request in self.running), default=0)
-        for request in self.waiting:
-            if request.work != self.waiting[0].work:
-                continue
-            rows, of_texts = len(new) + 1, request.work == "generate"
-            longest, room = max(longest, len(request.tokens)), max(room, request.room)
-            named = {*adapters, request.adapter} - {None}
-            if of_texts:
-                rows += len(self.running)
-            over_budget = new and longest * (len(new) + 1) > self.limits.batch_tokens
-            no_cache = of_texts and rows > 1 and rows * room > self.limits.cache_tokens
-            if over_budget or no_cache or rows > self.limits.batch_rows or len(named) > self.limits.slots:
+        for request in near:
+            rows, room = len(held) + len(new) + 1, max(room, request.room)
+            adapters.add(request.adapter)
+            no_cache = request.work == "generate" and rows > 1 and rows * room > self.limits.cache_tokens
+            if no_cache or rows > self.limits.batch_rows or len(adapters - {None}) > self.limits.slots:
                 break
             new.append(request)
-            adapters.add(request.adapter)
         return new
+
+
+def _cheap_together(requests: Sequence[Request], limits: Limits, pass_tokens: int) -> list[Request]:
+    """Of requests in their order the first, and those with which it runs if all of them are to cost least.
+
+    Sorted by length they are cut into batches, of which each costs its padded tokens and a pass.
+    """
+    longest_first = sorted(requests, key=lambda request: -len(request.tokens))
+    costs, starts = [0], list[int]()
+    for end in range(1, len(requests) + 1):
+        batches = []
+        for start in range(max(0, end - limits.batch_rows), end):
+            padded = len(longest_first[start].tokens) * (end - start)
+            if padded <= limits.batch_tokens or end - start == 1:
+                batches.append((costs[start] + padded + pass_tokens, start))
+        cost, start = min(batches)
+        costs.append(cost)
+        starts.append(start)
+    end = len(requests)
+    while requests[0] not in (batch := longest_first[starts[end - 1] : end]):
+        end = starts[end - 1]
+    return [request for request in requests if request in batch]
