@@ -1,0 +1,227 @@
+"""ONNX graphs whose adapter is an input: one a call, one a row out of a table, or one of onnxruntime's adapter files.
+
+The three graphs share one file of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..whole_files import new_folder
+from .graph import AdaptedGraph
+from .packed import TENSOR, Packing
+
+ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
+WEIGHTS, LAYOUT, REPORT, ADAPTERS = "weights.bin", "layout.json", "export.json", "adapters"
+INDEX, OUTPUT = "index", "output"
+NULL = "null"
+"""The base itself, among the names of adapters."""
+SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
+"""Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""
+TOLERANCE = 1e-4
+"""Of the outputs' largest value, or of one."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Real inputs, with which a graph is traced and compared.
+
+    Args:
+        inputs: by name, of two rows or more; the first dimension is the batch's.
+        lengths: names of inputs whose second dimension is the tokens'.
+        output: name of what of the model's outputs the graph gives.
+    """
+
+    inputs: Mapping[str, Tensor]
+    lengths: frozenset[str]
+    output: str = "logits"
+
+
+class Compared(NamedTuple):
+    """How far a graph is from the adapted PyTorch model."""
+
+    graph: str
+    adapter: str
+    difference: float
+    """The largest one of an output."""
+    largest: float
+    """Of the PyTorch model's outputs."""
+
+
+def to_onnx(
+    model: nn.Module, adapters: Mapping[str, Path], sample: Sample, output: Path, *, int8: bool = False
+) -> list[Compared]:
+    """Write a folder with the graphs, the adapters packed, and how far each graph is from PyTorch.
+
+    Args:
+        model: the base, without adapters, in float32 on the CPU.
+        adapters: folders by name; all have the same layers, matrices and sizes of heads.
+        sample: real inputs.
+        output: the folder, which is new.
+        int8: write a graph with int8 weights of the base too; adapters stay in float32.
+
+    Raises:
+        TypeError, ValueError: an adapter does not fit, the model cannot be exported, or a graph gives other outputs
+            than PyTorch; nothing is written then.
+        FileExistsError: the folder is there.
+    """
+    if NULL in adapters:
+        raise ValueError(f"adapters: {NULL!r} is the base; give that adapter another name")
+    model.eval()
+    packing = Packing(model, next(iter(adapters.values())))
+    vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
+    expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
+    with new_folder(output) as folder:
+        weights = _Weights(folder / WEIGHTS)
+        one = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=False), vectors, sample)
+        table = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=True), vectors, sample)
+        if int8:
+            _quantise(one, folder / INT8, packing)
+        with_default = onnx.ModelProto()
+        with_default.CopyFrom(one)
+        with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+        for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
+            weights.take(graph)
+            onnx.save(graph, folder / name)
+        weights.close()
+        (folder / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
+        (folder / ADAPTERS).mkdir()
+        for name, vector in vectors.items():
+            packing.write(folder / ADAPTERS / f"{name}.safetensors", vector)
+            _write_adapter_file(folder / ADAPTERS / f"{name}.onnx_adapter", vector)
+        compared = [*_compared(folder, vectors, expected, sample, int8)]
+        for row in compared:
+            if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
+                raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
+        (folder / REPORT).write_text(json.dumps([row._asdict() for row in compared], indent=1))
+    return compared
+
+
+def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
+    """The graph as ONNX."""
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes: list[Any] = [{0: batch, 1: length} if name in sample.lengths else {0: batch} for name in sample.inputs]
+    rows = len(next(iter(sample.inputs.values())))
+    if graph.is_table:
+        given = [torch.stack([*vectors.values()]), torch.arange(rows) % len(vectors)]
+        names, shapes = [f"{TENSOR}s", INDEX], [{0: torch.export.Dim("adapters")}, {0: batch}, *shapes]
+    else:
+        given, names, shapes = [next(iter(vectors.values()))], [TENSOR], [None, *shapes]
+    try:
+        with graph.hooked(), torch.no_grad():
+            program = torch.onnx.export(
+                graph,
+                (*given, *sample.inputs.values()),
+                dynamo=True,
+                input_names=[*names, *sample.inputs],
+                output_names=[OUTPUT],
+                dynamic_shapes=(tuple(shapes),),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"model: PyTorch cannot write it as ONNX: {error}. Try attn_implementation='eager', another version of "
+            "PyTorch, or merge the adapter and export the merged model"
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+class _Weights:
+    """The file of what graphs have in common: a tensor that several have stands there once."""
+
+    def __init__(self, file: Path) -> None:
+        self.name, self._file = file.name, file.open("wb")
+        self._places: dict[bytes, int] = {}
+
+    def take(self, graph: onnx.ModelProto) -> None:
+        """Move the large tensors of a graph into the file."""
+        for tensor in graph.graph.initializer:
+            data = tensor.raw_data
+            if len(data) < SMALLEST_OUTSIDE or tensor.name == TENSOR:
+                continue
+            digest = hashlib.sha256(data).digest()
+            if digest not in self._places:
+                self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+                self._places[digest] = self._file.tell()
+                self._file.write(data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": self.name, "offset": str(self._places[digest]), "length": str(len(data))}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
+    """Write a graph whose base has int8 weights; products with A, B and heads stay as they are."""
+    sizes = {layer.module.weight.numel() for layer in packing.served.layers if layer.layer_type.has_weight}
+    shapes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.graph.initializer}
+    others = [
+        node.name
+        for node in graph.graph.node
+        if node.op_type in ("MatMul", "Gemm") and not any(shapes.get(name) in sizes for name in node.input)
+    ]
+    quantize_dynamic(graph, file, weight_type=QuantType.QInt8, nodes_to_exclude=others, op_types_to_quantize=["MatMul"])
+
+
+def _write_adapter_file(file: Path, vector: Tensor) -> None:
+    written = onnxruntime.AdapterFormat()
+    written.set_adapter_version(1)
+    written.set_model_version(1)
+    written.set_parameters({TENSOR: onnxruntime.OrtValue.ortvalue_from_numpy(vector.numpy())})
+    written.export_adapter(str(file))
+
+
+def _of_pytorch(model: nn.Module, adapter: Path | None, sample: Sample) -> NDArray[np.float32]:
+    """The outputs of the adapted model, or of the base."""
+    adapted: Any = model if adapter is None else PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
+    with torch.no_grad():
+        outputs: NDArray[np.float32] = adapted(**sample.inputs)[sample.output].numpy()
+    return outputs
+
+
+def _compared(
+    folder: Path,
+    vectors: Mapping[str, Tensor],
+    expected: Mapping[str, NDArray[np.float32]],
+    sample: Sample,
+    int8: bool,
+) -> Iterator[Compared]:
+    """Every graph with every adapter whose outputs are known."""
+    inputs = {name: tensor.numpy() for name, tensor in sample.inputs.items()}
+    rows = len(next(iter(inputs.values())))
+    names = [*vectors]
+    table = np.stack([vector.numpy() for vector in vectors.values()])
+    for graph in (ONE, TABLE, FILES, *((INT8,) if int8 else ())):
+        session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+        for name, wanted in expected.items():
+            given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
+            options = onnxruntime.RunOptions()
+            if graph == TABLE:
+                given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
+            elif graph == FILES:
+                given = {}
+                adapter = onnxruntime.LoraAdapter()
+                adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
+                options.add_active_adapter(adapter)
+            outputs = session.run([OUTPUT], {**given, **inputs}, options)[0]
+            yield Compared(graph, name, float(np.abs(outputs - wanted).max()), float(np.abs(wanted).max()))
