@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,11 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..whole_files import new_folder
 from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
-WEIGHTS, LAYOUT, REPORT, ADAPTERS = "weights.bin", "layout.json", "export.json", "adapters"
+WEIGHTS, LAYOUT, ADAPTERS = "weights.bin", "layout.json", "adapters"
 INDEX, OUTPUT = "index", "output"
 NULL = "null"
 """The base itself, among the names of adapters."""
@@ -64,21 +64,27 @@ class Compared(NamedTuple):
 
 
 def to_onnx(
-    model: nn.Module, adapters: Mapping[str, Path], sample: Sample, output: Path, *, int8: bool = False
+    model: nn.Module,
+    adapters: Mapping[str, Path],
+    sample: Sample,
+    output: Path,
+    *,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    int8: bool = False,
 ) -> list[Compared]:
-    """Write a folder with the graphs, the adapters packed, and how far each graph is from PyTorch.
+    """Write the graphs, the adapters packed, and how far each graph is from PyTorch.
 
     Args:
         model: the base, without adapters, in float32 on the CPU.
         adapters: folders by name; all have the same layers, matrices and sizes of heads.
         sample: real inputs.
-        output: the folder, which is new.
+        output: an empty folder; after an error it is not as it was.
+        labels: names of the classes of adapters.
         int8: write a graph with int8 weights of the base too; adapters stay in float32.
 
     Raises:
         TypeError, ValueError: an adapter does not fit, the model cannot be exported, or a graph gives other outputs
-            than PyTorch; nothing is written then.
-        FileExistsError: the folder is there.
+            than PyTorch.
     """
     if NULL in adapters:
         raise ValueError(f"adapters: {NULL!r} is the base; give that adapter another name")
@@ -86,29 +92,27 @@ def to_onnx(
     packing = Packing(model, next(iter(adapters.values())))
     vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
     expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
-    with new_folder(output) as folder:
-        weights = _Weights(folder / WEIGHTS)
-        one = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=False), vectors, sample)
-        table = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=True), vectors, sample)
-        if int8:
-            _quantise(one, folder / INT8, packing)
-        with_default = onnx.ModelProto()
-        with_default.CopyFrom(one)
-        with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
-        for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
-            weights.take(graph)
-            onnx.save(graph, folder / name)
-        weights.close()
-        (folder / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
-        (folder / ADAPTERS).mkdir()
-        for name, vector in vectors.items():
-            packing.write(folder / ADAPTERS / f"{name}.safetensors", vector)
-            _write_adapter_file(folder / ADAPTERS / f"{name}.onnx_adapter", vector)
-        compared = [*_compared(folder, vectors, expected, sample, int8)]
-        for row in compared:
-            if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
-                raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
-        (folder / REPORT).write_text(json.dumps([row._asdict() for row in compared], indent=1))
+    weights = _Weights(output / WEIGHTS)
+    one = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=False), vectors, sample)
+    table = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=True), vectors, sample)
+    if int8:
+        _quantise(one, output / INT8, packing)
+    with_default = onnx.ModelProto()
+    with_default.CopyFrom(one)
+    with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+    for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
+        weights.take(graph)
+        onnx.save(graph, output / name)
+    weights.close()
+    (output / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
+    (output / ADAPTERS).mkdir()
+    for name, vector in vectors.items():
+        packing.write(output / ADAPTERS / f"{name}.safetensors", vector, labels.get(name, ()))
+        _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
+    compared = [*_compared(output, vectors, expected, sample, int8)]
+    for row in compared:
+        if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
+            raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
     return compared
 
 
