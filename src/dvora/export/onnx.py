@@ -23,7 +23,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .graph import AdaptedGraph
+from .graph import AdaptedGraph, once
 from .packed import TENSOR, Packing
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
@@ -92,9 +92,9 @@ def to_onnx(
     packing = Packing(model, next(iter(adapters.values())))
     vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
     expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
-    weights = _Weights(output / WEIGHTS)
-    one = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=False), vectors, sample)
-    table = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=True), vectors, sample)
+    weights, call = _Weights(output / WEIGHTS), once([*sample.inputs], sample.output)
+    one = _traced(AdaptedGraph(packing, call, is_table=False), vectors, sample)
+    table = _traced(AdaptedGraph(packing, call, is_table=True), vectors, sample)
     if int8:
         _quantise(one, output / INT8, packing)
     with_default = onnx.ModelProto()
