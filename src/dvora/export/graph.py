@@ -27,7 +27,6 @@ from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..tensors import Float, bias_of
 from .packed import Packing
 
-
 Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
 """How a model is called with tensors: its outputs."""
 
