@@ -23,7 +23,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .graph import AdaptedGraph, once
+from .graph import AdaptedGraph, Call, once, with_cache
 from .packed import TENSOR, Packing
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
@@ -42,14 +42,56 @@ class Sample:
     """Real inputs, with which a graph is traced and compared.
 
     Args:
-        inputs: by name, of two rows or more; the first dimension is the batch's.
-        lengths: names of inputs whose second dimension is the tokens'.
-        output: name of what of the model's outputs the graph gives.
+        inputs: by name.
+        dynamic: which dimensions of an input may have another size.
+        outputs: names of what `call` gives.
+        call: how the model is called with the inputs, in their order.
+        others: more inputs, which are compared too.
     """
 
     inputs: Mapping[str, Tensor]
-    lengths: frozenset[str]
-    output: str = "logits"
+    dynamic: Mapping[str, Sequence[int]]
+    outputs: Sequence[str]
+    call: Call
+    others: Sequence[Mapping[str, Tensor]] = ()
+
+
+def sample_of_encoder(inputs: Mapping[str, Tensor], output: str) -> Sample:
+    """A pass of a model without a cache.
+
+    Args:
+        inputs: by the model's names: of two texts of different lengths or more, padded, or of images.
+        output: name of what of its outputs the graph gives.
+    """
+    dynamic = {name: (0, 1) if tensor.dim() == 2 else (0,) for name, tensor in inputs.items()}
+    return Sample(inputs, dynamic, (OUTPUT,), once([*inputs], output))
+
+
+@torch.no_grad()
+def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
+    """A step of a language model that reads keys and values, and gives them with the new ones; also the first step.
+
+    Args:
+        model: the base.
+        ids: tokens of two texts or more, padded on the left, (rows, tokens).
+        mask: 1 for their tokens.
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    config: Any = model.config
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    empty = torch.zeros(len(ids), text.num_key_value_heads, 0, width)
+    names = [f"{layer}.{part}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
+    past, present = [f"past_key_values.{name}" for name in names], [f"present.{name}" for name in names]
+
+    def inputs(start: int, stop: int, cache: Sequence[Tensor]) -> dict[str, Tensor]:
+        tokens = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        return {**tokens, "position_ids": positions[:, start:stop], **dict(zip(past, cache, strict=True))}
+
+    first = inputs(0, ids.shape[1] - 2, [empty] * len(past))
+    _, *cache = with_cache(model, [*first.values()])
+    then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
+    return Sample(then, {name: (0, 2 if name in past else 1) for name in then}, (OUTPUT, *present), with_cache, [first])
 
 
 class Compared(NamedTuple):
@@ -92,9 +134,9 @@ def to_onnx(
     packing = Packing(model, next(iter(adapters.values())))
     vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
     expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
-    weights, call = _Weights(output / WEIGHTS), once([*sample.inputs], sample.output)
-    one = _traced(AdaptedGraph(packing, call, is_table=False), vectors, sample)
-    table = _traced(AdaptedGraph(packing, call, is_table=True), vectors, sample)
+    weights = _Weights(output / WEIGHTS)
+    one = _traced(AdaptedGraph(packing, sample.call, is_table=False), vectors, sample)
+    table = _traced(AdaptedGraph(packing, sample.call, is_table=True), vectors, sample)
     if int8:
         _quantise(one, output / INT8, packing)
     with_default = onnx.ModelProto()
@@ -118,12 +160,11 @@ def to_onnx(
 
 def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
     """The graph as ONNX."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    shapes: list[Any] = [{0: batch, 1: length} if name in sample.lengths else {0: batch} for name in sample.inputs]
-    rows = len(next(iter(sample.inputs.values())))
+    shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
     if graph.is_table:
-        given = [torch.stack([*vectors.values()]), torch.arange(rows) % len(vectors)]
-        names, shapes = [f"{TENSOR}s", INDEX], [{0: torch.export.Dim("adapters")}, {0: batch}, *shapes]
+        index = torch.arange(len(next(iter(sample.inputs.values())))) % len(vectors)
+        given, names = [torch.stack([*vectors.values()]), index], [f"{TENSOR}s", INDEX]
+        shapes = [{0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}, *shapes]
     else:
         given, names, shapes = [next(iter(vectors.values()))], [TENSOR], [None, *shapes]
     try:
@@ -133,7 +174,7 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
                 (*given, *sample.inputs.values()),
                 dynamo=True,
                 input_names=[*names, *sample.inputs],
-                output_names=[OUTPUT],
+                output_names=[*sample.outputs],
                 dynamic_shapes=(tuple(shapes),),
                 verbose=False,
             )
@@ -195,37 +236,41 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
     written.export_adapter(str(file))
 
 
-def _of_pytorch(model: nn.Module, adapter: Path | None, sample: Sample) -> NDArray[np.float32]:
-    """The outputs of the adapted model, or of the base."""
-    adapted: Any = model if adapter is None else PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
-    with torch.no_grad():
-        outputs: NDArray[np.float32] = adapted(**sample.inputs)[sample.output].numpy()
-    return outputs
+@torch.no_grad()
+def _of_pytorch(model: Any, adapter: Path | None, sample: Sample) -> list[list[NDArray[np.float32]]]:
+    """The outputs of the adapted model, or of the base, for all inputs."""
+    if adapter is not None:
+        model = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval().get_base_model()
+    every = [sample.inputs, *sample.others]
+    return [[output.numpy() for output in sample.call(model, [*inputs.values()])] for inputs in every]
 
 
 def _compared(
     folder: Path,
     vectors: Mapping[str, Tensor],
-    expected: Mapping[str, NDArray[np.float32]],
+    expected: Mapping[str, list[list[NDArray[np.float32]]]],
     sample: Sample,
     int8: bool,
 ) -> Iterator[Compared]:
     """Every graph with every adapter whose outputs are known."""
-    inputs = {name: tensor.numpy() for name, tensor in sample.inputs.items()}
-    rows = len(next(iter(inputs.values())))
     names = [*vectors]
     table = np.stack([vector.numpy() for vector in vectors.values()])
     for graph in (ONE, TABLE, FILES, *((INT8,) if int8 else ())):
         session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
-        for name, wanted in expected.items():
-            given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
-            options = onnxruntime.RunOptions()
-            if graph == TABLE:
-                given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
-            elif graph == FILES:
-                given = {}
-                adapter = onnxruntime.LoraAdapter()
-                adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
-                options.add_active_adapter(adapter)
-            outputs = session.run([OUTPUT], {**given, **inputs}, options)[0]
-            yield Compared(graph, name, float(np.abs(outputs - wanted).max()), float(np.abs(wanted).max()))
+        for name, of_inputs in expected.items():
+            differences, largest = [0.0], [0.0]
+            for tensors, wanted in zip([sample.inputs, *sample.others], of_inputs, strict=True):
+                inputs = {key: tensor.numpy() for key, tensor in tensors.items()}
+                given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
+                options = onnxruntime.RunOptions()
+                if graph == TABLE:
+                    rows = len(next(iter(inputs.values())))
+                    given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
+                elif graph == FILES:
+                    given, adapter = {}, onnxruntime.LoraAdapter()
+                    adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
+                    options.add_active_adapter(adapter)
+                outputs = session.run([*sample.outputs], {**given, **inputs}, options)
+                differences += [float(np.abs(a - b).max()) for a, b in zip(outputs, wanted, strict=True)]
+                largest += [float(np.abs(values).max()) for values in wanted]
+            yield Compared(graph, name, max(differences), max(largest))

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import transformers
@@ -18,6 +18,9 @@ from ..models.bases import heads_of, load_model, quiet_transformers
 from ..models.hub import loading
 from ..models.inputs import example_inputs
 from ..settings import NOTHING
+
+if TYPE_CHECKING:
+    from ...export.onnx import Sample
 
 Runtime = Literal["onnx", "web"]
 TEXTS = ("It is a fine day.", "Nobody had expected that the second part of it would be so much better than the first.")
@@ -66,7 +69,7 @@ def export(
     loaded, _ = load_model(base, *base_class(first, base, trust), torch.float32, trust=trust)
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
-        sample = graphs.Sample(*_inputs(loaded, base, first, texts, folder), _output(loaded))
+        sample = _sample(loaded, base, texts, folder)
         compared = graphs.to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
         if runtime == "web":
             _write_page(folder, adapters)
@@ -93,24 +96,25 @@ def _adapters(source: Path) -> dict[str, Path]:
     return folders
 
 
-def _output(model: Any) -> str:
-    return "logits" if heads_of(model) or model.get_output_embeddings() is not None else "last_hidden_state"
+def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sample":
+    """Real inputs; the tokenizer is written beside the graphs."""
+    from ...export.onnx import sample_of_decoder, sample_of_encoder
 
-
-def _inputs(
-    model: Any, base: str, adapter: Adapter, texts: Sequence[str], folder: Path
-) -> tuple[Mapping[str, torch.Tensor], frozenset[str]]:
-    """Real inputs, and which of them have a length; the tokenizer is written beside the graphs."""
     if model.main_input_name != "input_ids":
-        return example_inputs(model, rows=2, tokens=0), frozenset()
+        return sample_of_encoder(example_inputs(model, rows=2, tokens=0), "logits")
     with loading("the tokenizer", base, NOTHING):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    generates = model.can_generate() and model.get_output_embeddings() is not None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     # Of different lengths: a mask without zeros would be left out of the graph.
-    inputs = dict(tokenizer([*(texts or TEXTS)], padding=True, return_tensors="pt"))
-    return inputs, frozenset(inputs)
+    inputs = tokenizer(
+        [*(texts or TEXTS)], padding=True, padding_side="left" if generates else None, return_tensors="pt"
+    )
+    if generates:
+        return sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
+    return sample_of_encoder(dict(inputs), "logits" if heads_of(model) else "last_hidden_state")
 
 
 def _write_page(folder: Path, adapters: Mapping[str, Adapter]) -> None:
