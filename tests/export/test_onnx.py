@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
-from tests.serve.served import save_classifier, save_trained
+from tests.serve.served import Alone, save_classifier, save_trained
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 TEXTS = ["good movie", "the book was very bad", "it"]
@@ -113,6 +113,36 @@ def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: P
     ends = [entry["offset"] + int(np.prod(entry["shape"])) for entry in layout["entries"]]
     assert [entry["offset"] for entry in layout["entries"]] == [0, *ends[:-1]]
     assert ends[-1] == layout["size"]
+
+
+def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
+    """Two rows with an adapter each, token by token: what the merged models generate."""
+    llama = tiny_models.llama(tmp_path / "llama")
+    for name, seed in (("a", 1), ("b", 2)):
+        save_trained(llama, tmp_path / "adapters" / name, seed, task_type="CAUSAL_LM")
+    export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(llama))
+    table, alone = session(tmp_path / "exported", "table.onnx"), Alone(llama)
+    prompts = ["the ", "a good day"]
+    read = alone.tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
+    ids, mask = read["input_ids"], read["attention_mask"]
+    caches = {
+        inputs.name: np.zeros((2, inputs.shape[1], 0, inputs.shape[3]), np.float32)
+        for inputs in table.get_inputs()
+        if inputs.name.startswith("past_key_values")
+    }
+    adapters = {"adapters": np.stack([vector(tmp_path / "exported", name) for name in "ab"]), "index": np.array([0, 1])}
+    generated = []
+    for _ in range(12):
+        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.shape[1] :]
+        given = {**adapters, "input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
+        logits, *present = table.run(None, given)
+        caches = dict(zip(caches, present, strict=True))
+        ids = logits.argmax(1)[:, None]
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+        generated.append(ids)
+    for row, name, prompt in zip(np.concatenate(generated, 1), "ab", prompts, strict=True):
+        expected = alone.continued(tmp_path / "adapters" / name, prompt, 12)
+        assert alone.tokenizer.decode(row, skip_special_tokens=True) == expected
 
 
 def test_pixels(tmp_path: Path) -> None:

@@ -100,8 +100,9 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sampl
     """Real inputs; the tokenizer is written beside the graphs."""
     from ...export.onnx import sample_of_decoder, sample_of_encoder
 
+    output = "logits" if heads_of(model) else "last_hidden_state"
     if model.main_input_name != "input_ids":
-        return sample_of_encoder(example_inputs(model, rows=2, tokens=0), "logits")
+        return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
     with loading("the tokenizer", base, NOTHING):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     generates = model.can_generate() and model.get_output_embeddings() is not None
@@ -114,7 +115,7 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sampl
     )
     if generates:
         return sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
-    return sample_of_encoder(dict(inputs), "logits" if heads_of(model) else "last_hidden_state")
+    return sample_of_encoder(dict(inputs), output)
 
 
 def _write_page(folder: Path, adapters: Mapping[str, Adapter]) -> None:
