@@ -73,6 +73,7 @@ class AdaptedGraph(nn.Module):
         self.model = packing.served.model
         self.call, self.is_table = call, is_table
         self.packing, self._given = packing, _Given()
+        self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import onnx
@@ -134,7 +134,6 @@ def to_onnx(
     packing = Packing(model, next(iter(adapters.values())))
     vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
     expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
-    weights = _Weights(output / WEIGHTS)
     one = _traced(AdaptedGraph(packing, sample.call, is_table=False), vectors, sample)
     table = _traced(AdaptedGraph(packing, sample.call, is_table=True), vectors, sample)
     if int8:
@@ -142,10 +141,11 @@ def to_onnx(
     with_default = onnx.ModelProto()
     with_default.CopyFrom(one)
     with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
-    for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
-        weights.take(graph)
-        onnx.save(graph, output / name)
-    weights.close()
+    with (output / WEIGHTS).open("wb") as file:
+        weights = _Weights(file)
+        for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
+            weights.take(graph)
+            onnx.save(graph, output / name)
     (output / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
     (output / ADAPTERS).mkdir()
     for name, vector in vectors.items():
@@ -184,14 +184,19 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
             "PyTorch, or merge the adapter and export the merged model"
         ) from error
     assert program is not None
-    return program.model_proto
+    written: onnx.ModelProto = program.model_proto
+    for node in written.graph.node:
+        # Where in PyTorch's sources it came from: megabytes.
+        node.ClearField("metadata_props")
+    written.graph.ClearField("value_info")
+    return written
 
 
 class _Weights:
     """The file of what graphs have in common: a tensor that several have stands there once."""
 
-    def __init__(self, file: Path) -> None:
-        self.name, self._file = file.name, file.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._places: dict[bytes, int] = {}
 
     def take(self, graph: onnx.ModelProto) -> None:
@@ -207,13 +212,9 @@ class _Weights:
                 self._file.write(data)
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
-            place = {"location": self.name, "offset": str(self._places[digest]), "length": str(len(data))}
+            place = {"location": WEIGHTS, "offset": str(self._places[digest]), "length": str(len(data))}
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=value)
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
 
 
 def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
