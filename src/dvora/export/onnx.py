@@ -241,7 +241,8 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
 def _of_pytorch(model: Any, adapter: Path | None, sample: Sample) -> list[NDArray[np.float32]]:
     """The first output of the adapted model, or of the base, for all inputs."""
     if adapter is not None:
-        model = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval().get_base_model()
+        adapted: Any = PeftModel.from_pretrained(copy.deepcopy(model), adapter)
+        model = adapted.eval().get_base_model()
     return [sample.call(model, [*inputs.values()])[0].numpy() for inputs in (sample.inputs, *sample.others)]
 
 
