@@ -220,9 +220,9 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "exporting": text(
             table(("runtime", "size", "switch, ms", "run, ms", "largest difference from PyTorch"), runtimes),
             table(("MiniLM", "MB", "accuracy, %", "same class as float32, %", "mean difference of logits"), quantised),
-            "`benchmarks/results/exporting.json`; MiniLM, r=64, twenty adapters, one sentence; a switch reads or fetches "
-            f"an adapter for the first time. int8: {rows['int8: float32']['rows']:,} rows, those that the adapter was "
-            "trained on among them, so only differences count.",
+            "`benchmarks/results/exporting.json`; MiniLM, r=64, twenty adapters, one sentence; a switch reads or "
+            f"fetches an adapter for the first time. int8: {rows['int8: float32']['rows']:,} rows, those that the "
+            "adapter was trained on among them, so only differences count.",
         )
     }
 
