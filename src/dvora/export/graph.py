@@ -1,0 +1,153 @@
+"""A base model as a graph of tensors only, in which the adapter is an input: of the call, or of each row of a batch.
+
+The layers compute what `dvora.functional` defines. A and B are constants of the graph, in the small factors that they
+have there.
+
+Dimensions: N adapters, P values of a packed adapter, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import DynamicCache
+
+from ..bank.hooks import ServedLayer
+from ..bank.slots import LayerPlace, ServedHead
+from ..factors import Factors
+from ..peft.layer_types import ActiveAdapter, adapted_outputs
+from ..tensors import Float, bias_of
+from .packed import Packing
+
+Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
+"""How a model is called with tensors: its outputs."""
+
+
+def once(inputs: Sequence[str], output: str) -> Call:
+    """A pass without a cache.
+
+    Args:
+        inputs: names of the model's inputs.
+        output: name of what of its outputs is given.
+    """
+
+    def call(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (model(**dict(zip(inputs, tensors, strict=True)))[output],)
+
+    return call
+
+
+def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A step of a language model: tokens, mask, positions, and keys and values of each layer, in turns.
+
+    Gives the logits of the last token, and all keys and values.
+    """
+    ids, mask, positions, *past = tensors
+    cache: Any = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    # transformers renamed the argument.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    inputs = {"attention_mask": mask, "position_ids": positions, name: cache}
+    outputs = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=1)
+    return outputs.logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+class AdaptedGraph(nn.Module):
+    """The base model; its forward takes an adapter, or a table of them with an index, and then the model's inputs.
+
+    Args:
+        packing: of the adapters, with the base model, to which hooks are added while `hooked`.
+        call: how the model is called.
+        is_table: whether each row of a batch has its adapter.
+    """
+
+    def __init__(self, packing: Packing, call: Call, is_table: bool) -> None:
+        super().__init__()
+        self.model = packing.served.model
+        self.call, self.is_table = call, is_table
+        self.packing, self._given = packing, _Given()
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs.
+
+        Args:
+            tensors: the adapter (P); or adapters (N, P) and the index of each row (B); then what `call` takes.
+        """
+        # One row serves all rows of the batch.
+        self._given.rows = tensors[0].index_select(0, tensors[1]) if self.is_table else tensors[0].unsqueeze(0)
+        return self.call(self.model, tensors[2 if self.is_table else 1 :])
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The model with its layers and heads adapted."""
+        packing = self.packing
+        offsets = {entry.name: entry.offset for entry in packing.entries}
+        handles = [
+            layer.module.register_forward_hook(_LayerHook(self, layer, place), prepend=True, with_kwargs=True)
+            for layer, place in zip(packing.served.layers, packing.rows.places, strict=True)
+        ]
+        handles += [
+            head.module.register_forward_hook(_HeadHook(self, head, offsets), prepend=True)
+            for head in packing.served.heads
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def values(self, start: int, stop: int) -> Float[Tensor, "B n"]:
+        """A part of the adapter of each row, or of the one of all rows."""
+        assert self._given.rows is not None
+        return self._given.rows[:, start:stop]
+
+
+class _Given:
+    """What a pass was given; no attribute of the module itself, which an exporter would take for its state."""
+
+    rows: Tensor | None = None
+
+
+class _LayerHook:
+    def __init__(self, graph: AdaptedGraph, layer: ServedLayer, place: LayerPlace) -> None:
+        self.graph, self.layer, self.place = graph, layer, place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
+        layer, place = self.layer, self.place
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        values = self.graph.values(place.start, place.stop).to(layer.adapted.w.dtype)
+        factors = Factors.of_rows(values, place.rank, base_output.dim())
+        adapter = ActiveAdapter(layer.adapted, factors, None)
+        bias = bias_of(module, layer.measured_bias)
+        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+
+
+class _HeadHook:
+    def __init__(self, graph: AdaptedGraph, head: ServedHead, offsets: dict[str, int]) -> None:
+        self.graph, self.head, self.offsets = graph, head, offsets
+        self.skeleton = copy.deepcopy(head.skeleton).eval()
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
+        parameters = {}
+        for part in self.head.parts:
+            start = self.offsets[part.name]
+            values = self.graph.values(start, start + prod(part.shape))
+            parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
+        if not self.graph.is_table:
+            one = {name: values[0] for name, values in parameters.items()}
+            output: Tensor = functional_call(self.skeleton, one, args)
+            return output
+        rows: Tensor = torch.vmap(self._alone)(parameters, *args)
+        return rows
+
+    def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        output: Tensor = functional_call(self.skeleton, parameters, tuple(x.unsqueeze(0) for x in inputs))
+        return output.squeeze(0)
