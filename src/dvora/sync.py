@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .bank.adapters import as_bytes
 from .bank.bank import AdapterBank
 from .flat import Layout
-from .peft.content import ModelAdapter
+from .peft.layer import layers_of
 from .tensors import Float
 from .whole_files import write_atomically
 
@@ -169,6 +169,7 @@ class ModelTarget:
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         _check_strength(model, adapter_name)
+        Layout.of(model, adapter_name)
         self._model, self._adapter_name = model, adapter_name
         self.name: str | None = None
         """Of the version that it has."""
@@ -367,11 +368,11 @@ def _check_strength(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter that is scaled: its vector does not say so, and would be served unscaled."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model with an adapter, got {model!r:.200}")
-    for name, layer in ModelAdapter.of(model, adapter_name).layers.items():
+    for layer in layers_of(model, adapter_name):
         if (strength := float(layer.strength(adapter_name))) != 1:
             raise ValueError(
-                f"model: adapter {adapter_name!r} has strength {strength:g} in {name}, which a vector does not carry; "
-                f"call set_strength(1.0, {adapter_name!r}) first"
+                f"model: adapter {adapter_name!r} has strength {strength:g} in {layer.name}, which a vector does not "
+                f"carry; call set_strength(1.0, {adapter_name!r}) first"
             )
 
 
