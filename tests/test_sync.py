@@ -250,7 +250,7 @@ def test_a_killed_server_has_the_same_versions_again_and_takes_the_next(
         train_vectors(trainer, seed=4)
         with pytest.raises(ConnectionError, match="no server answers at"):
             publisher.publish()
-    with process(llama, adapters, port) as (_, client):
+    with process(llama, adapters, port=port) as (_, client):
         for name in ("policy-v2", "policy-v3"):
             assert served_text(client, name) == texts[name]
         assert complete(client, "policy-v1", "the ").status_code == 404
@@ -463,7 +463,7 @@ def test_the_page(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert blocks[1][1].endswith("\ndvora serve llama --adapters adapters --port 8002\n")
     names: dict[str, object] = {}
     exec(compile(blocks[0][1], str(PAGE), "exec"), names)
-    with process(Path("llama"), Path("adapters"), 8002) as (_, client):
+    with process(Path("llama"), Path("adapters"), port=8002) as (_, client):
         for _, code in blocks[2:]:
             exec(compile(code, str(PAGE), "exec"), names)
         assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v1"

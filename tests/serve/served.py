@@ -94,13 +94,15 @@ def serving(
 
 
 @contextmanager
-def process(base: Path, adapters: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+def process(
+    base: Path, adapters: Path, *options: str, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """The program itself, on a free port if none is given."""
     with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "dvora.cli", "serve", str(base), "--adapters", str(adapters), "--port", str(port)]
     environment = {**os.environ, "DVORA_SERVE_TOKEN": TOKEN}
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         try:
             until = time.monotonic() + 60
