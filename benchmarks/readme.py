@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compiling import compiling
-from benchmarks.examples.table import examples
+from benchmarks.examples.table import examples, synchronisation
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
@@ -199,6 +199,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(load("examples")),
     },
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
+    "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),
