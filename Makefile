@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples vllm ray web conformance fuzz lint wheel versions bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm ray web conformance fuzz lint wheel versions bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -41,10 +41,14 @@ SYSTEM := engines docs hardening
 test-system: setup  ## what is slow: several processes, browsers, the site, commands that are killed
 	$(PY) -m pytest $(IN_PROCESSES) $(SYSTEM:%=tests/%)
 
-# An environment of their own: Flower holds packages at older versions than the command line needs.
 examples:  ## every trainer, and more than one process; ARGS="trl_sft rl_sync" for some of them
-	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,cluster
+	$(MAKE) setup VENV=.venv-examples EXTRAS=examples,serve
 	.venv-examples/bin/python -m benchmarks.examples $(ARGS)
+
+# An environment of its own: Flower holds packages at older versions than the command line needs.
+cluster:  ## the examples with Ray Train and Flower
+	$(MAKE) setup VENV=.venv-cluster EXTRAS=cluster
+	.venv-cluster/bin/python -m benchmarks.examples ray_train federated_flower
 
 # An environment of its own: Ray brings fifty packages.
 ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compiling import compiling
-from benchmarks.examples.table import examples
+from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters
@@ -201,6 +201,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     },
     "docs/how-to/export.md": lambda: exporting(load("exporting")),
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
+    "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),

@@ -44,6 +44,15 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def log_probabilities(model: nn.Module, tokens: list[int]) -> Tensor:
+    """A language model's, of every token of a text after the first."""
+    ids = torch.tensor([tokens])
+    logits = model(input_ids=ids).logits[:, :-1]
+    result: Tensor = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+    return result
+
+
 def trained_parameters(model: nn.Module) -> int:
     """The number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

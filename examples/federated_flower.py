@@ -1,12 +1,13 @@
-"""Flower: three clients with reviews of their own; vectors and a head are all that travels, and are averaged.
+"""Flower: three clients with reviews of their own; one vector of adapter and head is all that travels, and is averaged.
 
 An update is a product of vectors, so the average of the clients' vectors is not the average of their updates. With
-lambda_d left as it starts that can be had exactly: `add_weighted_adapter` finds its vectors. Both ways are run, and
-their distance from the average update is measured.
+lambda_d left as it starts that can be had exactly: `add_weighted_adapter` finds its vectors. Both ways' distance from
+the average update is measured. Then the vectors' changes travel in 8 bits, with three seeds, beside float32.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from math import log
+from statistics import mean
 
 # Before Flower and Ray are imported: both report to their makers how they are used.
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -17,19 +18,26 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import dvora
 from dvora.training import parameter_groups
-from examples.averaging import State, average_update, distance_from_average
-from examples.checks import frozen_digest, report, require
+from examples.averaging import distance_from_average
+from examples.checks import frozen_digest, report, require, trained_parameters
+from examples.eight_bits import rounded
+from examples.flower_strategies import Averaged, ExactlyAveraged, InEightBits, sent_in
 from examples.reviews import SentenceClassifier, batches, classifier, loss_of, score
 
-CLIENTS, ROUNDS, STEPS, BATCH = 3, 3, 4, 8
-THREE = dvora.DVoRAConfig(r=256, target_modules="all-linear")
+CLIENTS, ROUNDS, STEPS, BATCH, SEEDS = 3, 3, 4, 8, 3
+AT_CHANCE = (log(2), 0.5)  # loss and accuracy of a head of zeros
 TWO = dvora.DVoRAConfig(r=256, target_modules="all-linear", train=["magnitude", "lambda_b"])
+
+
+def three(seed: int) -> PeftConfig:
+    return dvora.DVoRAConfig(r=256, target_modules="all-linear", projection_seed=seed)
 
 
 def adapted(config: PeftConfig) -> SentenceClassifier:
@@ -40,106 +48,100 @@ def adapted(config: PeftConfig) -> SentenceClassifier:
     return model
 
 
-def arrays_of(model: SentenceClassifier) -> ArrayRecord:
-    """What travels: the vectors, and the head's weight and bias."""
-    return ArrayRecord({**get_peft_model_state_dict(model.encoder), **model.classifier.state_dict()})
+def vector_of(model: SentenceClassifier) -> Tensor:
+    """The adapter, and behind it the head."""
+    head = parameters_to_vector(model.classifier.parameters()).detach()
+    return torch.cat([dvora.flat.Layout.of(model.encoder).to_vector(model.encoder), head])
 
 
-def parts(arrays: ArrayRecord) -> tuple[State, State]:
-    """Vectors and head."""
-    state = arrays.to_torch_state_dict()
-    head = {name: state.pop(name) for name in ("weight", "bias")}
-    return state, head
+def put(model: SentenceClassifier, vector: Tensor) -> None:
+    layout = dvora.flat.Layout.of(model.encoder)
+    layout.from_vector(vector[: layout.size], model.encoder)
+    vector_to_parameters(vector[layout.size :].clone(), model.classifier.parameters())
 
 
-def put(model: SentenceClassifier, arrays: ArrayRecord) -> None:
-    vectors, head = parts(arrays)
-    set_peft_model_state_dict(model.encoder, vectors)
-    model.classifier.load_state_dict(head)
-
-
-def clients(config: PeftConfig) -> ClientApp:
+def clients(config: PeftConfig, seed: int, in_eight_bits: bool) -> ClientApp:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         model = adapted(config)
-        untouched = frozen_digest(model.encoder)
-        put(model, message.content["arrays"])
+        untouched, received = frozen_digest(model.encoder), sent_in(message.content["arrays"])
+        if in_eight_bits:
+            # The difference from where every client starts.
+            received = vector_of(model) + received
+        put(model, received)
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.01, learning_rates={"magnitude": 0.001}))
         # Every client has a third of the sentences, and takes the next of them in every round.
         client, turn = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"]) - 1
-        for batch in batches(STEPS, BATCH, start=(client * ROUNDS + turn) * STEPS * BATCH):
+        place = (seed * CLIENTS + client) * ROUNDS + turn
+        for batch in batches(STEPS, BATCH, start=place * STEPS * BATCH):
             loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
         require(frozen_digest(model.encoder) == untouched, "the base keeps every bit")
+        arrays = ArrayRecord({"vector": vector_of(model)})
+        if in_eight_bits:
+            left = sent_in(context.state["left"]) if turn else torch.zeros_like(received)
+            change, left = rounded(vector_of(model) - received, left)
+            arrays, context.state["left"] = ArrayRecord(change._asdict()), ArrayRecord({"vector": left})
         metrics = MetricRecord({"num-examples": STEPS * BATCH})
-        return Message(content=RecordDict({"arrays": arrays_of(model), "metrics": metrics}), reply_to=message)
+        return Message(content=RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     return app
 
 
-class Averaged(FedAvg):
-    """Flower's average of all arrays; keeps what it was made from."""
-
-    answers: Sequence[ArrayRecord] = ()
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        replies = list(replies)
-        require(not any(reply.has_error() for reply in replies), "no client failed")
-        self.answers = [reply.content["arrays"] for reply in replies]
-        return super().aggregate_train(server_round, replies)
-
-
-class ExactlyAveraged(Averaged):
-    """The average of the clients' updates, as vectors; every client trains on as many sentences."""
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        average, metrics = super().aggregate_train(server_round, replies)
-        exact = average_update(adapted(TWO).encoder, [parts(answer)[0] for answer in self.answers])
-        return ArrayRecord({**exact, **parts(average)[1]}), metrics
-
-
-def federated(config: PeftConfig, strategy: Averaged) -> tuple[list[tuple[float, float]], float]:
-    """A simulation: loss and accuracy before and after it, and the distance of the last average."""
-    model, held_out, scores = adapted(config), batches(4, 32, "validation"), []
-    server = ServerApp()
+def federated(config: PeftConfig, strategy: Averaged, seed: int = 0) -> tuple[tuple[float, float], Tensor]:
+    """A simulation: loss and accuracy after it, and the vector at its end."""
+    model = adapted(config)
+    server, app = ServerApp(), clients(config, seed, isinstance(strategy, InEightBits))
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
-        scores.append(score(model, held_out))
-        put(model, strategy.start(grid, arrays_of(model), num_rounds=ROUNDS).arrays)
-        scores.append(score(model, held_out))
+        start = ArrayRecord({"vector": vector_of(model)})
+        put(model, sent_in(strategy.start(grid, start, num_rounds=ROUNDS).arrays))
 
     # A small object store: nothing passes through it but vectors.
     options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000}
     backend = {"init_args": options, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     try:
-        run_simulation(server, clients(config), num_supernodes=CLIENTS, backend_config=backend)
+        run_simulation(server, app, num_supernodes=CLIENTS, backend_config=backend)
     finally:
         ray.shutdown()
-    require(scores[-1][0] < scores[0][0], f"the loss falls: {scores}")
-    answers = [parts(answer)[0] for answer in strategy.answers]
-    return scores, distance_from_average(lambda: adapted(config).encoder, parts(arrays_of(model))[0], answers)
+    after = score(model, batches(8, 64, "validation"))
+    require(after[0] < AT_CHANCE[0], f"the loss falls: {after}")
+    return after, vector_of(model)
+
+
+def distance(config: PeftConfig, vector: Tensor, strategy: Averaged) -> float:
+    size = dvora.flat.Layout.of(adapted(config).encoder).size
+    answers = [answer[:size] for answer in strategy.answers]
+    return distance_from_average(lambda: adapted(config).encoder, vector[:size], answers)
 
 
 def main() -> None:
-    plain = Averaged(fraction_evaluate=0.0)
-    (before, after), distance = federated(THREE, plain)
-    (_, after_exact), distance_exact = federated(TWO, ExactlyAveraged(fraction_evaluate=0.0))
+    exact = ExactlyAveraged(lambda: adapted(TWO).encoder)
+    in_full = [Averaged(fraction_evaluate=0.0) for _ in range(SEEDS)]
+    in_bits = [InEightBits(vector_of(adapted(three(seed)))) for seed in range(SEEDS)]
+    ends, vectors = zip(*(federated(three(s), strategy, s) for s, strategy in enumerate(in_full)), strict=True)
+    bit_ends = [federated(three(s), strategy, s)[0] for s, strategy in enumerate(in_bits)]
+    _, exact_vector = federated(TWO, exact)
+    distance_exact = distance(TWO, exact_vector, exact)
     require(distance_exact < 1e-3, f"the average of updates is had exactly: {distance_exact}")
+    loras = (adapted(LoraConfig(r=rank, target_modules="all-linear")) for rank in (8, 16))
     metrics = {
         "clients": CLIENTS,
         "rounds": ROUNDS,
-        "validation_loss": [before[0], after[0]],
-        "validation_accuracy": [before[1], after[1]],
-        "each_message_bytes": plain.answers[0].count_bytes(),
-        "LoRA_r8_bytes": arrays_of(adapted(LoraConfig(r=8, target_modules="all-linear"))).count_bytes(),
-        "LoRA_r16_bytes": arrays_of(adapted(LoraConfig(r=16, target_modules="all-linear"))).count_bytes(),
-        "distance_from_the_average_update": distance,
+        "validation_loss": [AT_CHANCE[0], mean(loss for loss, _ in ends)],
+        "validation_accuracy": [AT_CHANCE[1], mean(accuracy for _, accuracy in ends)],
+        "each_message_bytes": in_full[0].message_bytes,
+        "in_8_bits_bytes": in_bits[0].message_bytes,
+        "loss_in_8_bits": mean(loss for loss, _ in bit_ends),
+        "differences_of_accuracy": [bits - full for (_, bits), (_, full) in zip(bit_ends, ends, strict=True)],
+        "accuracy_in_8_bits": mean(accuracy for _, accuracy in bit_ends),
+        **{f"LoRA_r{r}_bytes": 4 * trained_parameters(lora) for r, lora in zip((8, 16), loras, strict=True)},
+        "distance_from_the_average_update": distance(three(0), vectors[0], in_full[0]),
         "with_lambda_d_frozen": distance_exact,
-        "loss_then": after_exact[0],
     }
     report({"works": True, "figures": metrics, "versions": {"flwr": flwr.__version__, "ray": ray.__version__}})
 

@@ -29,16 +29,17 @@ ORDER = [
     "flat",
     "bank",
     "export",
+    "sync",
     "tools",
     "recipes",
     "serve",
     "cli",
 ]
-NOT_BELOW = {"tools": {"bank", "export"}}
+NOT_BELOW = {"sync": {"export"}, "tools": {"bank", "export", "sync"}}
 """Rooms beside each other."""
 ROOMS = {room: set(ORDER[:index]) - NOT_BELOW.get(room, set()) for index, room in enumerate(ORDER)}
 ROOMS["whole_files"] = set()
-for room_of_files in ("bank", "export", "recipes", "serve", "cli"):
+for room_of_files in ("bank", "export", "sync", "recipes", "serve", "cli"):
     ROOMS[room_of_files].add("whole_files")
 ADDRESSES = {"__init__", "extras", "peft_hook", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""

@@ -136,7 +136,7 @@ CATALOGUE: tuple[Example, ...] = (
     Example(
         "federated_flower",
         "Flower's simulation",
-        "three clients; federated averages of vectors, and of updates",
+        "three clients; federated averages of vectors, and of updates; vectors in 8 bits",
         limit_seconds=300,
         processes=2,
         needs=("flwr", "ray"),
@@ -144,9 +144,9 @@ CATALOGUE: tuple[Example, ...] = (
     Example(
         "rl_sync",
         "TRL's GRPOTrainer",
-        "a generating copy in another process gets the vectors of every step, nothing else",
+        "`dvora serve` generates, and gets a version of the adapter after every step; other methods' bytes",
         limit_seconds=300,
         processes=2,
-        needs=("trl", "datasets"),
+        needs=("trl", "datasets", "fastapi", "typer"),
     ),
 )

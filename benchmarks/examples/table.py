@@ -27,6 +27,34 @@ def examples(result: dict[str, Any]) -> str:
     )
 
 
+def synchronisation(result: dict[str, Any]) -> str:
+    """What reaches a serving model after a step, by method; and federated rounds in 8 bits."""
+    rows = {row["name"]: row for row in result["rows"]}
+    rl, federated = rows["rl_sync"]["figures"], rows["federated_flower"]["figures"]
+    names = {"DVoRA": "DVoRA r=256", "LoRA_r1": "LoRA r=1", "LoRA_r16": "LoRA r=16", "full_weights": "full weights"}
+    lines = [
+        (
+            name,
+            _value(rl[f"{method}_bytes"], in_bytes=True),
+            f"{rl[f'{method}_ms_of_a_core_through_a_file']:,.0f}",
+        )
+        for method, name in names.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in rows["rl_sync"]["versions"].items())
+    full, bits = (_value(federated[f"{size}_bytes"], in_bytes=True) for size in ("each_message", "in_8_bits"))
+    return text(
+        table(("SmolLM2-135M", "bytes", "ms of a core through a file in memory"), lines),
+        f"Medians of `examples/rl_sync.py` (`benchmarks/results/examples.json`; {versions}; CPU). Over HTTP, to a "
+        f"server that shares two cores with the trainer and all else that ran, `publish` took "
+        f"{rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a token the same probability to within "
+        f"{rl['off_the_ratio_of_importance']:.0e}.",
+        f"Federated rounds (`examples/federated_flower.py`, MiniLM, three clients, three seeds): {full} a message in "
+        f"float32, {bits} in 8 bits; accuracy {100 * federated['validation_accuracy'][1]:.1f} % and "
+        f"{100 * federated['accuracy_in_8_bits']:.1f} %, loss {federated['validation_loss'][1]:.4f} and "
+        f"{federated['loss_in_8_bits']:.4f}.",
+    )
+
+
 def describe_metrics(metrics: dict[str, Any]) -> str:
     """Metrics in words: `{"loss": [0.7, 0.5], "adapter_bytes": 2000}` is "loss 0.7 to 0.5, adapter 2 kB"."""
     return ", ".join(_metric(name, value) for name, value in metrics.items())

@@ -11,7 +11,7 @@ from .extras import how_to_install, missing
 from .peft_hook import register_with_peft
 
 if TYPE_CHECKING:
-    from . import flat, functional
+    from . import flat, functional, sync
     from .adapter import (
         DVoRAAdapter,
         are_shared_matrices_initialized,
@@ -39,7 +39,7 @@ _HOMES = {
     "reset_shared_matrices": "adapter",
 }
 """Where each name is."""
-_MODULES = ("flat", "functional")
+_MODULES = ("flat", "functional", "sync")
 
 __all__ = [
     "AdapterBank",
@@ -55,6 +55,7 @@ __all__ = [
     "initialize_shared_matrices",
     "merged",
     "reset_shared_matrices",
+    "sync",
 ]
 
 

@@ -12,7 +12,10 @@ from benchmarks.examples.catalogue import CATALOGUE, Example
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
-SHARED = {"__init__", "averaging", "checks", "generating", "lying_digits", "reviews", "spoken_lines", "top_layers"}
+SHARED = {
+    *("__init__", "averaging", "checks", "eight_bits", "flower_strategies", "lying_digits", "reviews", "serving"),
+    *("spoken_lines", "sync_costs", "top_layers"),
+}
 
 REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
 """As `examples.checks.report` prints it, which imports torch."""

@@ -1,12 +1,16 @@
 """Tiny bases with adapters, a server of them on a port of its own, and what each merged model answers alone."""
 
 import functools
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +73,12 @@ def save_classifier(base: Path, folder: Path, seed: int, outputs: int) -> Path:
 
 @contextmanager
 def serving(
-    base: Path, adapters: Path, token: str | None = TOKEN, **settings: Any
+    base: Path, adapters: Path, token: str | None = TOKEN, port: int = 0, **settings: Any
 ) -> Iterator[tuple[httpx.Client, Server]]:
-    """A server on a free port, and a client of it."""
+    """A server, on a free port if none is given, and a client of it."""
     limits = Limits(**{"batch_rows": 6, "slots": 16, **settings.pop("limits", {})})
     server = Server(Settings(str(base), adapters, limits, token=token, **settings))
-    config = uvicorn.Config(make_app(server), port=0, log_config=None, http="h11", timeout_graceful_shutdown=20)
+    config = uvicorn.Config(make_app(server), port=port, log_config=None, http="h11", timeout_graceful_shutdown=20)
     process = uvicorn.Server(config)
     thread = threading.Thread(target=process.run)
     thread.start()
@@ -87,6 +91,30 @@ def serving(
     finally:
         process.should_exit = True
         thread.join()
+
+
+@contextmanager
+def process(
+    base: Path, adapters: Path, *options: str, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """The program itself, on a free port if none is given."""
+    with socket.create_server(("127.0.0.1", port)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dvora.cli", "serve", str(base), "--adapters", str(adapters), "--port", str(port)]
+    environment = {**os.environ, "DVORA_SERVE_TOKEN": TOKEN}
+    running = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        try:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and running.poll() is None:
+                with suppress(httpx.HTTPError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield running, client
+        finally:
+            running.kill()
+            running.wait()
 
 
 def complete(client: httpx.Client, model: str, prompt: str, tokens: int = 8, **options: Any) -> httpx.Response:

@@ -1,15 +1,9 @@
 """Adapters that come, change and go over HTTP, and are there again after a restart."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2 as httpx
@@ -19,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import dvora
 from dvora.bank.packs import write_pack
-from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied, save_classifier, serving
+from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied, process, save_classifier, serving
 
 VALUES = "adapter_model.safetensors"
 
@@ -181,28 +175,6 @@ def test_two_servers_do_not_share_a_folder(llama: Path, language_adapters: Path,
         serving(llama, adapters),
     ):
         pass
-
-
-@contextmanager
-def process(base: Path, adapters: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """The program itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dvora.cli", "serve", str(base), "--adapters", str(adapters), "--port", str(port)]
-    environment = {**os.environ, "DVORA_SERVE_TOKEN": TOKEN}
-    running = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-        try:
-            until = time.monotonic() + 60
-            while time.monotonic() < until and running.poll() is None:
-                with suppress(httpx.HTTPError):
-                    if client.get("/readyz").status_code == 200:
-                        break
-                time.sleep(0.1)
-            yield running, client
-        finally:
-            running.kill()
-            running.wait()
 
 
 def test_a_killed_server_starts_again_with_what_it_had(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

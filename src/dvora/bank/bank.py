@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..flat import Layout
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
@@ -298,6 +299,15 @@ class AdapterBank:
     def serves(self) -> bool:
         """Whether an adapter has come, so that the model's layers are hooked, and it runs within `rows` only."""
         return self._fitted is not None
+
+    @property
+    def layout(self) -> Layout:
+        """What a vector of the bank's first adapter is like, on the base as it is here.
+
+        Raises:
+            ValueError: no adapter has come yet, and the bank was made without `like`.
+        """
+        return Layout(self._required().served.content)
 
     def stats(self) -> BankStats:
         """Counts and bytes as they are now."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from ..bank.adapters import SETTINGS, VALUES
 from ..bank.packs import FORMAT, unpack
 from ..flat import Layout
+from ..sync import vector_digest
 from ..whole_files import remove
 from .answers import Body, headers_of, server_of
 from .registry import Version, check_name
@@ -66,17 +69,26 @@ async def put_adapter(
     request: Request,
     format: Literal["file", "vector"] = "file",
     layout: str | None = None,
+    digest: str | None = None,
     labels: Annotated[list[str] | None, Query()] = None,
 ) -> Response:
     """Serve the adapter in the body from now on, and after a restart.
 
     The body is a file (`adapter_model.safetensors` of an adapter, or a pack of one), or the bytes of a flat vector,
-    little-endian float32, in the layout that `GET /v1/adapters` describes. Files of values and vectors have the
-    settings of the adapter that they replace, or of the others. `labels` are the names of the classes.
+    little-endian float32, in the layout that `GET /v1/adapters` describes; `layout` and `digest` (of
+    `dvora.sync.vector_digest`) refuse another one than was sent. Files of values and vectors have the settings of the
+    adapter that they replace, or of the others; a vector of a new name has a strength of one. `labels` are the names of
+    the classes.
     """
     server, body = server_of(request), await request.body()
     check_name(name)
-    version, was_there = await asyncio.to_thread(_put, server, name, body, format, layout, tuple(labels or ()))
+    if format != "vector" and (layout or digest):
+        raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
+    if not body:
+        raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
+    vector, file = partial(_vector, server, name, body, layout, digest), partial(_file, server, name, body)
+    files = vector if format == "vector" else file
+    version, was_there = await asyncio.to_thread(_put, server, name, files, tuple(labels or ()))
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
 
@@ -110,12 +122,10 @@ async def unload(body: Unload, request: Request) -> Response:
 
 
 def _put(
-    server: Server, name: str, body: bytes, format: str, layout: str | None, labels: tuple[str, ...]
+    server: Server, name: str, files: Callable[[], dict[str, bytes]], labels: tuple[str, ...]
 ) -> tuple[Version, bool]:
-    if not body:
-        raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     try:
-        folder = server.store.write(_files(server, name, body, format, layout))
+        folder = server.store.write(files())
     except ValueError as error:
         raise RefusedError(422, f"the adapter cannot be served: {error}", "adapter_error") from error
     try:
@@ -125,21 +135,34 @@ def _put(
         raise
 
 
-def _files(server: Server, name: str, body: bytes, format: str, layout: str | None) -> dict[str, bytes]:
-    """The files of an adapter that came as a body.
+def _vector(server: Server, name: str, body: bytes, layout: str | None, digest: str | None) -> dict[str, bytes]:
+    """The files of an adapter that came as a flat vector.
+
+    Raises:
+        ValueError: it is none, or another one than was sent.
+    """
+    like = server.store.description_of(name)
+    if like is None:
+        raise ValueError("there is no adapter yet whose layout a vector could have; put a folder there first")
+    if layout is not None and layout != like.content.digest:
+        raise ValueError(f"the vector's layout is {layout[:80]!r}, expected {like.content.digest!r}")
+    if digest is not None and digest != (arrived := vector_digest(like.content.digest, body)):
+        raise ValueError(f"the vector's digest is {digest[:80]!r}, and that of what arrived {arrived!r}; send it again")
+    files = files_of_vector(vector_of(body), like)
+    if name not in server.registry:
+        # As in a bank: the strength of another adapter is none of its own.
+        files[SETTINGS] = json.dumps({**json.loads(like.settings), "strength": 1.0}).encode()
+    return files
+
+
+def _file(server: Server, name: str, body: bytes) -> dict[str, bytes]:
+    """The files of an adapter that came as a file of values or a pack.
 
     Raises:
         ValueError: it is none.
     """
-    like = server.store.description_of(name)
-    if format == "vector":
-        if like is None:
-            raise ValueError("there is no adapter yet whose layout a vector could have; put a folder there first")
-        if layout is not None and layout != like.content.digest:
-            raise ValueError(f"the vector's layout is {layout[:80]!r}, expected {like.content.digest!r}")
-        return files_of_vector(vector_of(body), like)
     if f'"{FORMAT}"'.encode() not in body[:200]:
-        return files_of_upload(body, like)
+        return files_of_upload(body, server.store.description_of(name))
     with tempfile.TemporaryDirectory() as scratch:
         pack = Path(scratch) / "pack"
         pack.write_bytes(body)

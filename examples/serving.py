@@ -1,0 +1,58 @@
+"""`dvora serve` in a process of its own, and its answers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from examples.checks import require
+
+TOKEN = "of whoever may change adapters"
+
+
+@contextmanager
+def server(base: Path, adapters: Path) -> Iterator[str]:
+    """The address of a server, which ends with the block."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dvora.cli", "serve", base, "--adapters", adapters, "--port", str(port), "--quiet"]
+    environment = {**os.environ, "DVORA_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while process.poll() is None:
+                with suppress(OSError), urllib.request.urlopen(f"{address}/readyz"):
+                    break
+                time.sleep(0.2)
+            require(process.poll() is None, "the server runs")
+            yield address
+        finally:
+            process.terminate()
+
+
+def continued(
+    address: str, model: str, prompts: Sequence[str], tokens: int, temperature: float = 1.0, seed: int = 0
+) -> list[tuple[str, bool]]:
+    """What a model adds to each prompt, and whether it ended by itself; all prompts run in one batch."""
+
+    def one(number: int) -> tuple[str, bool]:
+        body = {"prompt": prompts[number], "model": model, "max_tokens": tokens, "temperature": temperature}
+        request = urllib.request.Request(
+            f"{address}/v1/completions",
+            json.dumps({**body, "seed": seed + number}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            require(answer.headers["x-dvora-adapter"] == model, f"{model} answers, not {answer.headers}")
+            choice = json.load(answer)["choices"][0]
+        return choice["text"], choice["finish_reason"] == "stop"
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        return list(threads.map(one, range(len(prompts))))

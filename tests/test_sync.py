@@ -1,0 +1,469 @@
+"""From a training model to where it is served: every version is whole, itself, and there as long as it should be.
+
+What went wrong for others has a test here: rollouts by the base in the adapter's place, a scale that is applied twice
+after an eviction, a stale version after a restart.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import dvora
+from dvora.sync import (
+    AdapterVersion,
+    BankTarget,
+    FolderTarget,
+    ModelTarget,
+    Publisher,
+    ServerTarget,
+    newest,
+)
+from tests.peft.tiny import same_bits, train_vectors
+from tests.recipes import tiny_models
+from tests.serve.served import ADMIN, TOKEN, Alone, complete, process, serving
+
+PROMPT = torch.tensor([[5, 9, 30, 7, 61], [11, 40, 8, 8, 23]])
+ROWS = len(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of letters."""
+    return tiny_models.llama(tmp_path_factory.mktemp("bases") / "llama")
+
+
+def base_of(llama: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(llama).eval()
+
+
+def adapted(llama: Path, **settings: object) -> PeftModel:
+    """A model whose adapter is not trained yet."""
+    config = dvora.DVoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+    return get_peft_model(base_of(llama), config).eval()
+
+
+@pytest.fixture
+def trainer(llama: Path) -> PeftModel:
+    return adapted(llama)
+
+
+@pytest.fixture
+def adapters(llama: Path, tmp_path: Path) -> Path:
+    """What a server starts with: the adapter before its training."""
+    adapted(llama).save_pretrained(tmp_path / "adapters" / "start")
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def model(llama: Path) -> nn.Module:
+    """The base that the bank serves."""
+    return base_of(llama)
+
+
+@pytest.fixture
+def bank(model: nn.Module, adapters: Path) -> Iterator[dvora.AdapterBank]:
+    with dvora.AdapterBank(model, like=adapters / "start") as bank:
+        yield bank
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=PROMPT).logits
+
+
+def banked(bank: dvora.AdapterBank, model: nn.Module, name: str | None) -> Tensor:
+    with bank.rows([name] * ROWS):
+        return logits(model)
+
+
+def saved(trainer: PeftModel, folder: Path) -> Path:
+    """The adapter as it is now, for a model of its own."""
+    trainer.save_pretrained(folder)
+    return folder
+
+
+def served_text(client: object, name: str) -> str:
+    answer = complete(client, name, "the ", 12)
+    assert answer.headers["x-dvora-adapter"] == name
+    return answer.json()["choices"][0]["text"]
+
+
+# What is served is what was published.
+
+
+def test_a_model_gets_every_version_bit_for_bit(llama: Path, trainer: PeftModel) -> None:
+    server = adapted(llama)
+    target = ModelTarget(server)
+    publisher = Publisher(trainer, target, "policy")
+    for number in range(1, 4):
+        train_vectors(trainer, seed=number)
+        assert not same_bits(logits(server), logits(trainer))
+        assert publisher.publish().name == target.name == f"policy-v{number}"
+        assert same_bits(logits(server), logits(trainer))
+
+
+def test_a_bank_serves_the_newest_versions_and_each_is_itself(
+    trainer: PeftModel, bank: dvora.AdapterBank, model: nn.Module
+) -> None:
+    """The ratio of importance, exp of the difference of log-probabilities, is one to within 0.001."""
+    publisher = Publisher(trainer, BankTarget(bank), "policy", keep=2)
+    expected = {}
+    for number in range(1, 5):
+        train_vectors(trainer, seed=number)
+        expected[publisher.publish().name] = logits(trainer).log_softmax(-1)
+    assert list(bank) == ["policy-v3", "policy-v4"]
+    for name in bank:
+        ratio = (banked(bank, model, name).log_softmax(-1) - expected[name]).exp()
+        assert ratio.sub(1).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="there is no adapter 'policy-v2'"):
+        banked(bank, model, "policy-v2")
+
+
+def test_a_folder_has_the_newest_versions_bit_for_bit(llama: Path, trainer: PeftModel, tmp_path: Path) -> None:
+    folder = FolderTarget(tmp_path / "shared")
+    assert folder.latest("policy") is None
+    other = Publisher(trainer, folder, "policy-v1")
+    other.publish()
+    publisher = Publisher(trainer, folder, "policy")
+    for number in range(1, 12):
+        train_vectors(trainer, seed=number)
+        published = publisher.publish()
+        other.publish()
+        read = folder.latest("policy")
+        assert (read.name, read.digest, read.layout) == (f"policy-v{number}", published.digest, published.layout)
+        server = adapted(llama)
+        ModelTarget(server).put(read)
+        assert same_bits(logits(server), logits(trainer))
+    assert {*folder.names()} == {"policy-v10", "policy-v11", "policy-v1-v11", "policy-v1-v12"}
+
+
+def test_a_server_serves_the_newest_versions_and_never_the_base_in_their_place(
+    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+) -> None:
+    alone = Alone(llama)
+    with serving(llama, adapters) as (client, _):
+        target = ServerTarget(f"{client.base_url}", TOKEN)
+        publisher = Publisher(trainer, target, "policy", keep=2)
+        texts = {}
+        for number in range(1, 4):
+            train_vectors(trainer, seed=number)
+            name = publisher.publish().name
+            texts[name] = alone.continued(saved(trainer, tmp_path / name), "the ", 12)
+        assert len({*texts.values(), alone.continued(None, "the ", 12)}) == 4
+        assert sorted(target.names()) == ["policy-v2", "policy-v3", "start"]
+        assert newest("policy", target.names()) == "policy-v3"
+        for name in ("policy-v2", "policy-v3"):
+            assert served_text(client, name) == texts[name]
+        for name in ("policy-v1", "policy-v4", "policy"):
+            assert complete(client, name, "the ").status_code == 404
+
+
+def test_versions_of_equal_values_are_dropped_one_by_one(
+    trainer: PeftModel, bank: dvora.AdapterBank, model: nn.Module
+) -> None:
+    """A step that changed nothing: a bank has the values of both once."""
+    train_vectors(trainer)
+    publisher = Publisher(trainer, BankTarget(bank), "policy", keep=1)
+    assert publisher.publish().digest == publisher.publish().digest
+    assert list(bank) == ["policy-v2"]
+    torch.testing.assert_close(banked(bank, model, "policy-v2"), logits(trainer))
+
+
+# A scale is applied once.
+
+
+def test_an_eviction_scales_nothing_twice(
+    llama: Path, trainer: PeftModel, model: nn.Module, adapters: Path, tmp_path: Path
+) -> None:
+    """Neither from the slot nor from memory, with room for one adapter in each, beside one of half the strength."""
+    with dvora.AdapterBank(model, slots=1, like=adapters / "start") as bank:
+        one = bank.stats()
+        train_vectors(trainer, seed=9)
+        trainer.base_model.set_strength(0.5)
+        bank.add("half", saved(trainer, tmp_path / "half"))
+        size = bank.stats().host_bytes - one.host_bytes
+    with dvora.AdapterBank(model, slots=1, host_bytes=size, like=adapters / "start") as bank:
+        bank.add("half", tmp_path / "half")
+        expected = {"half": logits(trainer)}
+        trainer.base_model.set_strength(1.0)
+        publisher = Publisher(trainer, BankTarget(bank), "policy")
+        for seed in range(2):
+            train_vectors(trainer, seed=seed)
+            expected[publisher.publish().name] = logits(trainer)
+        for name in [*expected] * 3:
+            torch.testing.assert_close(banked(bank, model, name), expected[name])
+        assert bank.stats().evictions >= 8
+        assert bank.stats().reads >= 9
+
+
+def test_a_version_has_not_the_scale_of_another_adapter_of_the_server(
+    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+) -> None:
+    train_vectors(trainer, seed=9)
+    trainer.base_model.set_strength(0.25)
+    saved(trainer, adapters / "a-quarter")
+    trainer.base_model.set_strength(1.0)
+    train_vectors(trainer, seed=1)
+    with serving(llama, adapters) as (client, _):
+        name = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy").publish().name
+        assert served_text(client, name) == Alone(llama).continued(saved(trainer, tmp_path / "now"), "the ", 12)
+
+
+@pytest.mark.parametrize("is_target", [False, True], ids=["trainer", "target"])
+def test_an_adapter_that_is_scaled_is_refused(llama: Path, trainer: PeftModel, is_target: bool) -> None:
+    server = adapted(llama)
+    publisher = Publisher(trainer, ModelTarget(server), "policy")
+    (server if is_target else trainer).base_model.set_strength(0.5)
+    train_vectors(trainer)
+    before = logits(server)
+    with pytest.raises(ValueError, match=r"strength 0.5 in .*, which a vector does not carry"):
+        publisher.publish()
+    assert same_bits(logits(server), before)
+
+
+# Restarts.
+
+
+def test_a_killed_server_has_the_same_versions_again_and_takes_the_next(
+    llama: Path, trainer: PeftModel, adapters: Path
+) -> None:
+    with process(llama, adapters) as (running, client):
+        port = client.base_url.port
+        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy", keep=2)
+        texts = {}
+        for number in range(1, 4):
+            train_vectors(trainer, seed=number)
+            name = publisher.publish().name
+            texts[name] = served_text(client, name)
+        running.kill()
+        running.wait()
+        train_vectors(trainer, seed=4)
+        with pytest.raises(ConnectionError, match="no server answers at"):
+            publisher.publish()
+    with process(llama, adapters, port=port) as (_, client):
+        for name in ("policy-v2", "policy-v3"):
+            assert served_text(client, name) == texts[name]
+        assert complete(client, "policy-v1", "the ").status_code == 404
+        # What was not served before has another name: of a request without an answer nobody knows whether it came.
+        assert publisher.publish().name == "policy-v5"
+        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v5"
+        assert served_text(client, "policy-v5") not in texts.values()
+        # Dropped though it is not there.
+        publisher.publish()
+        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v5", "policy-v6", "start"]
+
+
+def test_a_server_that_forgot_everything_answers_by_no_stale_version(
+    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+) -> None:
+    """Such as a container that starts again from its image."""
+    shutil.copytree(adapters, tmp_path / "image")
+    train_vectors(trainer, seed=1)
+    with serving(llama, adapters) as (client, _):
+        port = client.base_url.port
+        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy")
+        assert publisher.publish().name == "policy-v1"
+    with serving(llama, tmp_path / "image", port=port) as (client, _):
+        assert complete(client, "policy-v1", "the ").status_code == 404
+        train_vectors(trainer, seed=2)
+        assert publisher.publish().name == "policy-v2"
+        expected = Alone(llama).continued(saved(trainer, tmp_path / "now"), "the ", 12)
+        assert served_text(client, "policy-v2") == expected
+
+
+def test_a_new_publisher_goes_on_after_the_newest_version(trainer: PeftModel, tmp_path: Path) -> None:
+    folder = FolderTarget(tmp_path / "shared")
+    for _ in range(3):
+        Publisher(trainer, folder, "policy", keep=5).publish()
+    assert Publisher(trainer, folder, "policy", keep=2).publish().name == "policy-v4"
+    assert sorted(folder.names()) == ["policy-v3", "policy-v4"]
+
+
+# Never half a vector.
+
+PUBLISHING = """
+import sys
+from pathlib import Path
+import torch
+from dvora.sync import FolderTarget, Publisher
+from tests.test_sync import adapted
+
+torch.set_num_threads(1)
+trainer = adapted(Path(sys.argv[1]))
+values = [p for p in trainer.parameters() if p.requires_grad]
+publisher = Publisher(trainer, FolderTarget(sys.argv[2]), "policy")
+for number in range(1, 151):
+    with torch.no_grad():
+        for value in values:
+            value.fill_(number)
+    publisher.publish()
+"""
+
+
+def test_another_process_reads_whole_versions_while_they_come_and_go(llama: Path, tmp_path: Path) -> None:
+    folder, root = FolderTarget(tmp_path / "shared"), Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", PUBLISHING, str(llama), str(tmp_path / "shared")]
+    numbers = [0]
+    with subprocess.Popen(command, env=environment) as running:
+        while running.poll() is None:
+            if (version := folder.latest("policy")) is not None:
+                assert (version.vector == version.number).all()
+                numbers.append(version.number)
+    assert running.returncode == 0
+    assert numbers == sorted(numbers)
+    assert len({*numbers}) > 20
+
+
+def test_a_server_refuses_another_vector_than_was_sent(llama: Path, trainer: PeftModel, adapters: Path) -> None:
+    layout = dvora.flat.Layout.of(trainer)
+    version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
+    changed = version.vector.clone()
+    changed[7] += 1
+    query = {"format": "vector", "layout": layout.digest, "digest": version.digest}
+    with serving(llama, adapters) as (client, _):
+        answer = client.put("/v1/adapters/policy-v1", content=changed.numpy().tobytes(), params=query, headers=ADMIN)
+        assert answer.status_code == 422
+        assert "and that of what arrived" in answer.json()["error"]["message"]
+        file = client.put("/v1/adapters/policy-v1", content=b"file", params={"digest": "x"}, headers=ADMIN)
+        assert file.status_code == 400
+        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["start"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: data.replace(b"digest", b"dogest", 1),
+        lambda data: data.partition(b"\n")[0],
+        lambda data: b"",
+    ],
+    ids=["truncated", "one bit", "settings", "no values", "empty"],
+)
+def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder = FolderTarget(tmp_path)
+    Publisher(trainer, folder, "policy").publish()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="is no version of an adapter, or damaged"):
+        folder.latest("policy")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("kind", ["model", "bank", "server"])
+def test_a_target_of_another_layout_refuses(llama: Path, bank: dvora.AdapterBank, adapters: Path, kind: str) -> None:
+    """Vectors are as long, and mean something else."""
+    trainer = adapted(llama, projection_seed=1)
+    with serving(llama, adapters) as (client, _):
+        targets = {
+            "model": lambda: ModelTarget(adapted(llama)),
+            "bank": lambda: BankTarget(bank),
+            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
+        }
+        target = targets[kind]()
+        with pytest.raises(ValueError, match="layout"):
+            Publisher(trainer, target, "policy").publish()
+        assert newest("policy", target.names()) is None
+
+
+def test_a_bank_on_another_base_refuses(llama: Path, bank: dvora.AdapterBank) -> None:
+    other = base_of(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    trainer = get_peft_model(other, dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="the base models differ"):
+        Publisher(trainer, BankTarget(bank), "policy").publish()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "a/b"}, "name must be letters"),
+        ({"name": ""}, "name must be letters"),
+        ({"name": "x" * 101}, "name must be letters"),
+        ({"keep": 0}, "keep must be a positive integer, got 0"),
+        ({"keep": True}, "keep must be a positive integer, got True"),
+        ({"adapter_name": "other"}, "there is no adapter 'other'"),
+    ],
+)
+def test_wrong_arguments(trainer: PeftModel, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Publisher(trainer, FolderTarget(tmp_path), **{"name": "policy", **arguments})
+
+
+def test_a_server_says_why_it_refuses(llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path) -> None:
+    with serving(llama, adapters) as (client, _):
+        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}"), "policy")
+        with pytest.raises(ValueError, match="refused PUT /policy-v1 with 401: changing adapters needs the header"):
+            publisher.publish()
+    (tmp_path / "empty").mkdir()
+    with serving(llama, tmp_path / "empty") as (client, _):
+        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy")
+        with pytest.raises(ValueError, match=r"with 422: .*there is no adapter yet whose layout a vector could have"):
+            publisher.publish()
+
+
+def test_a_target_of_ones_own(trainer: PeftModel) -> None:
+    """What a put does with the version is its own; a number whose put failed is not used again."""
+
+    class Lossy:
+        def __init__(self) -> None:
+            self.had: list[str] = []
+            self.dropped: list[str] = []
+
+        def names(self) -> Iterable[str]:
+            return ()
+
+        def put(self, version: AdapterVersion) -> None:
+            self.had.append(version.name)
+            if version.number == 2:
+                raise TimeoutError("no answer")
+
+        def drop(self, name: str) -> None:
+            self.dropped.append(name)
+
+    target = Lossy()
+    publisher = Publisher(trainer, target, "policy", keep=1)
+    publisher.publish()
+    with pytest.raises(TimeoutError):
+        publisher.publish()
+    publisher.publish()
+    assert target.had == ["policy-v1", "policy-v2", "policy-v3"]
+    assert target.dropped == ["policy-v1", "policy-v2"]
+
+
+# The page.
+
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "sync.md"
+
+
+def test_the_page(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs from top to bottom, beside the server that its command starts."""
+    shutil.copytree(llama, tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVORA_SERVE_TOKEN", TOKEN)
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    kinds = [kind for kind, _ in blocks]
+    assert kinds[:2] == ["python", "sh"]
+    assert kinds.count("sh") == 1
+    assert blocks[1][1].endswith("\ndvora serve llama --adapters adapters --port 8002\n")
+    names: dict[str, object] = {}
+    exec(compile(blocks[0][1], str(PAGE), "exec"), names)
+    with process(Path("llama"), Path("adapters"), port=8002) as (_, client):
+        for _, code in blocks[2:]:
+            exec(compile(code, str(PAGE), "exec"), names)
+        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v1"
