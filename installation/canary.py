@@ -1,6 +1,6 @@
 """PEFT's newest release, also a candidate for one, before users have it: python -m installation.canary
 
-In an environment of its own: PEFT's own tests of that version (`conformance`), and those of `tests/peft`. What fails is
+In an environment of its own: the tests of `tests/peft`, and PEFT's own of that version (`conformance`). What fails is
 printed, with the version; PEFT's tests that changed are gone through as CONTRIBUTING says.
 """
 
@@ -28,8 +28,8 @@ def main() -> int:
             environment.run("python", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *source)
             (archive,) = (place / "source").iterdir()
             runs = {
-                "conformance": ("conformance", f"--source={archive}"),
                 "tests/peft": ("pytest", "-o", "filterwarnings=default", "tests/peft"),
+                "conformance": ("conformance", f"--source={archive}"),
             }
             for name, command in runs.items():
                 results = test_results(environment, *command)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from peft import get_peft_model
 
+from dvora import DVoRAConfig
 from tests.docs.hub import TOKEN, Hub, running_hub
+from tests.peft.tiny import bert
 from tests.recipes.finished_runs import finished
 
 ROOT = Path(__file__).parents[2]
@@ -74,15 +77,13 @@ def test_the_page(hub: Hub, tmp_path: Path) -> None:
     trained = finished("text-classification", tmp_path)
     shutil.copytree(trained.folder, tmp_path / "runs" / "reviews")
     shutil.copytree(trained.settings.model, tmp_path / "minilm")
-    python = ""
-    for kind, block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
-        # Python on a page goes on from the lines before it.
-        python += block if kind == "python" else ""
-        for code in [python] if kind == "python" else block.splitlines():
-            before = len(hub.requests)
-            run(hub, tmp_path, code, kind)
-            # Nothing is fetched unless the user asks for it.
-            assert (len(hub.requests) == before) == code.startswith("dvora "), code
+    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    for line in "".join(block for kind, block in blocks if kind == "sh").splitlines():
+        before = len(hub.requests)
+        run(hub, tmp_path, line, "sh")
+        # Nothing is fetched unless the user asks for it.
+        assert (len(hub.requests) == before) == line.startswith("dvora "), line
+    run(hub, tmp_path, "".join(block for kind, block in blocks if kind == "python"))
     adapter = on_disk(tmp_path / "runs" / "reviews" / "adapter")
     assert set(adapter) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert hub.files("you/films") == adapter
@@ -132,7 +133,8 @@ assert torch.equal(outputs(before), outputs(adapted()))
 
 
 def test_without_the_import_peft_says_what_the_card_says(hub: Hub, tmp_path: Path) -> None:
-    run(hub, tmp_path, f"{ADAPTED}\nadapted().push_to_hub('you/pushed')")
+    get_peft_model(bert(), DVoRAConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path / "saved")
+    hub.repositories["you/pushed"] = {"0" * 40: on_disk(tmp_path / "saved")}
     code = """
 from peft import PeftConfig
 try:
