@@ -49,6 +49,9 @@ def named(count: int) -> str:
 
 def trained(folder: Path, steps: int, rows: int) -> dict[str, Path]:
     """The materials, and an adapter of each kind that `dvora train` has made."""
+    bases = {name: folder / name for name in ("minilm", "smollm2", "merged-classifier", "merged-writer")}
+    if all(base.exists() for base in bases.values()):
+        return bases
     lay_out(folder)
     common = ["--max-steps", str(steps), "--batch-size", str(rows)]
     for arguments in (
@@ -60,7 +63,7 @@ def trained(folder: Path, steps: int, rows: int) -> dict[str, Path]:
     for run, base in (("classifier", "minilm"), ("writer", "smollm2")):
         command = [sys.executable, "-m", "dvora.cli", "merge", run, "--model", base, "--output", f"merged-{run}", "-q"]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return {name: folder / name for name in ("minilm", "smollm2", "merged-classifier", "merged-writer")}
+    return bases
 
 
 @dataclass
@@ -106,11 +109,13 @@ def in_turns(loads: Mapping[str, Load], turns: int, clients: int, tokens: int, c
     for turn in range(turns):
         for name, load in loads.items():
             before = load.computed()
-            measured = ask(load.requests(turn, turns), clients, tokens, turn)
+            measured = ask(part := load.requests(turn, turns), clients, tokens, turn)
             shares[name].append((load.computed() - before) / measured.elapsed)
             rates[name].append(len(measured.seconds) / measured.elapsed)
             memory[name].append(load.memory())
             total[name].add(measured)
+            if measured.errors:
+                raise RuntimeError(f"{name}: {measured.errors} of {len(part)} requests failed")
             console.print(f"turn {turn + 1} of {turns}: {name}: {rates[name][-1]:.1f} requests a second")
     return {
         name: {
@@ -197,14 +202,12 @@ def engines(
     """Generation by vLLM: the merged model, LoRA, and DVoRA by the plug-in, beside this server."""
     if not (folder / "writers").exists():
         write_perturbed(folder / "writer" / "adapter", folder / "writers", 16)
-    write_lora(bases["smollm2"], folder / "loras", 8, 16)
-    writers, loras = folder / "writers16", folder / "loras"
+    writers = folder / "writers16"
     for number in range(16):
         shutil.copytree(folder / "writers" / name_of(number), writers / name_of(number))
     # Kept apart from the server's own index.
     shutil.copytree(writers, folder / "writers-of-vllm")
     common = ("--enable-lora", "--max-loras", "16", "--max-cpu-loras", "16", "--max-lora-rank")
-    modules = [f"{name_of(number)}={loras / name_of(number)}" for number in range(16)]
     of_vllm = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0",
@@ -220,13 +223,15 @@ def engines(
         loads = {
             "dvora serve, 16 adapters": Load([server], drawn(16, requests)),
             "vLLM, merged model": start(vllm(bases["merged-writer"]), ["base"] * requests),
-            "vLLM, LoRA r=8, 16 adapters": start(
-                vllm(bases["smollm2"], *common, "8", "--lora-modules", *modules), drawn(16, requests)
-            ),
             "vLLM, dvora r=64, 16 adapters": start(
                 vllm(bases["smollm2"], *common, "64"), drawn(16, requests), folder / "writers-of-vllm"
             ),
         }
+        for rank in (1, 8):
+            write_lora(bases["smollm2"], loras := folder / f"loras-{rank}", rank, 16)
+            modules = [f"{name_of(number)}={loras / name_of(number)}" for number in range(16)]
+            command = vllm(bases["smollm2"], *common, str(rank), "--lora-modules", *modules)
+            loads[f"vLLM, LoRA r={rank}, 16 adapters"] = start(command, drawn(16, requests))
         for load in loads.values():
             # First uses.
             ask([(load.servers[0].address, model) for model in dict.fromkeys(load.models)], WRITERS, 2)
@@ -285,11 +290,14 @@ def main() -> None:
     parser.add_argument(
         "--vllm", help="an interpreter with vLLM and dvora-vllm, as `make vllm` sets up; else no engines"
     )
+    parser.add_argument("--trained", type=Path, help="a folder in which an earlier run has trained")
     given = parser.parse_args()
     console, rows = Console(stderr=True), dict[str, Row]()
     requests, texts, turns = (64, 16, 1) if given.quick else (3000, 240, 6)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if given.trained is not None:
+            shutil.copytree(given.trained, folder, dirs_exist_ok=True)
         console.print("training one adapter of each kind")
         bases = trained(folder, *((2, 2) if given.quick else (60, 16)))
         if given.only in (None, "classify"):
@@ -305,7 +313,8 @@ def main() -> None:
         console.print(key, row)
     if not given.quick:
         made: dict[str, Any] = {key: {"key": key, "machine": machine(), **row} for key, row in rows.items()}
-        write(file_of("serving"), {**read_rows(file_of("serving")), **made}.values())
+        others = {key: row for key, row in read_rows(file_of("serving")).items() if key not in made}
+        write(file_of("serving"), {**others, **made}.values())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -124,10 +124,11 @@ class OneByOne(encoder.Encoder):
         return answers
 
 
-def by_names(base: Base, adapted: Any) -> None:
-    """Have PEFT give each row its adapter, in one pass."""
-    forward = adapted.forward
-    adapted.forward = lambda **inputs: forward(**inputs, adapter_names=base._names)
+def with_names(base: Base, adapted: Any) -> Base:
+    """The base with a model by PEFT, which gives each row its adapter in one pass."""
+    of_peft, forward = replace(base, model=adapted), adapted.forward
+    adapted.forward = lambda **inputs: forward(**inputs, adapter_names=of_peft._names)
+    return of_peft
 
 
 def write_lora(base: Path, folder: Path, rank: int, count: int) -> None:
@@ -152,11 +153,12 @@ def serve_lora(base: Path, empty: Path, rank: int, count: int, how: str, port: i
     for number in range(count):
         name = f"tenant-{number:04d}"
         server.registry._versions[name] = Version(name, name, digest=name)
-    server.base.model = adapted
-    if how == "adapter_names":
-        by_names(server.base, adapted)
+    if how == "set_adapter":
+        server.engine._encoder = OneByOne(replace(server.base, model=adapted))
     else:
-        server.engine._encoder = OneByOne(server.base)
+        runner = server.engine._decoder or server.engine._encoder
+        assert runner is not None
+        runner.base = with_names(server.base, adapted)
     uvicorn.Server(uvicorn.Config(make_app(server), port=port, log_config=None, http="h11")).run()
 
 

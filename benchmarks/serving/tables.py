@@ -1,4 +1,4 @@
-"""The table of serving on the page "Many adapters", from the result file."""
+"""The tables of serving on the page "Many adapters", from the result file."""
 
 import statistics
 from collections.abc import Mapping
@@ -7,40 +7,54 @@ from typing import Any
 from benchmarks.results import Row
 from benchmarks.tables import table, text
 
+SECTIONS = {
+    "classify": ("merged model", "p95, ms"),
+    "tenants": ("one process beside them, 16 adapters", "p95, ms"),
+    "generate": ("merged model", "first token p95, ms"),
+    "engines": ("vLLM, merged model", "first token p95, ms"),
+}
+"""Against what each is measured, and which latency matters."""
+
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of the page."""
     rows = {row["key"]: row for row in result["rows"]}
     environment = result["environment"]
     blocks = []
-    for work, head in (("classify", "p95, ms"), ("generate", "first token p95, ms")):
-        merged = rows[f"{work}: merged model"]
-        lines = [_line(row, merged, work) for key, row in rows.items() if key.startswith(f"{work}: ")]
-        blocks.append(table((work, "a second", "of the merged model's", head, "share in batches", "MiB"), lines))
+    for work, (against, latency) in SECTIONS.items():
+        measured = [row for key, row in rows.items() if key.startswith(f"{work}: ")]
+        reference = rows[f"{work}: {against}"]
+        title = f"{work}: requests a second", "of the bold one's", latency, "share in batches", "MiB"
+        blocks.append(table(("", *title), [_line(row, reference) for row in measured]))
     update, first, used = (
         rows[key] for key in ("update: SmolLM2 by a flat vector", "others beside first uses", "others beside used ones")
     )
+    many = rows["classify: 1024 adapters"]["memory_mib"]
     return {
         "serving": text(
             *blocks,
             f"An update by a vector of {update['bytes'] / 1e6:.1f} MB in the request takes "
             f"{update['answer_ms_p50']:.0f} ms (p95 {update['answer_ms_p95']:.0f}). The p95 of requests for 16 "
             f"adapters is {first['answer_ms_p95']:.0f} ms beside first uses of others, and "
-            f"{used['answer_ms_p95']:.0f} beside as many requests for one in its slot.",
+            f"{used['answer_ms_p95']:.0f} beside as many requests for one in its slot. A server grows with the "
+            f"adapters that were used, up to `--host-memory`: with 1,024 of them from {many[0]:,} MiB after the first "
+            f"turn to {many[-1]:,} after the last.",
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
             "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
             "Adapters by Zipf's law (exponent 1), dvora structured r=64: one that was trained, and perturbations of "
             "it; heads of 2, 3, 5 and 8 classes, 256 slots. LoRA by PEFT through the same server, in one batch by "
             "`adapter_names` or one adapter after another. MiniLM on sentences of 3 to 25 tokens with 32 requests "
-            "under way; SmolLM2 with 8, 16 tokens each. One process a tenant would take the memory of the merged "
-            "model's for every tenant.",
+            "under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged models on one core "
+            "together. vLLM 0.32 (float32, eager, one core; adapters of dvora by `dvora-vllm`) multiplies with oneDNN, "
+            "which is the faster library on this AMD machine; torch's layers call another one.",
         )
     }
 
 
-def _line(row: Row, merged: Row, work: str) -> tuple[str, ...]:
-    ratio = statistics.median(own / other for own, other in zip(row["rates"], merged["rates"], strict=True))
-    latency = row["answer_ms_p95"] if work == "classify" else row["first_token_ms_p95"]
-    name = row["key"].partition(": ")[2]
+def _line(row: Row, reference: Row) -> tuple[str, ...]:
+    ratio = statistics.median(own / other for own, other in zip(row["rates"], reference["rates"], strict=True))
+    name, latency = row["key"].partition(": ")[2], row.get("first_token_ms_p95", row["answer_ms_p95"])
+    shown = f"**{name}**" if row is reference else name
     numbers = f"{row['requests_per_second']:.1f}", f"{ratio:.2f}", f"{latency:,.0f}"
-    return (name, *numbers, f"{row['share_in_batches']:.2f}", f"{row['memory_mib']:,}")
+    share = f"{row['share_in_batches']:.2f}" if row["share_in_batches"] else ""
+    return (shown, *numbers, share, f"{row['memory_mib'][-1]:,}")

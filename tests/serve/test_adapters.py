@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -224,13 +225,24 @@ def test_a_killed_server_starts_again_with_what_it_had(llama: Path, language_ada
         assert len([path for path in (adapters / ".served").iterdir() if path.is_dir()]) == 1
 
 
+def waiting(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("dvora_queue_size "))
+
+
 def test_sigterm_answers_what_was_taken(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    body = {"model": "a0", "prompt": "the ", "max_tokens": 59, "temperature": 0, "stream": True}
-    with process(llama, copied(language_adapters, tmp_path / "adapters")) as (running, client):
-        with client.stream("POST", "/v1/completions", json=body) as stream:
+    """Also what still waits, since one text is generated at a time."""
+    body = {"model": "a0", "prompt": "the ", "max_tokens": 59, "temperature": 0}
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    with process(llama, adapters, "--batch-rows", "1") as (running, client), ThreadPoolExecutor(24) as pool:
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
             lines = stream.iter_lines()
             got = [next(lines)]
+            others = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(24)]
+            while waiting(client) < 12:
+                assert not any(other.done() for other in others[12:]), "they were answered before the signal"
             running.terminate()
             got += list(lines)
         assert got[-2] == "data: [DONE]"
+        assert [other.result().status_code for other in others] == [200] * 24
         assert running.wait(20) in (0, -signal.SIGTERM)

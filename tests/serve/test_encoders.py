@@ -93,3 +93,16 @@ def test_the_base_never_answers_for_an_adapter(bert: Path, classifiers: Path, tm
             assert message in answer.json()["error"]["message"]
         cut = client.post("/v1/classify", json={"model": "two", "input": "good " * 40, "truncate": True})
         assert cut.status_code == 200
+
+
+def test_more_rows_than_may_wait_are_refused_before_they_are_made(
+    bert: Path, classifiers: Path, tmp_path: Path
+) -> None:
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        many = {"model": ["two"] * 300_000, "input": ["x"] * 300_000}
+        answer = client.post("/v1/classify", json=many)
+        assert answer.status_code == 400
+        assert "90,000,000,000 rows" in answer.json()["error"]["message"]
+        assert client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1025}).status_code == 400
+        answer = client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1024})
+        assert len(answer.json()["data"]) == client.get("/info").json()["max_client_batch_size"] == 1024

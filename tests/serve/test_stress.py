@@ -72,7 +72,7 @@ def test_who_hangs_up_frees_the_place(llama: Path, language_adapters: Path, tmp_
             with client.stream("POST", "/v1/completions", json=body) as stream:
                 next(stream.iter_lines())
         assert complete(client, "a1", "the ").status_code == 200
-        assert all(version.in_flight == 0 for version in server.registry.versions())
+        assert all(version.holds == 1 for version in server.registry.versions())
 
 
 def test_a_cancelled_text_gets_no_more_steps(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
@@ -96,8 +96,13 @@ def test_a_cancelled_text_gets_no_more_steps(llama: Path, language_adapters: Pat
 
 
 def test_a_full_queue_is_429(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    with serving(bert, copied(classifiers, tmp_path / "adapters"), limits={"queue": 3}) as (client, _):
-        answer = client.post("/v1/classify", json={"model": "two", "input": ["good"] * 4})
-        assert answer.status_code == 429
-        assert int(answer.headers["retry-after"]) >= 1
-        assert client.post("/v1/classify", json={"model": "two", "input": ["good"] * 3}).status_code == 200
+    limits = {"queue": 3, "batch_rows": 1}
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), limits=limits) as (client, _):
+        body = {"model": "two", "input": ["good"] * 3}
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/classify", json=body), range(64)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+        # What would not fit into an empty queue is not told to try again.
+        assert client.post("/v1/classify", json={"model": "two", "input": ["good"] * 4}).status_code == 400
+        assert client.post("/v1/classify", json=body).status_code == 200

@@ -1,9 +1,9 @@
-"""What the routes have in common: the schema of bodies, headers that name what answered, errors, who hung up."""
+"""What the routes have in common: schema of bodies, rows for texts, headers that name what answered, who hung up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
 from .registry import Version
-from .server import Gone, Server
+from .requests import RefusedError, Work
+from .server import Gone, Row, Server
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
 BASE = "base"
@@ -43,6 +44,25 @@ async def listening(request: Request) -> AsyncIterator[Gone]:
 async def _until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def rows_of(
+    request: Request, work: Work, models: Sequence[str | None], texts: Sequence[Any], truncate: bool = False
+) -> list[Row]:
+    """What comes out for texts, one after another, each by all models; no model is the base.
+
+    Raises:
+        RefusedError: there are too many, a model is unknown, or a text too long.
+    """
+    server = server_of(request)
+    server.require(work)
+    most, count = server.settings.limits.queue, len(models) * len(texts)
+    if not 0 < count <= most:
+        raise RefusedError(400, f"the request has {count:,} rows (texts times models), expected 1 to {most:,}")
+    names = [None if model is None else server.registry.named(model) for model in models]
+    tokens = await asyncio.to_thread(lambda: [server.text(text, truncate=truncate) for text in texts])
+    async with listening(request) as gone:
+        return await server.rows(work, [(name, text) for text in tokens for name in names], gone)
 
 
 def headers_of(versions: Iterable[Version | None]) -> dict[str, str]:

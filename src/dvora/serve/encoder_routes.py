@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,14 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import BASE, Body, digest_of, headers_of, listening, server_of
+from .answers import BASE, Body, digest_of, headers_of, rows_of, server_of
 from .registry import Version
-from .requests import RefusedError, Work
+from .requests import RefusedError
 from .server import Row, Server
 
 router = APIRouter(tags=["encoders"])
-MOST_ROWS = 512
-"""Rows of one request: texts times adapters."""
 Pair = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
@@ -66,7 +63,7 @@ async def classify(body: Classify, request: Request) -> Response:
     server = server_of(request)
     models = [body.model] if isinstance(body.model, str) else body.model
     inputs: Sequence[Any] = [body.input] if isinstance(body.input, str) else body.input
-    rows = await _rows(request, [(model, text) for text in inputs for model in models], body.truncate)
+    rows = await rows_of(request, "classify", models, inputs, body.truncate)
     data = [
         {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, server)}
         for index, row in enumerate(rows)
@@ -81,7 +78,7 @@ async def predict(body: Predict, request: Request) -> Response:
     server = server_of(request)
     is_one = isinstance(body.inputs, str) or all(isinstance(text, str) for text in body.inputs)
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
-    rows = await _rows(request, [(body.model, text) for text in inputs], body.truncate)
+    rows = await rows_of(request, "classify", [body.model], inputs, body.truncate)
     answers = [_scores(row, server, body.raw_scores) for row in rows]
     return JSONResponse(answers[0] if is_one else answers, headers=headers_of(row.version for row in rows))
 
@@ -90,14 +87,15 @@ async def predict(body: Predict, request: Request) -> Response:
 async def embed(body: Embed, request: Request) -> Response:
     """Vectors of length one."""
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    rows = await _rows(request, [(body.model, text) for text in inputs], body.truncate, "embed")
+    rows = await rows_of(request, "embed", [body.model], inputs, body.truncate)
     return JSONResponse([row.values.tolist() for row in rows], headers=headers_of(row.version for row in rows))
 
 
 @router.post("/rerank")
 async def rerank(body: Rerank, request: Request) -> Response:
     """Texts by how well they fit a query, where the adapter's head gives one score."""
-    rows = await _rows(request, [(body.model, [body.query, text]) for text in body.texts], body.truncate)
+    pairs = [[body.query, text] for text in body.texts]
+    rows = await rows_of(request, "classify", [body.model], pairs, body.truncate)
     if rows[0].values.numel() != 1:
         raise RefusedError(
             400, f"the head has {rows[0].values.numel()} outputs, and texts are ranked by one; use /predict"
@@ -125,7 +123,7 @@ async def info(request: Request) -> dict[str, Any]:
         "max_input_length": server.longest,
         "max_batch_tokens": limits.batch_tokens,
         "max_batch_requests": limits.batch_rows,
-        "max_client_batch_size": MOST_ROWS,
+        "max_client_batch_size": limits.queue,
         "version": __version__,
     }
 
@@ -163,23 +161,3 @@ def _scores(row: Row, server: Server, is_raw: bool) -> list[dict[str, Any]]:
     labels = _labels(row.version, row.values, server)
     order = scores.argsort(descending=True).tolist()
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
-
-
-async def _rows(
-    request: Request, wanted: Sequence[tuple[str | None, Any]], truncate: bool, work: Work = "classify"
-) -> list[Row]:
-    """What comes out for models and texts, a row each; no model is the base.
-
-    Raises:
-        RefusedError: a model is unknown, or a text too long.
-    """
-    server = server_of(request)
-    if not 0 < len(wanted) <= MOST_ROWS:
-        raise RefusedError(400, f"the request has {len(wanted)} rows (texts times models), expected 1 to {MOST_ROWS}")
-    names = {model: None if model is None else server.registry.named(model) for model, _ in wanted}
-    server.require(work)
-    # A text once, also for several adapters.
-    texts = {repr(text): text for _, text in wanted}
-    tokens = await asyncio.to_thread(lambda: {key: server.text(text, truncate=truncate) for key, text in texts.items()})
-    async with listening(request) as gone:
-        return await server.rows(work, [(names[model], tokens[repr(text)]) for model, text in wanted], gone)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
@@ -16,12 +15,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
-from .answers import Body, digest_of, error_body, headers_of, listening, server_of
+from .answers import Body, digest_of, error_body, headers_of, listening, rows_of, server_of
 from .requests import Answer, Piece, RefusedError, Sampling
 from .server import Server, Text
 
 router = APIRouter(tags=["OpenAI's interface"])
-MOST_INPUTS = 2048
 MOST_STOPS = 4
 
 
@@ -158,21 +156,13 @@ async def chat_completions(body: Chat, request: Request) -> Response:
 @router.post("/v1/embeddings")
 async def embeddings(body: Embeddings, request: Request) -> Response:
     """Vectors of length one for texts."""
-    server = server_of(request)
-    server.require("embed")
-    name = server.registry.named(body.model)
     is_one = isinstance(body.input, str) or all(isinstance(token, int) for token in body.input)
-    inputs: Sequence[Any] = [body.input] if is_one else body.input
-    if not 0 < len(inputs) <= MOST_INPUTS:
-        raise RefusedError(400, f"input has {len(inputs)} texts, expected 1 to {MOST_INPUTS}")
-    texts = await asyncio.to_thread(lambda: [server.text(text) for text in inputs])
-    async with listening(request) as gone:
-        rows = await server.rows("embed", [(name, text) for text in texts], gone)
-    count = sum(len(text.tokens) for text in texts)
+    rows = await rows_of(request, "embed", [body.model], [body.input] if is_one else body.input)
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(row.values.numpy(), body.encoding_format)}
         for index, row in enumerate(rows)
     ]
+    count = sum(row.tokens for row in rows)
     usage = {"prompt_tokens": count, "total_tokens": count}
     content = {"object": "list", "model": body.model, "data": data, "usage": usage}
     return JSONResponse(content, headers=headers_of(row.version for row in rows))

@@ -1,7 +1,8 @@
 """Adapters by name: which version answers now, which old ones requests still use, and what is on disk for a restart.
 
 A version is what one load brought. The bank knows it by a key of its own, so a text that began with one version ends
-with it, whatever is loaded under the name meanwhile. With its last request it leaves the bank, and its upload the disk.
+with it, whatever is loaded under the name meanwhile. Its name and the requests that use it hold it; when none does, it
+leaves the bank, and its upload the disk.
 """
 
 from __future__ import annotations
@@ -40,10 +41,8 @@ class Version:
     upload: Path | None = None
     digest: str | None = None
     """Of its content; None until it is first used."""
-    in_flight: int = 0
-    """Requests that use it now."""
-    is_retired: bool = False
-    """Whether its name is another version's, or nobody's."""
+    holds: int = 1
+    """Of its name, and of every request that uses it."""
 
 
 @dataclass(eq=False)
@@ -114,7 +113,7 @@ class Registry:
                         elif before is not None:
                             del self._versions[name]
                     if before is not None:
-                        self._retire(before)
+                        self._release(before)
         except (ValueError, TypeError, OSError) as error:
             raise RefusedError(503, f"what other servers changed cannot be read: {error}", "unavailable") from error
 
@@ -175,7 +174,7 @@ class Registry:
         with self._lock:
             if (version := self._versions.get(name)) is None:
                 raise _unknown(name)
-            version.in_flight += 1
+            version.holds += 1
         try:
             if version.digest is None:
                 try:
@@ -184,11 +183,7 @@ class Registry:
                     raise RefusedError(422, f"the adapter {name!r} cannot be read: {error}", "adapter_error") from error
             yield version
         finally:
-            with self._lock:
-                version.in_flight -= 1
-                gone = version.is_retired and not version.in_flight
-            if gone:
-                self._forget(version)
+            self._release(version)
 
     def load(
         self, name: str, folder: Path, labels: tuple[str, ...] = (), *, is_upload: bool, replaces: bool = True
@@ -235,7 +230,7 @@ class Registry:
                 before = self._versions.get(name)
                 self._versions[name] = version
             if before is not None:
-                self._retire(before)
+                self._release(before)
             return version, before is not None
 
     def delete(self, name: str) -> Version:
@@ -250,7 +245,7 @@ class Registry:
                 if (version := self._versions.pop(name, None)) is None:
                     raise _unknown(name)
             self.store.forget(name)
-            self._retire(version)
+            self._release(version)
             return version
 
     def _labels_before(self, name: str) -> tuple[str, ...]:
@@ -262,17 +257,14 @@ class Registry:
         self._loads += 1
         return f"{name}:{self._loads}"
 
-    def _retire(self, version: Version) -> None:
+    def _release(self, version: Version) -> None:
         with self._lock:
-            version.is_retired = True
-            gone = not version.in_flight
-        if gone:
-            self._forget(version)
-
-    def _forget(self, version: Version) -> None:
-        self.bank.remove(version.key)
-        if version.upload is not None and not self.store.is_shared:
-            remove(version.upload)
+            version.holds -= 1
+            is_unused = not version.holds
+        if is_unused:
+            self.bank.remove(version.key)
+            if version.upload is not None and not self.store.is_shared:
+                remove(version.upload)
 
     def card(self, version: Version) -> dict[str, Any]:
         """What clients are told of an adapter."""
@@ -281,7 +273,7 @@ class Registry:
             "base": self.base,
             "digest": version.digest,
             "labels": list(version.labels),
-            "in_flight": version.in_flight,
+            "in_flight": version.holds - (self._versions.get(version.name) is version),
             "uploaded": version.upload is not None,
         }
 

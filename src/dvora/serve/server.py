@@ -70,6 +70,8 @@ class Row(NamedTuple):
     version: Version | None
     """Of its adapter; None is the base."""
     values: Tensor
+    tokens: int
+    """Of its text."""
 
 
 class Server:
@@ -225,7 +227,10 @@ class Server:
         for answer in values:
             if answer.error is not None:
                 raise _failed(answer.error)
-        return [Row(versions[name], answer.values) for (name, _), answer in zip(rows, values, strict=True)]
+        return [
+            Row(versions[name], answer.values, len(text.tokens))
+            for (name, text), answer in zip(rows, values, strict=True)
+        ]
 
     @asynccontextmanager
     async def generation(
