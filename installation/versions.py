@@ -120,7 +120,7 @@ def run_trial(trial: Trial, python: str) -> Row:
 
 
 def test_results(environment: Environment, module: str, *arguments: str) -> Row:
-    """How many of the tests passed, failed and were skipped, and the names of those that failed.
+    """How many of the tests passed, failed and were skipped, and those that failed, with their errors.
 
     Args:
         environment: to run in.
@@ -133,7 +133,7 @@ def test_results(environment: Environment, module: str, *arguments: str) -> Row:
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     if "passed" not in counts:
         raise InstallationError(f"the tests did not run:\n{output[-3000:]}")
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.+)", output, flags=re.M)
     return {**counts, "failures": failures[:MOST_FAILURES]}
 
 
