@@ -108,6 +108,8 @@ assert torch.equal(outputs(loaded.eval()), outputs(model))
 """
     run(hub, tmp_path, ADAPTED + code)
     assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.files("you/pushed"))
+    # What the page warns of; where it is no longer so, the page can say less.
+    assert hub.card("you/pushed")["library_name"] == "transformers"
 
 
 def test_a_pushed_adapter_keeps_the_card_of_its_repository(hub: Hub, tmp_path: Path) -> None:
