@@ -90,8 +90,10 @@ def test_the_page(hub: Hub, tmp_path: Path) -> None:
     assert on_disk(tmp_path / "films") == adapter
     in_python = hub.files("you/films-in-python")
     assert in_python["adapter_model.safetensors"] == adapter["adapter_model.safetensors"]
-    for name in ("you/films", "you/films-in-python"):
-        assert HfApi(hub.address, token=False).model_info(name).library_name == "dvora"
+    for name, library in (("you/films", "dvora"), ("you/films-in-python", "peft")):
+        info = HfApi(hub.address, token=False).model_info(name)
+        assert info.library_name == library
+        assert "dvora" in info.tags
         assert "license" not in hub.card(name)
         assert b"import dvora" in hub.files(name)["README.md"]
 

@@ -1,4 +1,7 @@
-"""The README.md of a saved adapter: how to load it, and what a hub reads of it."""
+"""The README.md of a saved adapter: how to load it, and what a hub reads of it.
+
+`library_name` stays PEFT's: transformers' Trainer and PEFT's own tests go by it. The tag says which method it is.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,8 @@ def write_card(folder: Path) -> None:
     saves the adapter "default", and none for adapters of other names, which have folders of their own.
     """
     file = folder / "README.md"
-    card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: dvora\n---\n\n# An adapter\n")
-    card.data["library_name"], card.data["base_model_relation"] = "dvora", "adapter"
-    tags, base = {*(card.data.get("tags") or ()), "dvora", "peft"}, card.data.get("base_model")
+    card = ModelCard.load(file) if file.exists() else ModelCard("---\nlibrary_name: peft\n---\n\n# An adapter\n")
+    tags, base = {*(card.data.get("tags") or ()), "dvora"}, card.data.get("base_model")
     if isinstance(base, str) and not is_name_on_hub(base):
         # Hubs refuse a card that names a folder of this machine.
         card.data.pop("base_model")
