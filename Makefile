@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples cluster vllm ray web conformance fuzz lint wheel versions bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm ray web conformance fuzz lint wheel versions canary bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -85,6 +85,10 @@ wheel: setup  ## build the wheel, install it into an empty environment, run the 
 
 versions: setup  ## the tests of the core with the oldest and the newest versions; ARGS="--newest python3.13 --oldest python3.10"
 	$(PY) -m installation.versions $(ARGS)
+
+# Ctrl-C, after which the environment is removed.
+canary: setup  ## PEFT's own tests and tests/peft with PEFT's newest release, at most 90 minutes
+	timeout --signal INT 5400 $(PY) -m installation.canary
 
 bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.exactness

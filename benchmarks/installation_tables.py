@@ -24,7 +24,8 @@ def versions(result: dict[str, Any]) -> str:
         size = f"{row['installed_megabytes'] / 1e3:.1f} GB"
         installed = (row["versions"][package] for package in SHOWN)
         lines.append((TRIALS[row["name"]], row["python"], *installed, size, done, _tests(row.get("tests"))))
-    failures = [f"`{name}`" for row in result["rows"] for name in row.get("tests", {}).get("failures", ())]
+    listed = [test for row in result["rows"] for test in row.get("tests", {}).get("failures", ())]
+    failures = [f"`{test.partition(' - ')[0]}`" for test in listed]
     return text(
         f"`make versions` (`benchmarks/results/versions.json`; {result['system']}):",
         table(("installed", "Python", *SHOWN, "size", "tried", "tests"), lines),

@@ -1,8 +1,9 @@
 """Run PEFT's own tests on DVoRA, offline, on tiny models.
 
-python -m conformance [--record] [options and tests for pytest]
+python -m conformance [--record | --source ARCHIVE] [options and tests for pytest]
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -35,13 +36,18 @@ FILES = (
 
 def main(arguments: list[str]) -> int:
     """Fetch the tests, make the models, run pytest; its exit status."""
-    copy_tests(TESTS)
-    build_hub(BUILD / "hub")
-    whole = [argument for argument in arguments if argument != "--record"]
-    if len(whole) < len(arguments):
-        if whole:
+    parser = argparse.ArgumentParser(prog="python -m conformance", allow_abbrev=False)
+    parser.add_argument("--record", action="store_true", help="write the counts of a whole run to the result files")
+    parser.add_argument("--source", type=Path, help="an archive of the installed PEFT, of a version not listed yet")
+    options, whole = parser.parse_known_args(arguments)
+    if options.record:
+        if len(arguments) > 1:
             sys.exit("--record is for a whole run: leave the other arguments out")
         whole = [f"--record={RECORD}"]
+    if options.source:
+        whole += ["--of-another-version", "--continue-on-collection-errors"]
+    copy_tests(TESTS, options.source)
+    build_hub(BUILD / "hub")
     chosen = whole if any(argument.startswith("test_") for argument in whole) else [*whole, *FILES]
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(TESTS), *chosen]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -23,6 +23,7 @@ TABLE_KEY = pytest.StashKey[Table]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this plugin."""
     parser.addoption("--expected", type=Path, default=HERE / "expected.toml", help="the table of expected outcomes")
+    parser.addoption("--of-another-version", action="store_true", help="tests that the tables list may be gone")
     parser.addoption("--record", type=Path, help="write the counts of a whole run to this file")
 
 

@@ -115,19 +115,25 @@ def run_trial(trial: Trial, python: str) -> Row:
             check_commands(environment, place, *COMMANDS)
         if trial.tests:
             environment.install(*TOOLS, *exact)
-            row["tests"] = test_results(environment)
+            row["tests"] = test_results(environment, "pytest", "-o", "filterwarnings=default", *TESTS)
         return row
 
 
-def test_results(environment: Environment) -> Row:
-    """How many of the tests passed, failed and were skipped, and the names of those that failed."""
-    shared = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-o", "filterwarnings=default")
-    output = environment.output("python", *shared, *TESTS, folder=ROOT)
+def test_results(environment: Environment, module: str, *arguments: str) -> Row:
+    """How many of the tests passed, failed and were skipped, and those that failed, with their errors.
+
+    Args:
+        environment: to run in.
+        module: pytest, or what runs it.
+        arguments: of pytest, beside those that make its output short.
+    """
+    shared = ("-q", "-p", "no:cacheprovider", "--tb=line")
+    output = environment.output("python", "-m", module, *shared, *arguments, folder=ROOT)
     last = output.rstrip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     if "passed" not in counts:
         raise InstallationError(f"the tests did not run:\n{output[-3000:]}")
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.+)", output, flags=re.M)
     return {**counts, "failures": failures[:MOST_FAILURES]}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_tests_are_laid_out_as_a_package(tmp_path: Path) -> None:
     source.copy_tests(folder)
     assert {"__init__.py", "testing_common.py", "test_custom_models.py"} <= {path.name for path in folder.iterdir()}
     assert not (folder / "left_over").exists()
+
+
+def test_those_of_another_version_come_from_an_archive(tmp_path: Path) -> None:
+    written = tmp_path / "peft-99" / "tests" / "test_new.py"
+    written.parent.mkdir(parents=True)
+    written.touch()
+    with tarfile.open(tmp_path / "peft.tar.gz", "w:gz") as archive:
+        archive.add(written, "peft-99/tests/test_new.py")
+    source.copy_tests(tmp_path / "laid", tmp_path / "peft.tar.gz")
+    assert {path.name for path in (tmp_path / "laid").iterdir()} == {"__init__.py", "test_new.py"}
+
+
+def test_of_another_version_listed_tests_may_be_gone(tmp_path: Path) -> None:
+    table = entry("failing", "test_fails", "test_of_another_year") + entry("skipped", "test_skips")
+    status, output = run(tmp_path, table, "--of-another-version")
+    assert status == 0, output
 
 
 # LoRA's and VeRA's cases, translated to DVoRA.

@@ -91,6 +91,8 @@ def test_a_merge_that_loses_nothing_does_not_warn() -> None:
 # Errors: all layers or none.
 
 
+# Also where warnings are none: `make versions`, `make canary`.
+@pytest.mark.filterwarnings("error::dvora.weight.MergePrecisionWarning")
 def test_tokens_that_peft_merges_are_taken_back_too() -> None:
     config = DVoRAConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 7])
     model = nudge(get_peft_model(MODELS["llama"]().bfloat16(), config).eval())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from torch import nn
 
 from ..checks import (
@@ -26,6 +26,7 @@ from ..checks import (
 )
 from ..functional import Vectors
 from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
+from .card import write_card
 from .expressions import check_expressions, first_match
 
 Shape = tuple[int, ...]
@@ -169,6 +170,14 @@ class DVoRAConfig(PeftConfig):
             # At once, since PEFT may match them before it asks for the method.
             check_expressions(vars(config))
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the settings, and into the README.md beside an adapter's values how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        # PEFT writes its README.md and the values before.
+        if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            write_card(folder)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

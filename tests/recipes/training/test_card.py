@@ -48,8 +48,8 @@ def test_it_says_what_the_run_was(tmp_path: Path) -> None:
     text = (run.adapter / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(text.split("---")[1])
     assert front == {
-        "base_model": "bert",
-        "library_name": "peft",
+        "base_model_relation": "adapter",
+        "library_name": "dvora",
         "pipeline_tag": "text-classification",
         "tags": ["dvora", "text-classification"],
     }

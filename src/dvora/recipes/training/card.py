@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ...peft.card import NEEDS, is_name_on_hub
 from ...tools.pages.text import shown, visible
 from ..models.bases import AUTO_CLASSES, TASK_TYPES
 from ..settings import Settings
@@ -18,6 +19,8 @@ PIPELINES = {
     "CAUSAL_LM": "text-generation",
 }
 """The hub's names of tasks, by PEFT's."""
+LIBRARIES = {"dvora": "dvora", "head": "dvora", "full": "transformers"}
+"""What loads the result of a method; PEFT that of others."""
 
 
 def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[str], config: Any) -> str:
@@ -32,8 +35,10 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     is_here = Path(settings.model).exists()
     base = Path(settings.model).name if is_here else settings.model
     front = ModelCardData(
-        base_model=base,
-        library_name="transformers" if settings.method == "full" else "peft",
+        # A folder here is nothing that a hub knows.
+        base_model=settings.model if is_name_on_hub(settings.model) else None,
+        base_model_relation="finetune" if settings.method == "full" else "adapter",
+        library_name=LIBRARIES.get(settings.method, "peft"),
         pipeline_tag=PIPELINES[TASK_TYPES[settings.task]],
         tags=[settings.method, settings.task],
     )
@@ -100,9 +105,10 @@ def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) 
             "",
             *names,
             f"base = {auto}.from_pretrained({json.dumps(base, ensure_ascii=False)}{options})",
-            f'model = PeftModel.from_pretrained(base, "{folder}").eval()',
+            f'model = PeftModel.from_pretrained(base, "{folder}").eval()  # or its name on a hub',
         ]
-    return ["```python", *code, "```"]
+    needs = [NEEDS, ""] if settings.method == "dvora" else []
+    return [*needs, "```python", *code, "```"]
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
