@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 FILES = sorted(DOCS.rglob("*.md"))
 CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-WITH_SERVERS = {"how-to/ray-serve.md", "how-to/serve.md"}
-"""Pages whose commands ask servers; test_how_to.py and test_ray.py in tests/serve run them."""
+WITH_SERVERS = {"how-to/export.md", "how-to/ray-serve.md", "how-to/serve.md"}
+"""Pages with tests of their own: test_how_to.py in tests/export and tests/serve, test_executorch.py and test_ray.py."""
 FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
 # transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.
 DEPRECATED = ["`is_gradient_checkpointing` is deprecated", "`broadcast_buffers` is deprecated"]
