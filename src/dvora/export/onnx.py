@@ -158,7 +158,12 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and not in_base & {*node.input}]
     with _quiet():
         quantize_dynamic(
-            graph, file, weight_type=QuantType.QInt8, nodes_to_exclude=others, op_types_to_quantize=["MatMul"]
+            graph,
+            file,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=others,
+            op_types_to_quantize=["MatMul"],
         )
 
 
