@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModel
 
 import dvora
@@ -98,9 +99,12 @@ def test_more_rows_than_memory_is_planned_for(exported: Path, bert: Path) -> Non
 
 def test_the_adapters_are_those_of_onnx(exported: Path, bert: Path, classifiers: Path, tmp_path: Path) -> None:
     export(classifiers, tmp_path / "onnx", "onnx", str(bert))
-    for file in ("layout.json", "adapters/films.safetensors", "adapters/null.safetensors"):
-        assert (exported / file).read_bytes() == (tmp_path / "onnx" / file).read_bytes()
-    assert json.loads((exported / "layout.json").read_text())["size"] == len(vector(exported, "shop"))
+    assert (exported / "layout.json").read_bytes() == (tmp_path / "onnx" / "layout.json").read_bytes()
+    digest = json.loads((exported / "layout.json").read_text())["digest"]
+    for name in ("films", "shop", "news", "null"):
+        with safe_open(exported / "adapters" / f"{name}.safetensors", "np") as file:
+            assert file.metadata()["layout"] == digest
+        np.testing.assert_array_equal(vector(exported, name), vector(tmp_path / "onnx", name))
 
 
 def test_pixels(tmp_path: Path) -> None:
