@@ -7,10 +7,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -114,16 +115,23 @@ def test_pixels(tmp_path: Path) -> None:
     assert values["differences"]["one.pte"] < 1e-4
 
 
-def test_the_error_names_an_operation_that_executorch_has_not(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("operation", "name"), [(torch.linalg.qr, "linalg_qr"), (torch.sort, "sort")])
+def test_the_error_names_an_operation_that_executorch_has_not(
+    operation: Callable[[torch.Tensor], Any], name: str, tmp_path: Path
+) -> None:
+    """One that it does not lower, one for which its runtime has no kernel."""
     from dvora.export.executorch import to_executorch
     from dvora.export.verified import sample_of_encoder
 
-    save_trained(bert, tmp_path / "a", 1, target_modules=["query"])
+    def call(model: Any, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return (operation(model.get_input_embeddings()(tensors[0]))[0],)
+
+    bert = tiny_models.bert(tmp_path / "bert")
+    save_trained(bert, tmp_path / "a", 1)
     inputs = {name: torch.from_numpy(values) for name, values in inputs_of(bert, TEXTS).items()}
-    sample = sample_of_encoder(inputs, "last_hidden_state")
-    with_qr = replace(sample, call=lambda model, tensors: (torch.linalg.qr(sample.call(model, tensors)[0])[0],))
-    with pytest.raises(ValueError, match=r"linalg_qr.*--to onnx"):
-        to_executorch(AutoModel.from_pretrained(bert), {"a": tmp_path / "a"}, with_qr, tmp_path)
+    sample = replace(sample_of_encoder(inputs, "last_hidden_state"), call=call)
+    with pytest.raises(ValueError, match=rf"(?s){name}.*--to onnx"):
+        to_executorch(AutoModel.from_pretrained(bert), {"a": tmp_path / "a"}, sample, tmp_path)
 
 
 def test_what_is_refused_leaves_nothing(bert: Path, classifiers: Path, tmp_path: Path) -> None:
