@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples cluster vllm ray web conformance fuzz lint wheel versions canary bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm ray web executorch conformance fuzz lint wheel versions canary bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -61,6 +61,10 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 web: setup  ## the exported page in a browser, with packages from npm
 	mkdir -p .web && cp src/dvora/export/web/package.json .web && cd .web && npm install --no-audit --no-fund --silent
 	$(PY) -m pytest tests/export/test_web.py
+
+executorch:  ## a program of ExecuTorch, run by its Python runtime
+	$(MAKE) setup EXTRAS=dev,executorch
+	$(PY) -m pytest tests/export/test_executorch.py
 
 VLLM := integrations/vllm
 vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" for a part

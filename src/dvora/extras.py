@@ -5,6 +5,7 @@ _BROUGHT = {
     "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "executorch": ("executorch",),
     "report": ("jinja2", "matplotlib"),
 }
 """Of each extra, the modules that are imported from what it installs."""

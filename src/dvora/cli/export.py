@@ -22,7 +22,9 @@ def export_command(
         Path, typer.Argument(help="Folder of an adapter, of a run of `dvora train`, or of several of these.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
-    to: Annotated[Runtime, typer.Option(help="onnx: graphs for onnxruntime; web: the same with a page.")],
+    to: Annotated[
+        Runtime, typer.Option(help="onnx: graphs for onnxruntime; web: the same with a page; executorch: a .pte.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the first adapter names")
     ] = None,

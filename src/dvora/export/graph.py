@@ -119,6 +119,9 @@ class _Given:
 class _LayerHook:
     def __init__(self, graph: AdaptedGraph, layer: ServedLayer, place: LayerPlace) -> None:
         self.graph, self.layer, self.place = graph, layer, place
+        bias = bias_of(layer.module, layer.measured_bias)
+        # ExecuTorch loses a bias that is used outside of its layer too.
+        self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         layer, place = self.layer, self.place
@@ -126,8 +129,7 @@ class _LayerHook:
         values = self.graph.values(place.start, place.stop).to(layer.adapted.w.dtype)
         factors = Factors.of_rows(values, place.rank, base_output.dim())
         adapter = ActiveAdapter(layer.adapted, factors, None)
-        bias = bias_of(module, layer.measured_bias)
-        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], self.bias)
 
 
 class _HeadHook:

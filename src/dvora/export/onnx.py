@@ -5,16 +5,13 @@ The three graphs share one file of weights.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -22,89 +19,16 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from peft import PeftModel
 from torch import Tensor, nn
 
-from .graph import AdaptedGraph, Call, once, with_cache
+from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
+from .verified import ADAPTERS, NULL, OUTPUT, Compared, Sample, check, prepared, write_adapters
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
-WEIGHTS, LAYOUT, ADAPTERS = "weights.bin", "layout.json", "adapters"
-INDEX, OUTPUT = "index", "output"
-NULL = "null"
-"""The base itself, among the names of adapters."""
+WEIGHTS, INDEX = "weights.bin", "index"
 SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
 """Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""
-TOLERANCE = 1e-4
-"""Of the outputs' largest value, or of one."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Real inputs, with which a graph is traced and compared.
-
-    Args:
-        inputs: by name.
-        dynamic: which dimensions of an input may have another size.
-        outputs: names of what `call` gives.
-        call: how the model is called with the inputs, in their order.
-        others: more inputs, which are compared too.
-    """
-
-    inputs: Mapping[str, Tensor]
-    dynamic: Mapping[str, Sequence[int]]
-    outputs: Sequence[str]
-    call: Call
-    others: Sequence[Mapping[str, Tensor]] = ()
-
-
-def sample_of_encoder(inputs: Mapping[str, Tensor], output: str) -> Sample:
-    """A pass of a model without a cache.
-
-    Args:
-        inputs: by the model's names: of two texts of different lengths or more, padded, or of images.
-        output: name of what of its outputs the graph gives.
-    """
-    dynamic = {name: (0, 1) if tensor.dim() == 2 else (0,) for name, tensor in inputs.items()}
-    return Sample(inputs, dynamic, (OUTPUT,), once([*inputs], output))
-
-
-@torch.no_grad()
-def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
-    """A step of a language model that reads keys and values, and gives them with the new ones; also the first step.
-
-    Args:
-        model: the base.
-        ids: tokens of two texts or more, padded on the left, (rows, tokens).
-        mask: 1 for their tokens.
-    """
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    config: Any = model.config
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    empty = torch.zeros(len(ids), text.num_key_value_heads, 0, width)
-    names = [f"{layer}.{part}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
-    past, present = [f"past_key_values.{name}" for name in names], [f"present.{name}" for name in names]
-
-    def inputs(start: int, stop: int, cache: Sequence[Tensor]) -> dict[str, Tensor]:
-        tokens = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
-        return {**tokens, "position_ids": positions[:, start:stop], **dict(zip(past, cache, strict=True))}
-
-    first = inputs(0, ids.shape[1] - 2, [empty] * len(past))
-    _, *cache = with_cache(model, [*first.values()])
-    then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
-    return Sample(then, {name: (0, 2 if name in past else 1) for name in then}, (OUTPUT, *present), with_cache, [first])
-
-
-class Compared(NamedTuple):
-    """How far a graph is from the adapted PyTorch model."""
-
-    graph: str
-    adapter: str
-    difference: float
-    """The largest one."""
-    largest: float
-    """Of PyTorch's outputs."""
 
 
 def to_onnx(
@@ -130,12 +54,7 @@ def to_onnx(
         TypeError, ValueError: an adapter does not fit, the model cannot be exported, or a graph gives other outputs
             than PyTorch.
     """
-    if NULL in adapters:
-        raise ValueError(f"adapters: {NULL!r} is the base; give that adapter another name")
-    model.eval()
-    packing = Packing(model, next(iter(adapters.values())))
-    vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
-    expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
+    packing, vectors, expected = ready = prepared(model, adapters, sample)
     one = _traced(AdaptedGraph(packing, sample.call, is_table=False), vectors, sample)
     table = _traced(AdaptedGraph(packing, sample.call, is_table=True), vectors, sample)
     if int8:
@@ -148,15 +67,11 @@ def to_onnx(
         for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
             weights.take(graph)
             onnx.save(graph, output / name)
-    (output / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
-    (output / ADAPTERS).mkdir()
+    write_adapters(output, ready, labels)
     for name, vector in vectors.items():
-        packing.write(output / ADAPTERS / f"{name}.safetensors", vector, labels.get(name, ()))
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
     compared = [*_compared(output, vectors, expected, sample, int8)]
-    for row in compared:
-        if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
-            raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
+    check(row for row in compared if row.graph != INT8)
     return compared
 
 
@@ -258,14 +173,6 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
     written.set_model_version(1)
     written.set_parameters({TENSOR: onnxruntime.OrtValue.ortvalue_from_numpy(vector.numpy())})
     written.export_adapter(str(file))
-
-
-@torch.no_grad()
-def _of_pytorch(model: Any, adapter: Path | None, sample: Sample) -> list[NDArray[np.float32]]:
-    """The first output of the adapted model, or of the base, for all inputs."""
-    if adapter is not None:
-        model = cast(Any, PeftModel.from_pretrained(copy.deepcopy(model), adapter)).eval().get_base_model()
-    return [sample.call(model, [*inputs.values()])[0].numpy() for inputs in (sample.inputs, *sample.others)]
 
 
 def _compared(

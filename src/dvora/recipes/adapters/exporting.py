@@ -21,7 +21,7 @@ from ..settings import NOTHING
 from . import Runtime
 
 if TYPE_CHECKING:
-    from ...export.onnx import Sample
+    from ...export.verified import Sample
 
 TEXTS = ("It is a fine day.", "Nobody had expected that the second part of it would be so much better than the first.")
 WEB = Path(__file__).parents[2] / "export" / "web"
@@ -41,10 +41,10 @@ def export(
     Args:
         source: an adapter, a run of `dvora train`, or a folder of them.
         output: that must not exist, or be empty.
-        runtime: onnx, or web: the same with a page.
+        runtime: onnx; web: the same with a page; or executorch.
         model: the base, a folder or a name on the hub; None takes the one that the first adapter names.
         texts: with which graphs are compared with PyTorch, two or more of different lengths.
-        int8: write a graph with int8 weights of the base too.
+        int8: write a graph with int8 weights of the base too, for onnxruntime.
 
     Returns:
         base_model, output: where they are.
@@ -58,7 +58,9 @@ def export(
     """
     if runtime not in get_args(Runtime):
         raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
-    from ...export import onnx as graphs
+    if int8 and runtime == "executorch":
+        raise ValueError("int8=True: only onnxruntime's graphs have int8 weights; leave it out, or take runtime='onnx'")
+    from ...export.verified import ADAPTERS, NULL
 
     check_new_folder(output)
     folders = _adapters(source)
@@ -70,15 +72,23 @@ def export(
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
         sample = _sample(loaded, base, texts, folder)
-        compared = graphs.to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
+        if runtime == "executorch":
+            from ...export.executorch import PROGRAM as WEIGHTS
+            from ...export.executorch import to_executorch
+
+            compared = to_executorch(loaded, folders, sample, folder, labels=labels)
+        else:
+            from ...export.onnx import WEIGHTS, to_onnx
+
+            compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
         if runtime == "web":
             _write_page(folder, adapters)
         values = {
             "base_model": base,
             "output": str(output),
             "adapters": len(adapters),
-            "bytes": (folder / graphs.WEIGHTS).stat().st_size,
-            "bytes_an_adapter": (folder / graphs.ADAPTERS / f"{graphs.NULL}.safetensors").stat().st_size,
+            "bytes": (folder / WEIGHTS).stat().st_size,
+            "bytes_an_adapter": (folder / ADAPTERS / f"{NULL}.safetensors").stat().st_size,
             "differences": {
                 graph: max(row.difference for row in compared if row.graph == graph)
                 for graph in dict.fromkeys(row.graph for row in compared)
@@ -98,7 +108,7 @@ def _adapters(source: Path) -> dict[str, Path]:
 
 def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sample":
     """Real inputs; the tokenizer is written beside the graphs."""
-    from ...export.onnx import sample_of_decoder, sample_of_encoder
+    from ...export.verified import sample_of_decoder, sample_of_encoder
 
     output = "logits" if heads_of(model) else "last_hidden_state"
     if model.main_input_name != "input_ids":
