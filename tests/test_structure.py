@@ -28,16 +28,17 @@ ORDER = [
     "peft",
     "flat",
     "bank",
+    "export",
     "tools",
     "recipes",
     "serve",
     "cli",
 ]
-NOT_BELOW = {"bank": {"tools"}, "tools": {"bank"}}
+NOT_BELOW = {"tools": {"bank", "export"}}
 """Rooms beside each other."""
 ROOMS = {room: set(ORDER[:index]) - NOT_BELOW.get(room, set()) for index, room in enumerate(ORDER)}
 ROOMS["whole_files"] = set()
-for room_of_files in ("bank", "recipes", "serve", "cli"):
+for room_of_files in ("bank", "export", "recipes", "serve", "cli"):
     ROOMS[room_of_files].add("whole_files")
 ADDRESSES = {"__init__", "extras", "peft_hook", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""

@@ -4,6 +4,7 @@ _BROUGHT = {
     "peft": ("accelerate", "peft", "transformers"),
     "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "report": ("jinja2", "matplotlib"),
 }
 """Of each extra, the modules that are imported from what it installs."""

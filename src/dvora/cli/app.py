@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bank, convert, count, inspect, merge
+from . import analyze, bank, convert, count, export, inspect, merge
 from .doctor import doctor
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
@@ -49,6 +49,7 @@ app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze_command)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
 app.command("count", epilog=count.EXAMPLES)(count.count_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
+app.command("export", epilog=export.EXAMPLES)(export.export_command)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert_command)
 app.add_typer(bank.app, name="bank")
 

@@ -9,7 +9,8 @@ Dimensions: N adapters, P values of a packed adapter, B rows of a batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import DynamicCache
 
 from ..bank.hooks import ServedLayer
 from ..bank.slots import LayerPlace, ServedHead
@@ -25,35 +27,63 @@ from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..tensors import Float, bias_of
 from .packed import Packing
 
+Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
+"""How a model is called with tensors: its outputs."""
+
+
+def once(inputs: Sequence[str], output: str) -> Call:
+    """A pass without a cache.
+
+    Args:
+        inputs: names of the model's inputs.
+        output: name of what of its outputs is given.
+    """
+
+    def call(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (model(**dict(zip(inputs, tensors, strict=True)))[output],)
+
+    return call
+
+
+def with_cache(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A step of a language model: tokens, mask, positions, and keys and values of each layer, in turns.
+
+    Gives the logits of the last token, and all keys and values.
+    """
+    ids, mask, positions, *past = tensors
+    cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    # transformers renamed the argument.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    inputs = {"attention_mask": mask, "position_ids": positions, name: cache}
+    outputs = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=1)
+    return outputs.logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
 
 class AdaptedGraph(nn.Module):
     """The base model; its forward takes an adapter, or a table of them with an index, and then the model's inputs.
 
     Args:
         packing: of the adapters, with the base model, to which hooks are added while `hooked`.
-        inputs: names of the model's inputs.
-        output: name of what of its outputs is given.
+        call: how the model is called.
         is_table: whether each row of a batch has its adapter.
     """
 
-    def __init__(self, packing: Packing, inputs: Sequence[str], output: str, is_table: bool) -> None:
+    def __init__(self, packing: Packing, call: Call, is_table: bool) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.inputs, self.output, self.is_table = tuple(inputs), output, is_table
+        self.call, self.is_table = call, is_table
         self.packing, self._given = packing, _Given()
+        self.eval()
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The output.
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs.
 
         Args:
-            tensors: the adapter (P); or adapters (N, P) and the index of each row (B); then the model's inputs.
+            tensors: the adapter (P); or adapters (N, P) and the index of each row (B); then what `call` takes.
         """
-        first = 2 if self.is_table else 1
         # One row serves all rows of the batch.
         self._given.rows = tensors[0].index_select(0, tensors[1]) if self.is_table else tensors[0].unsqueeze(0)
-        outputs = self.model(**dict(zip(self.inputs, tensors[first:], strict=True)))
-        value: Tensor = outputs[self.output]
-        return value
+        return self.call(self.model, tensors[2 if self.is_table else 1 :])
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

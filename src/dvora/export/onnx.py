@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import onnx
@@ -22,12 +23,11 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..whole_files import new_folder
-from .graph import AdaptedGraph
+from .graph import AdaptedGraph, Call, once, with_cache
 from .packed import TENSOR, Packing
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
-WEIGHTS, LAYOUT, REPORT, ADAPTERS = "weights.bin", "layout.json", "export.json", "adapters"
+WEIGHTS, LAYOUT, ADAPTERS = "weights.bin", "layout.json", "adapters"
 INDEX, OUTPUT = "index", "output"
 NULL = "null"
 """The base itself, among the names of adapters."""
@@ -42,14 +42,56 @@ class Sample:
     """Real inputs, with which a graph is traced and compared.
 
     Args:
-        inputs: by name, of two rows or more; the first dimension is the batch's.
-        lengths: names of inputs whose second dimension is the tokens'.
-        output: name of what of the model's outputs the graph gives.
+        inputs: by name.
+        dynamic: which dimensions of an input may have another size.
+        outputs: names of what `call` gives.
+        call: how the model is called with the inputs, in their order.
+        others: more inputs, which are compared too.
     """
 
     inputs: Mapping[str, Tensor]
-    lengths: frozenset[str]
-    output: str = "logits"
+    dynamic: Mapping[str, Sequence[int]]
+    outputs: Sequence[str]
+    call: Call
+    others: Sequence[Mapping[str, Tensor]] = ()
+
+
+def sample_of_encoder(inputs: Mapping[str, Tensor], output: str) -> Sample:
+    """A pass of a model without a cache.
+
+    Args:
+        inputs: by the model's names: of two texts of different lengths or more, padded, or of images.
+        output: name of what of its outputs the graph gives.
+    """
+    dynamic = {name: (0, 1) if tensor.dim() == 2 else (0,) for name, tensor in inputs.items()}
+    return Sample(inputs, dynamic, (OUTPUT,), once([*inputs], output))
+
+
+@torch.no_grad()
+def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
+    """A step of a language model that reads keys and values, and gives them with the new ones; also the first step.
+
+    Args:
+        model: the base.
+        ids: tokens of two texts or more, padded on the left, (rows, tokens).
+        mask: 1 for their tokens.
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    config: Any = model.config
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    empty = torch.zeros(len(ids), text.num_key_value_heads, 0, width)
+    names = [f"{layer}.{part}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
+    past, present = [f"past_key_values.{name}" for name in names], [f"present.{name}" for name in names]
+
+    def inputs(start: int, stop: int, cache: Sequence[Tensor]) -> dict[str, Tensor]:
+        tokens = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        return {**tokens, "position_ids": positions[:, start:stop], **dict(zip(past, cache, strict=True))}
+
+    first = inputs(0, ids.shape[1] - 2, [empty] * len(past))
+    _, *cache = with_cache(model, [*first.values()])
+    then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
+    return Sample(then, {name: (0, 2 if name in past else 1) for name in then}, (OUTPUT, *present), with_cache, [first])
 
 
 class Compared(NamedTuple):
@@ -58,27 +100,33 @@ class Compared(NamedTuple):
     graph: str
     adapter: str
     difference: float
-    """The largest one of an output."""
+    """The largest one."""
     largest: float
-    """Of the PyTorch model's outputs."""
+    """Of PyTorch's outputs."""
 
 
 def to_onnx(
-    model: nn.Module, adapters: Mapping[str, Path], sample: Sample, output: Path, *, int8: bool = False
+    model: nn.Module,
+    adapters: Mapping[str, Path],
+    sample: Sample,
+    output: Path,
+    *,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    int8: bool = False,
 ) -> list[Compared]:
-    """Write a folder with the graphs, the adapters packed, and how far each graph is from PyTorch.
+    """Write the graphs, the adapters packed, and how far each graph is from PyTorch.
 
     Args:
         model: the base, without adapters, in float32 on the CPU.
         adapters: folders by name; all have the same layers, matrices and sizes of heads.
         sample: real inputs.
-        output: the folder, which is new.
+        output: an empty folder; after an error it is not as it was.
+        labels: names of the classes of adapters.
         int8: write a graph with int8 weights of the base too; adapters stay in float32.
 
     Raises:
         TypeError, ValueError: an adapter does not fit, the model cannot be exported, or a graph gives other outputs
-            than PyTorch; nothing is written then.
-        FileExistsError: the folder is there.
+            than PyTorch.
     """
     if NULL in adapters:
         raise ValueError(f"adapters: {NULL!r} is the base; give that adapter another name")
@@ -86,40 +134,37 @@ def to_onnx(
     packing = Packing(model, next(iter(adapters.values())))
     vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
     expected = {name: _of_pytorch(model, adapters.get(name), sample) for name in [*vectors][:3]}
-    with new_folder(output) as folder:
-        weights = _Weights(folder / WEIGHTS)
-        one = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=False), vectors, sample)
-        table = _traced(AdaptedGraph(packing, [*sample.inputs], sample.output, is_table=True), vectors, sample)
-        if int8:
-            _quantise(one, folder / INT8, packing)
-        with_default = onnx.ModelProto()
-        with_default.CopyFrom(one)
-        with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+    one = _traced(AdaptedGraph(packing, sample.call, is_table=False), vectors, sample)
+    table = _traced(AdaptedGraph(packing, sample.call, is_table=True), vectors, sample)
+    if int8:
+        _quantise(one, output / INT8, packing)
+    with_default = onnx.ModelProto()
+    with_default.CopyFrom(one)
+    with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+    with (output / WEIGHTS).open("wb") as file:
+        weights = _Weights(file)
         for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
             weights.take(graph)
-            onnx.save(graph, folder / name)
-        weights.close()
-        (folder / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
-        (folder / ADAPTERS).mkdir()
-        for name, vector in vectors.items():
-            packing.write(folder / ADAPTERS / f"{name}.safetensors", vector)
-            _write_adapter_file(folder / ADAPTERS / f"{name}.onnx_adapter", vector)
-        compared = [*_compared(folder, vectors, expected, sample, int8)]
-        for row in compared:
-            if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
-                raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
-        (folder / REPORT).write_text(json.dumps([row._asdict() for row in compared], indent=1))
+            onnx.save(graph, output / name)
+    (output / LAYOUT).write_text(json.dumps(packing.layout(), indent=1))
+    (output / ADAPTERS).mkdir()
+    for name, vector in vectors.items():
+        packing.write(output / ADAPTERS / f"{name}.safetensors", vector, labels.get(name, ()))
+        _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
+    compared = [*_compared(output, vectors, expected, sample, int8)]
+    for row in compared:
+        if row.graph != INT8 and not row.difference <= TOLERANCE * max(1.0, row.largest):
+            raise ValueError(f"{row.graph} differs from PyTorch by {row.difference:.2g} with adapter {row.adapter}")
     return compared
 
 
 def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
     """The graph as ONNX."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    shapes: list[Any] = [{0: batch, 1: length} if name in sample.lengths else {0: batch} for name in sample.inputs]
-    rows = len(next(iter(sample.inputs.values())))
+    shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
     if graph.is_table:
-        given = [torch.stack([*vectors.values()]), torch.arange(rows) % len(vectors)]
-        names, shapes = [f"{TENSOR}s", INDEX], [{0: torch.export.Dim("adapters")}, {0: batch}, *shapes]
+        index = torch.arange(len(next(iter(sample.inputs.values())))) % len(vectors)
+        given, names = [torch.stack([*vectors.values()]), index], [f"{TENSOR}s", INDEX]
+        shapes = [{0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}, *shapes]
     else:
         given, names, shapes = [next(iter(vectors.values()))], [TENSOR], [None, *shapes]
     try:
@@ -129,7 +174,7 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
                 (*given, *sample.inputs.values()),
                 dynamo=True,
                 input_names=[*names, *sample.inputs],
-                output_names=[OUTPUT],
+                output_names=[*sample.outputs],
                 dynamic_shapes=(tuple(shapes),),
                 verbose=False,
             )
@@ -139,14 +184,19 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
             "PyTorch, or merge the adapter and export the merged model"
         ) from error
     assert program is not None
-    return program.model_proto
+    written: onnx.ModelProto = program.model_proto
+    for node in written.graph.node:
+        # Where in PyTorch's sources it came from: megabytes.
+        node.ClearField("metadata_props")
+    written.graph.ClearField("value_info")
+    return written
 
 
 class _Weights:
     """The file of what graphs have in common: a tensor that several have stands there once."""
 
-    def __init__(self, file: Path) -> None:
-        self.name, self._file = file.name, file.open("wb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._places: dict[bytes, int] = {}
 
     def take(self, graph: onnx.ModelProto) -> None:
@@ -162,13 +212,9 @@ class _Weights:
                 self._file.write(data)
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
-            place = {"location": self.name, "offset": str(self._places[digest]), "length": str(len(data))}
+            place = {"location": WEIGHTS, "offset": str(self._places[digest]), "length": str(len(data))}
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=value)
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
 
 
 def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
@@ -191,37 +237,40 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
     written.export_adapter(str(file))
 
 
-def _of_pytorch(model: nn.Module, adapter: Path | None, sample: Sample) -> NDArray[np.float32]:
-    """The outputs of the adapted model, or of the base."""
-    adapted: Any = model if adapter is None else PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
-    with torch.no_grad():
-        outputs: NDArray[np.float32] = adapted(**sample.inputs)[sample.output].numpy()
-    return outputs
+@torch.no_grad()
+def _of_pytorch(model: Any, adapter: Path | None, sample: Sample) -> list[NDArray[np.float32]]:
+    """The first output of the adapted model, or of the base, for all inputs."""
+    if adapter is not None:
+        model = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval().get_base_model()
+    return [sample.call(model, [*inputs.values()])[0].numpy() for inputs in (sample.inputs, *sample.others)]
 
 
 def _compared(
     folder: Path,
     vectors: Mapping[str, Tensor],
-    expected: Mapping[str, NDArray[np.float32]],
+    expected: Mapping[str, list[NDArray[np.float32]]],
     sample: Sample,
     int8: bool,
 ) -> Iterator[Compared]:
     """Every graph with every adapter whose outputs are known."""
-    inputs = {name: tensor.numpy() for name, tensor in sample.inputs.items()}
-    rows = len(next(iter(inputs.values())))
     names = [*vectors]
     table = np.stack([vector.numpy() for vector in vectors.values()])
     for graph in (ONE, TABLE, FILES, *((INT8,) if int8 else ())):
         session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
-        for name, wanted in expected.items():
-            given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
-            options = onnxruntime.RunOptions()
-            if graph == TABLE:
-                given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
-            elif graph == FILES:
-                given = {}
-                adapter = onnxruntime.LoraAdapter()
-                adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
-                options.add_active_adapter(adapter)
-            outputs = session.run([OUTPUT], {**given, **inputs}, options)[0]
-            yield Compared(graph, name, float(np.abs(outputs - wanted).max()), float(np.abs(wanted).max()))
+        for name, of_inputs in expected.items():
+            differences, largest = [0.0], [0.0]
+            for tensors, wanted in zip([sample.inputs, *sample.others], of_inputs, strict=True):
+                inputs = {key: tensor.numpy() for key, tensor in tensors.items()}
+                given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
+                options = onnxruntime.RunOptions()
+                if graph == TABLE:
+                    rows = len(next(iter(inputs.values())))
+                    given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
+                elif graph == FILES:
+                    given, adapter = {}, onnxruntime.LoraAdapter()
+                    adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
+                    options.add_active_adapter(adapter)
+                output = session.run([OUTPUT], {**given, **inputs}, options)[0]
+                differences.append(float(np.abs(output - wanted).max()))
+                largest.append(float(np.abs(wanted).max()))
+            yield Compared(graph, name, max(differences), max(largest))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -117,7 +117,7 @@ class Packing:
                 )
         return self._vector(row.factors, row.heads)
 
-    def write(self, file: Path, vector: Float[Tensor, "P"], labels: tuple[str, ...] = ()) -> None:
+    def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> None:
         """Write a packed adapter as safetensors: what it is of stands in the metadata.
 
         Args:
@@ -125,7 +125,7 @@ class Packing:
             vector: of `pack`.
             labels: names of the classes.
         """
-        metadata = {"format": FORMAT, "layout": self.layout()["digest"], "labels": json.dumps(labels)}
+        metadata = {"format": FORMAT, "layout": self.layout()["digest"], "labels": json.dumps([*labels])}
         write_atomically(file, save({TENSOR: vector}, metadata))
 
     def _vector(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> Float[Tensor, "P"]:

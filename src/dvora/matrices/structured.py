@@ -163,7 +163,8 @@ def sandwich(
         left, X, right: the factors.
         apart: multiply every token by itself, so that it gets the same bits alone as among others.
     """
-    (a, b), (c, d), tokens = left.shape, right.shape, len(X)
+    # Not len(X), which would make a traced size a constant; so where rows are counted everywhere in a pass.
+    (a, b), (c, d), tokens = left.shape, right.shape, X.shape[0]
     of_left_first, of_right_first = _of_both_orders(a, b, c, d)
     every_left, every_right = left.expand(tokens, a, b), right.expand(tokens, c, d) if apart else None
     if of_left_first <= of_right_first:

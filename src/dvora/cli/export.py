@@ -1,0 +1,47 @@
+"""`dvora export`: a base model with adapters that switch, for runtimes without PyTorch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipes.adapters.exporting import Runtime
+from .errors import check_there, one_line
+from .output import Debug, Json, Output, Quiet
+
+EXAMPLES = """[bold]Examples[/bold]
+
+    dvora export run --to onnx --output exported
+
+    dvora export customers --model minilm --to web --output site
+"""
+
+
+def export_command(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of an adapter, of a run of `dvora train`, or of several of these.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    to: Annotated[Runtime, typer.Option(help="onnx: graphs for onnxruntime; web: the same with a page.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one that the first adapter names")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Compared with PyTorch; two or more of different lengths.", show_default="two sentences"),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="A graph with int8 weights of the base too.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a base model once, as a graph to which an adapter is handed as a vector.
+
+    The folder appears whole, and only if every graph gives the adapted model's outputs.
+    """
+    with one_line(debug):
+        check_there(source)
+        from ..recipes.adapters.exporting import export
+
+        values = export(source, output, to, model, text or (), int8)
+        Output(as_json, quiet).result(values, f"Exported to {output}")

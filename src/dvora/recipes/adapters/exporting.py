@@ -1,0 +1,125 @@
+"""Adapters exported with their base model, for runtimes without PyTorch."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import transformers
+
+from ...bank.adapters import adapters_in, folder_of
+from ...bank.packs import check_folder_names
+from ...whole_files import check_new_folder, new_folder
+from ..models.adapter_folder import SETTINGS, Adapter, read_adapter
+from ..models.adapters import base_class, of_base
+from ..models.bases import heads_of, load_model, quiet_transformers
+from ..models.hub import loading
+from ..models.inputs import example_inputs
+from ..settings import NOTHING
+
+if TYPE_CHECKING:
+    from ...export.onnx import Sample
+
+Runtime = Literal["onnx", "web"]
+TEXTS = ("It is a fine day.", "Nobody had expected that the second part of it would be so much better than the first.")
+WEB = Path(__file__).parents[2] / "export" / "web"
+REPORT = "export.json"
+
+
+def export(
+    source: Path,
+    output: Path,
+    runtime: Runtime,
+    model: str | None = None,
+    texts: Sequence[str] = (),
+    int8: bool = False,
+) -> dict[str, Any]:
+    """Write a base model once with any number of adapters, which a runtime switches, into a new folder.
+
+    Args:
+        source: an adapter, a run of `dvora train`, or a folder of them.
+        output: that must not exist, or be empty.
+        runtime: onnx, or web: the same with a page.
+        model: the base, a folder or a name on the hub; None takes the one that the first adapter names.
+        texts: with which graphs are compared with PyTorch, two or more of different lengths.
+        int8: write a graph with int8 weights of the base too.
+
+    Returns:
+        base_model, output: where they are.
+        adapters: how many.
+        bytes: of the weights; bytes_an_adapter: of a packed one.
+        differences: the largest difference of each graph's outputs from PyTorch's, by the graph's name.
+
+    Raises:
+        FileExistsError: there is something in the output folder.
+        TypeError, ValueError: something cannot be read or exported, or a graph gives other outputs.
+    """
+    if runtime not in get_args(Runtime):
+        raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
+    from ...export import onnx as graphs
+
+    check_new_folder(output)
+    folders = _adapters(source)
+    adapters = {name: read_adapter(folder) for name, folder in folders.items()}
+    first = next(iter(adapters.values()))
+    base = first.base(model)
+    trust = of_base(model, NOTHING)
+    loaded, _ = load_model(base, *base_class(first, base, trust), torch.float32, trust=trust)
+    labels = {name: adapter.labels for name, adapter in adapters.items()}
+    with new_folder(output) as folder, quiet_transformers():
+        sample = _sample(loaded, base, texts, folder)
+        compared = graphs.to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
+        if runtime == "web":
+            _write_page(folder, adapters)
+        values = {
+            "base_model": base,
+            "output": str(output),
+            "adapters": len(adapters),
+            "bytes": (folder / graphs.WEIGHTS).stat().st_size,
+            "bytes_an_adapter": (folder / graphs.ADAPTERS / f"{graphs.NULL}.safetensors").stat().st_size,
+            "differences": {
+                graph: max(row.difference for row in compared if row.graph == graph)
+                for graph in dict.fromkeys(row.graph for row in compared)
+            },
+        }
+        (folder / REPORT).write_text(json.dumps(values, indent=1))
+        return values
+
+
+def _adapters(source: Path) -> dict[str, Path]:
+    """Folders of adapters by name."""
+    one = folder_of(source)
+    folders = {source.resolve().name: one} if (one / SETTINGS).is_file() else adapters_in(source)
+    check_folder_names(folders)
+    return folders
+
+
+def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sample":
+    """Real inputs; the tokenizer is written beside the graphs."""
+    from ...export.onnx import sample_of_decoder, sample_of_encoder
+
+    output = "logits" if heads_of(model) else "last_hidden_state"
+    if model.main_input_name != "input_ids":
+        return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
+    with loading("the tokenizer", base, NOTHING):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    generates = model.can_generate() and model.get_output_embeddings() is not None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    # Of different lengths: a mask without zeros would be left out of the graph.
+    inputs = tokenizer(
+        [*(texts or TEXTS)], padding=True, padding_side="left" if generates else None, return_tensors="pt"
+    )
+    if generates:
+        return sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
+    return sample_of_encoder(dict(inputs), output)
+
+
+def _write_page(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+    for file in WEB.iterdir():
+        shutil.copy(file, folder / file.name)
+    listed = [{"name": name, "labels": adapter.labels} for name, adapter in adapters.items()]
+    (folder / "adapters" / "index.json").write_text(json.dumps(listed))

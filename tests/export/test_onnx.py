@@ -1,0 +1,174 @@
+"""ONNX graphs whose adapter is an input, run by onnxruntime: what the adapted PyTorch model gives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from dvora.recipes.adapters.exporting import export
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import save
+from tests.serve.served import Alone, save_classifier, save_trained
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+TEXTS = ["good movie", "the book was very bad", "it"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.bert(tmp_path_factory.mktemp("bases") / "bert")
+
+
+@pytest.fixture(scope="module")
+def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a to d, of three classes each."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for number, name in enumerate("abcd"):
+        save_classifier(bert, folder / name, number, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(bert: Path, classifiers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "folder"
+    export(classifiers, folder, "onnx", str(bert), int8=True)
+    return folder
+
+
+def inputs_of(base: Path, texts: list[str]) -> dict[str, np.ndarray]:
+    return dict(AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="np"))
+
+
+def logits_of(base: Path, adapter: Path | None, texts: list[str]) -> np.ndarray:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+    with torch.no_grad():
+        logits: np.ndarray = model(
+            **AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="pt")
+        ).logits.numpy()
+    return logits
+
+
+def vector(folder: Path, name: str) -> np.ndarray:
+    values: np.ndarray = load_file(folder / "adapters" / f"{name}.safetensors")["adapter"].numpy()
+    return values
+
+
+def session(folder: Path, graph: str) -> "onnxruntime.InferenceSession":
+    return onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[2:], TEXTS * 3], ids=len)
+def test_an_adapter_a_call(texts: list[str], exported: Path, bert: Path, classifiers: Path) -> None:
+    one = session(exported, "one.onnx")
+    for name in "abcd":
+        logits = one.run(["output"], {"adapter": vector(exported, name), **inputs_of(bert, texts)})[0]
+        np.testing.assert_allclose(logits, logits_of(bert, classifiers / name, texts), atol=1e-4)
+
+
+def test_a_row_of_a_table_for_each_row_of_a_batch(exported: Path, bert: Path, classifiers: Path) -> None:
+    table = np.stack([vector(exported, name) for name in ("c", "a", "d")] * 300)
+    given = {"adapters": table, "index": np.array([899, 0, 1]), **inputs_of(bert, TEXTS)}
+    logits = session(exported, "table.onnx").run(["output"], given)[0]
+    for row, (name, text) in enumerate(zip("dca", TEXTS, strict=True)):
+        expected = logits_of(bert, classifiers / name, TEXTS)[TEXTS.index(text)]
+        np.testing.assert_allclose(logits[row], expected, atol=1e-4)
+
+
+def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path) -> None:
+    files, adapter, options = session(exported, "files.onnx"), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    adapter.Load(str(exported / "adapters" / "b.onnx_adapter"))
+    options.add_active_adapter(adapter)
+    logits = files.run(["output"], inputs_of(bert, TEXTS), options)[0]
+    np.testing.assert_allclose(logits, logits_of(bert, classifiers / "b", TEXTS), atol=1e-4)
+    # Without one it is the base.
+    null = session(exported, "one.onnx").run(
+        ["output"], {"adapter": vector(exported, "null"), **inputs_of(bert, TEXTS)}
+    )
+    np.testing.assert_array_equal(files.run(["output"], inputs_of(bert, TEXTS))[0], null[0])
+
+
+def test_the_base_has_int8_weights_and_the_adapter_none(exported: Path, bert: Path, classifiers: Path) -> None:
+    import onnx
+
+    graph = onnx.load(exported / "one-int8.onnx").graph
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer) == 13
+    given = {"adapter": vector(exported, "a"), **inputs_of(bert, TEXTS)}
+    logits = session(exported, "one-int8.onnx").run(["output"], given)[0]
+    exact = logits_of(bert, classifiers / "a", TEXTS)
+    assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: Path, bert: Path) -> None:
+    base = sum(parameter.nbytes for parameter in AutoModel.from_pretrained(bert).parameters())
+    assert (exported / "weights.bin").stat().st_size < 3 * base
+    assert all((exported / graph).stat().st_size < 200_000 for graph in ("one.onnx", "table.onnx", "files.onnx"))
+    layout = json.loads((exported / "layout.json").read_text())
+    assert layout["size"] == len(vector(exported, "a"))
+    ends = [entry["offset"] + int(np.prod(entry["shape"])) for entry in layout["entries"]]
+    assert [entry["offset"] for entry in layout["entries"]] == [0, *ends[:-1]]
+    assert ends[-1] == layout["size"]
+
+
+def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
+    """Two rows with an adapter each, token by token: what the merged models generate."""
+    llama = tiny_models.llama(tmp_path / "llama")
+    for name, seed in (("a", 1), ("b", 2)):
+        save_trained(llama, tmp_path / "adapters" / name, seed, task_type="CAUSAL_LM")
+    export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(llama))
+    table, alone = session(tmp_path / "exported", "table.onnx"), Alone(llama)
+    alone.tokenizer.pad_token = alone.tokenizer.eos_token
+    prompts = ["the ", "a good day"]
+    read = alone.tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")
+    ids, mask = read["input_ids"], read["attention_mask"]
+    caches = {
+        inputs.name: np.zeros((2, inputs.shape[1], 0, inputs.shape[3]), np.float32)
+        for inputs in table.get_inputs()
+        if inputs.name.startswith("past_key_values")
+    }
+    adapters = {"adapters": np.stack([vector(tmp_path / "exported", name) for name in "ab"]), "index": np.array([0, 1])}
+    generated = []
+    for _ in range(12):
+        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.shape[1] :]
+        given = {**adapters, "input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
+        logits, *present = table.run(None, given)
+        caches = dict(zip(caches, present, strict=True))
+        ids = logits.argmax(1)[:, None]
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+        generated.append(ids)
+    for row, name, prompt in zip(np.concatenate(generated, 1), "ab", prompts, strict=True):
+        expected = alone.continued(tmp_path / "adapters" / name, prompt, 12)
+        assert alone.tokenizer.decode(row, skip_special_tokens=True) == expected
+
+
+def test_pixels(tmp_path: Path) -> None:
+    vit = tiny_models.vit(tmp_path / "vit")
+    save_trained(vit, tmp_path / "adapters" / "a", 1)
+    values = export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(vit))
+    assert values["differences"]["one.onnx"] < 1e-4
+
+
+def test_what_is_refused_leaves_nothing(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    save_classifier(bert, mixed / "a", 0, 3)
+    save_classifier(bert, mixed / "b", 0, 2)
+    with pytest.raises(ValueError, match="as many classes together"):
+        export(mixed, tmp_path / "exported", "onnx", str(bert))
+    other = tiny_models.bert(tmp_path / "other")
+    model = AutoModel.from_pretrained(other)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(other)
+    with pytest.raises(ValueError, match="base"):
+        export(classifiers, tmp_path / "exported", "onnx", str(other))
+    save(bert, tmp_path / "loras" / "a", "lora")
+    with pytest.raises((TypeError, ValueError), match="DVoRA"):
+        export(tmp_path / "loras", tmp_path / "exported", "onnx", str(bert))
+    assert not (tmp_path / "exported").exists()
+    assert not list(tmp_path.glob(".*"))
