@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples vllm gguf ray conformance fuzz lint wheel versions bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples vllm gguf ray web conformance fuzz lint wheel versions bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -54,6 +54,10 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 
 # An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
 # which need PyTorch's builds for GPUs and which no test needs.
+web: setup  ## the exported page in a browser, with packages from npm
+	mkdir -p .web && cp src/dvora/export/web/package.json .web && cd .web && npm install --no-audit --no-fund --silent
+	$(PY) -m pytest tests/export/test_web.py
+
 VLLM := integrations/vllm
 vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" for a part
 	$(MAKE) setup VENV=.venv-vllm EXTRAS=peft

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.compiling import compiling
 from benchmarks.examples.table import examples
+from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import start_up, versions
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
@@ -198,6 +199,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "conformance": conformance(load("conformance")),
         "examples": examples(load("examples")),
     },
+    "docs/how-to/export.md": lambda: exporting(load("exporting")),
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {

@@ -694,6 +694,19 @@ def exported(layer: DVoRAAdapter, x: Tensor) -> Tensor:
     return program(x)
 
 
+def test_structured_matrices_are_exported_with_any_batch_and_length() -> None:
+    layer = DVoRAAdapter(nn.Linear(256, 256), rank=128, shared=SharedProjections(distribution="structured")).eval()
+    with torch.no_grad():
+        for parameter in (layer.magnitude, layer.lambda_b, layer.lambda_d):
+            parameter.add_(0.1 * randn(*parameter.shape, seed=1))
+    sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+        program = torch.export.export(layer, (randn(2, 3, 256, seed=2),), dynamic_shapes=(sizes,)).module()
+    x = randn(5, 7, 256, seed=3)
+    torch.testing.assert_close(program(x), layer(x))
+
+
 def by_forward_mode(layer: DVoRAAdapter, x: Tensor) -> Tensor:
     with forward_ad.dual_level():
         y = forward_ad.unpack_dual(layer(forward_ad.make_dual(torch.zeros_like(x), x))).tangent

@@ -1,6 +1,7 @@
 """Adapters by the thousand: one that was trained, and noise of another seed for each, with heads of several sizes."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,6 @@ from dvora.bank.packs import write_pack
 NOISE = 0.01
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 HEADS = (2, 3, 5, 8)
-"""Outputs of heads, in turns."""
 
 
 def name_of(number: int) -> str:
@@ -19,13 +19,14 @@ def name_of(number: int) -> str:
     return f"tenant-{number:04d}"
 
 
-def write_perturbed(trained: Path, folder: Path, count: int) -> None:
+def write_perturbed(trained: Path, folder: Path, count: int, heads: Sequence[int] = HEADS) -> None:
     """Folders of adapters, of which the first is the trained one.
 
     Args:
         trained: the folder of an adapter.
         folder: new.
         count: of adapters.
+        heads: their numbers of outputs, in turns.
     """
     values = load_file(trained / VALUES)
     for number in range(count):
@@ -33,7 +34,7 @@ def write_perturbed(trained: Path, folder: Path, count: int) -> None:
         changed = {}
         for name, value in values.items():
             if "classifier" in name:
-                rows = torch.arange(HEADS[number % len(HEADS)]) % len(value)
+                rows = torch.arange(heads[number % len(heads)]) % len(value)
                 changed[name] = (value[rows] + NOISE * torch.randn(value[rows].shape, generator=generator)).contiguous()
             else:
                 changed[name] = value + NOISE * torch.randn(value.shape, generator=generator) * (number > 0)

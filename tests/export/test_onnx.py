@@ -97,7 +97,9 @@ def test_the_base_has_int8_weights_and_the_adapter_none(exported: Path, bert: Pa
     import onnx
 
     graph = onnx.load(exported / "one-int8.onnx").graph
-    assert sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer) == 13
+    assert (
+        sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer) == 13
+    )
     given = {"adapter": vector(exported, "a"), **inputs_of(bert, TEXTS)}
     logits = session(exported, "one-int8.onnx").run(["output"], given)[0]
     exact = logits_of(bert, classifiers / "a", TEXTS)

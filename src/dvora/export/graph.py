@@ -45,13 +45,13 @@ def once(inputs: Sequence[str], output: str) -> Call:
     return call
 
 
-def with_cache(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A step of a language model: tokens, mask, positions, and keys and values of each layer, in turns.
 
     Gives the logits of the last token, and all keys and values.
     """
     ids, mask, positions, *past = tensors
-    cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+    cache: Any = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
     # transformers renamed the argument.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     inputs = {"attention_mask": mask, "position_ids": positions, name: cache}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -205,8 +205,7 @@ class _Weights:
             data = tensor.raw_data
             if len(data) < SMALLEST_OUTSIDE or tensor.name == TENSOR:
                 continue
-            digest = hashlib.sha256(data).digest()
-            if digest not in self._places:
+            if (digest := _digest(data)) not in self._places:
                 self._file.write(bytes(-self._file.tell() % ALIGNMENT))
                 self._places[digest] = self._file.tell()
                 self._file.write(data)
@@ -217,15 +216,18 @@ class _Weights:
                 tensor.external_data.add(key=key, value=value)
 
 
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
 def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     """Write a graph whose base has int8 weights; products with A, B and heads stay as they are."""
-    sizes = {layer.module.weight.numel() for layer in packing.served.layers if layer.layer_type.has_weight}
-    shapes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.graph.initializer}
-    others = [
-        node.name
-        for node in graph.graph.node
-        if node.op_type in ("MatMul", "Gemm") and not any(shapes.get(name) in sizes for name in node.input)
-    ]
+    weights = [layer.module.get_parameter("weight") for layer in packing.served.layers]
+    of_base = {
+        _digest(part.detach().contiguous().numpy().tobytes()) for weight in weights for part in (weight, weight.T)
+    }
+    in_base = {tensor.name for tensor in graph.graph.initializer if _digest(tensor.raw_data) in of_base}
+    others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and not in_base & {*node.input}]
     quantize_dynamic(graph, file, weight_type=QuantType.QInt8, nodes_to_exclude=others, op_types_to_quantize=["MatMul"])
 
 
@@ -241,7 +243,7 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
 def _of_pytorch(model: Any, adapter: Path | None, sample: Sample) -> list[NDArray[np.float32]]:
     """The first output of the adapted model, or of the base, for all inputs."""
     if adapter is not None:
-        model = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval().get_base_model()
+        model = cast(Any, PeftModel.from_pretrained(copy.deepcopy(model), adapter)).eval().get_base_model()
     return [sample.call(model, [*inputs.values()])[0].numpy() for inputs in (sample.inputs, *sample.others)]
 
 

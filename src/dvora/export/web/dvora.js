@@ -3,7 +3,8 @@
 const FORMAT = "dvora-packed", VERSION = 1, TENSOR = "adapter";
 
 async function fetched(address) {
-  const answer = await fetch(address);
+  // Asked for again each time, so that no old adapter comes from the browser's cache.
+  const answer = await fetch(address, { cache: "no-cache" });
   if (!answer.ok) throw new Error(`${address}: ${answer.status} ${answer.statusText}`);
   return answer;
 }
