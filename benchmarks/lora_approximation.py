@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import tables
 from benchmarks.quality.adapting import adapted
 from benchmarks.quality.evaluation import Problem
 from benchmarks.quality.grid import Run, read_grid
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
+from benchmarks.quality.summary import NAMES
 from benchmarks.quality.training import precision, trained
 from benchmarks.results import Row, file_of, load
 from benchmarks.running import go_on, options
@@ -149,6 +151,26 @@ def runs(rows: Mapping[str, Row]) -> Iterator[Run]:
         run = grid.final(task, ARM, SEED, tuned)
         assert run is not None
         yield replace(run, steps=int(run.steps * SHARE))
+
+
+def table(result: dict[str, Any]) -> str:
+    """What is lost, by task and rank."""
+    head = ("task", "base", "DVoRA", *(f"LoRA r={rank}" for rank in RANKS), f"r={UNWEIGHTED[0]}, without rows")
+    rows = {row["task"]: row for row in result["rows"]}
+    lines, lost = [], []
+    for task in (task for task in NAMES if task in rows):
+        row, adapter = rows[task], rows[task]["adapter"]["score"]
+        differences = (f"{100 * (each['score'] - adapter):+.1f}" for each in row["lora"])
+        lines.append((NAMES[task], f"{100 * row['base']['score']:.1f}", f"{100 * adapter:.1f}", *differences))
+        lost += [each["lost"] for each in row["lora"] if each["weighted"] and each["rank"] == UNWEIGHTED[0]]
+    return tables.text(
+        tables.table(head, lines),
+        "Points on validation rows (accuracy; Pearson's correlation for ratings), and what they change by with LoRA in "
+        f"the adapter's place: DVoRA r=64, structured, one seed, half of the steps of [Results](../results.md), second "
+        f"moments of {ROWS} training rows (`benchmarks/results/lora_approximation.json`). At r={UNWEIGHTED[0]}, "
+        f"{100 * min(lost):.0f} to {100 * max(lost):.0f} % of what the adapter adds to outputs is missing, on average "
+        "over the layers.",
+    )
 
 
 def _said(row: Row) -> str:

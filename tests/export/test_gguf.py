@@ -53,7 +53,7 @@ def in_pytorch(model_folder: Path) -> list[str]:
 
 def in_llama_cpp(file: Path) -> list[str]:
     """Greedy answers."""
-    with llama.Llama(str(file), type_k="f32", type_v="f32") as model:
+    with llama.Llama(str(file), type_k="f32", type_v="f32", n_threads=1) as model:
         return [model.generate(p, max_tokens=TOKENS, temperature=0, repeat_penalty=1) for p in PROMPTS]
 
 
