@@ -157,12 +157,14 @@ def table(result: dict[str, Any]) -> str:
     """What is lost, by task and rank."""
     head = ("task", "base", "DVoRA", *(f"LoRA r={rank}" for rank in RANKS), f"r={UNWEIGHTED[0]}, without rows")
     rows = {row["task"]: row for row in result["rows"]}
-    lines, lost = [], []
+    lines, lost, changes = [], [], []
     for task in (task for task in NAMES if task in rows):
         row, adapter = rows[task], rows[task]["adapter"]["score"]
-        differences = (f"{100 * (each['score'] - adapter):+.1f}" for each in row["lora"])
-        lines.append((NAMES[task], f"{100 * row['base']['score']:.1f}", f"{100 * adapter:.1f}", *differences))
+        changes.append([100 * (each["score"] - adapter) for each in row["lora"]])
+        scores = f"{100 * row['base']['score']:.1f}", f"{100 * adapter:.1f}"
+        lines.append((NAMES[task], *scores, *(f"{change:+.1f}" for change in changes[-1])))
         lost += [each["lost"] for each in row["lora"] if each["weighted"] and each["rank"] == UNWEIGHTED[0]]
+    lines.append(("mean", "", "", *(f"{change:+.1f}" for change in np.mean(changes, axis=0))))
     return tables.text(
         tables.table(head, lines),
         "Points on validation rows (accuracy; Pearson's correlation for ratings), and what they change by with LoRA in "
