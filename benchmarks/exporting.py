@@ -59,13 +59,14 @@ def logits(graph: Path, inputs: list[Mapping[str, NDArray[Any]]], adapter: NDArr
 def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     """What int8 costs: beside a float adapter, and where the adapter was merged before."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "site")
-    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "np"}
-    inputs = [dict(tokenizer(texts[start : start + BATCH], **options)) for start in range(0, len(texts), BATCH)]
+    padded = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "np"}
+    inputs = [dict(tokenizer(texts[start : start + BATCH], **padded)) for start in range(0, len(texts), BATCH)]
     packed = folder / "site" / "adapters"
     adapter = load_file(packed / "tenant-0000.safetensors")["adapter"]
     exact = logits(folder / "site" / "one.onnx", inputs, adapter)
     merged = folder / "merged-site" / "one.onnx"
-    quantize_dynamic(merged, folder / "merged-int8.onnx", weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+    options = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+    quantize_dynamic(merged, folder / "merged-int8.onnx", **options)
     null = load_file(folder / "merged-site" / "adapters" / "null.safetensors")["adapter"]
     rows = {}
     for name, graph, vector in (

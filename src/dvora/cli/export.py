@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..recipes.adapters.exporting import Runtime
+from ..recipes.adapters import Runtime
 from .errors import check_there, one_line
 from .output import Debug, Json, Output, Quiet
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -168,7 +170,7 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
     else:
         given, names, shapes = [next(iter(vectors.values()))], [TENSOR], [None, *shapes]
     try:
-        with graph.hooked(), torch.no_grad():
+        with graph.hooked(), torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 graph,
                 (*given, *sample.inputs.values()),
@@ -190,6 +192,17 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
         node.ClearField("metadata_props")
     written.graph.ClearField("value_info")
     return written
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings: of packages that are not needed, and of a step that changes nothing here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Weights:
@@ -228,7 +241,15 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     }
     in_base = {tensor.name for tensor in graph.graph.initializer if _digest(tensor.raw_data) in of_base}
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and not in_base & {*node.input}]
-    quantize_dynamic(graph, file, weight_type=QuantType.QInt8, nodes_to_exclude=others, op_types_to_quantize=["MatMul"])
+    with _quiet():
+        quantize_dynamic(
+            graph,
+            file,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=others,
+            op_types_to_quantize=["MatMul"],
+        )
 
 
 def _write_adapter_file(file: Path, vector: Tensor) -> None:
@@ -258,21 +279,24 @@ def _compared(
     names = [*vectors]
     table = np.stack([vector.numpy() for vector in vectors.values()])
     for graph in (ONE, TABLE, FILES, *((INT8,) if int8 else ())):
-        session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # That a default adapter can be replaced is what it is for.
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(folder / graph, options, providers=["CPUExecutionProvider"])
         for name, of_inputs in expected.items():
             differences, largest = [0.0], [0.0]
             for tensors, wanted in zip([sample.inputs, *sample.others], of_inputs, strict=True):
                 inputs = {key: tensor.numpy() for key, tensor in tensors.items()}
                 given: dict[str, Any] = {TENSOR: vectors[name].numpy()}
-                options = onnxruntime.RunOptions()
+                running = onnxruntime.RunOptions()
                 if graph == TABLE:
                     rows = len(next(iter(inputs.values())))
                     given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
                 elif graph == FILES:
                     given, adapter = {}, onnxruntime.LoraAdapter()
                     adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
-                    options.add_active_adapter(adapter)
-                output = session.run([OUTPUT], {**given, **inputs}, options)[0]
+                    running.add_active_adapter(adapter)
+                output = session.run([OUTPUT], {**given, **inputs}, running)[0]
                 differences.append(float(np.abs(output - wanted).max()))
                 largest.append(float(np.abs(wanted).max()))
             yield Compared(graph, name, max(differences), max(largest))

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import transformers
@@ -18,11 +18,11 @@ from ..models.bases import heads_of, load_model, quiet_transformers
 from ..models.hub import loading
 from ..models.inputs import example_inputs
 from ..settings import NOTHING
+from . import Runtime
 
 if TYPE_CHECKING:
     from ...export.onnx import Sample
 
-Runtime = Literal["onnx", "web"]
 TEXTS = ("It is a fine day.", "Nobody had expected that the second part of it would be so much better than the first.")
 WEB = Path(__file__).parents[2] / "export" / "web"
 REPORT = "export.json"

@@ -1,0 +1,37 @@
+"""The commands and the program on the page about exporting run as they stand there, on a tiny model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dvora
+from tests.recipes import tiny_models
+from tests.serve.served import copied, save_classifier
+
+PAGE = Path(dvora.__file__).parents[2] / "docs" / "how-to" / "export.md"
+BLOCK = re.compile(r"(?:^<!-- not run.*-->\n)?^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_the_page(tmp_path: Path) -> None:
+    bert = tiny_models.bert(tmp_path / "minilm")
+    for number, name in enumerate(("films", "shop")):
+        copied(save_classifier(bert, tmp_path / f"saved-{name}", number, 2), tmp_path / "customers" / name)
+    (program := tmp_path / "bin" / "dvora").parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dvora.cli "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    ran = []
+    for found in BLOCK.finditer(PAGE.read_text(encoding="utf-8")):
+        kind, block = found.groups()
+        if found[0].startswith("<!-- not run") or "pip install" in block:
+            continue
+        command = ["bash", "-ec", block] if kind == "sh" else [sys.executable, "-c", block]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, (block, ended.stdout, ended.stderr)
+        ran.append(ended.stdout)
+    assert len(ran) == 3
+    assert ran[1].count("[") == 3
+    files = {path.name for path in (tmp_path / "site").iterdir()}
+    assert {"index.html", "dvora.js", "package.json", "tokenizer.json", "one.onnx", "weights.bin"} <= files
