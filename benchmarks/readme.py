@@ -12,6 +12,7 @@ from benchmarks.compiling import compiling
 from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import start_up, versions
+from benchmarks.lora_approximation import table as lora_approximation
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
 from benchmarks.quality.page import at_a_glance
@@ -200,6 +201,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(load("examples")),
     },
     "docs/how-to/export.md": lambda: exporting(load("exporting")),
+    "docs/how-to/export-merged.md": lambda: {"lora": lora_approximation(load("lora_approximation"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
