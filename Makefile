@@ -56,8 +56,6 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check httpx2 hypothesis pytest
 	.venv-ray/bin/python -m pytest tests/serve/test_ray.py
 
-# An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
-# which need PyTorch's builds for GPUs and which no test needs.
 web: setup  ## the exported page in a browser, with packages from npm
 	mkdir -p .web && cp src/dvora/export/web/package.json .web && cd .web && npm install --no-audit --no-fund --silent
 	$(PY) -m pytest tests/export/test_web.py
@@ -66,6 +64,8 @@ executorch:  ## a program of ExecuTorch, run by its Python runtime
 	$(MAKE) setup EXTRAS=dev,executorch
 	$(PY) -m pytest tests/export/test_executorch.py
 
+# An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
+# which need PyTorch's builds for GPUs and which no test needs.
 VLLM := integrations/vllm
 vllm:  ## the plug-in for vLLM on a CPU, at most 20 minutes; ARGS="-k replaced" for a part
 	$(MAKE) setup VENV=.venv-vllm EXTRAS=peft

@@ -20,11 +20,6 @@ TEXTS = ["good movie", "the book was very bad", "it"]
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("bases") / "bert")
-
-
-@pytest.fixture(scope="module")
 def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a to d, of three classes each."""
     folder = tmp_path_factory.mktemp("classifiers")

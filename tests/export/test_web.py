@@ -15,7 +15,6 @@ import pytest
 
 from dvora.recipes.adapters.exporting import export
 from tests.export.test_onnx import logits_of
-from tests.recipes import tiny_models
 from tests.serve.served import save_classifier
 from tests.tools.pages.seen import PHONE, WIDE, Seen, seen
 
@@ -28,11 +27,6 @@ TEXT = "the book was very good"
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.bert(tmp_path_factory.mktemp("bases") / "bert")
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,11 @@ def once(inputs: Sequence[str], output: str) -> Call:
     return call
 
 
+def cache_argument(model: Any) -> str:
+    """The name of a language model's argument for keys and values, which transformers has changed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A step of a language model: tokens, mask, positions, and keys and values of each layer, in turns.
 
@@ -52,9 +57,7 @@ def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """
     ids, mask, positions, *past = tensors
     cache: Any = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-    # transformers renamed the argument.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    inputs = {"attention_mask": mask, "position_ids": positions, name: cache}
+    inputs = {"attention_mask": mask, "position_ids": positions, cache_argument(model): cache}
     outputs = model(input_ids=ids, **inputs, use_cache=True, logits_to_keep=1)
     return outputs.logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 

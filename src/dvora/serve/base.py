@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ..bank import AdapterBank
 from ..bank.adapters import Description
 from ..bank.hooks import Batch as BankBatch
 from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
-from ..recipes.models.bases import config_of, heads_of, load_model, model_class
-from ..recipes.models.hub import loading
+from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
 
 
@@ -116,10 +114,7 @@ def open_base(source: str, first: Description | None, slots: int, host_bytes: in
     model.requires_grad_(False)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    with loading("the tokenizer", source, trust):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **trust.options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(source, trust)
     heads = heads_of(model)
     has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
     return Base(source, model, tokenizer, AdapterBank(model, slots=slots, host_bytes=host_bytes), has_own_head)

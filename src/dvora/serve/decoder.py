@@ -5,7 +5,6 @@ There is no cache of prompts: keys and values of a text are computed with its ad
 
 from __future__ import annotations
 
-import inspect
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..export.graph import cache_argument
 from .base import Base
 from .cache import RowCache, check_cacheable
 from .requests import Answer, Finish, Piece, Request
@@ -110,9 +110,7 @@ class Decoder:
         check_cacheable(config)
         self.cache = RowCache(config.get_text_config().num_hidden_layers, self.limits.cache_tokens)
         self.ends = ends_of(self.base.model, self.base.tokenizer)
-        # transformers renamed the argument.
-        parameters = inspect.signature(self.base.model.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_argument = cache_argument(self.base.model)
 
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-import transformers
 
 from ...bank.adapters import adapters_in, folder_of
 from ...bank.packs import check_folder_names
 from ...whole_files import check_new_folder, new_folder
 from ..models.adapter_folder import SETTINGS, Adapter, read_adapter
 from ..models.adapters import base_class, of_base
-from ..models.bases import heads_of, load_model, quiet_transformers
-from ..models.hub import loading
+from ..models.bases import heads_of, load_model, load_tokenizer, quiet_transformers
 from ..models.inputs import example_inputs
 from ..settings import NOTHING
 from . import Runtime
@@ -113,11 +111,8 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sampl
     output = "logits" if heads_of(model) else "last_hidden_state"
     if model.main_input_name != "input_ids":
         return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
-    with loading("the tokenizer", base, NOTHING):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base, NOTHING)
     generates = model.can_generate() and model.get_output_embeddings() is not None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
     # Of different lengths: a mask without zeros would be left out of the graph.
     inputs = tokenizer(

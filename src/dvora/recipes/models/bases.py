@@ -71,14 +71,22 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     name, files = ("image processor", IMAGE_PROCESSOR_FILES) if images else ("tokenizer", TOKENIZER_FILES)
     if Path(source).is_dir() and not any(True for pattern in files for _ in Path(source).glob(pattern)):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); give its folder with `tokenizer`")
-    with loading(f"the {name}", source, trust):
-        kind: Any = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
-        processor = kind.from_pretrained(source, **trust.options)
-    if not images and processor.pad_token is None:
-        if processor.eos_token is None:
-            raise ValueError(f"the tokenizer of {source} has neither a token to pad with nor one that ends a text")
-        processor.pad_token = processor.eos_token
-    return processor
+    if images:
+        with loading(f"the {name}", source, trust):
+            return transformers.AutoImageProcessor.from_pretrained(source, **trust.options)
+    tokenizer = load_tokenizer(source, trust)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has neither a token to pad with nor one that ends a text")
+    return tokenizer
+
+
+def load_tokenizer(source: str, trust: Trust) -> Any:
+    """The tokenizer of a model, which pads with the token that ends a text if it has none to pad with."""
+    with loading("the tokenizer", source, trust):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **trust.options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None, trust: Trust = NOTHING) -> Base:
