@@ -15,7 +15,7 @@ from ..models.adapter_folder import SETTINGS, Adapter, read_adapter
 from ..models.adapters import base_class, of_base
 from ..models.bases import heads_of, load_model, load_tokenizer, quiet_transformers
 from ..models.inputs import example_inputs
-from ..settings import NOTHING
+from ..settings import NOTHING, Trust
 from . import Runtime
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def export(
     loaded, _ = load_model(base, *base_class(first, base, trust), torch.float32, trust=trust)
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
-        sample = _sample(loaded, base, texts, folder)
+        sample = _sample(loaded, base, texts, folder, trust)
         if runtime == "executorch":
             from ...export.executorch import PROGRAM as WEIGHTS
             from ...export.executorch import to_executorch
@@ -104,14 +104,14 @@ def _adapters(source: Path) -> dict[str, Path]:
     return folders
 
 
-def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sample":
+def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Trust) -> "Sample":
     """Real inputs; the tokenizer is written beside the graphs."""
     from ...export.verified import sample_of_decoder, sample_of_encoder
 
     output = "logits" if heads_of(model) else "last_hidden_state"
     if model.main_input_name != "input_ids":
         return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
-    tokenizer = load_tokenizer(base, NOTHING)
+    tokenizer = load_tokenizer(base, trust)
     generates = model.can_generate() and model.get_output_embeddings() is not None
     tokenizer.save_pretrained(folder)
     # Of different lengths: a mask without zeros would be left out of the graph.
@@ -124,7 +124,9 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path) -> "Sampl
 
 
 def _write_page(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+    from ...export.verified import ADAPTERS
+
     for file in WEB.iterdir():
         shutil.copy(file, folder / file.name)
     listed = [{"name": name, "labels": adapter.labels} for name, adapter in adapters.items()]
-    (folder / "adapters" / "index.json").write_text(json.dumps(listed))
+    (folder / ADAPTERS / "index.json").write_text(json.dumps(listed))
