@@ -31,7 +31,7 @@ def execute(program: Path, calls: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     with TemporaryDirectory() as folder:
         given, answered = Path(folder, "inputs.pt"), Path(folder, "outputs.pt")
         torch.save([[*inputs] for inputs in calls], given)
-        command = [sys.executable, "-m", __name__, program, given, answered]
+        command: list[str | Path] = [sys.executable, "-m", __name__, program, given, answered]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode < 0:
             signal = Signals(-ended.returncode).name
