@@ -127,12 +127,13 @@ def test_structured_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda _, x: torch.linalg.qr(x)[0], "cannot lower it: .*linalg_qr"),
-        (lambda _, x: torch.sort(x)[0], "does not execute its program: .*aten::sort.values"),
+        (lambda _, x: torch.linalg.qr(x)[0], "cannot lower it: .*linalg_qr.*--to onnx"),
+        (lambda _, x: torch.sort(x)[0], "does not execute its program: [^;]*aten::sort.values.*--to onnx"),
         # ExecuTorch 1.5 loses a bias that is used in its layer and outside of it.
-        (lambda layer, x: layer(x) + layer.bias, "crashed .*SIGSEGV"),
+        (lambda layer, x: layer(x) + layer.bias, "crashed .*SIGSEGV.*--to onnx"),
+        (lambda _, x: x + torch.compiler.is_exporting(), "one.pte differs from PyTorch by 1 "),
     ],
-    ids=["not lowered", "no kernel", "a crash"],
+    ids=["not lowered", "no kernel", "a crash", "other outputs"],
 )
 def test_the_error_says_what_executorch_cannot_do(
     operation: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor], message: str, tmp_path: Path
@@ -147,7 +148,7 @@ def test_the_error_says_what_executorch_cannot_do(
     save_trained(bert, tmp_path / "a", 1)
     inputs = {name: torch.from_numpy(values) for name, values in inputs_of(bert, TEXTS).items()}
     sample = replace(sample_of_encoder(inputs, "last_hidden_state"), call=call)
-    with pytest.raises(ValueError, match=rf"(?s){message}.*--to onnx"):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         to_executorch(AutoModel.from_pretrained(bert), {"a": tmp_path / "a"}, sample, tmp_path)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 INSTEAD = "Try another version of ExecuTorch, --to onnx, or merge the adapter and export the merged model"
-REASON = re.compile("Missing operator|[Ff]ailed|Error")
+REASON = re.compile("Missing operator|failed|Error")
 """In lines of the runtime's log and of Python's."""
 
 
