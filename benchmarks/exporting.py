@@ -106,8 +106,10 @@ def served(site: Path) -> Iterator[str]:
     handler = functools.partial(_Quiet, directory=site)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -123,7 +125,7 @@ def in_browser(site: Path) -> Row:
     (site / "node_modules").symlink_to(PACKAGES)
     with served(site) as address, sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]).new_page()
-        page.goto(address)
+        page.goto(f"{address}index.html")
         page.wait_for_function("window.last", timeout=60_000)
         first, again = [], []
         differences = []
