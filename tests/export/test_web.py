@@ -212,6 +212,9 @@ def test_vectors_by_a_pipeline(sites: Path, bert: Path) -> None:
             model = PeftModel.from_pretrained(model, adapter).eval()
         with torch.no_grad():
             np.testing.assert_allclose(vectors, model(**inputs).last_hidden_state, atol=1e-4)
+    # They are not taken for classes.
+    with pytest.raises(Exception, match="logits is not iterable"):
+        answers(sites / "vectors-site", "TextClassificationPipeline", texts, {})
 
 
 def test_texts_by_a_pipeline(sites: Path) -> None:
