@@ -32,7 +32,7 @@ from benchmarks.results import Row, file_of, write
 from benchmarks.serving.population import write_perturbed
 from benchmarks.tables import table, text
 from dvora import DVoRAConfig
-from transcript.materials import lay_out
+from materials.files import lay_out
 
 ADAPTERS, ROWS, BATCH = 20, 2000, 50
 BROWSER = "/usr/bin/chromium"

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transcript.materials import lay_out
+from materials.files import lay_out
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("get-started.md", "how-to/language-models.md")

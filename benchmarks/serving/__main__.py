@@ -29,7 +29,7 @@ from benchmarks.serving.client import Measured, ask
 from benchmarks.serving.population import name_of, write_packs, write_perturbed
 from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
 from dvora.flat import Layout
-from transcript.materials import lay_out
+from materials.files import lay_out
 
 COUNTS = (1, 16, 64, 256, 1024)
 """Adapters that requests ask for."""

@@ -570,6 +570,8 @@ def factors_of(source: FactorSource, weight: Tensor | None, together: bool = Tru
     """
     adapted = source.adapted
     if torch.compiler.is_compiling() or adapted.shard is not None:
+        if weight is not None and not weight.requires_grad:
+            adapted.check_traced()
         return _by_definition(source, weight)
     if is_traced():
         if weight is not None and not adapted.is_trained(weight):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dvora
-from transcript.materials import lay_out
+from materials.files import lay_out
 
 llama = pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed; `make gguf` runs this")
 
@@ -26,11 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the page's commands ran."""
     folder = tmp_path_factory.mktemp("page")
     lay_out(folder)
-    program = folder / "bin" / "dvora"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dvora.cli "$@"\n')
-    program.chmod(0o755)
-    path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         script = "\n".join(line for line in block.splitlines() if not line.startswith("pip install"))
         command = ["bash", "-ec", script]

@@ -27,11 +27,8 @@ def test_the_page(bert: Path, llama: Path, classifiers: Path, language_adapters:
         copied(classifiers / outputs, tmp_path / "customers" / name)
     copied(classifiers / "five", tmp_path / "new")
     copied(language_adapters / "a1", tmp_path / "writers" / "pirate")
-    program = tmp_path / "bin" / "dvora"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dvora.cli "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "DVORA_SERVE_TOKEN": "a-long-secret"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DVORA_SERVE_TOKEN": "a-long-secret"}
     servers: list[subprocess.Popen[bytes]] = []
     outputs_of = []
     try:

@@ -150,7 +150,9 @@ def test_offline(base: Path, adapters: Path, merged: Merged, monkeypatch: pytest
 
 
 def test_settings_that_were_never_tried_are_refused(base: Path, adapters: Path) -> None:
-    with pytest.raises(RuntimeError, match="dvora-vllm does not serve"), serving(base, adapters, "-tp", "2"):
+    # Bound to cores, two workers need two NUMA nodes.
+    two = serving(base, adapters, "-tp", "2", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    with pytest.raises(RuntimeError, match="dvora-vllm does not serve"), two:
         pass
 
 

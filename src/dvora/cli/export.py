@@ -23,7 +23,11 @@ def export_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     to: Annotated[
-        Runtime, typer.Option(help="onnx: graphs for onnxruntime; web: the same with a page; executorch: a .pte.")
+        Runtime,
+        typer.Option(
+            help="onnx: graphs for onnxruntime; web: the same with a page; executorch: a .pte. For llama.cpp (gguf) "
+            "`dvora merge` and its converter; as LoRA there is no export."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the first adapter names")

