@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from benchmarks.exporting import BROWSER, PACKAGES, run, served
 from benchmarks.pictures import FOLDER
-from transcript.materials import lay_out
+from materials.files import lay_out
 
 NAME = "exported_page"
 SIZE = {"width": 736, "height": 484}
