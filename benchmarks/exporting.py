@@ -239,7 +239,7 @@ def of_llama_cpp(folder: Path) -> dict[str, Row]:
 MEASURES = {"onnxruntime": of_onnxruntime, "executorch": of_executorch, "llama.cpp": of_llama_cpp}
 WORKS = {
     "onnxruntime": "adapters switch; encoders, images, language models",
-    "onnxruntime-web": "adapters switch; encoders",
+    "onnxruntime-web": "adapters switch; encoders, language models",
     "ExecuTorch (XNNPACK)": "adapters switch; encoders, images",
     "llama.cpp": "merged only; language models",
 }

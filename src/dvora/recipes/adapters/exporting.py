@@ -131,7 +131,7 @@ def _write_page(folder: Path, model: Any, adapters: Mapping[str, Adapter]) -> No
     for file in WEB.iterdir():
         shutil.copy(file, folder / file.name)
     model.config.architectures = [type(model).__name__]
-    (folder / "config.json").write_text(model.config.to_json_string())
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
     if model.can_generate():
         (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
     listed = [{"name": name, "labels": adapter.labels} for name, adapter in adapters.items()]
