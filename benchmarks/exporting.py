@@ -1,6 +1,7 @@
-"""The command: `python -m benchmarks.exporting` exports MiniLM with twenty adapters and measures what runtimes do.
+"""The command: `python -m benchmarks.exporting RUNTIME` measures a runtime, and keeps the rows of the others.
 
-The browser is measured where `make web` has brought what the page runs with.
+onnxruntime: MiniLM with twenty adapters, also in the browser where `make web` has brought what the page runs with.
+executorch: the same adapters. llama.cpp: SmolLM2 with an adapter merged; in the environment of `make gguf`.
 """
 
 import argparse
@@ -13,22 +14,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.environment import machine
-from benchmarks.results import Row, file_of, write
+from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.population import write_perturbed
 from benchmarks.tables import table, text
 from dvora import DVoRAConfig
@@ -36,6 +36,7 @@ from materials.files import lay_out
 
 ADAPTERS, ROWS, BATCH = 20, 2000, 50
 BROWSER = "/usr/bin/chromium"
+SENTENCE = "A fine, funny and touching film."
 PACKAGES = Path(__file__).parents[1] / ".web" / "node_modules"
 
 
@@ -47,6 +48,8 @@ def run(folder: Path, *arguments: str) -> None:
 
 def logits(graph: Path, inputs: list[Mapping[str, NDArray[Any]]], adapter: NDArray[Any] | None) -> NDArray[Any]:
     """Of all batches, by one thread."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -58,6 +61,8 @@ def logits(graph: Path, inputs: list[Mapping[str, NDArray[Any]]], adapter: NDArr
 
 def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     """What int8 costs: beside a float adapter, and where the adapter was merged before."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     tokenizer = AutoTokenizer.from_pretrained(folder / "site")
     padded = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "np"}
     inputs = [dict(tokenizer(texts[start : start + BATCH], **padded)) for start in range(0, len(texts), BATCH)]
@@ -85,19 +90,36 @@ def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     return rows
 
 
-def in_python(site: Path) -> Row:
-    """onnxruntime in this process: reading a packed adapter, and a run with it."""
-    session = onnxruntime.InferenceSession(site / "one.onnx", providers=["CPUExecutionProvider"])
-    inputs = dict(AutoTokenizer.from_pretrained(site)(["A fine, funny and touching film."], return_tensors="np"))
+def switched(folder: Path, call: Callable[[NDArray[Any]], object]) -> Row:
+    """In this process: reading a packed adapter, and a run with it."""
     switch, compute = [], []
     for number in range(ADAPTERS):
         started = time.perf_counter()
-        adapter = load_file(site / "adapters" / f"tenant-{number:04d}.safetensors")["adapter"]
+        adapter = load_file(folder / "adapters" / f"tenant-{number:04d}.safetensors")["adapter"]
         read = time.perf_counter()
-        session.run(["output"], {"adapter": adapter, **inputs})
+        call(adapter)
         switch.append(read - started)
         compute.append(time.perf_counter() - read)
     return {"switch_ms": _median(switch), "run_ms": _median(compute)}
+
+
+def in_python(site: Path) -> Row:
+    """onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(site / "one.onnx", providers=["CPUExecutionProvider"])
+    inputs = dict(AutoTokenizer.from_pretrained(site)([SENTENCE], return_tensors="np"))
+    return switched(site, lambda adapter: session.run(["output"], {"adapter": adapter, **inputs}))
+
+
+def in_executorch(phone: Path) -> Row:
+    """ExecuTorch's runtime in Python."""
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(phone / "one.pte").load_method("forward")
+    inputs = AutoTokenizer.from_pretrained(phone)([SENTENCE], return_tensors="pt").values()
+    return switched(phone, lambda adapter: method.execute([torch.from_numpy(adapter), *inputs]))
 
 
 @contextmanager
@@ -149,7 +171,7 @@ def in_browser(site: Path) -> Row:
 
 def in_python_logits(site: Path) -> dict[str, NDArray[Any]]:
     """Of the page's sentence, by adapter."""
-    inputs = [dict(AutoTokenizer.from_pretrained(site)(["A fine, funny and touching film."], return_tensors="np"))]
+    inputs = [dict(AutoTokenizer.from_pretrained(site)([SENTENCE], return_tensors="np"))]
     names = [f"tenant-{number:04d}" for number in range(ADAPTERS)]
     vectors = {name: load_file(site / "adapters" / f"{name}.safetensors")["adapter"] for name in names}
     return {name: logits(site / "one.onnx", inputs, vector)[0] for name, vector in vectors.items()}
@@ -159,55 +181,102 @@ def _median(seconds: list[float]) -> float:
     return round(1000 * float(np.median(seconds)), 2)
 
 
+def write_adapters(folder: Path) -> None:
+    """Train one on movie reviews, and make twenty of it."""
+    common = ("--rank", "64", "--max-steps", "200", "--batch-size", "16")
+    data = ("--task", "text-classification", "--model", "minilm", "--data", "reviews.csv")
+    run(folder, "train", *data, *common, "--output", "run")
+    write_perturbed(folder / "run" / "adapter", folder / "tenants", ADAPTERS, heads=(2,))
+
+
+def exported(folder: Path, to: str, output: str, *options: str) -> Row:
+    """Export them; sizes, and the largest difference."""
+    run(folder, "export", "tenants", "--model", "minilm", "--to", to, "--output", output, *options)
+    report = json.loads((folder / output / "export.json").read_text())
+    sizes = {"bytes": report["bytes"], "bytes_an_adapter": report["bytes_an_adapter"]}
+    graph = "one.pte" if to == "executorch" else "one.onnx"
+    return {**sizes, "difference": report["differences"][graph]}
+
+
+def of_onnxruntime(folder: Path) -> dict[str, Row]:
+    """The rows of onnxruntime, also in the browser, and of int8."""
+    write_adapters(folder)
+    run(folder, "merge", "run", "--model", "minilm", "--output", "merged")
+    sizes = exported(folder, "web", "site", "--int8")
+    # The merged model's graph, with an adapter that changes nothing.
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+    nothing = get_peft_model(merged, DVoRAConfig(r=1, target_modules=["query"], task_type="SEQ_CLS"))
+    nothing.save_pretrained(folder / "nothing")
+    run(folder, "export", "nothing", "--model", "merged", "--to", "onnx", "--output", "merged-site")
+    with (folder / "reviews.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))[:ROWS]
+    labels = [int(row["label"] == "good") for row in read]
+    rows = int8(folder, [row["text"] for row in read], labels)
+    versions = {"version": version("onnxruntime")}
+    rows["runtime: onnxruntime"] = {**versions, **sizes, **in_python(folder / "site")}
+    if PACKAGES.is_dir():
+        package = json.loads((PACKAGES / "onnxruntime-web" / "package.json").read_text())
+        rows["runtime: onnxruntime-web"] = {"version": package["version"], **sizes, **in_browser(folder / "site")}
+    return rows
+
+
+def of_executorch(folder: Path) -> dict[str, Row]:
+    """The row of ExecuTorch."""
+    write_adapters(folder)
+    sizes = exported(folder, "executorch", "phone")
+    row = {"version": version("executorch"), **sizes, **in_executorch(folder / "phone")}
+    return {"runtime: ExecuTorch (XNNPACK)": row}
+
+
+def of_llama_cpp(folder: Path) -> dict[str, Row]:
+    """The row of llama.cpp."""
+    from benchmarks import llama_cpp
+
+    llama_cpp.run_page(folder)
+    return {"runtime: llama.cpp": {"version": version("llama-cpp-py-sync"), **llama_cpp.measured(folder)}}
+
+
+MEASURES = {"onnxruntime": of_onnxruntime, "executorch": of_executorch, "llama.cpp": of_llama_cpp}
+WORKS = {
+    "onnxruntime": "adapters switch; encoders, images, language models",
+    "onnxruntime-web": "adapters switch; encoders",
+    "ExecuTorch (XNNPACK)": "adapters switch; encoders, images",
+    "llama.cpp": "merged only; language models",
+}
+"""What tests/export/ runs."""
+
+
 def main() -> None:
     """Measure, and write the rows."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    console = Console(stderr=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runtime", choices=MEASURES)
+    measure = MEASURES[parser.parse_args().runtime]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        lay_out(folder)
-        console.print("training")
-        common = ("--rank", "64", "--max-steps", "200", "--batch-size", "16")
-        data = ("--task", "text-classification", "--model", "minilm", "--data", "reviews.csv")
-        run(folder, "train", *data, *common, "--output", "run")
-        run(folder, "merge", "run", "--model", "minilm", "--output", "merged")
-        write_perturbed(folder / "run" / "adapter", folder / "tenants", ADAPTERS, heads=(2,))
-        console.print("exporting")
-        run(folder, "export", "tenants", "--model", "minilm", "--to", "web", "--int8", "--output", "site")
-        # The merged model's graph, with an adapter that changes nothing.
-        merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
-        nothing = get_peft_model(merged, DVoRAConfig(r=1, target_modules=["query"], task_type="SEQ_CLS"))
-        nothing.save_pretrained(folder / "nothing")
-        run(folder, "export", "nothing", "--model", "merged", "--to", "onnx", "--output", "merged-site")
-        with (folder / "reviews.csv").open(newline="") as file:
-            read = list(csv.DictReader(file))[:ROWS]
-        labels = [int(row["label"] == "good") for row in read]
-        rows = int8(folder, [row["text"] for row in read], labels)
-        report = json.loads((folder / "site" / "export.json").read_text())
-        sizes = {"bytes": report["bytes"], "bytes_an_adapter": report["bytes_an_adapter"]}
-        difference = report["differences"]["one.onnx"]
-        rows["runtime: onnxruntime"] = {**sizes, **in_python(folder / "site"), "difference": difference}
-        if PACKAGES.is_dir():
-            rows["runtime: onnxruntime-web"] = {**sizes, **in_browser(folder / "site")}
-    for key, row in rows.items():
-        console.print(key, row)
-    write(file_of("exporting"), [{"key": key, "machine": machine(), **row} for key, row in rows.items()])
+        lay_out(Path(scratch))
+        rows = measure(Path(scratch))
+    file = file_of("exporting")
+    made = {key: {"key": key, "machine": machine(), **row} for key, row in rows.items()}
+    Console(stderr=True).print(made)
+    write(file, {**read_rows(file), **made}.values())
+
+
+def _of_runtime(name: str, row: Row) -> tuple[str, ...]:
+    if "equal_answers" in row:
+        sizes = " or ".join(f"{size / 1e6:.0f} MB ({kind})" for kind, size in row["bytes"].items())
+        loading = f"{' or '.join(f'{ms:.0f}' for ms in row['load_ms'].values())}, another file"
+        equal = f"{min(row['equal_answers'].values())} of {row['answers']} greedy answers equal"
+        return name, WORKS[name], f"{sizes} an adapter", loading, "", equal
+    return (
+        *(name, WORKS[name]),
+        f"{row['bytes'] / 1e6:.0f} MB + {row['bytes_an_adapter'] / 1e3:.0f} kB an adapter",
+        *(f"{row['switch_ms']:.1f}", f"{row['run_ms']:.0f}", f"{row['difference']:.0e}"),
+    )
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of the page about exporting."""
     rows = {row["key"]: row for row in result["rows"]}
-    runtimes = [
-        (
-            key.partition(": ")[2],
-            f"{row['bytes'] / 1e6:.0f} MB + {row['bytes_an_adapter'] / 1e3:.0f} kB an adapter",
-            f"{row['switch_ms']:.1f}",
-            f"{row['run_ms']:.0f}",
-            f"{row['difference']:.0e}",
-        )
-        for key, row in rows.items()
-        if key.startswith("runtime: ")
-    ]
+    runtimes = [_of_runtime(key.partition(": ")[2], row) for key, row in rows.items() if key.startswith("runtime: ")]
     quantised = [
         (
             key.partition(": ")[2],
@@ -221,10 +290,11 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     ]
     return {
         "exporting": text(
-            table(("runtime", "size", "switch, ms", "run, ms", "largest difference from PyTorch"), runtimes),
+            table(("runtime", "works", "size", "switch, ms", "run, ms", "largest difference from PyTorch"), runtimes),
             table(("MiniLM", "MB", "accuracy, %", "same class as float32, %", "mean difference of logits"), quantised),
             "`benchmarks/results/exporting.json`; MiniLM, r=64, twenty adapters, one sentence; a switch reads or "
-            f"fetches an adapter for the first time. int8: {rows['int8: float32']['rows']:,} rows, those that the "
+            "fetches an adapter for the first time. llama.cpp: SmolLM2-135M, [merged](export-merged.md). "
+            f"int8: {rows['int8: float32']['rows']:,} rows, those that the "
             "adapter was trained on among them, so only differences count.",
         )
     }
