@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig, BertModel
 
 import dvora
 from dvora.recipes.adapters.exporting import export
@@ -112,6 +112,15 @@ def test_pixels(tmp_path: Path) -> None:
     vit = tiny_models.vit(tmp_path / "vit")
     save_trained(vit, tmp_path / "adapters" / "a", 1)
     values = export(tmp_path / "adapters", tmp_path / "exported", "executorch", str(vit))
+    assert values["differences"]["one.pte"] < 1e-4
+
+
+def test_structured_matrices(tmp_path: Path) -> None:
+    """Their products view what attention gives, which fused attention, taken apart, gives with other strides."""
+    bert = tiny_models.bert(tmp_path / "bert")
+    BertModel(BertConfig.from_pretrained(bert, hidden_size=192, num_hidden_layers=1)).save_pretrained(bert)
+    save_trained(bert, tmp_path / "adapters" / "a", 1, rank=96)
+    values = export(tmp_path / "adapters", tmp_path / "exported", "executorch", str(bert))
     assert values["differences"]["one.pte"] < 1e-4
 
 
