@@ -128,8 +128,10 @@ def served(site: Path) -> Iterator[str]:
     handler = functools.partial(_Quiet, directory=site)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -145,7 +147,7 @@ def in_browser(site: Path) -> Row:
     (site / "node_modules").symlink_to(PACKAGES)
     with served(site) as address, sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]).new_page()
-        page.goto(address)
+        page.goto(f"{address}index.html")
         page.wait_for_function("window.last", timeout=60_000)
         first, again = [], []
         differences = []
@@ -237,7 +239,7 @@ def of_llama_cpp(folder: Path) -> dict[str, Row]:
 MEASURES = {"onnxruntime": of_onnxruntime, "executorch": of_executorch, "llama.cpp": of_llama_cpp}
 WORKS = {
     "onnxruntime": "adapters switch; encoders, images, language models",
-    "onnxruntime-web": "adapters switch; encoders",
+    "onnxruntime-web": "adapters switch; encoders, language models",
     "ExecuTorch (XNNPACK)": "adapters switch; encoders, images",
     "llama.cpp": "merged only; language models",
 }

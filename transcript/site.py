@@ -18,7 +18,7 @@ from dvora.recipes.data import columns as names
 from dvora.recipes.settings import Settings, default_of
 
 ROOT = Path(__file__).parent.parent
-PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.svg\)$", flags=re.MULTILINE)
+PICTURE = re.compile(r"^!\[(.*?)\]\((\S*pictures/\w+)\.(svg|webp)\)$", flags=re.MULTILINE)
 
 
 @event_priority(100)
@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for marker, write in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, write())
-    return PICTURE.sub(r"![\1](\2.svg#only-light)\n![\1](\2-dark.svg#only-dark)", markdown)
+    return PICTURE.sub(r"![\1](\2.\3#only-light)\n![\1](\2-dark.\3#only-dark)", markdown)
 
 
 def commands() -> str:

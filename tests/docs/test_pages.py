@@ -79,7 +79,7 @@ def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path, desk: Path) -> N
 def test_every_block_is_run_or_says_why_not(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     opened = FENCES.findall(text)[::2]
-    assert {*opened} <= {"python", "console", "sh", "csv"}
+    assert {*opened} <= {"python", "console", "sh", "csv", "html"}
     assert ("console" in opened) == (name(path) in PAGES)
     assert name(path) in WITH_SERVERS or opened.count("sh") == len(
         re.findall(r"^<!-- not run: .+ -->\n```sh$", text, flags=re.MULTILINE)
@@ -136,9 +136,10 @@ def test_every_public_name_is_in_the_reference_once() -> None:
 
 
 def test_every_picture_has_a_dark_variant_and_is_shown() -> None:
-    shown = {match for path in FILES for match in re.findall(r"pictures/(\w+)\.svg", path.read_text(encoding="utf-8"))}
-    drawn = {path.stem for path in (DOCS / "pictures").iterdir()}
-    assert drawn == shown | {f"{name}-dark" for name in shown}
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    shown = set(re.findall(r"pictures/(\w+)\.(svg|webp)\)", texts))
+    drawn = {path.name for path in (DOCS / "pictures").iterdir()}
+    assert drawn == {f"{name}{ending}.{kind}" for name, kind in shown for ending in ("", "-dark")}
 
 
 def test_pictures_are_readable_at_the_width_of_a_page() -> None:

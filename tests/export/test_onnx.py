@@ -39,8 +39,11 @@ def inputs_of(base: Path, texts: list[str]) -> dict[str, np.ndarray]:
     return dict(AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="np"))
 
 
-def logits_of(base: Path, adapter: Path | None, texts: list[str]) -> np.ndarray:
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+def logits_of(base: Path, adapter: Path | None, texts: list[str], labels: int = 3) -> np.ndarray:
+    with torch.random.fork_rng():
+        # Of the head that a base without one gets.
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
     model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
     with torch.no_grad():
         logits: np.ndarray = model(

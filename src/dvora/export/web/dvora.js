@@ -42,6 +42,11 @@ export class Model {
     return this.adapters.get(name);
   }
 
+  /** An adapter as an input of the graph. */
+  tensor({ vector }) {
+    return new this.ort.Tensor("float32", vector, [vector.length]);
+  }
+
   /**
    * The output of one text.
    *
@@ -51,13 +56,79 @@ export class Model {
   async run(ids, adapter) {
     const size = [1, ids.length], whole = values => new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), size);
     const given = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) };
-    const inputs = { [TENSOR]: new this.ort.Tensor("float32", adapter.vector, [adapter.vector.length]) };
+    const inputs = { [TENSOR]: this.tensor(adapter) };
     for (const name of this.session.inputNames) {
       if (name === TENSOR) continue;
       if (!(name in given)) throw new Error(`the graph has the input ${name}, which this page does not know`);
       inputs[name] = whole(given[name]);
     }
     return (await this.session.run(inputs)).output;
+  }
+}
+
+/** Pipelines of transformers.js over one session; each has its adapter, so that several may be at work at once. */
+export class Pipelines {
+  /**
+   * @param ort the module of onnxruntime-web, the same one that transformers.js imports.
+   * @param transformers the module of transformers.js.
+   * @param folder and graph as of Model.load.
+   */
+  static async load(ort, transformers, folder = "./", graph = "one.onnx") {
+    if (!knows(transformers, new ort.Tensor("float32", [0], [1])))
+      throw new Error("transformers.js runs with another copy of onnxruntime; let both import one, by an import map");
+    // Read here, since transformers.js would keep the files in the browser's cache, also when the model is exported again.
+    const json = async name => (await fetched(`${folder}${name}.json`)).json();
+    const config = await json("config"), [architecture] = config.architectures;
+    if (!(architecture in transformers)) throw new Error(`transformers.js has no ${architecture}, which the model is`);
+    const [words, settings, model] = await Promise.all([json("tokenizer"), json("tokenizer_config"), Model.load(ort, folder, graph)]);
+    const Tokenizer = transformers[settings.tokenizer_class] ?? transformers.PreTrainedTokenizer;
+    // transformers.js would take spaces before commas out of what is generated, which PyTorch's transformers does not.
+    const tokenizer = new Tokenizer(words, { ...settings, clean_up_tokenization_spaces: false });
+    const generates = model.session.inputNames.some(input => input.startsWith("past_key_values"));
+    const configs = generates ? { generation_config: await json("generation_config") } : {};
+    const output = generates || architecture.includes("For") ? "logits" : "last_hidden_state";
+    return new Pipelines(model, transformers, config, configs, tokenizer, output);
+  }
+
+  constructor(model, transformers, config, configs, tokenizer, output) {
+    Object.assign(this, { model, transformers, config, configs, tokenizer, output });
+  }
+
+  /**
+   * A pipeline with an adapter.
+   *
+   * @param Pipeline a class of transformers.js, such as TextClassificationPipeline.
+   * @param name of the adapter; "null" is the base itself.
+   */
+  async pipeline(Pipeline, name) {
+    const { PretrainedConfig, [this.config.architectures[0]]: Adapted } = this.transformers;
+    const adapter = await this.model.adapter(name);
+    const config = new PretrainedConfig({ ...this.config, id2label: adapter.labels.length ? adapter.labels : null });
+    return new Pipeline({ model: new Adapted(config, { model: this.#session(adapter) }, this.configs), tokenizer: this.tokenizer });
+  }
+
+  /** What a model of transformers.js runs: the graph with an adapter, its outputs with the names that it looks for. */
+  #session(adapter) {
+    const { model } = this, { session } = model;
+    return {
+      inputNames: session.inputNames.filter(input => input !== TENSOR),
+      // The sizes of the first, empty cache, in which this name stands for the number of rows.
+      inputMetadata: session.inputMetadata.map(input => ({ ...input, shape: ["batch_size", ...input.shape.slice(1)] })),
+      run: async inputs => {
+        const { output, ...cache } = await session.run({ ...inputs, [TENSOR]: model.tensor(adapter) });
+        // Of a language model there are those of the last token, without a dimension of tokens.
+        const [rows, words] = output.dims, named = "generation_config" in this.configs ? output.reshape([rows, 1, words]) : output;
+        return { [this.output]: named, ...cache };
+      },
+    };
+  }
+}
+
+function knows(transformers, tensor) {
+  try {
+    return new transformers.Tensor(tensor).ort_tensor === tensor;
+  } catch {
+    return false;
   }
 }
 

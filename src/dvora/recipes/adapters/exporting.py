@@ -80,7 +80,7 @@ def export(
 
             compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
         if runtime == "web":
-            _write_page(folder, adapters)
+            _write_page(folder, loaded, adapters)
         values = {
             "base_model": base,
             "output": str(output),
@@ -113,7 +113,8 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Tr
         return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
     tokenizer = load_tokenizer(base, trust)
     generates = model.can_generate() and model.get_output_embeddings() is not None
-    tokenizer.save_pretrained(folder)
+    # With its chat template, which transformers.js does not look for in a file of its own.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     # Of different lengths: a mask without zeros would be left out of the graph.
     inputs = tokenizer(
         [*(texts or TEXTS)], padding=True, padding_side="left" if generates else None, return_tensors="pt"
@@ -123,10 +124,15 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Tr
     return sample_of_encoder(dict(inputs), output)
 
 
-def _write_page(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+def _write_page(folder: Path, model: Any, adapters: Mapping[str, Adapter]) -> None:
+    """The page, the list of adapters, and what transformers.js reads of a model."""
     from ...export.verified import ADAPTERS
 
     for file in WEB.iterdir():
         shutil.copy(file, folder / file.name)
+    model.config.architectures = [type(model).__name__]
+    (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    if model.can_generate():
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
     listed = [{"name": name, "labels": adapter.labels} for name, adapter in adapters.items()]
     (folder / ADAPTERS / "index.json").write_text(json.dumps(listed))
