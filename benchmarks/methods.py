@@ -8,6 +8,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     RandLoraConfig,
+    RoadConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -50,6 +51,7 @@ METHODS: Mapping[str, Callable[..., PeftConfig]] = {
     "vera": lambda rank, targets, seed: VeraConfig(r=rank, target_modules=targets, projection_prng_key=seed),
     "randlora": lambda rank, targets, seed: RandLoraConfig(r=rank, target_modules=targets, projection_prng_key=seed),
     "ia3": lambda rank, targets, seed: IA3Config(target_modules=targets, feedforward_modules=[]),
+    "road": lambda rank, targets, seed, **options: RoadConfig(target_modules=targets, **options),
     "vblora": lambda rank, targets, seed, **options: VBLoRAConfig(r=rank, target_modules=targets, **options),
     "unilora": lambda rank, targets, seed, **options: UniLoraConfig(
         r=rank, target_modules=targets, proj_seed=seed, **options

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from benchmarks.hyperadapt import scaled
 from benchmarks.methods import peft_config
 from benchmarks.quality.grid import Arm, Rates
 
@@ -30,6 +31,8 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         return backbone
+    if arm.method == "hyperadapt":
+        return scaled(backbone)
     targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
     if arm.method == "magnitude":
         targets = f"{layers['attention']}|{layers['feed_forward']}"

@@ -51,7 +51,8 @@ class Arm:
         tuned_as: the arm whose tuned rates this one takes, times `rate_factor`.
         base: float32, quantised as nf4, or fine_tuned before.
         schedule: how the rates fall after the warm-up.
-        steps_factor: trains so many times as long as the task's other arms.
+        steps_factor: trains so many times as long as the task's other arms, in trials too.
+        steps: by task, where they are no multiple.
         tasks, seeds: None: all.
     """
 
@@ -66,7 +67,8 @@ class Arm:
     rate_factor: float = 1.0
     base: Literal["float32", "nf4", "fine_tuned"] = "float32"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    steps_factor: int = 1
+    steps_factor: float = 1
+    steps: Mapping[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
 
@@ -134,13 +136,18 @@ class Grid:
             finals = [self.final(task, name, seed, rows) for task, name in pairs if seed in self.seeds_of(name)]
             yield from (run for run in finals if run)
 
+    def steps(self, task: str, name: str) -> int:
+        """Of an arm's runs on a task."""
+        arm = self.arms[name]
+        return arm.steps.get(task) or round(self.tasks[task].steps * arm.steps_factor)
+
     def final(self, task: str, name: str, seed: int, rows: Rows) -> Run | None:
         """The run that is evaluated on the test split; None until its rates are chosen."""
         arm = self.arms[name]
         if arm.method in FIXED:
             return Run(task, name, "final", seed, 0, None)
         rates = self.chosen(task, name, rows)
-        return rates and Run(task, name, "final", seed, self.tasks[task].steps * arm.steps_factor, rates)
+        return rates and Run(task, name, "final", seed, self.steps(task, name), rates)
 
     def chosen(self, task: str, name: str, rows: Rows) -> Rates | None:
         """The rates of an arm's final runs; None while trials are missing."""
@@ -156,17 +163,17 @@ class Grid:
 
     def trials(self, task: str, name: str, rows: Rows) -> list[Run]:
         """The trials that follow from the finished ones, which are included."""
-        arm, plan = self.arms[name], self.tasks[task]
+        arm, steps = self.arms[name], self.steps(task, name)
         middle = sorted(arm.rates)[len(arm.rates) // 2]
         start = self._usual(task, arm, middle)
         seed = self.training["tuning_seed"]
-        runs = [Run(task, name, "trial", seed, plan.steps, start.times(rate / middle)) for rate in arm.rates]
+        runs = [Run(task, name, "trial", seed, steps, start.times(rate / middle)) for rate in arm.rates]
         if all(run.key in rows for run in runs):
             losses = {run.rates.adapter: loss_of(rows[run.key]) for run in runs if run.rates}
             best = min(losses, key=losses.__getitem__)
             rates = start.times(best / middle)
             last = one_more(losses, self.tuning["between"])
-            runs.append(Run(task, name, "trial", seed, plan.steps, rates.times(last / rates.adapter)))
+            runs.append(Run(task, name, "trial", seed, steps, rates.times(last / rates.adapter)))
         return runs
 
     def _usual(self, task: str, arm: Arm, rate: float) -> Rates:
