@@ -1,5 +1,6 @@
 """HyperAdapt (arXiv 2509.18629), which PEFT does not have: vectors scale rows and columns of frozen weights."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -29,10 +30,15 @@ class ScaledLinear(nn.Module):
         return y if bias is None else y + bias.to(y.dtype)
 
 
-def scaled(model: nn.Module) -> nn.Module:
-    """The model with every linear layer scaled, in place."""
-    for parent in [*model.modules()]:
-        for name, layer in [*parent.named_children()]:
-            if isinstance(layer, nn.Linear):
-                setattr(parent, name, ScaledLinear(layer))
+def scaled(model: nn.Module, targets: Sequence[str] = ("",)) -> nn.Module:
+    """The model with its linear layers scaled, in place.
+
+    Args:
+        model: frozen.
+        targets: how their names end; left out, all.
+    """
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and name.endswith(tuple(targets)):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, ScaledLinear(layer))
     return model

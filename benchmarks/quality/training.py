@@ -1,7 +1,7 @@
 """The steps of a run: the same batches, schedule and clipping for every method."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,22 @@ from benchmarks.quality.grid import Grid, Run
 
 def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:
     """Train in place; the loss of the last steps, and the time of a step."""
+    losses, times = [], []
+    for loss, seconds in steps(grid, run, task, reader):
+        losses.append(loss)
+        times.append(seconds)
+    if not math.isfinite(losses[-1]):
+        return {"diverged": True}
+    last = max(1, run.steps // 10)
+    return {
+        "diverged": False,
+        "training_loss": float(np.mean(losses[-last:])),
+        "seconds_per_step": float(np.median(times)),
+    }
+
+
+def steps(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> Iterator[tuple[float, float]]:
+    """Loss and seconds of each step, which is taken when it is asked for; the last one's loss may not be finite."""
     arm = grid.arms[run.arm]
     assert run.rates is not None
     members = groups(reader.backbone, reader.head, run.rates)
@@ -25,27 +41,21 @@ def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str,
         optimizer, _rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule])
     )
     reader.train()
-    losses, times = [], []
     for rows in task.batches(run.seed, run.steps):
         start = perf_counter()
         # Not around the loop: the casts of weights are kept until the context ends, and trained weights would go stale.
         with precision():
             loss = task.loss(reader, rows)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return {"diverged": True}
-        loss.backward()
-        nn.utils.clip_grad_norm_(everything, grid.training["max_gradient_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        times.append(perf_counter() - start)
-    last = max(1, run.steps // 10)
-    return {
-        "diverged": False,
-        "training_loss": float(np.mean(losses[-last:])),
-        "seconds_per_step": float(np.median(times)),
-    }
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
+            nn.utils.clip_grad_norm_(everything, grid.training["max_gradient_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        yield value, perf_counter() - start
+        if not math.isfinite(value):
+            return
 
 
 def precision() -> torch.autocast:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
+from benchmarks.hyperadapt import scaled
 from benchmarks.methods import peft_config
 
 
@@ -33,6 +34,7 @@ class Arm(NamedTuple):
 
 
 BASE, FULL, MAGNITUDE = Arm("base"), Arm("full fine-tuning"), Arm("dvora magnitude")
+HYPERADAPT, ROAD, IA3 = Arm("HyperAdapt"), Arm("RoAd"), Arm("(IA)3")
 MERGED = Arm("dvora merged", 256)
 DENSE, STRUCTURED = {"projection_init": "kaiming_uniform"}, {"projection_init": "structured"}
 METHODS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -40,6 +42,8 @@ METHODS: Mapping[str, tuple[str, dict[str, str]]] = {
     "DoRA": ("dora", {}),
     "VeRA": ("vera", {}),
     "RandLoRA": ("randlora", {}),
+    ROAD.method: ("road", {"variant": "road_2"}),
+    IA3.method: ("ia3", {}),
     "dvora dense": ("dvora", DENSE),
     "dvora structured": ("dvora", STRUCTURED),
     MAGNITUDE.method: ("magnitude", {}),
@@ -60,6 +64,8 @@ def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
         return base
     if arm == FULL:
         return unfrozen(base)
+    if arm == HYPERADAPT:
+        return moved(scaled(sharing_copy(base), targets))
     # A merge writes to the weights, so this model has its own.
     own = copy.deepcopy(base) if arm.method == MERGED.method else sharing_copy(base)
     # PEFT's other methods draw their initial values from torch's global generator.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.speed import workloads
-from benchmarks.speed.arms import BASE, FULL, MAGNITUDE, MERGED, Arm
+from benchmarks.speed.arms import BASE, FULL, HYPERADAPT, IA3, MAGNITUDE, MERGED, ROAD, Arm
 from benchmarks.speed.workloads import Workload
 
 
@@ -18,13 +18,13 @@ SMALL = [Arm("LoRA", 16), Arm("LoRA", 1), Arm("dvora structured", 64)]
 COMPARED = [BASE, FULL, *SMALL, Arm("RandLoRA", 32), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)]
 """The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones; LoRA r=1 is as small."""
 FEW = [BASE, *SMALL, *at_rank(256), Arm("DoRA", 16)]
-WHOLE_MODEL = [*FEW, Arm("LoRA", 8), MAGNITUDE]
+WHOLE_MODEL = [*FEW, Arm("LoRA", 8), MAGNITUDE, HYPERADAPT, ROAD, IA3]
 TINY = [BASE, Arm("LoRA", 1), Arm("DoRA", 4), *at_rank(16)]
 """For models of hidden size 64."""
 DECODING = [*(arm for arm in COMPARED if arm != FULL), MERGED]
 LEFT_OUT = (
     "hidden 2,048: eight methods, no bfloat16, no prompts and no decoding",
-    "SmolLM2: eight methods, 128 tokens; MiniLM: ten methods, 16 x 32 and 64 x 32 tokens",
+    "SmolLM2: eight methods, 128 tokens; MiniLM: thirteen methods, 16 x 32 and 64 x 32 tokens",
     "bfloat16: the Llama block of hidden 1,024, 512 tokens of training",
     "GPUs: nothing here was run on one; `python -m benchmarks.speed --device cuda` would",
 )

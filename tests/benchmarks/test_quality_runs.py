@@ -14,6 +14,8 @@ from benchmarks.quality.__main__ import main
 from benchmarks.quality.grid import FILE, Grid, Rates, Run, TaskPlan, read_grid
 from benchmarks.quality.heads import best_linear
 from benchmarks.quality.labelled import problem
+from benchmarks.quality.pace import ARMS as ARMS_OF_PACE
+from benchmarks.quality.pace import parts, timed
 from benchmarks.quality.running import carry_out
 
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
@@ -50,6 +52,13 @@ def test_a_run_again_gives_the_same_row_and_a_trial_does_not_look_at_the_test_sp
     assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
     assert {"test", "items"} <= set(first)
     assert not {"test", "items"} & set(second)
+
+
+def test_steps_are_timed_in_turns(grid: Grid) -> None:
+    rows = timed(grid, "movie_ratings", count=2)
+    assert [made["arm"] for made in rows] == [*ARMS_OF_PACE]
+    assert all(made["ratio"][0] <= made["ratio"][1] <= made["ratio"][2] for made in rows)
+    assert "RoAd" in parts({"rows": rows})["pace"]
 
 
 @pytest.mark.parametrize(
