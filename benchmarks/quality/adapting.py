@@ -9,12 +9,15 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.hyperadapt import scaled
 from benchmarks.methods import peft_config
+from benchmarks.parts import with_parts
 from benchmarks.quality.grid import Arm, Rates
 
 SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 """Parts of the names of tensors that PEFT saves though they come from a seed."""
+
+MAGNITUDES = ("dvora_magnitude", "lora_magnitude", ".rows")
+"""Likewise of what scales rows."""
 
 
 def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int) -> nn.Module:
@@ -31,8 +34,8 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         return backbone
-    if arm.method == "hyperadapt":
-        return scaled(backbone)
+    if arm.method == "parts":
+        return with_parts(backbone, rank=arm.r or 0, seed=seed, **arm.options)
     targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
     if arm.method == "magnitude":
         targets = f"{layers['attention']}|{layers['feed_forward']}"
@@ -50,7 +53,7 @@ def groups(model: nn.Module, head: nn.Module | None, rates: Rates) -> list[dict[
     members: dict[str, list[nn.Parameter]] = {"adapter": [], "magnitude": [], "head": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_magnitude = "dvora_magnitude" in name or "lora_magnitude" in name
+            is_magnitude = any(part in name for part in MAGNITUDES)
             members["magnitude" if is_magnitude and rates.magnitude else "adapter"].append(parameter)
     members["head"] = [] if head is None else list(head.parameters())
     return [

@@ -12,8 +12,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from benchmarks.hyperadapt import scaled
 from benchmarks.methods import peft_config
+from benchmarks.parts import with_parts
 
 
 class Arm(NamedTuple):
@@ -65,7 +65,7 @@ def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
     if arm == FULL:
         return unfrozen(base)
     if arm == HYPERADAPT:
-        return moved(scaled(sharing_copy(base), targets))
+        return moved(with_parts(sharing_copy(base), rows=True, columns=True, targets=targets))
     # A merge writes to the weights, so this model has its own.
     own = copy.deepcopy(base) if arm.method == MERGED.method else sharing_copy(base)
     # PEFT's other methods draw their initial values from torch's global generator.

@@ -21,7 +21,7 @@ from benchmarks.quality.running import carry_out
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
 ARMS = (
     *("structured_r64", "dvora_r256", "lora_r1", "dora_r1", "vera_r256", "magnitude", "bitfit", "ia3", "full"),
-    *("hyperadapt", "road", "vblora", "unilora_4096", "randlora", "structured_r64_nf4"),
+    *("hyperadapt", "rows_columns_low_rank", "road", "vblora", "unilora_4096", "randlora", "structured_r64_nf4"),
 )
 
 
