@@ -80,7 +80,7 @@ class Labelled:
         """Cross-entropy or half the squared error."""
         return self._losses(model(self._batch("batches", rows)), self.parts["batches"].labels[rows]).mean()
 
-    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
+    def evaluate(self, model: Callable[[dict[str, Tensor]], Tensor], part: str) -> Evaluation:
         """Accuracy or correlation."""
         return self.evaluate_outputs(self._everything(model, part), part)
 

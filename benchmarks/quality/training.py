@@ -38,7 +38,7 @@ def steps(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> Iterator[tu
     everything = [parameter for group in members for parameter in group["params"]]
     optimizer = torch.optim.AdamW(members)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule])
+        optimizer, rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule])
     )
     reader.train()
     for rows in task.batches(run.seed, run.steps):
@@ -71,7 +71,8 @@ FALLS: Mapping[str, Callable[[float], float]] = {
 """What is left of the rate by the share of the steps after the warm-up that is done."""
 
 
-def _rate_at(steps: int, warmup: float, falls: Callable[[float], float]) -> Any:
+def rate_at(steps: int, warmup: float, falls: Callable[[float], float]) -> Callable[[int], float]:
+    """The factor on all rates by step: it rises over a share of the steps, then falls as one of `FALLS` says."""
     rising = max(1, round(steps * warmup))
 
     def factor(step: int) -> float:

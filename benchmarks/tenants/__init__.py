@@ -1,0 +1,1 @@
+"""A classifier for each of many tenants, methods side by side: `python -m benchmarks.tenants`."""

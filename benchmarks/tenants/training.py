@@ -1,0 +1,190 @@
+"""A classifier for every tenant: DVoRA's side by side through a bank, the others' one after another, in equal steps."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer
+
+import dvora
+from benchmarks.methods import peft_config
+from benchmarks.quality.adapting import adapted, saved_bytes
+from benchmarks.quality.evaluation import Evaluation
+from benchmarks.quality.grid import Grid, Run, TaskPlan, read_grid
+from benchmarks.quality.labelled import Labelled, Part
+from benchmarks.quality.models import SentenceReader, load_minilm, quietly
+from benchmarks.quality.training import FALLS, precision, rate_at, trained
+from benchmarks.tenants.serving import features_of, one_adapter_a_row, times_the_base
+from benchmarks.tenants.sources import KINDS, tenants
+from dvora.bank import TenantAdamW
+from materials.batches import Sentences, unlabelled
+from materials.models import minilm
+
+ARMS = ("frozen", "structured_r64", "magnitude", "hyperadapt", "lora_r1", "lora_r8")
+"""Of the grid of `benchmarks.quality`, with the rates that are tried there first."""
+IN_BANK = ("structured_r64", "magnitude")
+TASK = "tenants"
+PLAN = TaskPlan("minilm", steps=60, batch=8, train=1000, validation=1000, test=1000)
+"""Of every tenant; all of its rows are used."""
+TUNED_ON = 6
+"""Every sixth tenant chooses the rates."""
+TOGETHER = 8
+"""Tenants in a step of the bank."""
+
+
+class Outcome(NamedTuple):
+    """What came of all tenants, in their order."""
+
+    evaluations: list[Evaluation]
+    training_seconds: float
+    """Of the processor."""
+    serving: list[float]
+    """The time of a batch with a row of each, as `times_the_base` has it; none in trials."""
+
+
+def grid_of_tenants() -> Grid:
+    """The arms as the grid has them; all tenants are one task, and get one rate."""
+    grid = read_grid()
+    arms = {name: replace(grid.arms[name], tasks=None) for name in ARMS}
+    return replace(grid, tasks={TASK: PLAN}, arms=arms, training={**grid.training, "final_seeds": [0]})
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """The row of a run: means over its tenants, and the score of each."""
+    start, grid = perf_counter(), grid_of_tenants()
+    part, every = ("validation", TUNED_ON) if run.stage == "trial" else ("test", 1)
+    with quietly():
+        some = all_tenants()[::every]
+        evaluations, seconds, serving = (_in_bank if run.arm in IN_BANK else _one_by_one)(grid, run, some, part)
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = saved_bytes(_reader(grid, run, some[0]).backbone, Path(folder)) if run.rates else {}
+    loss, score = (float(np.mean([getattr(each, of) for each in evaluations])) for of in ("loss", "score"))
+    return {
+        **{"key": run.key, **vars(run), "rates": run.rates and vars(run.rates)},
+        part: {"loss": loss if math.isfinite(loss) else None, "score": score},
+        "scores": {tenant.name: round(of.score, 5) for tenant, of in zip(some, evaluations, strict=True)},
+        **{"training_seconds": round(seconds, 1), "serving": serving, **sizes},
+        "seconds": round(perf_counter() - start, 1),
+    }
+
+
+@lru_cache(maxsize=1)
+def all_tenants() -> list[Labelled]:
+    """Read and tokenised once a process."""
+    tokenizer, found = AutoTokenizer.from_pretrained(minilm()), []
+    for task in tenants(KINDS):
+        parts = {
+            name: Part(unlabelled(some.texts, tokenizer), torch.from_numpy(some.labels))
+            for name, some in (("train", task.train), ("validation", task.validation), ("test", task.test))
+        }
+        found.append(Labelled(task.name, PLAN, {**parts, "batches": parts["train"]}, len(task.classes)))
+    return found
+
+
+def _one_by_one(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> Outcome:
+    evaluations, seconds = [], 0.0
+    for tenant in some:
+        reader = _reader(grid, run, tenant)
+        if run.steps:
+            start = process_time()
+            trained(grid, run, tenant, reader)
+            seconds += process_time() - start
+        with precision():
+            evaluations.append(tenant.evaluate(reader, part))
+    if run.stage == "trial":
+        return Outcome(evaluations, seconds, [])
+    batch = _one_row_of_each(some)
+    base = features_of(load_minilm("float32"), batch)
+    each = features_of(one_adapter_a_row(reader.backbone, len(some)), batch)
+    return Outcome(evaluations, seconds, times_the_base(each, base))
+
+
+def _in_bank(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> Outcome:
+    arm, layers = grid.arms[run.arm], grid.layers[PLAN.model]
+    options = {**arm.options, "modules_to_save": ["head"]}
+    config = peft_config(arm.method, arm.r, f"{layers['attention']}|{layers['feed_forward']}", run.seed, options)
+    model = some[0].model("float32").requires_grad_(False)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for tenant in some:
+            get_peft_model(tenant.model("float32"), config).save_pretrained(folder / tenant.name)
+        bank = stack.enter_context(dvora.AdapterBank(model, like=folder / some[0].name))
+        for tenant in some:
+            bank.add(tenant.name, folder / tenant.name, allow_unchanged=True)
+
+        @torch.no_grad()
+        def answer(names: Sequence[str], batch: dict[str, Tensor]) -> Tensor:
+            with bank.rows(names):
+                return model(batch)
+
+        start = process_time()
+        for first in range(0, len(some), TOGETHER):
+            _train_together(grid, run, bank, model, some[first : first + TOGETHER])
+        seconds = process_time() - start
+        with precision():
+            evaluations = [
+                tenant.evaluate(lambda batch, name=tenant.name: answer([name] * len(batch["ids"]), batch), part)
+                for tenant in some
+            ]
+        if run.stage == "trial":
+            return Outcome(evaluations, seconds, [])
+        names, batch = [tenant.name for tenant in some], _one_row_of_each(some)
+        base = features_of(load_minilm("float32"), batch)
+        return Outcome(evaluations, seconds, times_the_base(lambda: answer(names, batch), base))
+
+
+def _train_together(
+    grid: Grid, run: Run, bank: dvora.AdapterBank, model: SentenceReader, some: Sequence[Labelled]
+) -> None:
+    """Steps with the rows that each tenant's own steps would have."""
+    arm, rates, parts = grid.arms[run.arm], run.rates, [tenant.parts["batches"] for tenant in some]
+    ids = tuple(ids for part in parts for ids in part.sentences.ids)
+    rows = Sentences(ids, torch.cat([part.labels for part in parts]), parts[0].sentences.padding)
+    firsts = np.cumsum([0, *(len(part.labels) for part in parts[:-1])])
+    adapters = bank.trainable([tenant.name for tenant in some])
+    optimizer = TenantAdamW(
+        adapters,
+        rates.adapter,
+        learning_rates={"magnitude": rates.magnitude or rates.adapter, "head": rates.head},
+        max_grad_norm=grid.training["max_gradient_norm"],
+    )
+    schedule = LambdaLR(optimizer, rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule]))
+    names = [tenant.name for tenant in some for _ in range(PLAN.batch)]
+    for of_tenants in zip(*(tenant.batches(run.seed, run.steps) for tenant in some), strict=True):
+        chosen = np.concatenate([first + own for first, own in zip(firsts, of_tenants, strict=True)])
+        ids, mask = rows.batch(chosen)
+        with adapters.rows(names) as in_training:
+            with precision():
+                outputs = model({"ids": ids, "mask": mask})
+            in_training.loss(cross_entropy(outputs, rows.labels[chosen], reduction="none")).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    bank.publish(adapters)
+
+
+def _reader(grid: Grid, run: Run, tenant: Labelled) -> SentenceReader:
+    """As an arm starts: the fitted head behind what the arm adapts."""
+    reader = tenant.model("float32")
+    if run.rates:
+        reader.backbone = adapted(reader.backbone, grid.arms[run.arm], grid.layers[PLAN.model], run.seed)
+    return reader
+
+
+def _one_row_of_each(some: Sequence[Labelled]) -> dict[str, Tensor]:
+    sentences = [tenant.parts["test"].sentences for tenant in some]
+    first = Sentences(tuple(each.ids[0] for each in sentences), torch.zeros(len(some)), sentences[0].padding)
+    ids, mask = first.batch(np.arange(len(some)))
+    return {"ids": ids, "mask": mask}

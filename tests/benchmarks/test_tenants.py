@@ -1,0 +1,70 @@
+"""A classifier for each tenant: parts that do not overlap, one start for all, and a bank that trains as one by one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks.quality.grid import Rates, Run
+from benchmarks.tenants import training
+from benchmarks.tenants.sources import KINDS, ROWS, tenants
+from benchmarks.tenants.table import LABELS
+from benchmarks.tenants.training import ARMS, IN_BANK, TASK, carry_out, grid_of_tenants
+from materials.splits import same_text
+
+STILL, USUAL = 1e-9, 0.005
+ROUNDING = 5e-3
+"""Of a loss in bfloat16."""
+
+
+@pytest.fixture(autouse=True)
+def two_tenants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They have three classes and four."""
+    monkeypatch.setattr(training, "KINDS", {"kinds": 2})
+    monkeypatch.setattr(training, "TUNED_ON", 1)
+    training.all_tenants.cache_clear()
+    yield
+    training.all_tenants.cache_clear()
+
+
+def row(arm: str, rate: float, stage: Any = "trial") -> dict[str, Any]:
+    return carry_out(Run(TASK, arm, stage, 0, 6, Rates(rate, rate, rate)))
+
+
+def frozen() -> dict[str, Any]:
+    return carry_out(Run(TASK, "frozen", "trial", 0, 0, None))
+
+
+def test_every_tenant_has_classes_of_its_own_and_no_text_in_two_parts() -> None:
+    every = tenants()
+    assert len(every) == sum(KINDS.values()) == len({task.classes for task in every})
+    for task in every:
+        texts = [same_text(text) for part in (task.train, task.validation, task.test) for text in part.texts]
+        assert len(set(texts)) == len(texts), task.name
+        assert 100 <= len(texts) <= ROWS, task.name
+        assert set(task.train.labels) == set(range(len(task.classes))), task.name
+
+
+def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
+    assert set(LABELS) == set(ARMS)
+    trials = [run.arm for run in grid_of_tenants().waiting({}, [TASK], ARMS) if run.stage == "trial"]
+    assert {arm: trials.count(arm) for arm in ARMS} == {arm: 0 if arm == "frozen" else 3 for arm in ARMS}
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "frozen"])
+def test_every_arm_starts_from_the_head_alone_and_leaves_it_as_it_was(arm: str) -> None:
+    before = frozen()["validation"]["loss"]
+    moved = row(arm, USUAL)
+    assert abs(moved["validation"]["loss"] - before) > ROUNDING
+    assert 0 < moved["smallest_bytes"] < moved["saved_bytes"]
+    assert row(arm, STILL)["validation"]["loss"] == pytest.approx(before, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("arm", IN_BANK)
+def test_a_bank_trains_and_serves_as_one_by_one(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = row(arm, USUAL, "final")
+    monkeypatch.setattr(training, "IN_BANK", ())
+    alone = row(arm, USUAL, "final")
+    assert together["test"]["loss"] == pytest.approx(alone["test"]["loss"], abs=ROUNDING)
+    assert [*together["scores"].values()] == pytest.approx([*alone["scores"].values()], abs=0.02)
+    assert together["serving"][1] > 0
