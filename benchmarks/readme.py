@@ -25,6 +25,7 @@ from benchmarks.speed.tables import overhead, speed
 from benchmarks.speed.targets import all_targets as targets_of_speed
 from benchmarks.speed.targets import targets_table
 from benchmarks.tables import table, text
+from benchmarks.tenants.table import tenants
 from benchmarks.users.jobs import users
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +209,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),
         "users": users(load("users")),
+        "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
         "reinforcement": reinforcement(load("reinforcement")),
         "demo": demo(load("demo")),

@@ -51,7 +51,7 @@ def tenants(content: Mapping[str, Any]) -> str:
     return text(
         table((*head, "training all, s", "serving, times the base"), lines),
         f"Means over {len(some['scores'])} tenants with 95 % intervals over them, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours of one core (`benchmarks/results/tenants.json`; torch "
+        f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours on a core shared with other work (`benchmarks/results/tenants.json`; torch "
         f"{environment['torch']}, PEFT {environment['peft']}, CPU). Training: the processor's seconds in one thread, "
         "in bfloat16. Serving: a batch with a row of each tenant, beside the frozen base's, in turns, medians, in "
         "float32. Bytes are without heads, which all have.",
