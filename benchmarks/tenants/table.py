@@ -20,44 +20,40 @@ LABELS = {
 
 
 def tenants(content: Mapping[str, Any]) -> str:
-    """One row an arm that has been judged on the test rows; seeds are averaged tenant by tenant."""
-    rows: Sequence[Mapping[str, Any]] = content["rows"]
-    finals = {arm: [row for row in rows if (row["arm"], row["stage"]) == (arm, "final")] for arm in LABELS}
-    lines = []
-    for arm, label in LABELS.items():
-        if not finals[arm]:
-            continue
-        scores, gains = _scores(finals[arm]), _scores(finals[arm]) - _scores(finals["frozen"])
-        mean, gain = over_seeds(scores), over_seeds(gains)
-        line = [label, f"{mean.mean:.1f} ({mean.low:.1f} to {mean.high:.1f})"]
-        if arm == "frozen":
-            lines.append([*line, "", "", "", "", ""])
-            continue
-        first = finals[arm][0]
-        above = _scores(finals[arm]) - _scores(finals["lora_r1"]) if finals["lora_r1"] else None
-        lines.append(
-            [
-                *line,
-                f"{points(gain.mean, gain)}; {(gains < 0).sum()} worse",
-                "" if arm == "lora_r1" or above is None else points(above.mean(), over_seeds(above)),
-                kilobytes(first["smallest_bytes"] * len(first["scores"])),
-                f"{np.median([row['training_seconds'] for row in finals[arm]]):.0f}",
-                f"{np.median([row['serving'][1] for row in finals[arm]]):.2f}",
-            ]
-        )
-    some, environment = finals["frozen"][0], content["environment"]
-    seeds = len({row["seed"] for arm in LABELS for row in finals[arm]})
+    """One line an arm that has been judged on the test rows."""
+    rows, environment = content["rows"], content["environment"]
+    finals = {row["arm"]: row for row in rows if row["stage"] == "final"}
+    scores = {arm: 100 * np.array([*row["scores"].values()]) for arm, row in finals.items()}
+    hours = sum(row["seconds"] for row in rows) / 3600
     head = ("", "test accuracy, %", "above the head alone", "above LoRA r=1", "kB of all, float16")
     return text(
-        table((*head, "training all, s", "serving, times the base"), lines),
-        f"Means over {len(some['scores'])} tenants with 95 % intervals over them, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours on a core shared with other work (`benchmarks/results/tenants.json`; torch "
-        f"{environment['torch']}, PEFT {environment['peft']}, CPU). Training: the processor's seconds in one thread, "
-        "in bfloat16. Serving: a batch with a row of each tenant, beside the frozen base's, in turns, medians, in "
-        "float32. Bytes are without heads, which all have.",
+        table(
+            (*head, "training all, s", "serving, times the base"),
+            [_line(arm, finals[arm], scores) for arm in LABELS if arm in finals],
+        ),
+        f"Means over {len(scores['frozen'])} tenants with 95 % intervals over them, one seed, {hours:.1f} hours on a core "
+        f"shared with other work (`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT "
+        f"{environment['peft']}, CPU). Training: the processor's seconds in one thread, in bfloat16. Serving: a batch with "
+        "a row of each tenant, beside the frozen base's, in turns, medians, in float32. Bytes are without heads, which "
+        "all have.",
     )
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """In percent, of each tenant, means over the seeds."""
-    return 100 * np.mean([[*row["scores"].values()] for row in rows], axis=0)
+def _line(arm: str, row: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> Sequence[str]:
+    mean = over_seeds(scores[arm])
+    first = [LABELS[arm], f"{mean.mean:.1f} ({mean.low:.1f} to {mean.high:.1f})"]
+    if arm == "frozen":
+        return [*first, "", "", "", "", ""]
+    gains = scores[arm] - scores["frozen"]
+    return [
+        *first,
+        f"{_above(gains)}; {(gains < 0).sum()} worse",
+        "" if arm == "lora_r1" else _above(scores[arm] - scores["lora_r1"]),
+        kilobytes(row["smallest_bytes"] * len(gains)),
+        f"{row['training_seconds']:.0f}",
+        f"{row['serving'][1]:.2f}",
+    ]
+
+
+def _above(differences: np.ndarray) -> str:
+    return points(differences.mean(), over_seeds(differences))
