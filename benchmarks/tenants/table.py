@@ -31,11 +31,11 @@ def tenants(content: Mapping[str, Any]) -> str:
             (*head, "training all, s", "serving, times the base"),
             [_line(arm, finals[arm], scores) for arm in LABELS if arm in finals],
         ),
-        f"Means over {len(scores['frozen'])} tenants with 95 % intervals over them, one seed, {hours:.1f} hours on a core "
-        f"shared with other work (`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT "
-        f"{environment['peft']}, CPU). Training: the processor's seconds in one thread, in bfloat16. Serving: a batch with "
-        "a row of each tenant, beside the frozen base's, in turns, medians, in float32. Bytes are without heads, which "
-        "all have.",
+        f"Means over {len(scores['frozen'])} tenants with 95 % intervals over them, one seed, {hours:.1f} hours on a "
+        f"core shared with other work (`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT "
+        f"{environment['peft']}, CPU). Training: the processor's seconds in one thread, in bfloat16. Serving: a batch "
+        "with a row of each tenant, beside the frozen base's, in turns, medians, in float32. Bytes are without heads, "
+        "which all have.",
     )
 
 

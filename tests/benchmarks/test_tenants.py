@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality.grid import Rates, Run
+from benchmarks.quality.models import quietly
 from benchmarks.quality.training import precision
 from benchmarks.tenants import training
 from benchmarks.tenants.sources import KINDS, ROWS, tenants
@@ -33,10 +34,12 @@ def row(arm: str, rate: float, stage: Any = "trial") -> dict[str, Any]:
     return carry_out(Run(TASK, arm, stage, 0, 6, Rates(rate, rate, rate)))
 
 
-def unadapted() -> float:
-    """The loss of the heads that training starts from."""
-    with precision():
-        return mean(tenant.evaluate(tenant.model("float32"), "validation").loss for tenant in training.all_tenants(2))
+def unadapted(divisor: int) -> float:
+    """The loss of the heads of such a part of the rows."""
+    with quietly(), precision():
+        return mean(
+            tenant.evaluate(tenant.model("float32"), "validation").loss for tenant in training.all_tenants(divisor)
+        )
 
 
 def test_every_tenant_has_classes_of_its_own_and_no_text_in_two_parts() -> None:
@@ -55,9 +58,15 @@ def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
     assert {arm: trials.count(arm) for arm in ARMS} == {arm: 0 if arm == "frozen" else 3 for arm in ARMS}
 
 
+def test_the_head_alone_is_that_of_all_training_rows() -> None:
+    alone = carry_out(Run(TASK, "frozen", "trial", 0, 0, None))
+    assert alone["validation"]["loss"] == pytest.approx(unadapted(1))
+    assert unadapted(1) != pytest.approx(unadapted(2))
+
+
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "frozen"])
 def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str) -> None:
-    before = unadapted()
+    before = unadapted(2)
     moved = row(arm, USUAL)
     assert abs(moved["validation"]["loss"] - before) > ROUNDING
     assert 0 < moved["smallest_bytes"] < moved["saved_bytes"]
