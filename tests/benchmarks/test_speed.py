@@ -53,7 +53,7 @@ def test_times_are_compared_within_a_setting() -> None:
 
 @pytest.mark.parametrize("arm", [BASE, FULL, *(Arm(method, 4) for method in METHODS)], ids=lambda arm: arm.name)
 def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
-    workload = linears(64, 176)
+    workload = linears(64, 192)
     base = workload.frozen(torch.float32)
     model = adapted(base, arm, workload.targets)
     x = workload.inputs(1, 8, torch.float32)
