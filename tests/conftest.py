@@ -15,6 +15,9 @@ from hypothesis import settings
 import dvora
 from tests.fresh import preload
 
+LONG = {"benchmarks", "cli", "docs", "export", "hardening", "histories", "serve"}
+"""Folders of files whose tests are few and long."""
+
 # The doctor's new processes are forks of the same server.
 preload()
 
@@ -63,6 +66,11 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files go to processes in this order: the last ones should be short, or one process works long after the others.
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish() -> None:

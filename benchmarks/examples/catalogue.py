@@ -137,7 +137,7 @@ CATALOGUE: tuple[Example, ...] = (
         "federated_flower",
         "Flower's simulation",
         "three clients; federated averages of vectors, and of updates; vectors in 8 bits",
-        limit_seconds=900,
+        limit_seconds=600,
         processes=2,
         needs=("flwr", "ray"),
     ),

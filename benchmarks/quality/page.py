@@ -30,6 +30,8 @@ LABELS: Mapping[str, str] = {
     "vera_r256": "VeRA r=256",
     "magnitude": "magnitude only",
     "ia3": "(IA)3, all linear layers",
+    "hyperadapt": "HyperAdapt",
+    "road": "RoAd",
     "bitfit": "BitFit",
     "vblora": "VB-LoRA",
     "unilora_32768": "Uni-LoRA, 32,768",
@@ -72,6 +74,13 @@ SETTINGS = (
     Setting("base in nf4, 1,000 steps", ("_nf4",), "frozen_nf4"),
     Setting("base fine-tuned before", ("_continued",), "frozen_continued"),
 )
+LENGTHS: Mapping[str, str] = {
+    "structured_r64_250": "lora_r1_time_250",
+    "structured_r64": "lora_r1_time_500",
+    "structured_r64_1000": "lora_r1_time_1000",
+    "structured_r64_2000": "lora_r1_time_2000",
+}
+"""Arms of DVoRA r=64 of several lengths, and of LoRA r=1 that train for as long."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 CHOICES = (
     ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
@@ -111,6 +120,7 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, s
     result = result_of(content)
     return {
         "equal-bytes": _main(result, content["environment"]),
+        "equal-time": _equal_time(result),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
@@ -172,6 +182,24 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
         f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
+    )
+
+
+def _equal_time(result: Result) -> str:
+    def steps(arm: str, tasks: Sequence[str]) -> str:
+        counts = sorted({row["steps"] for task in tasks for row in result.finals(task, arm).values()})
+        return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+    rows = []
+    for ours, theirs in LENGTHS.items():
+        tasks = result.tasks(ours, theirs)
+        gain = result.gain(tasks, ours, theirs) if tasks else None
+        if gain is not None:
+            pairs = sum(len(result.finals(task, ours).keys() & result.finals(task, theirs).keys()) for task in tasks)
+            cells = (steps(ours, tasks), steps(theirs, tasks), points(gain.mean, gain), f"{len(tasks)}", f"{pairs}")
+            rows.append(cells)
+    return table(
+        ("steps of DVoRA r=64", "of LoRA r=1, in that time", "points above it", "tasks", "pairs of runs"), rows
     )
 
 
