@@ -50,6 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     asked = chosen(arguments)
     if problem := first_problem(asked):
         sys.exit(problem)
+    if asked.first == "cpu":
+        return
     try:
         install(checked_out())
     except CheckoutError as error:

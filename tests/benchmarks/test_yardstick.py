@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.yardstick import __main__ as command
-from benchmarks.yardstick import first, needs, rows
+from benchmarks.yardstick import environment, first, needs, rows
 from benchmarks.yardstick.checkout import CheckoutError, check_unchanged, checked_out
 from benchmarks.yardstick.experiments import (
     ADAPTER_FILE,
@@ -343,3 +343,14 @@ def test_without_pefts_repository_there_are_no_short_runs_and_the_reason_is_give
     ((name, reason),) = first.short_runs(tmp_path / "nothing", tmp_path)
     assert name == "MetaMathQA"
     assert str(reason).startswith(f"PEFT is not installed from {tmp_path / 'nothing'}")
+
+
+def test_without_the_repository_the_hour_goes_on_and_a_comparison_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "checked_out", lambda: checked_out(tmp_path / "peft", "no such place"))
+    monkeypatch.setattr(environment, "first_problem", lambda _: None)
+    environment.main(["--first"])
+    assert "--first goes on without PEFT's repository" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="git fetch failed"):
+        environment.main([])
