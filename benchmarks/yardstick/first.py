@@ -15,14 +15,10 @@ from benchmarks.environment import machine
 from benchmarks.kernel_count import kernels, launched
 from benchmarks.results import Row, write
 from benchmarks.speed import plan, workloads
-from benchmarks.speed.__main__ import quieten
+from benchmarks.speed.__main__ import quieten, show
 from benchmarks.speed.arms import BASE, Arm
-from benchmarks.speed.metrics import time_ratio
 from benchmarks.speed.plan import Run
 from benchmarks.speed.runner import Counts, Report, carry_out
-from benchmarks.speed.tables import missing
-from benchmarks.speed.timing import spread
-from benchmarks.tables import table, text
 from benchmarks.yardstick.checkout import FOLDER, ROOT
 from benchmarks.yardstick.environment import is_installed_from
 from benchmarks.yardstick.experiments import of_task
@@ -38,8 +34,6 @@ EXPERIMENTS = ("lora/llama-3.2-3B-rank1-all-linear", "dvora/llama-3.2-3B-rank256
 SHORT = {"max_steps": 500, "eval_steps": 500}
 """A tenth of PEFT's steps. The test set is the whole one, since no setting shortens it."""
 COUNTS: Counts = {"kernels": lambda step: kernels(step).total(), "launched": launched}
-SETTING = ("part", "workload", "dtype", "batch", "tokens")
-LORA = Arm("LoRA", 1)
 
 # The sizes of MiniLM, where starting kernels is the cost, and of Llama-3.2-3B, where computing is.
 minilm_sizes = partial(workloads.bert, 384, blocks=6)
@@ -51,7 +45,7 @@ RUNS: dict[str, Sequence[Run]] = {
         Run("decode", llama_sizes, plan.WHOLE_MODEL, "bfloat16", tokens=1, rounds=11),
     ),
     "cpu": tuple(
-        Run(part, plan.llama_64, [BASE, LORA, Arm("dvora structured", 16)], batch=2, tokens=1, rounds=2)
+        Run(part, plan.llama_64, [BASE, Arm("LoRA", 1), Arm("dvora structured", 16)], batch=2, tokens=1, rounds=2)
         for part in ("whole step", "decode")
     ),
 }
@@ -76,7 +70,6 @@ def measure_first(device: str) -> None:
     for planned in RUNS[device]:
         carry_out(planned, report, device, COUNTS)
         save()
-    print(described(report.rows))
     if device == "cuda":
         # PEFT's script has the device for itself.
         torch.cuda.empty_cache()
@@ -87,7 +80,7 @@ def measure_first(device: str) -> None:
                 report.rows.append({"part": TASK.name, "arm": experiment, "row": outcome})
                 print(described_short(experiment, outcome))
             save()
-    print(text(*missing({"not_measured": report.not_measured})))
+    show(report, lambda rows: ())
     print(f"Everything is in {file}: commit that file, or attach it to an issue of the project.")
 
 
@@ -104,22 +97,6 @@ def short_runs(checkout: Path, folder: Path) -> Iterator[tuple[str, Row | str]]:
                 place_short(experiment, task_folder, SHORT)
                 reason = run(experiment, task_folder)
                 yield experiment.full_name, reason or finished_row(experiment, task_folder) or "no row"
-
-
-def described(rows: Sequence[Row]) -> str:
-    """A table of each model: milliseconds, their ratio to LoRA r=1's, and kernels a layer beyond the base's."""
-    blocks: list[str | list[str]] = []
-    for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
-        here = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
-        lines = []
-        for row in here:
-            ratio = time_ratio(here, row["arm"], LORA.name)
-            counts = [f"{(row[count] - here[0][count]) / row['layers']:.1f}" if row[count] else "" for count in COUNTS]
-            milliseconds = f"{1e3 * spread(row['seconds']).median:.2f}"
-            lines.append((row["arm"], milliseconds, f"{ratio.median:.2f}" if ratio else "", *counts))
-        head = ("", "ms", f"to {LORA.name}", "kernels a layer", "by the GPU's profiler")
-        blocks += [" ".join(map(str, setting)), table(head, lines)]
-    return text(*blocks)
 
 
 def described_short(experiment: str, row: Row) -> str:
