@@ -114,9 +114,9 @@ bench: setup  ## write benchmarks/results/*.json
 
 # An environment of their own: PEFT's scripts ask for the PEFT of a clone, whose commit and branch their rows have.
 YARDSTICK := .venv-yardstick/bin/python -m benchmarks.yardstick
-yardstick:  ## PEFT's method comparison with DVoRA, on a GPU; ARGS="MetaMathQA" for one task, ARGS=--tryout for a trial on a CPU
+yardstick:  ## PEFT's method comparison with DVoRA, on a GPU; ARGS=--first for what an hour tells, ARGS=--tryout for a trial on a CPU
 	@$(PYTHON) -m benchmarks.yardstick.needs $(ARGS)
-	$(MAKE) setup VENV=.venv-yardstick EXTRAS=peft
+	$(MAKE) setup VENV=.venv-yardstick EXTRAS=demo
 	$(YARDSTICK).environment $(ARGS)
 	$(YARDSTICK) $(ARGS)
 

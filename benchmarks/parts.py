@@ -38,7 +38,7 @@ class PartsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the base alone would give."""
-        y = F.linear(x if self.columns is None else x * self.columns, self.base.weight)
+        y = F.linear(x if self.columns is None else (x * self.columns).to(x.dtype), self.base.weight)
         dtype = y.dtype
         if self.rank:
             y = y + F.linear(F.linear(x, self.A) * self.lambda_d, self.w_B) * self.lambda_b

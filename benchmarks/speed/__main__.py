@@ -17,11 +17,13 @@ from benchmarks.results import file_of, write
 from benchmarks.speed import plan
 from benchmarks.speed.arms import BASE
 from benchmarks.speed.memory import measure_kept, measure_resident
-from benchmarks.speed.metrics import Rows
+from benchmarks.speed.metrics import Rows, time_ratio
 from benchmarks.speed.plan import Run
 from benchmarks.speed.runner import Report, carry_out
 from benchmarks.speed.targets import Target, all_targets
 from benchmarks.speed.timing import ratios, spread
+
+LORA = "LoRA r=1"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,22 +69,30 @@ def selected(runs: Iterable[Run], chosen: argparse.Namespace) -> list[Run]:
 
 
 def show(report: Report, targets_of: Callable[[Rows], Iterable[Target]]) -> None:
-    """Ratios to the base, the targets, and what is missing."""
+    """Ratios to the base and to LoRA r=1, kernels a layer beyond the base's, the targets, and what is missing."""
     console, keys = Console(), ("part", "workload", "dtype", "batch", "tokens")
     timed = [row for row in report.rows if all(key in row for key in ("batch", "seconds"))]
     for setting in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
         rows = [row for row in timed if tuple(row[key] for key in keys) == setting]
-        shown = Table("", "ms", "to base", "quartiles", title=" ".join(map(str, setting)))
+        lora = any(row["arm"] == LORA for row in rows)
+        counts = [count for count in ("kernels", "launched") if lora and rows[0].get(count)]
+        heads = ["", "ms", "to base", "quartiles", *([f"to {LORA}"] if lora else []), *counts]
+        shown = Table(*heads, title=" ".join(map(str, setting)))
         for row in rows:
             low, median, high = spread(ratios(row["seconds"], rows[0]["seconds"]))
             milliseconds = spread(row["seconds"]).median * 1e3
-            shown.add_row(row["arm"], f"{milliseconds:.2f}", f"{median:.3f}", f"{low:.3f} - {high:.3f}")
+            cells = [row["arm"], f"{milliseconds:.2f}", f"{median:.3f}", f"{low:.3f} - {high:.3f}"]
+            if lora_ratio := time_ratio(rows, row["arm"], LORA):
+                cells.append(f"{lora_ratio.median:.3f}")
+            cells += [f"{(row[count] - rows[0][count]) / row['layers']:.1f}" for count in counts if row[count]]
+            shown.add_row(*cells)
         console.print(shown)
     targets = Table("metric", "target", "median (quartiles)", "met", title="targets")
     for target in targets_of(report.rows):
         if target.measured is not None:
             targets.add_row(*target.cells())
-    console.print(targets)
+    if targets.row_count:
+        console.print(targets)
     for miss in report.not_measured:
         console.print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
 

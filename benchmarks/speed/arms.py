@@ -65,13 +65,14 @@ def adapted(base: nn.Module, arm: Arm, targets: Sequence[str]) -> nn.Module:
     if arm == FULL:
         return unfrozen(base)
     if arm == HYPERADAPT:
-        return moved(with_parts(sharing_copy(base), rows=True, columns=True, targets=targets))
+        model = with_parts(sharing_copy(base), rows=True, columns=True, targets=targets)
+        return moved(model.to(next(base.parameters()).device))
     # A merge writes to the weights, so this model has its own.
     own = copy.deepcopy(base) if arm.method == MERGED.method else sharing_copy(base)
     # PEFT's other methods draw their initial values from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = moved(get_peft_model(own, config_of(arm, targets)))
+        model = moved(get_peft_model(own, config_of(arm, targets)))
     return cast(nn.Module, torch.compile(model)) if arm.compiled else model
 
 

@@ -13,13 +13,17 @@ import dvora
 from benchmarks.results import Row
 from benchmarks.speed.arms import MERGED, Arm, adapted
 from benchmarks.speed.plan import Run
-from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step
+from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step, whole_step
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FAILURES = (AttributeError, ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
 """What a library answers with where a method does not work in a setting."""
+
+
+Counts = Mapping[str, Callable[[Step], Any]]
+"""What is found out of a step that ran once, by the names in the rows."""
 
 
 class Named(Protocol):
@@ -61,7 +65,7 @@ class Report:
         setting: Mapping[str, Any],
         makers: Mapping[Named, Callable[[], Step]],
         rounds: int,
-        counts: Mapping[str, Callable[[Step], Any]] | None = None,
+        counts: Counts | None = None,
     ) -> None:
         """Make the step of each method, run it once, time all in turns, and add a row for each that works.
 
@@ -69,7 +73,7 @@ class Report:
             setting: what is the same in all rows; `part` and `workload` among it.
             makers: of the steps; the first is the reference.
             rounds: how often each is timed.
-            counts: what else is found out of a step that ran once, by the names in the rows.
+            counts: what else goes into the rows.
         """
         steps: dict[Named, Step] = {}
         counted: dict[Named, dict[str, Any]] = {}
@@ -90,7 +94,7 @@ class Report:
             self.add({**setting, **arm.described(), **measured})
 
 
-def carry_out(run: Run, report: Report, device: str = "cpu") -> None:
+def carry_out(run: Run, report: Report, device: str = "cpu", counts: Counts | None = None) -> None:
     """Time one run's methods in turns and add a row for each."""
     workload, dtype = run.workload(), DTYPES[run.dtype]
     base = workload.frozen(dtype).to(device)
@@ -102,12 +106,13 @@ def carry_out(run: Run, report: Report, device: str = "cpu") -> None:
         if arm.method == MERGED.method:
             contexts.enter_context(dvora.merged(model.eval()))
         step = STEPS[run.part](workload, model, x)
-        return step if device == "cpu" else partial(_finished, step)
+        return partial(_finished, step) if device.startswith("cuda") else step
 
-    setting = {"part": run.part, "workload": workload.name, "dtype": run.dtype, "batch": run.batch}
+    layers = sum(name.endswith(workload.targets) for name, _ in base.named_modules())
+    setting = {"part": run.part, "workload": workload.name, "dtype": run.dtype, "batch": run.batch, "layers": layers}
     with ExitStack() as contexts:
         makers = {arm: partial(make, arm) for arm in run.arms}
-        report.time_in_turns({**setting, "tokens": run.tokens}, makers, run.rounds)
+        report.time_in_turns({**setting, "tokens": run.tokens}, makers, run.rounds, counts)
 
 
 def _finished(step: Step) -> None:
@@ -122,6 +127,7 @@ def _decode(workload: Workload, model: nn.Module, x: Tensor) -> Step:
 
 STEPS: dict[str, Callable[[Workload, nn.Module, Tensor], Step]] = {
     "training": training_step,
+    "whole step": whole_step,
     "prefill": prefill_step,
     "decode": _decode,
 }

@@ -1,4 +1,4 @@
-"""PEFT's method comparison with DVoRA: python -m benchmarks.yardstick [--tryout | --rates] [TASK ...]
+"""PEFT's method comparison with DVoRA: python -m benchmarks.yardstick [--first | --tryout | --rates] [TASK ...]
 
 Runs PEFT's scripts, unchanged, on those of our experiments that have no row yet, keeps their rows in `rows/`, and shows
 them beside PEFT's. The exit status is 1 if a run failed. `make yardstick` prepares the environment.
@@ -67,13 +67,13 @@ def try_out(task: Task, checkout: Path) -> list[str]:
     Returns:
         The experiments that failed, each with the reason.
     """
-    from benchmarks.yardstick.tryout.prepare import OFFLINE, check_copies, place_short, prepare
+    from benchmarks.yardstick.tryout.prepare import MODEL, OFFLINE, TINY, check_copies, place_short, prepare
 
     os.environ |= OFFLINE
     folder = prepare(task, checkout, TRIAL)
     failed = []
     for experiment in of_task(task.name):
-        place_short(experiment, folder)
+        place_short(experiment, folder, {"model_id": MODEL.format(task=task.name), **TINY})
         if reason := run(experiment, folder, ["--on-cpu"]):
             failed.append(f"{task.name} {experiment.name}: {reason}")
     check_copies(task, checkout, TRIAL)
@@ -108,6 +108,11 @@ def main(arguments: Sequence[str]) -> int:
     asked = chosen(arguments)
     if problem := first_problem(asked):
         sys.exit(problem)
+    if asked.first:
+        from benchmarks.yardstick.first import measure_first
+
+        measure_first(asked.first)
+        return 0
     if not asked.tryout and (problem := next(filter(None, map(check_access, asked.tasks)), None)):
         sys.exit(problem)
     if asked.rates:

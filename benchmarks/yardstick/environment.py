@@ -46,13 +46,18 @@ def is_installed_from(checkout: Path) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Fetch and install, unless what a run needs is missing."""
-    if problem := first_problem(chosen(arguments)):
+    """Fetch and install, unless what a run needs is missing; most of `--first` needs nothing that is fetched."""
+    asked = chosen(arguments)
+    if problem := first_problem(asked):
         sys.exit(problem)
+    if asked.first == "cpu":
+        return
     try:
         install(checked_out())
     except CheckoutError as error:
-        sys.exit(str(error))
+        if not asked.first:
+            sys.exit(str(error))
+        print(f"{error}\n--first goes on without PEFT's repository", file=sys.stderr)
 
 
 def _pip(*arguments: str) -> None:

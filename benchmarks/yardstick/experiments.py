@@ -25,6 +25,13 @@ IMAGE_LAYERS = (
     *("to_qkv_mlp_proj", "linear_in", "linear_out"),
 )
 """Those of PEFT's experiments with VeRA and LoRA."""
+LORA = {
+    **{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True},
+    **{"use_dora": False, "use_rslora": False},
+}
+"""LoRA r=1, as PEFT's own experiments have it of other ranks."""
+LORA_WEIGHT_DECAY = {"MetaMathQA": 0.1, "image-gen": 0.0001}
+"""PEFT's default of each task."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,11 @@ class Experiment:
         task: of PEFT's comparison.
         name: of the folder.
         target_modules: the layers that are adapted.
-        rate: of lambda_b and lambda_d.
+        rate: of lambda_b and lambda_d, or of LoRA.
         projection_init: the distribution of the shared matrices.
         task_type: as PEFT names it, or None.
         row_norm: the median norm of the rows that are adapted, to which the magnitude's rate is proportional.
+        method: "dvora", or "lora" of rank 1, which has neither matrices nor magnitude.
     """
 
     task: str
@@ -48,6 +56,12 @@ class Experiment:
     projection_init: str = "kaiming_uniform"
     task_type: str | None = "CAUSAL_LM"
     row_norm: float = 1.0
+    method: str = METHOD
+
+    @property
+    def full_name(self) -> str:
+        """The method and the folder, as PEFT's tables name an experiment."""
+        return f"{self.method}/{self.name}"
 
     @property
     def magnitude_rate(self) -> float:
@@ -66,12 +80,16 @@ CATALOGUE = (
     # Without warm-up or decay, as PEFT's experiments there: half of the rate.
     Experiment("image-gen", "flux2-klein-rank256", IMAGE_LAYERS, rate=0.005, task_type=None),
     Experiment("image-gen", "flux2-klein-rank256-structured", IMAGE_LAYERS, 0.005, "structured", None),
+    # LoRA on PEFT's default layers, and on all.
+    Experiment("MetaMathQA", "llama-3.2-3B-rank1", QUERY_VALUE, rate=0.0015, method="lora"),
+    Experiment("MetaMathQA", "llama-3.2-3B-rank1-all-linear", ALL_LINEAR, rate=0.0015, method="lora"),
+    Experiment("image-gen", "flux2-klein-rank1", IMAGE_LAYERS, rate=0.00075, task_type=None, method="lora"),
 )
 
 
 def folder_of(experiment: Experiment) -> Path:
     """Where an experiment's two files are."""
-    return EXPERIMENTS / experiment.task / METHOD / experiment.name
+    return EXPERIMENTS / experiment.task / experiment.full_name
 
 
 def of_task(task: str) -> list[Experiment]:
@@ -80,9 +98,11 @@ def of_task(task: str) -> list[Experiment]:
 
 
 def adapter_config(experiment: Experiment) -> dict[str, Any]:
-    """What `adapter_config.json` holds: every setting, so that later defaults change no experiment."""
+    """What `adapter_config.json` holds: of DVoRA every setting, so that later defaults change no experiment."""
     from dvora import DVoRAConfig
 
+    if experiment.method != METHOD:
+        return LORA | {"target_modules": [*experiment.target_modules], "task_type": experiment.task_type}
     scale = experiment.rate / experiment.magnitude_rate
     config = DVoRAConfig(
         r=RANK,
@@ -98,6 +118,9 @@ def adapter_config(experiment: Experiment) -> dict[str, Any]:
 
 def training_params(experiment: Experiment) -> dict[str, Any]:
     """What `training_params.json` holds: the optimizer's arguments, all else as PEFT has it."""
+    if experiment.method != METHOD:
+        decay = LORA_WEIGHT_DECAY[experiment.task]
+        return {"optimizer_kwargs": {"lr": experiment.rate, "weight_decay": decay}}
     # Decay would pull the magnitude, which starts at the norms of the rows, to zero.
     return {"optimizer_kwargs": {"lr": round(experiment.magnitude_rate, 6), "weight_decay": 0.0}}
 

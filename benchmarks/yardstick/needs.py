@@ -19,12 +19,22 @@ FILES = {"black-forest-labs/FLUX.2-klein-base-4B": "model_index.json"}
 
 
 def chosen(arguments: Sequence[str]) -> argparse.Namespace:
-    """What the command line asks for: `tasks`, `tryout`, `rates`."""
+    """What the command line asks for: `tasks`, `first` (a device or None), `tryout`, `rates`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"all if none is named: {', '.join(TASKS)}")
-    parser.add_argument("--tryout", action="store_true", help="tiny models and data on a CPU, a few steps")
-    parser.add_argument("--rates", action="store_true", help="read the models and compare our rates with their rows")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--first",
+        nargs="?",
+        const="cuda",
+        choices=("cuda", "cpu"),
+        help="an hour on a GPU: kernels, times of steps, short runs; --first=cpu: tiny, whether everything runs",
+    )
+    instead.add_argument("--tryout", action="store_true", help="tiny models and data on a CPU, a few steps")
+    instead.add_argument("--rates", action="store_true", help="read the models and compare our rates with their rows")
     found = parser.parse_args(arguments)
+    if found.first and found.tasks:
+        parser.error("--first has runs of its own: name no TASK with it")
     if unknown := [name for name in found.tasks if name not in TASKS]:
         parser.error(f"TASK is {unknown[0]!r}, expected one of {', '.join(TASKS)}")
     if found.tryout and set(found.tasks) - set(TRIED):
@@ -35,9 +45,11 @@ def chosen(arguments: Sequence[str]) -> argparse.Namespace:
 
 def first_problem(asked: argparse.Namespace) -> str | None:
     """What is missing for what was asked, with what to do, or None."""
+    if asked.first:
+        return None if asked.first == "cpu" else check_device("CUDA")
     if asked.tryout or asked.rates:
         return check_python()
-    return check_python() or check_device()
+    return check_python() or check_device("CUDA", "XPU")
 
 
 def check_python() -> str | None:
@@ -51,15 +63,15 @@ def check_python() -> str | None:
     )
 
 
-def check_device() -> str | None:
-    """What is wrong with the devices that torch sees, or None."""
+def check_device(*kinds: str) -> str | None:
+    """What is wrong with the devices that torch sees, of which one of some kinds is needed, or None."""
     import torch
 
-    if torch.cuda.is_available() or torch.xpu.is_available():
+    if any(getattr(torch, kind.lower()).is_available() for kind in kinds):
         return None
     return (
-        f"no GPU: torch {torch.__version__} sees neither a CUDA nor an XPU device, and PEFT's scripts run on nothing "
-        f"else. Run this on a machine that has one. ({TRYOUT}.)"
+        f"no GPU: torch {torch.__version__} sees no {' or '.join(kinds)} device, and this runs on nothing else. Run it "
+        f"on a machine that has one. ({TRYOUT}.)"
     )
 
 
@@ -86,6 +98,6 @@ def _version(numbers: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    chosen(sys.argv[1:])
+    asked = chosen(sys.argv[1:])
     # A process has torch only once its environment is there; the next step looks for the device.
-    sys.exit(check_python())
+    sys.exit(None if asked.first else check_python())

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.yardstick.experiments import Experiment, of_task
-from benchmarks.yardstick.tasks import Task
+from benchmarks.yardstick.tasks import METHOD, Task
 from dvora.training import MAGNITUDE_SHARE, magnitude_rate
 
 
 def describe(task: Task) -> str:
     """The rates of a task's folders beside those that the model's rows ask for, as lines of text."""
     model = _model(task)
-    return "\n".join(compare(experiment, model) for experiment in of_task(task.name))
+    ours = [experiment for experiment in of_task(task.name) if experiment.method == METHOD]
+    return "\n".join(compare(experiment, model) for experiment in ours)
 
 
 def compare(experiment: Experiment, model: nn.Module) -> str:

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.yardstick.experiments import Experiment
+from benchmarks.yardstick.experiments import Experiment, of_task
 from benchmarks.yardstick.running import row_file
-from benchmarks.yardstick.tasks import METHOD, ROWS, Task
+from benchmarks.yardstick.tasks import ROWS, Task
 
 SMALL = 2_000_000
 """The table has the methods that train at most as many parameters."""
@@ -27,9 +27,9 @@ def processed(task: Task, comparison: Path) -> Any:
     assert spec.loader is not None
     processing = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(processing)
-    results = comparison / task.name / "results"
-    table = processing.load_df(str(results), task.name, print_fn=lambda *_: None)
-    ours = {f"{METHOD}/{file.stem.partition('--')[2]}" for file in results.glob(f"{METHOD}--*.json")}
+    folder = comparison / task.name
+    table = processing.load_df(str(folder / "results"), task.name, print_fn=lambda *_: None)
+    ours = {experiment.full_name for experiment in of_task(task.name) if row_file(experiment, folder).is_file()}
     if skipped := ours - set(table["experiment_name"]):
         raise ValueError(
             f"PEFT's processing skips the rows of {', '.join(sorted(skipped))}: their runs did not succeed"
@@ -52,9 +52,10 @@ def keep(experiment: Experiment, task_folder: Path) -> Path:
 def describe(task: Task, table: Any) -> str:
     """The small methods of a task's table as lines of text, the best first; ours are marked."""
     small = table[table["num_trainable_params"] <= SMALL].sort_values(task.metric, ascending=False)
+    ours = {experiment.full_name for experiment in of_task(task.name)}
     lines = [f"{task.name}: {task.metric} of methods with at most {SMALL:,} parameters"]
     for row in cast("list[dict[str, Any]]", small.to_dict("records")):
-        mark = "*" if row["peft_type"] == METHOD.upper() else " "
+        mark = "*" if row["experiment_name"] in ours else " "
         lines.append(
             f"{mark} {row[task.metric]:6.1%}  {row['num_trainable_params']:>9,}  {row['experiment_name']}  "
             f"({row['model_id']}, PEFT {row['peft_version']}, {row['created_at']:%Y-%m-%d})"

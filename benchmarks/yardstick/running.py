@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.yardstick.experiments import ADAPTER_FILE, TRAINING_FILE, Experiment, folder_of
-from benchmarks.yardstick.tasks import METHOD
 
 ROOT = Path(__file__).parent.parent.parent
 FILLED_IN = {"base_model_name_or_path", "base_probes"}
@@ -25,14 +24,14 @@ def place(experiment: Experiment, task_folder: Path) -> Path:
     Returns:
         The folder's path as the script wants it, relative to the task's.
     """
-    relative = Path("experiments", METHOD, experiment.name)
+    relative = Path("experiments", experiment.full_name)
     shutil.copytree(folder_of(experiment), task_folder / relative, dirs_exist_ok=True)
     return relative
 
 
 def row_file(experiment: Experiment, task_folder: Path) -> Path:
     """Where PEFT's script writes the row of a run that ended well."""
-    return task_folder / "results" / f"{METHOD}--{experiment.name}.json"
+    return task_folder / "results" / f"{experiment.method}--{experiment.name}.json"
 
 
 def finished_row(experiment: Experiment, task_folder: Path) -> Row | None:
@@ -41,7 +40,7 @@ def finished_row(experiment: Experiment, task_folder: Path) -> Row | None:
     if not file.is_file():
         return None
     row: Row = json.loads(file.read_text(encoding="utf-8"))
-    folder = task_folder / "experiments" / METHOD / experiment.name
+    folder = task_folder / "experiments" / experiment.full_name
     is_current = _agrees(row["run_info"]["peft_config"], folder / ADAPTER_FILE) and _agrees(
         row["run_info"]["train_config"], folder / TRAINING_FILE
     )
@@ -54,7 +53,7 @@ def run(experiment: Experiment, task_folder: Path, options: Sequence[str] = ()) 
     Returns:
         Why there is no row of success now, or None.
     """
-    path = Path("experiments", METHOD, experiment.name)
+    path = Path("experiments", experiment.full_name)
     command = [sys.executable, "-m", "benchmarks.yardstick.launch", *options, "run.py", "-v", str(path)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = _canceled(experiment, task_folder)
@@ -68,10 +67,16 @@ def run(experiment: Experiment, task_folder: Path, options: Sequence[str] = ()) 
 
 def _canceled(experiment: Experiment, task_folder: Path) -> set[Path]:
     """Rows of runs that did not end well, of any time."""
-    return set((task_folder / "cancelled_results").glob(f"{METHOD}--{experiment.name}--*.json"))
+    return set((task_folder / "cancelled_results").glob(f"{experiment.method}--{experiment.name}--*.json"))
 
 
 def _agrees(recorded: Row, file: Path) -> bool:
-    """Whether a row has the settings of a file."""
+    """Whether a row has the settings of a file; PEFT writes target modules in the order of a set."""
+
+    def ordered(value: Any) -> Any:
+        return sorted(value) if isinstance(value, list) else value
+
     settings: Row = json.loads(file.read_text(encoding="utf-8"))
-    return all(recorded.get(name) == value for name, value in settings.items() if name not in FILLED_IN)
+    return all(
+        ordered(recorded.get(name)) == ordered(value) for name, value in settings.items() if name not in FILLED_IN
+    )

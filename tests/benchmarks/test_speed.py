@@ -9,11 +9,11 @@ from torch import nn
 
 from benchmarks.speed import plan
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted
+from benchmarks.speed.arms import BASE, FULL, HYPERADAPT, METHODS, Arm, adapted
 from benchmarks.speed.memory import saved_for_backward
 from benchmarks.speed.metrics import row_of, time_ratio
 from benchmarks.speed.runner import Report, carry_out
-from benchmarks.speed.steps import decode_step, training_step
+from benchmarks.speed.steps import decode_step, training_step, whole_step
 from benchmarks.speed.timing import Spread, interleaved, ratios
 from benchmarks.speed.workloads import linears, llama, random
 
@@ -53,7 +53,7 @@ def test_times_are_compared_within_a_setting() -> None:
 
 @pytest.mark.parametrize("arm", [BASE, FULL, *(Arm(method, 4) for method in METHODS)], ids=lambda arm: arm.name)
 def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
-    workload = linears(64, 176)
+    workload = linears(64, 192)
     base = workload.frozen(torch.float32)
     model = adapted(base, arm, workload.targets)
     x = workload.inputs(1, 8, torch.float32)
@@ -63,6 +63,23 @@ def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
     assert bool(trained) == (arm != BASE)
     # Values off their start: a method that does nothing yet could take a short cut.
     assert torch.equal(model(x), base(x)) == (arm in (BASE, FULL))
+
+
+@pytest.mark.parametrize("arm", [BASE, HYPERADAPT, Arm("LoRA", 1)], ids=lambda arm: arm.name)
+def test_a_whole_step_in_half_precision_updates_what_is_trained(arm: Arm) -> None:
+    workload = linears(64, 192)
+    model = adapted(workload.frozen(torch.bfloat16), arm, workload.targets)
+    step = whole_step(workload, model, workload.inputs(1, 8, torch.bfloat16))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad
+
+
+def test_what_hyperadapt_trains_is_on_the_device_of_the_base() -> None:
+    workload = linears(64, 192)
+    model = adapted(workload.frozen(torch.float32).to("meta"), HYPERADAPT, workload.targets)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_a_decoded_token_is_always_at_the_same_place() -> None:

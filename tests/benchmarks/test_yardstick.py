@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.yardstick import __main__ as command
-from benchmarks.yardstick import needs, rows
+from benchmarks.yardstick import environment, first, needs, rows
 from benchmarks.yardstick.checkout import CheckoutError, check_unchanged, checked_out
 from benchmarks.yardstick.experiments import (
     ADAPTER_FILE,
@@ -26,13 +26,14 @@ from benchmarks.yardstick.experiments import (
 )
 from benchmarks.yardstick.rates import compare
 from benchmarks.yardstick.running import finished_row, place, row_file, run
-from benchmarks.yardstick.sizes import OUTPUTS, trained_parameters
-from benchmarks.yardstick.tasks import TASKS
+from benchmarks.yardstick.sizes import LAYERS, trained_parameters
+from benchmarks.yardstick.tasks import METHOD, TASKS
 from dvora import DVoRAConfig
 from dvora.training import Group, parameter_groups
 
 ROOT = Path(__file__).parent.parent.parent
 WIDTH, INNER, KEYS, BLOCKS = 24, 40, 8, 2
+IMAGES = next(experiment for experiment in CATALOGUE if experiment.task == "image-gen")
 LANGUAGE = [experiment for experiment in CATALOGUE if experiment.task == "MetaMathQA"]
 COPIES_THE_SETTINGS = """
 import json, pathlib, sys
@@ -41,8 +42,12 @@ assert "dvora" in sys.modules
 folder = pathlib.Path(sys.argv[-1])
 files = (folder / f"{name}.json" for name in ("adapter_config", "training_params"))
 settings, training = (json.loads(file.read_text()) for file in files)
-row = {"run_info": {"peft_config": settings, "train_config": training}, "train_info": {"status": "success"}}
-pathlib.Path("results", f"dvora--{folder.name}.json").write_text(json.dumps(row))
+# PEFT writes a set.
+settings["target_modules"].reverse()
+metrics = [{"train time": 8.0}, {"step": training.get("max_steps"), "test accuracy": 0.25}]
+told = {"status": "success", "metrics": metrics}
+row = {"run_info": {"peft_config": settings, "train_config": training}, "train_info": told}
+pathlib.Path("results", f"{folder.parent.name}--{folder.name}.json").write_text(json.dumps(row))
 print("ran", folder.name, file=sys.stderr, flush=True)
 """
 IS_CANCELED = """
@@ -82,12 +87,16 @@ def task_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("experiment", CATALOGUE, ids=name)
-def test_a_folder_is_read_as_dvora_and_is_what_the_catalogue_writes(experiment: Experiment) -> None:
+def test_a_folder_is_read_as_its_method_and_is_what_the_catalogue_writes(experiment: Experiment) -> None:
     folder = folder_of(experiment)
     config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, DVoRAConfig)
+    if experiment.method == METHOD:
+        assert isinstance(config, DVoRAConfig)
+        assert config.projection_init == experiment.projection_init
+    else:
+        assert isinstance(config, LoraConfig)
+        assert (config.r, config.lora_alpha) == (1, 2)
     assert config.target_modules == set(experiment.target_modules)
-    assert config.projection_init == experiment.projection_init
     assert json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")) == adapter_config(experiment)
     assert json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")) == training_params(experiment)
 
@@ -127,10 +136,16 @@ def test_one_rate_for_a_folder_is_two_rates_for_a_plain_adapter() -> None:
 
 @pytest.mark.parametrize("experiment", LANGUAGE, ids=name)
 def test_parameters_are_counted_as_peft_counts_them(experiment: Experiment) -> None:
-    widths = {"q_proj": WIDTH, "o_proj": WIDTH, "down_proj": WIDTH, "gate_proj": INNER, "up_proj": INNER}
-    outputs = {module: (widths.get(module, KEYS), BLOCKS) for module in OUTPUTS["MetaMathQA"]}
-    model = get_peft_model(llama(), PeftConfig.from_pretrained(str(folder_of(experiment))))
-    assert trained_parameters(experiment, outputs) == model.get_nb_trainable_parameters()[0]
+    model = llama()
+    sizes = {name.rpartition(".")[2]: layer for name, layer in model.model.named_modules() if name.endswith("_proj")}
+    layers = {name: (sizes[name].in_features, sizes[name].out_features, BLOCKS) for name in LAYERS["MetaMathQA"]}
+    model = get_peft_model(model, PeftConfig.from_pretrained(str(folder_of(experiment))))
+    assert trained_parameters(experiment, layers) == model.get_nb_trainable_parameters()[0]
+
+
+def test_lora_of_rank_1_is_a_32nd_of_the_row_that_peft_publishes() -> None:
+    counts = {trained_parameters(experiment) for experiment in CATALOGUE if experiment.method == "lora"}
+    assert {9_175_040 // 32, 38_338_560 // 32} <= counts
 
 
 def test_the_page_has_every_folder_with_its_parameters() -> None:
@@ -147,7 +162,7 @@ def test_rates_are_compared_with_the_rows_of_a_model() -> None:
     line = compare(LANGUAGE[0], model)
     assert "median norm 2; recommended for the magnitude 0.007, in the folder 0.0035" in line
     with pytest.raises(ValueError, match="no layer named to_q"):
-        compare(CATALOGUE[-1], model)
+        compare(IMAGES, model)
 
 
 @pytest.fixture
@@ -161,7 +176,9 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_nothing_starts_and_the_message_says_what_to_do() -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main([])
-    assert re.search(r"^no GPU: torch .* CUDA nor an XPU .*make yardstick ARGS=--tryout", str(stopped.value))
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
+        command.main(["--first"])
+    assert re.search(r"^no GPU: torch .* no CUDA or XPU .*make yardstick ARGS=--tryout", str(stopped.value))
 
 
 @pytest.mark.usefixtures("no_device")
@@ -258,3 +275,82 @@ def test_a_folder_in_the_way_of_the_hub_is_refused(task_folder: Path) -> None:
     (task_folder / "openai" / "gsm8k").mkdir(parents=True)
     with pytest.raises(CheckoutError, match=r"gsm8k would be read in place of the hub's openai/gsm8k, .* move it away"):
         command.check_nothing_shadows_the_hub(TASKS["MetaMathQA"], task_folder)
+
+
+def test_an_hour_on_a_gpu_is_tried_on_the_cpu_in_tiny_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(first.FOLDERS, "cpu", tmp_path)
+    assert command.main(["--first=cpu"]) == 0
+    said = capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert {(row["part"], row["arm"]) for row in content["rows"]} == {
+        (part, arm) for part in ("whole step", "decode") for arm in ("base", "LoRA r=1", "dvora structured r=16")
+    }
+    for row in content["rows"]:
+        assert row["kernels"] > 0
+        assert len(row["seconds"]) == 2
+        assert row["device"] == content["device"]
+    # Two products, a strength and a sum.
+    assert re.search(r"LoRA r=1 .* 1\.000 +│ 4\.0 ", said)
+    assert content["not_measured"] == []
+    assert f"Everything is in {file}" in said
+
+
+def test_a_task_beside_the_hours_own_runs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["MetaMathQA", "--first=cpu"])
+    assert "name no TASK with it" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository like PEFT's, with the task's folder and nothing in it that runs, on a machine that can run it."""
+    for check in ("check_python", "check_access"):
+        monkeypatch.setattr(first, check, lambda *_: None)
+    monkeypatch.setattr(first, "is_installed_from", lambda _: True)
+    folder = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
+    for name in ("results", "cancelled_results"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / ".gitkeep").touch()
+    (folder.parent / "processing.py").touch()
+    return tmp_path / "peft"
+
+
+def test_short_runs_are_of_few_steps_and_not_among_the_whole_ones(checkout: Path, tmp_path: Path) -> None:
+    folder = checkout / "method_comparison" / "MetaMathQA"
+    (folder / "run.py").write_text(COPIES_THE_SETTINGS, encoding="utf-8")
+    outcomes = dict(first.short_runs(checkout, tmp_path / "short"))
+    assert set(outcomes) == set(first.EXPERIMENTS)
+    for experiment, row in outcomes.items():
+        assert isinstance(row, dict)
+        assert row["run_info"]["train_config"]["max_steps"] == 500
+        said = first.described_short(experiment, row)
+        assert said == f"{experiment}: 25.0% of GSM8K after 500 steps, which took 8 s"
+    assert not [*(folder / "results").glob("*.json")]
+
+
+def test_a_short_run_that_fails_says_why_and_the_next_one_runs(checkout: Path, tmp_path: Path) -> None:
+    fails_first = f"import sys\nif 'lora' in sys.argv[-1]: sys.exit(3)\n{COPIES_THE_SETTINGS}"
+    (checkout / "method_comparison" / "MetaMathQA" / "run.py").write_text(fails_first, encoding="utf-8")
+    lora, dvora = (dict(first.short_runs(checkout, tmp_path / "short"))[name] for name in first.EXPERIMENTS)
+    assert str(lora).startswith("PEFT's script ended with status 3")
+    assert isinstance(dvora, dict)
+
+
+def test_without_pefts_repository_there_are_no_short_runs_and_the_reason_is_given(tmp_path: Path) -> None:
+    ((name, reason),) = first.short_runs(tmp_path / "nothing", tmp_path)
+    assert name == "MetaMathQA"
+    assert str(reason).startswith(f"PEFT is not installed from {tmp_path / 'nothing'}")
+
+
+def test_without_the_repository_the_hour_goes_on_and_a_comparison_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "checked_out", lambda: checked_out(tmp_path / "peft", "no such place"))
+    monkeypatch.setattr(environment, "first_problem", lambda _: None)
+    environment.main(["--first"])
+    assert "--first goes on without PEFT's repository" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="git fetch failed"):
+        environment.main([])

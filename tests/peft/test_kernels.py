@@ -58,6 +58,12 @@ def test_a_layer_launches_no_more_kernels_than_the_limit(matrices: str) -> None:
     assert kernels_a_layer(config, one_token) <= MOST["a token"]
 
 
+def test_a_magnitude_alone_launches_fewer() -> None:
+    config = dvora.DVoRAConfig(r=16, target_modules=TARGETS, magnitude_modules=TARGETS)
+    assert kernels_a_layer(config, training) <= 12
+    assert kernels_a_layer(config, one_token) <= 2
+
+
 def test_the_count_of_lora_is_that_of_its_formula() -> None:
     # Two products, a strength and a sum.
     assert kernels_a_layer(LoraConfig(r=16, target_modules=TARGETS), one_token) == 4

@@ -1,4 +1,4 @@
-"""Lays out a trial: copies of PEFT's scripts, tiny models and data beside them, our folders with few steps."""
+"""Lays out short runs: copies of PEFT's scripts, our folders with few steps; for a trial tiny models and data, too."""
 
 import filecmp
 import json
@@ -18,7 +18,7 @@ MODEL = "stand-in/{task}"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-SHORT: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "max_steps": 4,
     "eval_steps": 2,
     "batch_size_eval": 25,
@@ -31,7 +31,22 @@ def prepare(task: Task, checkout: Path, folder: Path) -> Path:
     """Lay out the trial of a task.
 
     Returns:
-        The task's folder in it: the copy of PEFT's, without its experiments and rows, and with the stand-ins.
+        The task's folder in it, as `copied` makes it, with the stand-ins.
+
+    Raises:
+        RuntimeError: a copied script is not as PEFT has it.
+    """
+    target = copied(task, checkout, folder)
+    write_text(target)
+    write_language_model(target / MODEL.format(task=task.name))
+    return target
+
+
+def copied(task: Task, checkout: Path, folder: Path) -> Path:
+    """Copy the scripts of a task, so that rows of few steps are not among those of whole runs.
+
+    Returns:
+        The task's folder: the copy of PEFT's, without its experiments and rows.
 
     Raises:
         RuntimeError: a copied script is not as PEFT has it.
@@ -41,8 +56,6 @@ def prepare(task: Task, checkout: Path, folder: Path) -> Path:
     shutil.copytree(source / task.name, target / task.name, ignore=shutil.ignore_patterns("experiments", "*--*.json"))
     shutil.copy2(source / "processing.py", target)
     check_copies(task, checkout, folder)
-    write_text(target / task.name)
-    write_language_model(target / task.name / MODEL.format(task=task.name))
     return target / task.name
 
 
@@ -59,9 +72,8 @@ def check_copies(task: Task, checkout: Path, folder: Path) -> None:
         raise RuntimeError(f"{target}: {(different + missing)[0]} is not as PEFT has it; start the trial again")
 
 
-def place_short(experiment: Experiment, task_folder: Path) -> None:
-    """Put an experiment into a trial: its configuration as it is, its training parameters with few steps."""
+def place_short(experiment: Experiment, task_folder: Path, changes: dict[str, Any]) -> None:
+    """Put an experiment among the copies: its configuration as it is, its training parameters changed."""
     file = task_folder / place(experiment, task_folder) / TRAINING_FILE
     params = json.loads(file.read_text(encoding="utf-8"))
-    params |= {"model_id": MODEL.format(task=experiment.task), **SHORT}
-    file.write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(params | changes, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -470,8 +471,16 @@ def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:
     if magnitude.dtype.itemsize < 4:
         _warn_of_rounding(magnitude.dtype)
     if adapter_name not in lambdas_b:
-        return Vectors(magnitude, torch.zeros_like(magnitude), magnitude.new_empty(0))
+        absent = _absent.__wrapped__ if is_traced() else _absent
+        return Vectors(magnitude, *absent(len(magnitude), magnitude.dtype, magnitude.device))
     return Vectors(magnitude, _vector(lambdas_b, adapter_name), _vector(lambdas_d, adapter_name))
+
+
+@cache
+def _absent(out_features: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lambda_b and lambda_d of a magnitude alone: the same tensors in every pass, by which its factors are kept."""
+    with torch.inference_mode(False):
+        return torch.zeros(out_features, dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)
 
 
 class VectorDict(nn.ParameterDict):
