@@ -19,7 +19,8 @@ from benchmarks.speed.metrics import time_ratio
 
 POINTS = {
     "lora_r1": ("LoRA r=1", "LoRA", (0, 12), "center"),
-    "structured_r64": ("DVoRA r=64", "DVoRA", (-9, -4), "right"),
+    "hyperadapt": ("HyperAdapt", "HyperAdapt", (-9, -16), "right"),
+    "structured_r64": ("DVoRA r=64", "DVoRA", (-6, 20), "right"),
     "structured_r256": ("DVoRA r=256", "DVoRA", (9, -4), "left"),
     "lora_r8": ("LoRA r=8", "LoRA", (0, 24), "center"),
 }

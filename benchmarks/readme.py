@@ -15,6 +15,7 @@ from benchmarks.installation_tables import start_up, versions
 from benchmarks.lora_approximation import table as lora_approximation
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
+from benchmarks.quality.pace import parts as pace
 from benchmarks.quality.page import at_a_glance
 from benchmarks.quality.page import parts as quality
 from benchmarks.reinforcement import reinforcement
@@ -188,7 +189,7 @@ def demo(result: dict[str, Any]) -> str:
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"])},
+    "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"], load("pace")["rows"])},
     "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(load("conformance"))},
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
@@ -208,6 +209,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality")),
+        **pace(load("pace")),
         "users": users(load("users")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),

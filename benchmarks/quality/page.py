@@ -42,7 +42,10 @@ LABELS: Mapping[str, str] = {
     "lora_query_value_r1": "LoRA r=1, query and value",
 }
 """Every arm that is compared; baselines and runs in other settings have their own tables."""
-MAIN = ("ia3", "magnitude", "vera_r256", "lora_r1", "structured_r64", "structured_r256", "dvora_r256", "lora_r8")
+MAIN = (
+    *("ia3", "magnitude", "hyperadapt", "vera_r256", "lora_r1"),
+    *("structured_r64", "structured_r256", "dvora_r256", "lora_r8"),
+)
 """Arms that run on every task but the generated one; a task is counted as soon as it has runs of all of them."""
 FEW = (*MAIN, "dora_r1", "bitfit", "lora_r16")
 """Likewise, for the tasks on which every arm runs."""
@@ -50,6 +53,7 @@ GENERATED = ("magnitude", "vera_r256", "lora_r1", "structured_r64", "lora_r8")
 GLANCE: Mapping[str, tuple[str, str]] = {
     "frozen": ("frozen, best head", ""),
     "magnitude": ("DVoRA, magnitude only", "dvora magnitude"),
+    "hyperadapt": ("HyperAdapt (rows and columns)", "HyperAdapt"),
     "vera_r256": ("VeRA r=256", "VeRA r=256"),
     "lora_r1": ("LoRA r=1", "LoRA r=1"),
     "structured_r64": ("**DVoRA r=64, structured**", "dvora structured r=64"),
@@ -129,30 +133,33 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, s
     }
 
 
-def at_a_glance(content: Mapping[str, Any], timed: Rows) -> str:
+def at_a_glance(content: Mapping[str, Any], timed: Rows, paced: Rows) -> str:
     """What the main methods store, how good they are on the tasks of all main arms, and what a step takes.
 
     Args:
         content: of the result file of the grid.
         timed: the rows of the benchmark of speed.
+        paced: those of the grid's own steps.
     """
     result, environment = result_of(content), content["environment"]
     tasks = result.tasks(*MAIN)
-    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "a training step")
+    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "a step")
     rows = []
     for arm, (label, name) in GLANCE.items():
         trained, saved = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
         rows.append(
             (
                 *(label, f"{trained:,}" if trained else "", f"{kilobytes(saved)} kB" if saved else ""),
-                *(f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm), _steps(timed, name)),
+                *(f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm)),
+                _steps(timed, name, paced, arm),
             )
         )
     return text(
         table(head, rows),
         f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
-        "intervals; four trials for every method's learning rate; without heads. A step of 16 x 32 / 64 x 32 tokens in "
-        "units of LoRA r=1's (`benchmarks/results/equal_bytes.json` and `speed.json`; "
+        "intervals; four trials for every method's learning rate; without heads. A step: a training step in units of "
+        "LoRA r=1's, of 16 x 32 tokens in float32 / of these tasks in bfloat16 "
+        "(`benchmarks/results/equal_bytes.json`, `speed.json` and `pace.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
 
@@ -179,7 +186,8 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
                 for arm in MAIN
             ),
         ),
-        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it. float16: "
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it "
+        "(of HyperAdapt its values). float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of one core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -297,11 +305,12 @@ def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
     return "" if gain is None else points(gain.mean, gain)
 
 
-def _steps(timed: Rows, arm: str) -> str:
-    """The time of a step of MiniLM in LoRA r=1's, with few tokens and with many."""
-    setting = {"part": "training", "workload": "minilm", "dtype": "float32"}
-    ratios = [time_ratio(timed, arm, "LoRA r=1", batch=batch, **setting) for batch in (16, 64)]
-    return " / ".join(f"{ratio.median:.2f}" for ratio in ratios if ratio is not None)
+def _steps(timed: Rows, name: str, paced: Rows, arm: str) -> str:
+    """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
+    setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
+    wide = time_ratio(timed, name, "LoRA r=1", **setting) if name else None
+    in_grid = [row["ratio"][1] for row in paced if row["arm"] == arm] or [1.0]
+    return "" if wide is None else f"{wide.median:.2f} / {float(np.median(in_grid)):.2f}"
 
 
 def _seeds(result: Result, tasks: Sequence[str]) -> str:

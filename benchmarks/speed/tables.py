@@ -55,8 +55,9 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
         "it adapts them and trains on 4,096 tokens.",
     )
-    models = ((label, *(_ratio(rows, arm, setting) for arm in FEW_ARMS)) for label, setting in MODELS.items())
-    return {"speed": methods, "models": text(table(("", *FEW_ARMS), models), *_adapterhub(rows), *missing(result))}
+    arms = (*FEW_ARMS, "dvora magnitude", "HyperAdapt")
+    models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
+    return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
 
 
 def overhead(result: Mapping[str, Any]) -> str:
