@@ -64,7 +64,7 @@ def test_the_head_alone_is_that_of_all_training_rows() -> None:
     assert unadapted(1) != pytest.approx(unadapted(2))
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "frozen"])
+@pytest.mark.parametrize("arm", ["magnitude", "lora_r1"])
 def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str) -> None:
     before = unadapted(2)
     moved = row(arm, USUAL)
@@ -73,8 +73,8 @@ def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str)
     assert row(arm, STILL)["validation"]["loss"] == pytest.approx(before, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("arm", IN_BANK)
-def test_a_bank_trains_and_serves_as_one_by_one(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_trains_and_serves_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = IN_BANK[0]
     together = row(arm, USUAL, "final")
     monkeypatch.setattr(training, "IN_BANK", ())
     alone = row(arm, USUAL, "final")
