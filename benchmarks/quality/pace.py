@@ -16,25 +16,17 @@ from benchmarks.quality.adapting import adapted
 from benchmarks.quality.grid import Grid, Rates, Run, read_grid
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
+from benchmarks.quality.page import LABELS, YARDSTICK
 from benchmarks.quality.summary import NAMES
 from benchmarks.quality.training import steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import ratios, spread
 from benchmarks.tables import table, text
 
-YARDSTICK = "lora_r1"
-ARMS = {
-    "magnitude": "magnitude only",
-    "ia3": "(IA)3",
-    "hyperadapt": "HyperAdapt",
-    "road": "RoAd",
-    "lora_r2": "LoRA r=2",
-    "lora_r8": "LoRA r=8",
-    "vera_r256": "VeRA r=256",
-    "structured_r16": "DVoRA r=16, structured",
-    "structured_r64": "DVoRA r=64, structured",
-    "structured_r256": "DVoRA r=256, structured",
-}
+ARMS = (
+    *("magnitude", "ia3", "hyperadapt", "road", "lora_r2", "lora_r8", "vera_r256"),
+    *("structured_r16", "structured_r64", "structured_r256"),
+)
 """Beside LoRA r=1."""
 WARM_UP, STEPS = 5, 50
 
@@ -86,7 +78,7 @@ def parts(content: Mapping[str, Any]) -> dict[str, str]:
     rows: Sequence[Row] = content["rows"]
     tasks = [name for name in NAMES if any(row["task"] == name for row in rows)]
     of = {(row["task"], row["arm"]): row["ratio"] for row in rows}
-    shown = [(label, *(f"{of[task, arm][1]:.2f}" for task in tasks)) for arm, label in ARMS.items()]
+    shown = [(LABELS[arm], *(f"{of[task, arm][1]:.2f}" for task in tasks)) for arm in ARMS]
     return {
         "pace": text(
             table(("a step, in LoRA r=1's", *(NAMES[task] for task in tasks)), shown),

@@ -206,9 +206,9 @@ def _equal_time(result: Result) -> str:
             pairs = sum(len(result.finals(task, ours).keys() & result.finals(task, theirs).keys()) for task in tasks)
             cells = (steps(ours, tasks), steps(theirs, tasks), points(gain.mean, gain), f"{len(tasks)}", f"{pairs}")
             rows.append(cells)
-    return table(
-        ("steps of DVoRA r=64", "of LoRA r=1, in that time", "points above it", "tasks", "pairs of runs"), rows
-    )
+    if not rows:
+        return text("No run has a row yet; `python -m benchmarks.quality` goes on with the grid.")
+    return text(table(("DVoRA r=64, steps", "LoRA r=1, steps in that time", "points above it", "tasks", "pairs"), rows))
 
 
 def _all(result: Result) -> str:
