@@ -12,6 +12,12 @@ from benchmarks.results import file_of, read_rows
 
 GRID = read_grid()
 Rows = dict[str, dict[str, Any]]
+UNFINISHED = {
+    *("road", "columns", "low_rank", "rows_low_rank", "rows_columns_low_rank"),
+    *("structured_r64_250", "structured_r64_1000", "structured_r64_2000"),
+    *("lora_r1_time_250", "lora_r1_time_500", "lora_r1_time_1000", "lora_r1_time_2000"),
+}
+"""Arms that wait for their rows."""
 
 
 def carried_out(name: str, loss: Callable[[Run], float | None]) -> Rows:
@@ -43,6 +49,8 @@ def test_the_committed_rows_are_those_of_the_grid() -> None:
     rows = read_rows(file_of("equal_bytes"))
     keys = {run.key for run in GRID.waiting(rows, list(GRID.tasks), list(GRID.arms))}
     assert {key for key, each in rows.items() if each["stage"] != "alone"} <= keys
+    missing = {tuple(key.split()[:2]) for key in keys - rows.keys()}
+    assert {arm for task, arm in missing if task != "cron_expressions"} == UNFINISHED
 
 
 @pytest.mark.parametrize(
