@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.many_adapters.targets import DECODED
 from benchmarks.pictures import FAINT, METHODS, WIDTH, save
-from benchmarks.quality.page import MAIN, YARDSTICK
+from benchmarks.quality.page import MAIN, YARDSTICK, over_time
 from benchmarks.quality.summary import result_of
 from benchmarks.results import load
 from benchmarks.speakers import picture as speakers
@@ -25,6 +25,14 @@ POINTS = {
     "lora_r8": ("LoRA r=8", "LoRA", (0, 24), "center"),
 }
 """Labels, colours, and where the labels stand beside the points."""
+IN_TIME = {
+    "lora_r1": ("LoRA r=1", "LoRA r=1", (9, -4)),
+    "hyperadapt": ("HyperAdapt", "HyperAdapt", (9, -4)),
+    "structured_r64": ("DVoRA r=64", "DVoRA, r=64", (9, -10)),
+    "structured_r256": ("DVoRA r=256", "DVoRA", (9, -2)),
+    "lora_r8": ("LoRA r=8", "LoRA", (9, -4)),
+}
+"""Likewise."""
 STEPS = {
     "LoRA r=1": ("LoRA r=1", "LoRA r=1", -5),
     "dvora structured r=64": ("DVoRA r=64", "DVoRA, r=64", 5),
@@ -63,6 +71,27 @@ def equal_bytes() -> Figure:
     axes.set_ylabel("test points above LoRA r=1")
     title = f"MiniLM, mean over {len(tasks)} tasks, 500 steps of every method, 95 % intervals"
     axes.set_title(title, fontsize="medium", loc="left")
+    return figure
+
+
+def equal_time() -> Figure:
+    """Points above LoRA r=1's 500 steps against the time of training: a line a method, with 95 % intervals."""
+    lines = over_time(result_of(load("equal_bytes")), load("pace")["rows"])
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
+    axes.axhline(0, color=FAINT, linewidth=1)
+    for method, (label, colour, offset) in IN_TIME.items():
+        times, means = zip(*((each.time, each.above.mean) for each in lines[method]), strict=True)
+        ends = [
+            [each.above.mean - each.above.low for each in lines[method]],
+            [each.above.high - each.above.mean for each in lines[method]],
+        ]
+        axes.errorbar(times, means, yerr=ends, fmt="o-", markersize=6, capsize=3, color=METHODS[colour])
+        look: dict[str, Any] = {"color": METHODS[colour], "weight": "bold"}
+        axes.annotate(label, (times[-1], means[-1]), offset, textcoords="offset points", **look)
+    axes.set(xscale="log", xlim=(0.45, 3), xlabel="time of training, LoRA r=1's 500 steps = 1 (logarithmic)")
+    label_axis(axes.xaxis, (0.5, 0.75, 1, 1.5, 2))
+    axes.set_ylabel("test points above\nLoRA r=1's 500 steps")
+    axes.set_title("MiniLM, mean over five tasks, 95 % intervals", fontsize="medium", loc="left")
     return figure
 
 
@@ -124,6 +153,7 @@ def _finish(axes: Axes, x_label: str, x_ticks: Sequence[float], y_ticks: Sequenc
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "equal_bytes": equal_bytes,
+    "equal_time": equal_time,
     "speed_tokens": speed_tokens,
     "many_batch": many_batch,
     "speakers": lambda: speakers(load("speakers")),

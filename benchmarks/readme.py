@@ -208,7 +208,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
-        **quality(load("equal_bytes"), load("quality")),
+        **quality(load("equal_bytes"), load("quality"), load("pace")["rows"]),
         **pace(load("pace")),
         "users": users(load("users")),
         "tenants": tenants(load("tenants")),

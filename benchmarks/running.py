@@ -16,9 +16,14 @@ from time import perf_counter
 from typing import Protocol, TypeVar
 
 import torch
+from torch.library import Library
 
+from benchmarks.bfloat16 import has_instructions, multiply_in_float32
 from benchmarks.environment import machine
 from benchmarks.results import Row, read_rows, write
+
+_kept: list[Library] = []
+"""What is in force until the process ends."""
 
 
 class Keyed(Protocol):
@@ -40,6 +45,8 @@ def pool_of(processes: int) -> ProcessPoolExecutor:
 def start_process() -> None:
     """Prepare a process for runs: one thread, so that several do not wait for each other; it ends with its parent."""
     torch.set_num_threads(1)
+    if not has_instructions():
+        _kept.append(multiply_in_float32())
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

@@ -5,12 +5,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.quality.grid import FILE, Rates, Run, read_grid
 from benchmarks.quality.running import carry_out
 from benchmarks.results import Row, file_of, read_rows
-from benchmarks.running import go_on, options
+from benchmarks.running import go_on, options, pool_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,9 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         row = read_rows(file).get(chosen.repeat)
         if row is None:
             raise SystemExit(f"no row of {file} has the key {chosen.repeat!r}")
-        torch.set_num_threads(1)
         rates = row["rates"] and Rates(**row["rates"])
-        again = run_one(Run(row["task"], row["arm"], row["stage"], row["seed"], row["steps"], rates))
+        run = Run(row["task"], row["arm"], row["stage"], row["seed"], row["steps"], rates)
+        with pool_of(1) as pool:
+            again = pool.submit(run_one, run).result()
         for name, shown in (("recorded", row), ("repeated", again)):
             print(name, json.dumps({key: value for key, value in shown.items() if key != "items"}, indent=2))
         return 0

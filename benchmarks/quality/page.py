@@ -78,13 +78,27 @@ SETTINGS = (
     Setting("base in nf4, 1,000 steps", ("_nf4",), "frozen_nf4"),
     Setting("base fine-tuned before", ("_continued",), "frozen_continued"),
 )
-LENGTHS: Mapping[str, str] = {
-    "structured_r64_250": "lora_r1_time_250",
-    "structured_r64": "lora_r1_time_500",
-    "structured_r64_1000": "lora_r1_time_1000",
-    "structured_r64_2000": "lora_r1_time_2000",
+LENGTHS: Mapping[str, tuple[str, ...]] = {
+    "lora_r1": ("lora_r1_time_250", "lora_r1", "lora_r1_time_500", "lora_r1_time_1000", "lora_r1_time_2000"),
+    "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
+    "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_1000", "structured_r64_2000"),
+    "structured_r256": ("structured_r256_time_500", "structured_r256"),
+    "lora_r8": ("lora_r8",),
 }
-"""Arms of DVoRA r=64 of several lengths, and of LoRA r=1 that train for as long."""
+"""Runs of several lengths, by the arm whose step takes as long as theirs."""
+IN_TIME: Mapping[str, Mapping[str, str]] = {
+    "lora_r1_time_250": {"structured_r64": "structured_r64_250"},
+    "lora_r1_time_500": {
+        "structured_r64": "structured_r64",
+        "structured_r256": "structured_r256_time_500",
+        "hyperadapt": "hyperadapt_time_500",
+    },
+    "lora_r1_time_1000": {"structured_r64": "structured_r64_1000"},
+    "lora_r1_time_2000": {"structured_r64": "structured_r64_2000"},
+}
+"""What takes as long as a run of LoRA r=1, by method."""
+MATCHED = "lora_r1_time_500"
+"""The run whose time the table at a glance compares in."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 CHOICES = (
     ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
@@ -115,16 +129,17 @@ EARLIER: Mapping[str, str] = {
 EARLIER_TASKS = {"movie_reviews": "movie reviews", "wordnet10": "ten WordNet topics"}
 
 
-def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, str]:
+def parts(content: Mapping[str, Any], earlier: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     """The text of every part of the page that is about these runs, by its name.
 
     Args:
         content, earlier: of the result files `equal_bytes.json` and `quality.json`.
+        paced: the rows of `pace.json`.
     """
     result = result_of(content)
     return {
         "equal-bytes": _main(result, content["environment"]),
-        "equal-time": _equal_time(result),
+        "equal-time": _equal_time(result, paced),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
@@ -133,17 +148,25 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, s
     }
 
 
-def at_a_glance(content: Mapping[str, Any], timed: Rows, paced: Rows) -> str:
+def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
     """What the main methods store, how good they are on the tasks of all main arms, and what a step takes.
 
     Args:
         content: of the result file of the grid.
-        timed: the rows of the benchmark of speed.
+        speeds: the rows of the benchmark of speed.
         paced: those of the grid's own steps.
     """
     result, environment = result_of(content), content["environment"]
     tasks = result.tasks(*MAIN)
-    head = ("MiniLM", "trained parameters", "adapter file", "test score", "above LoRA r=1 by", "a step")
+    head = (
+        "MiniLM",
+        "trained parameters",
+        "adapter file",
+        "test score",
+        "above LoRA r=1 by",
+        "in equal time",
+        "a step",
+    )
     rows = []
     for arm, (label, name) in GLANCE.items():
         trained, saved = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
@@ -151,14 +174,15 @@ def at_a_glance(content: Mapping[str, Any], timed: Rows, paced: Rows) -> str:
             (
                 *(label, f"{trained:,}" if trained else "", f"{kilobytes(saved)} kB" if saved else ""),
                 *(f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm)),
-                _steps(timed, name, paced, arm),
+                *(_in_time(result, tasks, arm), _steps(speeds, name, paced, arm)),
             )
         )
     return text(
         table(head, rows),
         f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
-        "intervals; four trials for every method's learning rate; without heads. A step: a training step in units of "
-        "LoRA r=1's, of 16 x 32 tokens in float32 / of these tasks in bfloat16 "
+        "intervals; four trials for every method's learning rate; without heads. In equal time: as long as 500 steps "
+        "of DVoRA r=64 take, above LoRA r=1 for as long. A step: a training step in units of LoRA r=1's, of 16 x 32 "
+        "tokens in float32 / of these tasks in bfloat16 "
         "(`benchmarks/results/equal_bytes.json`, `speed.json` and `pace.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -193,22 +217,67 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
     )
 
 
-def _equal_time(result: Result) -> str:
-    def steps(arm: str, tasks: Sequence[str]) -> str:
-        counts = sorted({row["steps"] for task in tasks for row in result.finals(task, arm).values()})
-        return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+class Timed(NamedTuple):
+    """Runs of one length: their steps (the fewest and the most of a task), their time, and how good they are.
 
-    rows = []
-    for ours, theirs in LENGTHS.items():
-        tasks = result.tasks(ours, theirs)
-        gain = result.gain(tasks, ours, theirs) if tasks else None
-        if gain is not None:
-            pairs = sum(len(result.finals(task, ours).keys() & result.finals(task, theirs).keys()) for task in tasks)
-            cells = (steps(ours, tasks), steps(theirs, tasks), points(gain.mean, gain), f"{len(tasks)}", f"{pairs}")
-            rows.append(cells)
-    if not rows:
-        return text("No run has a row yet; `python -m benchmarks.quality` goes on with the grid.")
-    return text(table(("DVoRA r=64, steps", "LoRA r=1, steps in that time", "points above it", "tasks", "pairs"), rows))
+    Time is in that of LoRA r=1's 500 steps, a mean over tasks.
+    """
+
+    arm: str
+    steps: tuple[int, int]
+    time: float
+    above: Interval
+    in_time: Interval | None
+
+
+def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
+    """By method, its runs of every length that all tasks have, from the shortest to the longest.
+
+    Args:
+        paced: rows of `pace.json`.
+    """
+    pace = {(row["task"], row["arm"]): row["ratio"][1] for row in paced}
+    tasks = result.tasks(*MAIN)
+    rivals = {ours: theirs for theirs, of in IN_TIME.items() for ours in of.values()}
+    lines: dict[str, list[Timed]] = {}
+    for method, arms in LENGTHS.items():
+        for arm in arms:
+            if result.tasks(arm) != tasks:
+                continue
+            counts = [next(iter(result.finals(task, arm).values()))["steps"] for task in tasks]
+            usual = [next(iter(result.finals(task, YARDSTICK).values()))["steps"] for task in tasks]
+            times = [
+                count * pace.get((task, method), 1) / unit
+                for task, count, unit in zip(tasks, counts, usual, strict=True)
+            ]
+            above = Interval(0, 0, 0) if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
+            assert above is not None
+            rival = rivals.get(arm)
+            in_time = result.gain(tasks, arm, rival) if rival and result.tasks(rival) == tasks else None
+            found = Timed(arm, (min(counts), max(counts)), float(np.mean(times)), above, in_time)
+            lines.setdefault(method, []).append(found)
+    return lines
+
+
+def _equal_time(result: Result, paced: Rows) -> str:
+    def steps(each: Timed) -> str:
+        fewest, most = each.steps
+        return f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+
+    rows = [
+        (
+            *(LABELS[method], steps(each), f"{each.time:.2f}"),
+            "" if each.arm == YARDSTICK else points(each.above.mean, each.above),
+            "" if each.in_time is None else points(each.in_time.mean, each.in_time),
+        )
+        for method, runs in over_time(result, paced).items()
+        for each in runs
+    ]
+    head = ("", "steps", "time", "above LoRA r=1 with 500 steps", "above LoRA r=1 in the same time")
+    return text(
+        table(head, rows),
+        f"Means over {names_of(result.tasks(*MAIN))}, 95 % intervals. Time: in that of LoRA r=1's 500 steps.",
+    )
 
 
 def _all(result: Result) -> str:
@@ -305,10 +374,16 @@ def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
     return "" if gain is None else points(gain.mean, gain)
 
 
-def _steps(timed: Rows, name: str, paced: Rows, arm: str) -> str:
+def _in_time(result: Result, tasks: Sequence[str], arm: str) -> str:
+    ours = IN_TIME[MATCHED].get(arm)
+    gain = ours and result.gain(tasks, ours, MATCHED)
+    return points(gain.mean, gain) if isinstance(gain, Interval) else ""
+
+
+def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
     """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
     setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
-    wide = time_ratio(timed, name, "LoRA r=1", **setting) if name else None
+    wide = time_ratio(speeds, name, "LoRA r=1", **setting) if name else None
     in_grid = [row["ratio"][1] for row in paced if row["arm"] == arm] or [1.0]
     return "" if wide is None else f"{wide.median:.2f} / {float(np.median(in_grid)):.2f}"
 

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from benchmarks.pictures import FOLDER, save
 from benchmarks.plots import PICTURES
 from benchmarks.quality.evaluation import packed
+from benchmarks.quality.page import MAIN, over_time
 from benchmarks.quality.summary import Result
 from benchmarks.results import file_of, load, write
 from benchmarks.speed.runner import Report
@@ -52,6 +53,17 @@ def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
     rows = [final("lora_r1_twice", 0, 10, loss=0.5), final("lora_r1_twice_half", 0, 50, loss=0.6)]
     names = ("lora_r1_twice", "lora_r1_twice_half")
     assert result(*rows).lowest_loss("countries", names) == "lora_r1_twice"
+
+
+def test_a_run_is_as_long_as_its_steps_and_the_time_of_one() -> None:
+    rows = [final(arm, 0, 30) for arm in MAIN] + [final("lora_r1_time_500", 0, 34, steps=15)]
+    paced = [{"task": "countries", "arm": "structured_r64", "ratio": [1.0, 1.5, 2.0]}]
+    lines = over_time(result(*rows), paced)
+    (short, long), (ours,) = lines["lora_r1"], lines["structured_r64"]
+    assert (short.time, long.time, ours.time) == (1, 1.5, 1.5)
+    assert (long.steps, long.above.mean) == ((15, 15), pytest.approx(8))
+    assert ours.in_time is not None
+    assert ours.in_time.mean == pytest.approx(-8)
 
 
 def test_a_result_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
