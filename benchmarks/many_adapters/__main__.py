@@ -50,6 +50,11 @@ class Sections:
         for ground in self.plan.grounds:
             batches.measure(report, ground)
 
+    def scaling(self, report: Report) -> None:
+        """Batches with adapters that only scale."""
+        for ground in self.plan.scaling:
+            batches.measure(report, ground)
+
     def training(self, report: Report) -> None:
         """Steps that train one adapter, and as many as rows."""
         training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
@@ -85,6 +90,7 @@ class Sections:
 
 SECTIONS: dict[str, Callable[[Sections, Report], None]] = {
     "batches": Sections.batches,
+    "scaling": Sections.scaling,
     "training": Sections.training,
     "stream": Sections.stream,
     "resident": Sections.resident,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.environment import machine
 from benchmarks.kernel_count import kernels
 from benchmarks.many_adapters.arms import ManyArm, Models
 from benchmarks.many_adapters.plan import Ground, Phase
@@ -27,7 +28,13 @@ def measure(report: Report, ground: Ground) -> None:
             x = workload.inputs(ground.rows, phase.cached + phase.tokens, models.dtype)
             one_pass = _pass_of(models, phase, x)
             setting = {"part": phase.part, "workload": workload.name, "dtype": ground.dtype, "batch": ground.rows}
-            setting |= {"tokens": phase.tokens, "passes": phase.passes, "cached": phase.cached, "layers": layers}
+            setting |= {
+                "machine": machine(),
+                "tokens": phase.tokens,
+                "passes": phase.passes,
+                "cached": phase.cached,
+                "layers": layers,
+            }
             makers = {arm: partial(_step, models, arm, one_pass, phase.passes) for arm in ground.arms}
             report.time_in_turns(setting, makers, phase.rounds, {"kernels": lambda step: kernels(step).total()})
 

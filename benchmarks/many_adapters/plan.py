@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.many_adapters.arms import ManyArm
 from benchmarks.speed import workloads
-from benchmarks.speed.arms import Arm
+from benchmarks.speed.arms import HYPERADAPT, ROAD, Arm
 from benchmarks.speed.workloads import Workload
 
 ROWS = 64
@@ -25,6 +25,7 @@ LEFT_OUT = (
     "layers and in the stream",
     "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, only LoRA r=8 through adapter_names",
     "bfloat16: MiniLM and the linear layers, fewer ways and rounds",
+    "(IA)3: PEFT has no batches of several of its adapters",
     "batches repeat their names, so that all their adapters are in slots; the stream of requests loads and evicts",
     "a stream of LoRA adapters: PEFT has no slots and no loader, and 10,000 of rank 8 for MiniLM take 13 GB in float32",
 )
@@ -67,6 +68,7 @@ class Plan:
 
     Args:
         grounds: of batches.
+        scaling: of batches in which adapters that only scale are compared.
         encoder: of the stream, of training, and of what thousands of adapters take in memory.
         adapter: of the encoder.
         asked: for how many adapters the requests of the stream ask.
@@ -76,6 +78,7 @@ class Plan:
     """
 
     grounds: Sequence[Ground]
+    scaling: Sequence[Ground]
     encoder: Workload
     adapter: Arm
     asked: Sequence[int]
@@ -89,6 +92,15 @@ def whole() -> Plan:
     """Of the committed result file."""
     return Plan(
         grounds=whole_grounds(),
+        scaling=[
+            Ground(
+                workloads.linears(1024, 2816, blocks=2),
+                "float32",
+                scaling_arms(),
+                [Phase("decode, scaling", 1, 7, PASSES)],
+            ),
+            Ground(workloads.minilm(), "float32", scaling_arms(), [Phase("prefill, scaling", 32, 5)]),
+        ],
         encoder=workloads.minilm(),
         adapter=STRUCTURED,
         asked=(16, 256, MANY, 10_000),
@@ -104,6 +116,7 @@ def quick() -> Plan:
     tiny = workloads.bert(64, 1)
     return Plan(
         grounds=quick_grounds(),
+        scaling=[Ground(tiny, "float32", scaling_arms(8), [Phase("prefill, scaling", 4, 2)], rows=8)],
         encoder=tiny,
         adapter=Arm("dvora structured", 16),
         asked=(4, SLOTS + 4),
@@ -170,3 +183,9 @@ def by_names(*adapters: Arm) -> list[ManyArm]:
 def gathered() -> list[ManyArm]:
     """LoRA as fast as PyTorch makes it."""
     return [ManyArm("gathered", adapter, distinct, ROWS) for adapter in LORAS for distinct in (1, ROWS)]
+
+
+def scaling_arms(rows: int = ROWS) -> list[ManyArm]:
+    """What only scales rows and columns, or turns pairs of rows (RoAd), beside a bank and LoRA r=1."""
+    ways = (("bank", SMALL), ("gathered", LORAS[1]), ("gathered", HYPERADAPT), ("adapter_names", ROAD))
+    return [BASE, *(ManyArm(way, adapter, distinct, rows) for way, adapter in ways for distinct in (1, rows))]
