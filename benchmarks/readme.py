@@ -27,7 +27,7 @@ from benchmarks.speed.targets import all_targets as targets_of_speed
 from benchmarks.speed.targets import targets_table
 from benchmarks.tables import table, text
 from benchmarks.tenants.table import tenants
-from benchmarks.users.jobs import users
+from benchmarks.users import users
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = {
