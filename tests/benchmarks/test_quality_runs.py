@@ -20,8 +20,8 @@ from benchmarks.quality.running import carry_out
 
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
 ARMS = (
-    *("structured_r64", "dvora_r256", "lora_r1", "dora_r1", "vera_r256", "magnitude", "bitfit", "ia3", "full"),
-    *("hyperadapt", "rows_columns_low_rank", "road", "vblora", "unilora_4096", "randlora", "structured_r64_nf4"),
+    *("structured_r64", "lora_r1", "vera_r256", "magnitude", "bitfit", "full"),
+    *("rows_columns_low_rank", "road", "structured_r64_nf4"),
 )
 
 
@@ -43,7 +43,7 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     slow, fast = (row(grid, arm, rate) for rate in (1e-9, 3e-2))
     assert abs(fast["validation"]["loss"] - slow["validation"]["loss"]) > 1e-4
     assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
-    assert (fast["seeded_bytes"] > 0) == (arm in ("randlora", "vera_r256"))
+    assert (fast["seeded_bytes"] > 0) == (arm == "vera_r256")
     assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
 
 
