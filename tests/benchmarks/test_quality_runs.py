@@ -18,6 +18,7 @@ from benchmarks.quality.pace import ARMS as ARMS_OF_PACE
 from benchmarks.quality.pace import parts, timed
 from benchmarks.quality.running import carry_out
 
+pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
 ARMS = (
     *("structured_r64", "lora_r1", "vera_r256", "magnitude", "bitfit", "full"),

@@ -15,6 +15,7 @@ from benchmarks.tenants.table import LABELS
 from benchmarks.tenants.training import ARMS, IN_BANK, TASK, carry_out, grid_of_tenants
 from materials.splits import same_text
 
+pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 STILL, USUAL = 1e-9, 0.005
 ROUNDING = 5e-3
 """Of a loss in bfloat16."""
