@@ -86,19 +86,17 @@ LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r8": ("lora_r8",),
 }
 """Runs of several lengths, by the arm whose step takes as long as theirs."""
-IN_TIME: Mapping[str, Mapping[str, str]] = {
-    "lora_r1_time_250": {"structured_r64": "structured_r64_250"},
-    "lora_r1_time_500": {
-        "structured_r64": "structured_r64",
-        "structured_r256": "structured_r256_time_500",
-        "hyperadapt": "hyperadapt_time_500",
-    },
-    "lora_r1_time_1000": {"structured_r64": "structured_r64_1000"},
-    "lora_r1_time_2000": {"structured_r64": "structured_r64_2000"},
-}
-"""What takes as long as a run of LoRA r=1, by method."""
 MATCHED = "lora_r1_time_500"
 """The run whose time the table at a glance compares in."""
+RIVALS: Mapping[str, str] = {
+    "structured_r64_250": "lora_r1_time_250",
+    "structured_r64": MATCHED,
+    "structured_r256_time_500": MATCHED,
+    "hyperadapt_time_500": MATCHED,
+    "structured_r64_1000": "lora_r1_time_1000",
+    "structured_r64_2000": "lora_r1_time_2000",
+}
+"""The run of LoRA r=1 that takes as long."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 CHOICES = (
     ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
@@ -167,6 +165,7 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
         "in equal time",
         "a step",
     )
+    lines = over_time(result, paced)
     rows = []
     for arm, (label, name) in GLANCE.items():
         trained, saved = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
@@ -174,7 +173,7 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
             (
                 *(label, f"{trained:,}" if trained else "", f"{kilobytes(saved)} kB" if saved else ""),
                 *(f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm)),
-                *(_in_time(result, tasks, arm), _steps(speeds, name, paced, arm)),
+                *(_in_time(lines.get(arm, ())), _steps(speeds, name, paced, arm)),
             )
         )
     return text(
@@ -238,7 +237,6 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
     """
     pace = {(row["task"], row["arm"]): row["ratio"][1] for row in paced}
     tasks = result.tasks(*MAIN)
-    rivals = {ours: theirs for theirs, of in IN_TIME.items() for ours in of.values()}
     lines: dict[str, list[Timed]] = {}
     for method, arms in LENGTHS.items():
         for arm in arms:
@@ -252,7 +250,7 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
             ]
             above = Interval(0, 0, 0) if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
             assert above is not None
-            rival = rivals.get(arm)
+            rival = RIVALS.get(arm)
             in_time = result.gain(tasks, arm, rival) if rival and result.tasks(rival) == tasks else None
             found = Timed(arm, (min(counts), max(counts)), float(np.mean(times)), above, in_time)
             lines.setdefault(method, []).append(found)
@@ -374,10 +372,10 @@ def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
     return "" if gain is None else points(gain.mean, gain)
 
 
-def _in_time(result: Result, tasks: Sequence[str], arm: str) -> str:
-    ours = IN_TIME[MATCHED].get(arm)
-    gain = ours and result.gain(tasks, ours, MATCHED)
-    return points(gain.mean, gain) if isinstance(gain, Interval) else ""
+def _in_time(runs: Sequence[Timed]) -> str:
+    """The run that takes as long as `MATCHED`, above it."""
+    gains = (each.in_time for each in runs if RIVALS.get(each.arm) == MATCHED)
+    return next((points(gain.mean, gain) for gain in gains if gain is not None), "")
 
 
 def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
