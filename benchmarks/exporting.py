@@ -70,7 +70,7 @@ def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     adapter = load_file(packed / "tenant-0000.safetensors")["adapter"]
     exact = logits(folder / "site" / "one.onnx", inputs, adapter)
     merged = folder / "merged-site" / "one.onnx"
-    options = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+    options = {"per_channel": True, "weight_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul"]}
     quantize_dynamic(merged, folder / "merged-int8.onnx", **options)
     null = load_file(folder / "merged-site" / "adapters" / "null.safetensors")["adapter"]
     rows = {}

@@ -95,9 +95,9 @@ def test_the_base_has_int8_weights_and_the_adapter_none(exported: Path, bert: Pa
     import onnx
 
     graph = onnx.load(exported / "one-int8.onnx").graph
-    assert (
-        sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer) == 13
-    )
+    # Unsigned: signed ones overflow on processors without VNNI, and are off by half of the largest logit there.
+    kinds = [tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2]
+    assert (kinds.count(onnx.TensorProto.UINT8), kinds.count(onnx.TensorProto.INT8)) == (13, 0)
     given = {"adapter": vector(exported, "a"), **inputs_of(bert, TEXTS)}
     logits = session(exported, "one-int8.onnx").run(["output"], given)[0]
     exact = logits_of(bert, classifiers / "a", TEXTS)

@@ -161,7 +161,8 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
             graph,
             file,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            # Products of unsigned and signed bytes overflow on processors without instructions for them (AVX2 has none).
+            weight_type=QuantType.QUInt8,
             nodes_to_exclude=others,
             op_types_to_quantize=["MatMul"],
         )
