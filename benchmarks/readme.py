@@ -12,13 +12,11 @@ from benchmarks.compiling import compiling
 from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import start_up, versions
-from benchmarks.lora_approximation import table as lora_approximation
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
 from benchmarks.quality.pace import parts as pace
 from benchmarks.quality.page import at_a_glance
 from benchmarks.quality.page import parts as quality
-from benchmarks.reinforcement import reinforcement
 from benchmarks.results import load
 from benchmarks.serving.tables import parts as serving
 from benchmarks.speakers import table as speakers
@@ -27,7 +25,6 @@ from benchmarks.speed.targets import all_targets as targets_of_speed
 from benchmarks.speed.targets import targets_table
 from benchmarks.tables import table, text
 from benchmarks.tenants.table import tenants
-from benchmarks.users import users
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = {
@@ -203,17 +200,14 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(load("examples")),
     },
     "docs/how-to/export.md": lambda: exporting(load("exporting")),
-    "docs/how-to/export-merged.md": lambda: {"lora": lora_approximation(load("lora_approximation"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("quality"), load("pace")["rows"]),
         **pace(load("pace")),
-        "users": users(load("users")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
-        "reinforcement": reinforcement(load("reinforcement")),
         "demo": demo(load("demo")),
     },
     "docs/speed.md": lambda: {

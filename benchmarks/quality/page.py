@@ -97,6 +97,16 @@ RIVALS: Mapping[str, str] = {
     "structured_r64_2000": "lora_r1_time_2000",
 }
 """The run of LoRA r=1 that takes as long."""
+PARTS: Mapping[str, str] = {
+    "columns": "columns",
+    "magnitude": "rows",
+    "low_rank": "low rank",
+    "hyperadapt": "rows and columns (HyperAdapt)",
+    "rows_low_rank": "rows and low rank",
+    "structured_r64": "rows and low rank, renormalised (DVoRA)",
+    "rows_columns_low_rank": "rows, columns and low rank",
+}
+"""Arms that train one or several parts of the method; low rank is r=64 with structured matrices."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 CHOICES = (
     ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
@@ -138,6 +148,7 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any], paced: Rows) -
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
+        "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
@@ -278,6 +289,18 @@ def _equal_time(result: Result, paced: Rows) -> str:
     )
 
 
+def _parts(result: Result) -> str:
+    tasks = result.tasks(*PARTS)
+    rows = (
+        (
+            *(label, kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
+            *(f"{_score(result, task, arm):.1f}" for task in tasks),
+        )
+        for arm, label in PARTS.items()
+    )
+    return text(table(("trained", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)), rows))
+
+
 def _all(result: Result) -> str:
     tasks = result.tasks(*FEW)
     arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
@@ -299,22 +322,15 @@ def _generation(result: Result) -> str:
 
 
 def _settings(result: Result) -> str:
-    def cell(setting: Setting, arm: str, over: Setting | None = None) -> str:
+    def cell(setting: Setting, arm: str) -> str:
         tasks = result.tasks(*(YARDSTICK + ending for ending in (TWICE if setting is USUAL else setting).endings))
-        pairs = [
-            (task, _best(result, task, setting, arm), _best(result, task, over or setting, YARDSTICK)) for task in tasks
-        ]
+        pairs = [(task, *(_best(result, task, setting, each) for each in (arm, YARDSTICK))) for task in tasks]
         gain = result.mean_gain([(task, ours, theirs) for task, ours, theirs in pairs if ours and theirs])
         return "" if gain is None or not all(ours for _, ours, _ in pairs) else points(gain.mean, gain)
 
-    columns = [(setting.label, setting, None) for setting in SETTINGS]
-    head = ("", *(label for label, *_ in columns), "500 steps, LoRA r=1 with 1,000")
     labels = {"frozen": "frozen base, best head"} | {arm: LABELS[arm] for arm in IN_SETTINGS}
-    rows = (
-        (label, *(cell(setting, arm) for setting in SETTINGS), "" if arm == "frozen" else cell(USUAL, arm, TWICE))
-        for arm, label in labels.items()
-    )
-    return text(table(head, rows))
+    rows = ((label, *(cell(setting, arm) for setting in SETTINGS)) for arm, label in labels.items())
+    return text(table(("", *(setting.label for setting in SETTINGS)), rows))
 
 
 def _best(result: Result, task: str, setting: Setting, arm: str) -> str | None:

@@ -161,7 +161,7 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
             graph,
             file,
             per_channel=True,
-            # Products of unsigned and signed bytes overflow on processors without instructions for them (AVX2 has none).
+            # Products of unsigned and signed bytes overflow on processors without VNNI.
             weight_type=QuantType.QUInt8,
             nodes_to_exclude=others,
             op_types_to_quantize=["MatMul"],
