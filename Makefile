@@ -27,7 +27,7 @@ demo: $(DEMO_READY)  ## fine-tune MiniLM on movie reviews; SENTENCE="..." adds o
 
 # More processes than two cores, since many tests wait for commands that they run.
 WORKERS := 3
-IN_PROCESSES = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+IN_PROCESSES = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 60 --durations-min 4
 test: setup  ## the whole suite, in three processes; WORKERS=8 for more
 	$(PY) -m pytest $(IN_PROCESSES)
 
