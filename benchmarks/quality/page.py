@@ -97,6 +97,16 @@ RIVALS: Mapping[str, str] = {
     "structured_r64_2000": "lora_r1_time_2000",
 }
 """The run of LoRA r=1 that takes as long."""
+PARTS: Mapping[str, str] = {
+    "columns": "columns",
+    "magnitude": "rows",
+    "low_rank": "low rank",
+    "hyperadapt": "rows and columns (HyperAdapt)",
+    "rows_low_rank": "rows and low rank",
+    "structured_r64": "rows and low rank, renormalised (DVoRA)",
+    "rows_columns_low_rank": "rows, columns and low rank",
+}
+"""Arms that train one or several parts of the method; low rank is r=64 with structured matrices."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 CHOICES = (
     ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
@@ -138,6 +148,7 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any], paced: Rows) -
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
+        "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
@@ -276,6 +287,18 @@ def _equal_time(result: Result, paced: Rows) -> str:
         table(head, rows),
         f"Means over {names_of(result.tasks(*MAIN))}, 95 % intervals. Time: in that of LoRA r=1's 500 steps.",
     )
+
+
+def _parts(result: Result) -> str:
+    tasks = result.tasks(*PARTS)
+    rows = (
+        (
+            *(label, kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
+            *(f"{_score(result, task, arm):.1f}" for task in tasks),
+        )
+        for arm, label in PARTS.items()
+    )
+    return text(table(("trained", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)), rows))
 
 
 def _all(result: Result) -> str:
