@@ -79,24 +79,29 @@ SETTINGS = (
     Setting("base fine-tuned before", ("_continued",), "frozen_continued"),
 )
 LENGTHS: Mapping[str, tuple[str, ...]] = {
-    "lora_r1": ("lora_r1_time_250", "lora_r1", "lora_r1_time_500", "lora_r1_time_1000", "lora_r1_time_2000"),
+    "lora_r1": ("lora_r1", "lora_r1_time_500"),
     "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
-    "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_1000", "structured_r64_2000"),
+    "structured_r16": ("structured_r16_time_500",),
+    "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_twice"),
     "structured_r256": ("structured_r256_time_500", "structured_r256"),
+    "structured_r1024": ("structured_r1024_time_500",),
     "lora_r8": ("lora_r8",),
 }
 """Runs of several lengths, by the arm whose step takes as long as theirs."""
 MATCHED = "lora_r1_time_500"
 """The run whose time the table at a glance compares in."""
 RIVALS: Mapping[str, str] = {
+    "structured_r16_time_500": MATCHED,
     "structured_r64_250": "lora_r1_time_250",
     "structured_r64": MATCHED,
+    "structured_r64_twice": "lora_r1_time_1000",
     "structured_r256_time_500": MATCHED,
+    "structured_r1024_time_500": MATCHED,
     "hyperadapt_time_500": MATCHED,
-    "structured_r64_1000": "lora_r1_time_1000",
-    "structured_r64_2000": "lora_r1_time_2000",
 }
 """The run of LoRA r=1 that takes as long."""
+FEW_TASKS = ("countries", "webster_fields")
+"""Those on which every arm runs."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -148,6 +153,7 @@ def parts(content: Mapping[str, Any], earlier: Mapping[str, Any], paced: Rows) -
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
+        "ranks-in-equal-time": _ranks(result),
         "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
@@ -287,6 +293,19 @@ def _equal_time(result: Result, paced: Rows) -> str:
         table(head, rows),
         f"Means over {names_of(result.tasks(*MAIN))}, 95 % intervals. Time: in that of LoRA r=1's 500 steps.",
     )
+
+
+def _ranks(result: Result) -> str:
+    def steps(arm: str) -> str:
+        return " and ".join(f"{next(iter(result.finals(task, arm).values()))['steps']:,}" for task in FEW_TASKS)
+
+    rows = []
+    for method, arms in LENGTHS.items():
+        for arm in arms:
+            gain = result.gain(FEW_TASKS, arm, RIVALS[arm]) if arm in RIVALS else None
+            if gain is not None:
+                rows.append((LABELS[method], steps(arm), steps(RIVALS[arm]), points(gain.mean, gain)))
+    return text(table(("", "steps", "LoRA r=1's", "above LoRA r=1 in the same time"), rows))
 
 
 def _parts(result: Result) -> str:
