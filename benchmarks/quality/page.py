@@ -304,8 +304,9 @@ def _ranks(result: Result) -> str:
         for arm in arms:
             gain = result.gain(FEW_TASKS, arm, RIVALS[arm]) if arm in RIVALS else None
             if gain is not None:
-                rows.append((LABELS[method], steps(arm), steps(RIVALS[arm]), points(gain.mean, gain)))
-    return text(table(("", "steps", "LoRA r=1's", "above LoRA r=1 in the same time"), rows))
+                seeds = min(len(result.finals(task, each)) for task in FEW_TASKS for each in (arm, RIVALS[arm]))
+                rows.append((LABELS[method], steps(arm), steps(RIVALS[arm]), f"{seeds}", points(gain.mean, gain)))
+    return text(table(("", "steps", "LoRA r=1's", "seeds", "above LoRA r=1 in the same time"), rows))
 
 
 def _parts(result: Result) -> str:
