@@ -17,6 +17,11 @@ def has_instructions() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def multiply_in_float32_where_slow() -> Library | None:
+    """`multiply_in_float32` on processors without the instructions, as long as the result is kept."""
+    return None if has_instructions() else multiply_in_float32()
+
+
 def multiply_in_float32() -> Library:
     """Replace PyTorch's products of matrices on the CPU, as long as the result is kept."""
     library = Library("aten", "IMPL")

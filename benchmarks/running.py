@@ -18,11 +18,11 @@ from typing import Protocol, TypeVar
 import torch
 from torch.library import Library
 
-from benchmarks.bfloat16 import has_instructions, multiply_in_float32
+from benchmarks.bfloat16 import multiply_in_float32_where_slow
 from benchmarks.environment import machine
 from benchmarks.results import Row, read_rows, write
 
-_kept: list[Library] = []
+_kept: list[Library | None] = []
 """What is in force until the process ends."""
 
 
@@ -45,8 +45,7 @@ def pool_of(processes: int) -> ProcessPoolExecutor:
 def start_process() -> None:
     """Prepare a process for runs: one thread, so that several do not wait for each other; it ends with its parent."""
     torch.set_num_threads(1)
-    if not has_instructions():
-        _kept.append(multiply_in_float32())
+    _kept.append(multiply_in_float32_where_slow())
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

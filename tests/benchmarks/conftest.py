@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.bfloat16 import has_instructions, multiply_in_float32
+from benchmarks.bfloat16 import multiply_in_float32_where_slow
 
 
 @pytest.fixture(scope="module")
 def products_in_bfloat16() -> Iterator[None]:
     """For the tests of a file that train in bfloat16."""
-    kept = None if has_instructions() else multiply_in_float32()
+    kept = multiply_in_float32_where_slow()
     yield
     del kept
