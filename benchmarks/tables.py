@@ -31,9 +31,7 @@ def text(*blocks: str | Iterable[str]) -> str:
 
 def points(mean: float, within: Between, digits: int = 1) -> str:
     """A difference and its interval, such as `+1.2 (+0.9 to +1.5)`."""
-    # A sum with zero has no minus where it rounds to nothing.
-    shown = [f"{round(value, digits) + 0.0:+.{digits}f}" for value in (mean, within.low, within.high)]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+    return f"{mean:+.{digits}f} ({within.low:+.{digits}f} to {within.high:+.{digits}f})"
 
 
 def kilobytes(size: float | None) -> str:

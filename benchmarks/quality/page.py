@@ -100,8 +100,6 @@ RIVALS: Mapping[str, str] = {
     "hyperadapt_time_500": MATCHED,
 }
 """The run of LoRA r=1 that takes as long."""
-FEW_TASKS = ("countries", "webster_fields")
-"""Those on which every arm runs."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -259,8 +257,8 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
         for arm in arms:
             if result.tasks(arm) != tasks:
                 continue
-            counts = [next(iter(result.finals(task, arm).values()))["steps"] for task in tasks]
-            usual = [next(iter(result.finals(task, YARDSTICK).values()))["steps"] for task in tasks]
+            counts = [result.steps(task, arm) for task in tasks]
+            usual = [result.steps(task, YARDSTICK) for task in tasks]
             times = [
                 count * pace.get((task, method), 1) / unit
                 for task, count, unit in zip(tasks, counts, usual, strict=True)
@@ -296,16 +294,19 @@ def _equal_time(result: Result, paced: Rows) -> str:
 
 
 def _ranks(result: Result) -> str:
+    tasks = result.tasks(*FEW)
+
     def steps(arm: str) -> str:
-        return " and ".join(f"{next(iter(result.finals(task, arm).values()))['steps']:,}" for task in FEW_TASKS)
+        return " and ".join(f"{result.steps(task, arm):,}" for task in tasks)
 
     rows = []
     for method, arms in LENGTHS.items():
         for arm in arms:
-            gain = result.gain(FEW_TASKS, arm, RIVALS[arm]) if arm in RIVALS else None
-            if gain is not None:
-                seeds = min(len(result.finals(task, each)) for task in FEW_TASKS for each in (arm, RIVALS[arm]))
-                rows.append((LABELS[method], steps(arm), steps(RIVALS[arm]), f"{seeds}", points(gain.mean, gain)))
+            rival = RIVALS.get(arm)
+            gain = result.gain(tasks, arm, rival) if rival else None
+            if rival and gain:
+                seeds = min(len(result.finals(task, each)) for task in tasks for each in (arm, rival))
+                rows.append((LABELS[method], steps(arm), steps(rival), f"{seeds}", points(gain.mean, gain)))
     return text(table(("", "steps", "LoRA r=1's", "seeds", "above LoRA r=1 in the same time"), rows))
 
 

@@ -101,6 +101,11 @@ class Result:
         best = min(losses.values(), default=start)
         return {rate: (loss - best) / (start - best) for rate, loss in losses.items()}
 
+    def steps(self, task: str, arm: str) -> int:
+        """Of an arm's final runs."""
+        count: int = next(iter(self.finals(task, arm).values()))["steps"]
+        return count
+
     def size(self, task: str, arm: str, what: str) -> int | None:
         """`trained_values` or `saved_bytes` of an arm, without the head, which is the same for all."""
         return next((row[what] for row in self.finals(task, arm).values() if what in row), None)
