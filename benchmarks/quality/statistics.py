@@ -58,19 +58,24 @@ def paired_difference(kind: Kind, ours: np.ndarray, theirs: np.ndarray, referenc
     """
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     seeds, items = ours.shape
-    of_items, of_seeds = _draws(items), _draws(seeds) / seeds
-    both = [scores(kind, each, reference, of_items) for each in (ours, theirs)]
-    drawn = ((both[0] - both[1]) * of_seeds).sum(1)
-    once = np.ones((1, items))
-    mean = (scores(kind, ours, reference, once) - scores(kind, theirs, reference, once)).mean()
+    of_items, of_seeds = _draws(items), _draws(seeds).astype(np.float64) / seeds
+    both = np.concatenate([ours, theirs])
+    drawn = (_paired(scores(kind, both, reference, of_items), seeds) * of_seeds).sum(1)
+    mean = _paired(scores(kind, both, reference, np.ones((1, items), np.float32)), seeds).mean()
     return Difference(float(mean), drawn)
+
+
+def _paired(both: np.ndarray, seeds: int) -> np.ndarray:
+    """(draws, seeds): the scores of the first seeds minus those of the others."""
+    difference: np.ndarray = both[:, :seeds] - both[:, seeds:]
+    return difference
 
 
 @lru_cache(maxsize=16)
 def _draws(count: int) -> np.ndarray:
     """(resamples, count) how often each of `count` things is drawn, with replacement; the same in every call."""
     generator = np.random.default_rng(count)
-    drawn: np.ndarray = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+    drawn: np.ndarray = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float32)
     return drawn
 
 
@@ -81,15 +86,17 @@ def scores(kind: Kind, items: np.ndarray, reference: np.ndarray, weights: np.nda
         kind: "accuracy" (in %) of items that are correct or not, or "pearson" (times 100) of predicted numbers.
         items: (seeds, items).
         reference: (items,) true numbers for "pearson"; not read for "accuracy".
-        weights: (draws, items), how often each item is drawn.
+        weights: (draws, items), how often each item is drawn, in float32; as many items in every draw.
     """
+    total = weights[0].sum(dtype=np.float64)
     if kind == "accuracy":
-        share: np.ndarray = 100 * (weights @ items.T.astype(np.float64)) / weights.sum(1, keepdims=True)
+        # Counts, of which float32 has every digit.
+        share: np.ndarray = 100 * (weights @ items.T.astype(np.float32)).astype(np.float64) / total
         return share
+    weights = weights.astype(np.float64)
     # Centred first, so that the moments lose no digits.
     x = items.T.astype(np.float64) - items.mean(1)
     y = (reference - reference.mean())[:, None].astype(np.float64)
-    total = weights.sum(1, keepdims=True)
     mean_x, mean_y = weights @ x / total, weights @ y / total
     covariance = weights @ (x * y) / total - mean_x * mean_y
     variances = (weights @ (x * x) / total - mean_x**2) * (weights @ (y * y) / total - mean_y**2)
