@@ -15,7 +15,7 @@ BLOCK = re.compile(r"(?:^<!-- not run.*-->\n)?^```(sh|python)\n(.*?)^```", re.MU
 
 
 def test_the_page(tmp_path: Path) -> None:
-    bert = tiny_models.bert(tmp_path / "minilm")
+    bert = tiny_models.bert(tmp_path / "minilm", layers=1)
     for number, name in enumerate(("films", "shop")):
         copied(save_classifier(bert, tmp_path / f"saved-{name}", number, 2), tmp_path / "customers" / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

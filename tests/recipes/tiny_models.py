@@ -27,13 +27,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def bert(folder: Path) -> Path:
+def bert(folder: Path, layers: int = 2) -> Path:
     """A base without a head."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(SPECIAL + WORDS),
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=24,
         max_position_embeddings=32,
@@ -69,14 +69,14 @@ def llama(folder: Path) -> Path:
     return folder
 
 
-def vit(folder: Path) -> Path:
+def vit(folder: Path, layers: int = 2) -> Path:
     """An image model without a head."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8,
         patch_size=4,
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=24,
         initializer_range=0.3,
