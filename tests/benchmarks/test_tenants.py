@@ -9,7 +9,7 @@ import pytest
 from benchmarks.quality.grid import Rates, Run
 from benchmarks.quality.models import quietly
 from benchmarks.quality.training import precision
-from benchmarks.tenants import training
+from benchmarks.tenants import sources, training
 from benchmarks.tenants.sources import KINDS, ROWS, tenants
 from benchmarks.tenants.table import LABELS
 from benchmarks.tenants.training import ARMS, IN_BANK, TASK, carry_out, grid_of_tenants
@@ -21,9 +21,10 @@ ROUNDING = 5e-3
 """Of a loss in bfloat16."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def two_tenants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """They have five classes and three."""
+    """They have five classes and three, and fewer rows."""
+    monkeypatch.setattr(sources, "ROWS", 300)
     monkeypatch.setattr(training, "KINDS", {"countries": 1, "kinds": 1})
     monkeypatch.setattr(training, "TUNED_ON", 1)
     training.all_tenants.cache_clear()
@@ -59,12 +60,14 @@ def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
     assert {arm: trials.count(arm) for arm in ARMS} == {arm: 0 if arm == "frozen" else 3 for arm in ARMS}
 
 
+@pytest.mark.usefixtures("two_tenants")
 def test_the_head_alone_is_that_of_all_training_rows() -> None:
     alone = carry_out(Run(TASK, "frozen", "trial", 0, 0, None))
     assert alone["validation"]["loss"] == pytest.approx(unadapted(1))
     assert unadapted(1) != pytest.approx(unadapted(2))
 
 
+@pytest.mark.usefixtures("two_tenants")
 @pytest.mark.parametrize("arm", ["magnitude", "lora_r1"])
 def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str) -> None:
     before = unadapted(2)
@@ -74,11 +77,12 @@ def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str)
     assert row(arm, STILL)["validation"]["loss"] == pytest.approx(before, abs=ROUNDING)
 
 
+@pytest.mark.usefixtures("two_tenants")
 def test_a_bank_trains_and_serves_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     arm = IN_BANK[0]
     together = row(arm, USUAL, "final")
     monkeypatch.setattr(training, "IN_BANK", ())
     alone = row(arm, USUAL, "final")
     assert together["test"]["loss"] == pytest.approx(alone["test"]["loss"], abs=ROUNDING)
-    assert [*together["scores"].values()] == pytest.approx([*alone["scores"].values()], abs=0.02)
+    assert [*together["scores"].values()] == pytest.approx([*alone["scores"].values()], abs=0.04)
     assert together["serving"][1] > 0

@@ -37,7 +37,7 @@ from tests.peft.dense_weights import DenseModel, parameter_name
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import dvora_layers, same_bits
 
-SHORT, LONG, STEPS = 20, 500, 20
+SHORT, LONG, STEPS = 12, 500, 20
 """Histories in a short run and in a long one, and the most steps of a history."""
 NAMES = ("first", "second", "third", "fourth")
 VECTORS = ("magnitude", "lambda_b", "lambda_d")
