@@ -1,6 +1,7 @@
 """What is stopped half-way, by an error or by Ctrl-C at any line, leaves a model as before or as after.
 
-But none during the way back: that is given up. With `--fuzz` at every line, else at twenty-five of each action and its last.
+But none during the way back: that is given up. With `--fuzz` at every line, else at twenty-five of each action and its
+last.
 """
 
 import sys
