@@ -55,7 +55,7 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
         "it adapts them and trains on 4,096 tokens.",
     )
-    arms = (*FEW_ARMS, "dvora magnitude", "HyperAdapt")
+    arms = (*FEW_ARMS, "dvora magnitude", "HyperAdapt", "RoAd", "(IA)3")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
     return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
 
