@@ -29,29 +29,30 @@ def tenants(content: Mapping[str, Any]) -> str:
     return text(
         table(
             (*head, "training all, s", "serving, times the base"),
-            [_line(arm, finals[arm], scores) for arm in LABELS if arm in finals],
+            [_line(arm, finals, scores) for arm in LABELS if arm in finals],
         ),
         f"Means over {len(scores['frozen'])} tenants with 95 % intervals over them, one seed, {hours:.1f} hours on a "
         f"core shared with other work (`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT "
         f"{environment['peft']}, CPU). Training: the processor's seconds in one thread, in bfloat16. Serving: a batch "
-        "with a row of each tenant, beside the frozen base's, in turns, medians, in float32. Bytes are without heads, "
-        "which all have.",
+        "with a row of each tenant, beside the frozen base's, in turns, medians, in float32. No times: the row is of "
+        "another machine. Bytes are without heads, which all have.",
     )
 
 
-def _line(arm: str, row: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> Sequence[str]:
-    mean = over_seeds(scores[arm])
+def _line(arm: str, finals: Mapping[str, Mapping[str, Any]], scores: Mapping[str, np.ndarray]) -> Sequence[str]:
+    row, mean = finals[arm], over_seeds(scores[arm])
     first = [LABELS[arm], f"{mean.mean:.1f} ({mean.low:.1f} to {mean.high:.1f})"]
     if arm == "frozen":
         return [*first, "", "", "", "", ""]
     gains = scores[arm] - scores["frozen"]
+    same = row["machine"] == finals["lora_r1"]["machine"]
+    times = (f"{row['training_seconds']:.0f}", f"{row['serving'][1]:.2f}") if same else ("", "")
     return [
         *first,
         f"{_above(gains)}; {(gains < 0).sum()} worse",
         "" if arm == "lora_r1" else _above(scores[arm] - scores["lora_r1"]),
         kilobytes(row["smallest_bytes"] * len(gains)),
-        f"{row['training_seconds']:.0f}",
-        f"{row['serving'][1]:.2f}",
+        *times,
     ]
 
 
