@@ -55,18 +55,13 @@ BASES = {
 """The quantised bases, by their names in the result file."""
 
 
-def updated(page: str, file: str) -> str:
-    """A page with every generated part made anew.
+def filled(page: str, file: str, parts: dict[str, str]) -> str:
+    """A page with the text between the marks of each part put in.
 
     Args:
         page: its text.
-        file: its path from the repository's root, one of `PAGES`.
-    """
-    return filled(page, file, PAGES[file]())
-
-
-def filled(page: str, file: str, parts: dict[str, str]) -> str:
-    """A page with the text between the marks of each part put in.
+        file: its path from the repository's root.
+        parts: by their names.
 
     Raises:
         ValueError: a part has no marks in the page, or several.
@@ -221,9 +216,9 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
 
 def main() -> None:
     """Rewrite every page in place."""
-    for name in PAGES:
+    for name, made in PAGES.items():
         file = ROOT / name
-        file.write_text(updated(file.read_text(encoding="utf-8"), name), encoding="utf-8")
+        file.write_text(filled(file.read_text(encoding="utf-8"), name, made()), encoding="utf-8")
 
 
 if __name__ == "__main__":
