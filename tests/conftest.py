@@ -40,6 +40,18 @@ def no_default_projections() -> Iterator[None]:
     dvora.reset_shared_matrices()
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """No test leaves more threads to those after it: with more of them than cores, each operation waits for the last.
+
+    The whole suite took twice as long once.
+    """
+    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 1
+
+
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """An empty compile cache, and none of the warnings that the compiler gives about itself."""

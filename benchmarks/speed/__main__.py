@@ -31,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {chosen.device}: torch {torch.__version__} sees no GPU; leave the option out")
-    quieten()
-    torch.set_num_threads(chosen.threads)
     runs = selected(plan.QUICK if chosen.quick else plan.WHOLE, chosen)
     narrowed = chosen.part or chosen.workload or chosen.arm or chosen.rounds or chosen.device != "cpu"
     if not runs:
         raise SystemExit("no run of the plan is as described; see benchmarks/speed/plan.py")
+    quieten()
+    torch.set_num_threads(chosen.threads)
     report, start, console = Report(), perf_counter(), Console(stderr=True)
     for run in runs:
         with console.status(f"{run.part} {run.workload().name} {run.dtype} {run.batch} x {run.tokens}"):
