@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -30,7 +31,18 @@ def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str,
     }
 
 
-def steps(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> Iterator[tuple[float, float]]:
+def precision() -> torch.autocast:
+    """Matrix products in bfloat16, which halves the time of everything; what is trained stays in float32."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def steps(
+    grid: Grid,
+    run: Run,
+    task: Problem,
+    reader: nn.Module,
+    precision: Callable[[], AbstractContextManager[object]] = precision,
+) -> Iterator[tuple[float, float]]:
     """Loss and seconds of each step, which is taken when it is asked for; the last one's loss may not be finite."""
     arm = grid.arms[run.arm]
     assert run.rates is not None
@@ -56,11 +68,6 @@ def steps(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> Iterator[tu
         yield value, perf_counter() - start
         if not math.isfinite(value):
             return
-
-
-def precision() -> torch.autocast:
-    """Matrix products in bfloat16, which halves the time of everything; what is trained stays in float32."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 FALLS: Mapping[str, Callable[[float], float]] = {

@@ -2,13 +2,13 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ from benchmarks.quality.adapting import adapted, saved_bytes
 from benchmarks.quality.evaluation import Evaluation
 from benchmarks.quality.grid import Grid, Run, TaskPlan, read_grid
 from benchmarks.quality.labelled import Labelled, Part
-from benchmarks.quality.models import SentenceReader, load_minilm, quietly
+from benchmarks.quality.models import SentenceReader, quietly
 from benchmarks.quality.training import FALLS, precision, rate_at, trained
-from benchmarks.tenants.serving import features_of, one_adapter_a_row, times_the_base
 from benchmarks.tenants.sources import KINDS, tenants
 from dvora.bank import TenantAdamW
 from materials.batches import Sentences, unlabelled
@@ -44,16 +43,6 @@ TOGETHER = 8
 """Tenants in a step of the bank."""
 
 
-class Outcome(NamedTuple):
-    """What came of all tenants, in their order."""
-
-    evaluations: list[Evaluation]
-    training_seconds: float
-    """Of the processor."""
-    serving: list[float]
-    """The time of a batch with a row of each, as `times_the_base` has it; none in trials."""
-
-
 def grid_of_tenants() -> Grid:
     """The arms as the grid has them; all tenants are one task, and get one rate."""
     grid = read_grid()
@@ -67,15 +56,15 @@ def carry_out(run: Run) -> dict[str, Any]:
     part, every = ("validation", TUNED_ON) if run.stage == "trial" else ("test", 1)
     with quietly():
         some = all_tenants(1 if run.arm == "frozen" else 2)[::every]
-        evaluations, seconds, serving = (_in_bank if run.arm in IN_BANK else _one_by_one)(grid, run, some, part)
+        evaluations = (_in_bank if run.arm in IN_BANK else _one_by_one)(grid, run, some, part)
         with tempfile.TemporaryDirectory() as folder:
-            sizes = saved_bytes(_reader(grid, run, some[0]).backbone, Path(folder)) if run.rates else {}
+            sizes = saved_bytes(reader_of(grid, run, some[0]).backbone, Path(folder)) if run.rates else {}
     loss, score = (float(np.mean([getattr(each, of) for each in evaluations])) for of in ("loss", "score"))
     return {
         **{"key": run.key, **vars(run), "rates": run.rates and vars(run.rates)},
         part: {"loss": loss if math.isfinite(loss) else None, "score": score},
         "scores": {tenant.name: round(of.score, 5) for tenant, of in zip(some, evaluations, strict=True)},
-        **{"training_seconds": round(seconds, 1), "serving": serving, **sizes},
+        **sizes,
         "seconds": round(perf_counter() - start, 1),
     }
 
@@ -101,62 +90,57 @@ def all_tenants(divisor: int) -> list[Labelled]:
     return found
 
 
-def _one_by_one(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> Outcome:
-    evaluations, seconds = [], 0.0
+def _one_by_one(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> list[Evaluation]:
+    evaluations = []
     for tenant in some:
-        reader = _reader(grid, run, tenant)
+        reader = reader_of(grid, run, tenant)
         if run.steps:
-            start = process_time()
             trained(grid, run, tenant, reader)
-            seconds += process_time() - start
         with precision():
             evaluations.append(tenant.evaluate(reader, part))
-    if run.stage == "trial":
-        return Outcome(evaluations, seconds, [])
-    batch = _one_row_of_each(some)
-    base = features_of(load_minilm("float32"), batch)
-    each = features_of(one_adapter_a_row(reader.backbone, len(some)), batch)
-    return Outcome(evaluations, seconds, times_the_base(each, base))
+    return evaluations
 
 
-def _in_bank(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> Outcome:
+def _in_bank(grid: Grid, run: Run, some: Sequence[Labelled], part: str) -> list[Evaluation]:
+    with bank_of(grid, run, some) as (bank, model):
+        for first in range(0, len(some), TOGETHER):
+            for _ in steps_together(grid, run, bank, model, some[first : first + TOGETHER]):
+                pass
+
+        @torch.no_grad()
+        def answer(name: str, batch: dict[str, Tensor]) -> Tensor:
+            with bank.rows([name] * len(batch["ids"])), precision():
+                outputs: Tensor = model(batch)
+            return outputs
+
+        return [tenant.evaluate(partial(answer, tenant.name), part) for tenant in some]
+
+
+@contextmanager
+def bank_of(grid: Grid, run: Run, some: Sequence[Labelled]) -> Iterator[tuple[dvora.AdapterBank, SentenceReader]]:
+    """A bank of each tenant's untrained adapter and fitted head, and the model that it serves."""
     arm, layers = grid.arms[run.arm], grid.layers[PLAN.model]
     options = {**arm.options, "modules_to_save": ["head"]}
     config = peft_config(arm.method, arm.r, f"{layers['attention']}|{layers['feed_forward']}", run.seed, options)
     model = some[0].model("float32").requires_grad_(False)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as folder:
         for tenant in some:
-            get_peft_model(tenant.model("float32"), config).save_pretrained(folder / tenant.name)
-        bank = stack.enter_context(dvora.AdapterBank(model, like=folder / some[0].name))
-        for tenant in some:
-            bank.add(tenant.name, folder / tenant.name, allow_unchanged=True)
-
-        @torch.no_grad()
-        def answer(names: Sequence[str], batch: dict[str, Tensor]) -> Tensor:
-            with bank.rows(names):
-                return model(batch)
-
-        start = process_time()
-        for first in range(0, len(some), TOGETHER):
-            _train_together(grid, run, bank, model, some[first : first + TOGETHER])
-        seconds = process_time() - start
-        with precision():
-            evaluations = [
-                tenant.evaluate(lambda batch, name=tenant.name: answer([name] * len(batch["ids"]), batch), part)
-                for tenant in some
-            ]
-        if run.stage == "trial":
-            return Outcome(evaluations, seconds, [])
-        names, batch = [tenant.name for tenant in some], _one_row_of_each(some)
-        base = features_of(load_minilm("float32"), batch)
-        return Outcome(evaluations, seconds, times_the_base(lambda: answer(names, batch), base))
+            get_peft_model(tenant.model("float32"), config).save_pretrained(f"{folder}/{tenant.name}")
+        with dvora.AdapterBank(model, like=f"{folder}/{some[0].name}") as bank:
+            for tenant in some:
+                bank.add(tenant.name, f"{folder}/{tenant.name}", allow_unchanged=True)
+            yield bank, model
 
 
-def _train_together(
-    grid: Grid, run: Run, bank: dvora.AdapterBank, model: SentenceReader, some: Sequence[Labelled]
-) -> None:
-    """Steps with the rows that each tenant's own steps would have."""
+def steps_together(
+    grid: Grid,
+    run: Run,
+    bank: dvora.AdapterBank,
+    model: SentenceReader,
+    some: Sequence[Labelled],
+    precision: Callable[[], AbstractContextManager[object]] = precision,
+) -> Iterator[None]:
+    """Steps with the rows that each tenant's own steps would have, one at a time; published after the last."""
     arm, rates, parts = grid.arms[run.arm], run.rates, [tenant.parts["batches"] for tenant in some]
     ids = tuple(ids for part in parts for ids in part.sentences.ids)
     rows = Sentences(ids, torch.cat([part.labels for part in parts]), parts[0].sentences.padding)
@@ -180,19 +164,13 @@ def _train_together(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        yield
     bank.publish(adapters)
 
 
-def _reader(grid: Grid, run: Run, tenant: Labelled) -> SentenceReader:
+def reader_of(grid: Grid, run: Run, tenant: Labelled) -> SentenceReader:
     """As an arm starts: the fitted head behind what the arm adapts."""
     reader = tenant.model("float32")
     if run.rates:
         reader.backbone = adapted(reader.backbone, grid.arms[run.arm], grid.layers[PLAN.model], run.seed)
     return reader
-
-
-def _one_row_of_each(some: Sequence[Labelled]) -> dict[str, Tensor]:
-    sentences = [tenant.parts["test"].sentences for tenant in some]
-    first = Sentences(tuple(each.ids[0] for each in sentences), torch.zeros(len(some)), sentences[0].padding)
-    ids, mask = first.batch(np.arange(len(some)))
-    return {"ids": ids, "mask": mask}

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.quality.grid import Rates, Run
 from benchmarks.quality.models import quietly
 from benchmarks.quality.training import precision
-from benchmarks.tenants import sources, training
+from benchmarks.tenants import sources, times, training
 from benchmarks.tenants.sources import KINDS, ROWS, tenants
 from benchmarks.tenants.table import LABELS
 from benchmarks.tenants.training import ARMS, IN_BANK, TASK, carry_out, grid_of_tenants
@@ -78,11 +78,17 @@ def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str)
 
 
 @pytest.mark.usefixtures("two_tenants")
-def test_a_bank_trains_and_serves_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_trains_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     arm = IN_BANK[0]
     together = row(arm, USUAL, "final")
     monkeypatch.setattr(training, "IN_BANK", ())
     alone = row(arm, USUAL, "final")
     assert together["test"]["loss"] == pytest.approx(alone["test"]["loss"], abs=ROUNDING)
     assert [*together["scores"].values()] == pytest.approx([*alone["scores"].values()], abs=0.02)
-    assert together["serving"][1] > 0
+
+
+@pytest.mark.usefixtures("two_tenants")
+def test_every_arm_is_timed_in_turns() -> None:
+    rows = times.timed(training.all_tenants(2), rounds=2)
+    assert [made["arm"] for made in rows] == times.TIMED
+    assert all(low <= middle <= high for made in rows for low, middle, high in (made["training"], made["serving"]))
