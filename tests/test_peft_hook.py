@@ -1,4 +1,7 @@
-"""The method is registered whenever PEFT and dvora are both imported, in either order, and PEFT only if it is used."""
+"""The method is registered whenever PEFT and dvora are both imported, in either order, and PEFT only if it is used.
+
+PEFT before dvora is in `tests/docs/test_hub.py`.
+"""
 
 import os
 import subprocess
@@ -31,10 +34,6 @@ def test_dvora_before_peft_reloaded_and_with_a_look_for_peft_between() -> None:
         "import peft; assert peft.__spec__.name == 'peft'; assert peft.__file__.endswith('__init__.py'); "
         f"importlib.reload(dvora); {REGISTERED}; {NO_HOOK}"
     )
-
-
-def test_peft_before_dvora() -> None:
-    check(f"import peft, dvora; {REGISTERED}; {NO_HOOK}")
 
 
 def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:

@@ -102,13 +102,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {row["section"] for row in result["rows"]} == set(SECTIONS)
     assert result["not_measured"] == []
     assert "gathered, LoRA r=1, 8 of 8" in capsys.readouterr().out
-    # A part is measured again: its rows are new, all others stay.
-    assert main(["--quick", "--threads", "1", "--part", "resident", "--output", str(file)]) == 0
-    again = json.loads(file.read_text(encoding="utf-8"))
-    assert len(again["rows"]) == len(result["rows"])
-    for section in SECTIONS:
-        kept, old = ([r for r in each["rows"] if r["section"] == section] for each in (again, result))
-        assert kept == old or section == "resident"
+
+
+def test_a_section_that_is_measured_again_has_new_rows_and_all_others_stay(tmp_path: Path) -> None:
+    file = tmp_path / "many.json"
+    for section, seconds in (("stream", 1.0), ("resident", 2.0), ("stream", 3.0)):
+        merge(file, section, Report(), seconds)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["section"]: row["took"] for row in rows} == {"stream": 3, "resident": 2}
+    assert len(rows) == 2
 
 
 def test_rows_of_another_environment_are_not_put_beside(tmp_path: Path) -> None:

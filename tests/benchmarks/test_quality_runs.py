@@ -19,15 +19,13 @@ from benchmarks.quality.running import carry_out
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
-ARMS = (
-    *("structured_r64", "lora_r1", "vera_r256", "magnitude", "bitfit", "full"),
-    *("rows_columns_low_rank", "road", "structured_r64_nf4"),
-)
+ARMS = ("structured_r64_nf4", "vera_r256", "full", "rows_columns_low_rank")
+"""One of each kind: of PEFT's on a quantised base and with matrices to save, all weights, of `benchmarks.parts`."""
 
 
 @pytest.fixture
 def grid() -> Grid:
-    return replace(read_grid(), tasks={"movie_ratings": PLAN, "code_languages": PLAN})
+    return replace(read_grid(), tasks={"movie_ratings": PLAN})
 
 
 def row(grid: Grid, arm: str, rate: float, stage: Any = "final") -> dict[str, Any]:
@@ -45,12 +43,12 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
     assert (fast["seeded_bytes"] > 0) == (arm == "vera_r256")
     assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
+    assert "items" in fast
 
 
 def test_a_run_again_gives_the_same_row_and_a_trial_does_not_look_at_the_test_split(grid: Grid) -> None:
-    first, second = row(grid, "structured_r64", 0.02), row(grid, "structured_r64", 0.02, stage="trial")
+    first, second = (row(grid, "structured_r64", 0.02, stage="trial") for _ in range(2))
     assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
-    assert {"test", "items"} <= set(first)
     assert not {"test", "items"} & set(second)
 
 
@@ -62,13 +60,11 @@ def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -
     assert "RoAd" in pace.parts({"rows": rows})["pace"]
 
 
-@pytest.mark.parametrize(
-    ("task", "arm"), [("movie_ratings", "majority"), ("movie_ratings", "frozen"), ("code_languages", "majority")]
-)
-def test_baselines_take_no_steps(grid: Grid, task: str, arm: str) -> None:
-    made = carry_out(grid, Run(task, arm, "final", 0, 0, None))
+@pytest.mark.parametrize("arm", ["majority", "frozen"])
+def test_baselines_take_no_steps(grid: Grid, arm: str) -> None:
+    made = carry_out(grid, Run("movie_ratings", arm, "final", 0, 0, None))
     assert "error" not in made, made
-    assert ("reference" in made) == (arm == "majority" and task == "movie_ratings")
+    assert ("reference" in made) == (arm == "majority")
 
 
 def test_a_failure_and_a_run_that_diverges_are_rows(grid: Grid) -> None:
@@ -100,7 +96,7 @@ def test_the_head_accepts_a_constant_feature_and_can_be_saved() -> None:
     assert weight.flags.c_contiguous
 
 
-def test_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     content["tasks"] = {"movie_ratings": vars(PLAN)}
     content["arms"] = {name: content["arms"][name] for name in ("majority", "vera_r256")}
@@ -108,7 +104,6 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
     grid, output = tmp_path / "grid.yaml", tmp_path / "quality.json"
     grid.write_text(yaml.safe_dump(content), encoding="utf-8")
     options = ["--grid", str(grid), "--output", str(output), "--processes", "1"]
-    main([*options, "--arm", "majority"])
     main(options)
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert [each["stage"] for each in rows] == ["final", *["trial"] * 4, "final"]

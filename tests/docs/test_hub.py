@@ -98,7 +98,7 @@ def test_the_page(hub: Hub, tmp_path: Path) -> None:
         assert b"import dvora" in hub.files(name)["README.md"]
 
 
-def test_peft_pushes_and_loads_by_name(hub: Hub, tmp_path: Path) -> None:
+def test_peft_pushes_and_loads_by_name_and_keeps_the_card_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     code = """
 model = adapted()
 model.push_to_hub("you/pushed")
@@ -107,18 +107,10 @@ assert torch.equal(outputs(loaded.eval()), outputs(model))
 loaded.load_adapter("you/pushed", "second")
 loaded.set_adapter("second")
 assert torch.equal(outputs(loaded.eval()), outputs(model))
-"""
-    run(hub, tmp_path, ADAPTED + code)
-    assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.files("you/pushed"))
-    # What the page warns of; where it is no longer so, the page can say less.
-    assert hub.card("you/pushed")["library_name"] == "transformers"
 
-
-def test_a_pushed_adapter_keeps_the_card_of_its_repository(hub: Hub, tmp_path: Path) -> None:
-    code = """
+# A repository with a card.
 from huggingface_hub import create_repo, upload_folder
 
-model = adapted()
 model.save_pretrained("saved")
 create_repo("you/saved")
 first = upload_folder(repo_id="you/saved", folder_path="saved").oid
@@ -132,6 +124,9 @@ assert torch.equal(outputs(now), outputs(model))
 assert torch.equal(outputs(before), outputs(adapted()))
 """
     run(hub, tmp_path, ADAPTED + code)
+    assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.files("you/pushed"))
+    # What the page warns of; where it is no longer so, the page can say less.
+    assert hub.card("you/pushed")["library_name"] == "transformers"
     assert hub.files("you/saved")["README.md"] == (tmp_path / "saved" / "README.md").read_bytes()
     assert len(hub.repositories["you/saved"]) == 2
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.support import RESULT
 from tests.peft.bases import FAMILIES
-from tests.peft.operations_tried import DTYPES, OPERATIONS, PAIRS, Subject
+from tests.peft.operations_tried import OPERATIONS, PAIRS, Subject
 
 RECORDED = (
     {(row["layer"], row["base"], row["operation"]): row["outcome"] for row in json.loads(RESULT.read_text())["rows"]}
@@ -16,18 +16,22 @@ RECORDED = (
     else None
 )
 
-# What is tried again with another dtype or format only where that can matter; `benchmarks.support` tries everything.
-# Tracing costs more than all else together. Dtypes change its casts only, which all layer types share.
+# `benchmarks.support` tries everything.
 TRACED = ("torch.compile", "torch.export")
-COPIED = ("save, load", "hot swap", "deepcopy", "CPU offload")
-"""These copy values as they are: one dtype of each width."""
+"""These take longer than all else together: one layer of each kind, and one format of each library."""
+KINDS = (
+    *("Linear", "Linear, magnitude only", "Linear, weight_norm", "Conv2d", "Embedding"),
+    *("embedding and lm_head, tied", "MultiheadAttention", "experts (E, out, in)"),
+)
+IN_EVERY_DTYPE = ("outputs", "gradients", "merge, unmerge")
+"""All else depends on the dtype in what all layer types share, so the other dtypes are tried with one."""
 
 
 def is_tried(layer: str, base: str, operation: str) -> bool:
     """Whether the suite tries a row of the table that has been recorded."""
     if operation in TRACED:
-        return base == "float32" or (layer == "Linear" and base in (*DTYPES, *FAMILIES))
-    return operation not in COPIED or base not in ("float64", "float16")
+        return base in FAMILIES or (base == "float32" and layer in KINDS)
+    return layer == "Linear" or base == "float32" or operation in IN_EVERY_DTYPE
 
 
 TRIED = [
