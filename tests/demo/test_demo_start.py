@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from demo.__main__ import main
 
@@ -25,9 +26,10 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("DVORA_CACHE", str(tmp_path / cache))
-    # The demo sets both for its process.
+    # The demo sets these for its process.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / out)])
     with pytest.raises(SystemExit) as end:
         main()
