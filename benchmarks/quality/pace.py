@@ -3,8 +3,9 @@
 Its ratios say how many steps of LoRA r=1 fit into the time of a run of another method.
 """
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
 from benchmarks.quality.page import LABELS, YARDSTICK
 from benchmarks.quality.summary import NAMES
-from benchmarks.quality.training import steps
+from benchmarks.quality.training import precision, steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import ratios, spread
 from benchmarks.tables import table, text
@@ -29,10 +30,11 @@ ARMS = (
 )
 """Beside LoRA r=1."""
 WARM_UP, STEPS = 5, 50
+PRECISIONS = {"bfloat16": precision, "float32": nullcontext}
 
 
-def timed(grid: Grid, task_name: str, count: int = STEPS) -> list[Row]:
-    """The rows of a task: `count` steps of every arm, by one thread."""
+def timed(grid: Grid, task_name: str, count: int = STEPS, dtype: str = "bfloat16") -> list[Row]:
+    """The rows of a task: `count` steps of every arm, by one thread, with products in a dtype."""
     plan = grid.tasks[task_name]
     task = problem(task_name, plan)
     runs = {}
@@ -42,7 +44,8 @@ def timed(grid: Grid, task_name: str, count: int = STEPS) -> list[Row]:
             reader.backbone = adapted(reader.backbone, grid.arms[arm], grid.layers[plan.model], seed=0)
         rates = Rates(1e-4, 1e-4 if grid.arms[arm].magnitude else None, 1e-4)
         # The same batches for all.
-        runs[arm] = steps(grid, Run(task_name, arm, "trial", 0, WARM_UP + count, rates), task, reader)
+        run = Run(task_name, arm, "trial", 0, WARM_UP + count, rates)
+        runs[arm] = steps(grid, run, task, reader, PRECISIONS[dtype])
     seconds: dict[str, list[float]] = {arm: [] for arm in runs}
     order = [*runs]
     for _ in range(WARM_UP + count):
@@ -54,7 +57,8 @@ def timed(grid: Grid, task_name: str, count: int = STEPS) -> list[Row]:
         low, median, high = spread(ratios(seconds[arm][WARM_UP:], seconds[YARDSTICK][WARM_UP:]))
         rows.append(
             {
-                **{"key": f"{task_name} {arm}", "task": task_name, "arm": arm, "machine": machine(), "steps": count},
+                **{"key": f"{task_name} {arm} {dtype}", "task": task_name, "arm": arm, "dtype": dtype},
+                **{"machine": machine(), "steps": count},
                 **{"milliseconds": round(1000 * float(np.median(seconds[arm][WARM_UP:])), 2)},
                 **{"ratio": [round(value, 4) for value in (low, median, high)]},
             }
@@ -64,10 +68,15 @@ def timed(grid: Grid, task_name: str, count: int = STEPS) -> list[Row]:
 
 def main() -> None:
     """Time all tasks with labels, or those that are named."""
+    tasks = [name for name in NAMES if name != "cron_expressions"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.pace", description=main.__doc__)
+    parser.add_argument("tasks", nargs="*", default=tasks, help="left out, all")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16", help="of products; the grid's by default")
+    chosen = parser.parse_args()
     grid, file = read_grid(), file_of("pace")
     torch.set_num_threads(1)
-    for task in sys.argv[1:] or [name for name in NAMES if name != "cron_expressions"]:
-        rows = timed(grid, task)
+    for task in chosen.tasks:
+        rows = timed(grid, task, dtype=chosen.dtype)
         for row in rows:
             Console(stderr=True).print(f"{row['key']}: {row['milliseconds']} ms, {row['ratio'][1]:.3f} of LoRA r=1's")
         write(file, {**read_rows(file), **{row["key"]: row for row in rows}}.values())
@@ -76,14 +85,15 @@ def main() -> None:
 def parts(content: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of docs/results.md about the time of a step."""
     rows: Sequence[Row] = content["rows"]
-    tasks = [name for name in NAMES if any(row["task"] == name for row in rows)]
-    of = {(row["task"], row["arm"]): row["ratio"] for row in rows}
-    shown = [(LABELS[arm], *(f"{of[task, arm][1]:.2f}" for task in tasks)) for arm in ARMS]
+    of = {(row["dtype"], row["task"], row["arm"]): row["ratio"][1] for row in rows}
+    columns = [(dtype, task) for dtype in PRECISIONS for task in NAMES if (dtype, task, ARMS[0]) in of]
+    labels = [NAMES[task] + (", float32" if dtype == "float32" else "") for dtype, task in columns]
+    shown = [(LABELS[arm], *(f"{of[(*column, arm)]:.2f}" for column in columns)) for arm in ARMS]
     return {
         "pace": text(
-            table(("a step, in LoRA r=1's", *(NAMES[task] for task in tasks)), shown),
-            f"Whole steps with data and optimizer in bfloat16, one thread, {rows[0]['steps']} of each method in turns, "
-            "medians of ratios (`benchmarks/results/pace.json`).",
+            table(("a step, in LoRA r=1's", *labels), shown),
+            f"Whole steps with data and optimizer in bfloat16 unless noted, one thread, {rows[0]['steps']} of each "
+            "method in turns, medians of ratios (`benchmarks/results/pace.json`).",
         )
     }
 

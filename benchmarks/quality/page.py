@@ -81,6 +81,7 @@ SETTINGS = (
 LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r1": ("lora_r1", "lora_r1_time_500"),
     "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
+    "road": ("road_time_500",),
     "structured_r16": ("structured_r16_time_500",),
     "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_twice"),
     "structured_r256": ("structured_r256_time_500", "structured_r256"),
@@ -98,8 +99,11 @@ RIVALS: Mapping[str, str] = {
     "structured_r256_time_500": MATCHED,
     "structured_r1024_time_500": MATCHED,
     "hyperadapt_time_500": MATCHED,
+    "road_time_500": MATCHED,
 }
 """The run of LoRA r=1 that takes as long."""
+IN_FLOAT32 = ("structured_r64", "lora_r1_time_float32")
+"""A run, and that of LoRA r=1 that takes as long where both compute in float32."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -250,7 +254,7 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
     Args:
         paced: rows of `pace.json`.
     """
-    pace = {(row["task"], row["arm"]): row["ratio"][1] for row in paced}
+    pace = {(row["task"], row["arm"]): row["ratio"][1] for row in paced if row["dtype"] == "bfloat16"}
     tasks = result.tasks(*MAIN)
     lines: dict[str, list[Timed]] = {}
     for method, arms in LENGTHS.items():
@@ -299,14 +303,14 @@ def _ranks(result: Result) -> str:
     def steps(arm: str) -> str:
         return " and ".join(f"{result.steps(task, arm):,}" for task in tasks)
 
+    of = {arm: LABELS[method] for method, arms in LENGTHS.items() for arm in arms}
+    pairs = [(label, arm, RIVALS[arm]) for arm, label in of.items() if arm in RIVALS]
     rows = []
-    for method, arms in LENGTHS.items():
-        for arm in arms:
-            rival = RIVALS.get(arm)
-            gain = result.gain(tasks, arm, rival) if rival else None
-            if rival and gain:
-                seeds = min(len(result.finals(task, each)) for task in tasks for each in (arm, rival))
-                rows.append((LABELS[method], steps(arm), steps(rival), f"{seeds}", points(gain.mean, gain)))
+    for label, arm, rival in [*pairs, (f"{of[IN_FLOAT32[0]]}, in float32", *IN_FLOAT32)]:
+        gain = result.gain(tasks, arm, rival)
+        assert gain is not None, (arm, rival)
+        seeds = min(len(result.finals(task, each)) for task in tasks for each in (arm, rival))
+        rows.append((label, steps(arm), steps(rival), f"{seeds}", points(gain.mean, gain)))
     return text(table(("", "steps", "LoRA r=1's", "seeds", "above LoRA r=1 in the same time"), rows))
 
 
@@ -419,7 +423,7 @@ def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
     """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
     setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
     wide = time_ratio(speeds, name, "LoRA r=1", **setting) if name else None
-    in_grid = [row["ratio"][1] for row in paced if row["arm"] == arm] or [1.0]
+    in_grid = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")] or [1.0]
     return "" if wide is None else f"{wide.median:.2f} / {float(np.median(in_grid)):.2f}"
 
 

@@ -57,7 +57,7 @@ def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
 
 def test_a_run_is_as_long_as_its_steps_and_the_time_of_one() -> None:
     rows = [final(arm, 0, 30) for arm in MAIN] + [final("lora_r1_time_500", 0, 34, steps=15)]
-    paced = [{"task": "countries", "arm": "structured_r64", "ratio": [1.0, 1.5, 2.0]}]
+    paced = [{"task": "countries", "arm": "structured_r64", "dtype": "bfloat16", "ratio": [1.0, 1.5, 2.0]}]
     lines = over_time(result(*rows), paced)
     (short, long), (ours,) = lines["lora_r1"], lines["structured_r64"]
     assert (short.time, long.time, ours.time) == (1, 1.5, 1.5)
