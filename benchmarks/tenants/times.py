@@ -20,6 +20,7 @@ from benchmarks.parts import PartsLinear
 from benchmarks.quality.grid import Grid, Rates, Run
 from benchmarks.quality.labelled import Labelled
 from benchmarks.quality.models import SentenceReader, load_minilm, quietly
+from benchmarks.quality.page import YARDSTICK
 from benchmarks.quality.training import steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import Step, interleaved, ratios, spread
@@ -37,7 +38,6 @@ from benchmarks.tenants.training import (
 from materials.batches import Sentences
 
 TIMED = [arm for arm in ARMS if arm != "frozen"]
-YARDSTICK = "lora_r1"
 ROUNDS = 8
 
 
@@ -49,11 +49,10 @@ def timed(every: Sequence[Labelled], rounds: int = ROUNDS) -> list[Row]:
         arm: Run(TASK, arm, "trial", 0, rounds + 5, Rates(1e-4, 1e-4 if grid.arms[arm].magnitude else None, 1e-4))
         for arm in TIMED
     }
-    training: dict[str, Any] = dict.fromkeys(TIMED, 0.0)
     with quietly():
-        for first in range(0, len(every), TOGETHER):
-            for arm, seconds in _trained(grid, runs, every[first : first + TOGETHER], rounds).items():
-                training[arm] = training[arm] + np.array(seconds)
+        groups = [every[first : first + TOGETHER] for first in range(0, len(every), TOGETHER)]
+        taken = [_trained(grid, runs, group, rounds) for group in groups]
+        training = {arm: np.sum([each[arm] for each in taken], axis=0) for arm in TIMED}
         serving = _served(grid, runs, every, rounds)
     rows = []
     for arm in TIMED:

@@ -142,7 +142,11 @@ except KeyError as error:
     assert str(error) == "'DVORA'", error
 else:
     raise SystemExit("PEFT knows the method")
+import sys
 import dvora
 assert isinstance(PeftConfig.from_pretrained("you/pushed"), dvora.DVoRAConfig)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+assert "DVORA" in PEFT_TYPE_TO_TUNER_MAPPING
+assert not any("PeftFinder" in repr(finder) for finder in sys.meta_path)
 """
     run(hub, tmp_path, code)
