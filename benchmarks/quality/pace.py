@@ -6,6 +6,7 @@ Its ratios say how many steps of LoRA r=1 fit into the time of a run of another 
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from benchmarks.quality.page import LABELS, YARDSTICK
 from benchmarks.quality.summary import NAMES
 from benchmarks.quality.training import precision, steps
 from benchmarks.results import Row, file_of, read_rows, write
-from benchmarks.speed.timing import ratios, spread
+from benchmarks.speed.timing import interleaved, ratios, spread
 from benchmarks.tables import table, text
 
 ARMS = (
@@ -46,20 +47,15 @@ def timed(grid: Grid, task_name: str, count: int = STEPS, dtype: str = "bfloat16
         # The same batches for all.
         run = Run(task_name, arm, "trial", 0, WARM_UP + count, rates)
         runs[arm] = steps(grid, run, task, reader, PRECISIONS[dtype])
-    seconds: dict[str, list[float]] = {arm: [] for arm in runs}
-    order = [*runs]
-    for _ in range(WARM_UP + count):
-        for arm in order:
-            seconds[arm].append(next(runs[arm])[1])
-        order.reverse()
+    seconds, _ = interleaved({arm: partial(next, run) for arm, run in runs.items()}, count, WARM_UP, at_least=0)
     rows = []
     for arm in ARMS:
-        low, median, high = spread(ratios(seconds[arm][WARM_UP:], seconds[YARDSTICK][WARM_UP:]))
+        low, median, high = spread(ratios(seconds[arm], seconds[YARDSTICK]))
         rows.append(
             {
                 **{"key": f"{task_name} {arm} {dtype}", "task": task_name, "arm": arm, "dtype": dtype},
                 **{"machine": machine(), "steps": count},
-                **{"milliseconds": round(1000 * float(np.median(seconds[arm][WARM_UP:])), 2)},
+                **{"milliseconds": round(1000 * float(np.median(seconds[arm])), 2)},
                 **{"ratio": [round(value, 4) for value in (low, median, high)]},
             }
         )

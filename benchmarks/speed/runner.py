@@ -88,7 +88,7 @@ class Report:
         where = ", ".join(str(setting[key]) for key in ("part", "workload", "dtype") if key in setting)
         for arm, make in makers.items():
             self.attempt(f"{where}: {arm.name}", partial(prepare, arm, make))
-        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds, warm_ups=0)
+        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds)
         for arm in steps:
             measured = {**counted[arm], "repeats": repeats, "seconds": seconds[arm.name]}
             self.add({**setting, **arm.described(), **measured})

@@ -25,24 +25,23 @@ def interleaved(
     warm_ups: int = 1,
     at_least: float = 0.02,
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds of every step in every round.
+    """Seconds of every step in every round; all are called equally often, so that steps of training stay together.
 
     Args:
         steps: what is timed, by name. The first is the reference for `at_least`.
         rounds: how many are kept.
-        warm_ups: rounds before them that are thrown away.
-        at_least: seconds that the first step should take in a round; it is repeated until it does, and all steps
-            are repeated as often.
+        warm_ups: rounds before them that are thrown away, one at least.
+        at_least: seconds that the first step should take in a round, by the last warm-up; every step is repeated as
+            often as that needs.
 
     Returns:
         Seconds of one step by name, and how often a step was repeated in a round.
     """
     order, seconds = list(steps), {name: list[float]() for name in steps}
+    assert warm_ups > 0, "the last warm-up says how often a step is repeated"
     for _ in range(warm_ups):
-        for name in order:
-            steps[name]()
-    first = _timed(steps[order[0]], 1)
-    repeats = max(1, round(at_least / max(first, 1e-9)))
+        warming = [_timed(steps[name], 1) for name in order]
+    repeats = max(1, round(at_least / max(warming[0], 1e-9)))
     for _ in range(rounds):
         for name in order:
             seconds[name].append(_timed(steps[name], repeats))
