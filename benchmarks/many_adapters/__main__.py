@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import dvora
-from benchmarks.many_adapters import batches, loading, plan, resident, stream, training
+from benchmarks.many_adapters import batches, loading, plan, resident, training
 from benchmarks.many_adapters.population import Population, packed
 from benchmarks.many_adapters.results import check_environment, merge
 from benchmarks.many_adapters.targets import all_targets
@@ -43,7 +43,7 @@ class Sections:
     @cached_property
     def pack(self) -> Path:
         """Adapters of the encoder."""
-        return packed(self.population, max(self.plan.asked), self._new_folder("pack"))
+        return packed(self.population, self.plan.known, self._new_folder("pack"))
 
     def batches(self, report: Report) -> None:
         """Batches with one adapter and with many."""
@@ -59,15 +59,10 @@ class Sections:
         """Steps that train one adapter, and as many as rows."""
         training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
 
-    def stream(self, report: Report) -> None:
-        """Requests for more adapters than slots."""
-        settings = self.plan.asked, self.pack, self.plan.requests, self.plan.rounds
-        stream.measure(report, self.plan.encoder, self.population.base, *settings)
-
     def resident(self, report: Report) -> None:
         """Memory of processes with thousands of adapters."""
         for slots, host_bytes in self.plan.resident:
-            given = self.plan.encoder, self.pack, max(self.plan.asked), slots, host_bytes
+            given = self.plan.encoder, self.pack, self.plan.known, slots, host_bytes
             report.attempt(f"resident size, {slots} slots", partial(resident.measure, report, *given))
 
     def loading(self, report: Report) -> None:
@@ -92,7 +87,6 @@ SECTIONS: dict[str, Callable[[Sections, Report], None]] = {
     "batches": Sections.batches,
     "scaling": Sections.scaling,
     "training": Sections.training,
-    "stream": Sections.stream,
     "resident": Sections.resident,
     "loading": Sections.loading,
 }

@@ -1,4 +1,4 @@
-"""What an adapter takes at rest, and how long until it is known, used first, and used again when it has left its slot.
+"""What an adapter takes at rest, and how long until it is used first, and used again when it has left its slot.
 
 What is read was written just before, so it comes from the system's cache of files, not from a disk.
 """
@@ -82,17 +82,14 @@ def _of_bank(add: Add, population: Population, parent: Path, folders: Mapping[st
             _use(made, "other")
             return made
 
-        of_vectors, of_folders, later, of_pack = (bank() for _ in range(4))
-        vectors = [population.vector(number) for number in range(len(folders))]
-        add("add a vector", [_seconds(of_vectors.add, str(n), vector) for n, vector in enumerate(vectors)])
-        add("add a folder", [_seconds(of_folders.add, name, folder) for name, folder in folders.items()])
-        add("add_folder, each", [_seconds(later.add_folder, parent) / len(folders)])
-        add("first use, folder", _uses(later, folders))
+        of_folders, of_pack = bank(), bank()
+        of_folders.add_folder(parent)
+        of_pack.add_pack(pack)
+        add("first use, folder", _uses(of_folders, folders))
         # By now the first ones have no slots any more.
-        add("in memory, not in a slot", _uses(later, folders))
+        add("in memory, not in a slot", _uses(of_folders, folders))
         *_, last = folders
-        add("in a slot", _uses(later, [last] * SWITCHES))
-        add("add_pack, each", [_seconds(of_pack.add_pack, pack) / len(folders)])
+        add("in a slot", _uses(of_folders, [last] * SWITCHES))
         add("first use, pack", _uses(of_pack, folders))
         together = [bank(slots=len(folders) + 1) for _ in range(AT_ONCE)]
         for each in together:

@@ -22,12 +22,11 @@ PASSES = 16
 LEFT_OUT = (
     "GPUs: nothing here was run on one",
     "64 adapters known to the bank: only with structured matrices and all 64 in the batch; 10,000: only in the linear "
-    "layers and in the stream",
+    "layers",
     "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, only LoRA r=8 through adapter_names",
     "bfloat16: MiniLM and the linear layers, fewer ways and rounds",
     "(IA)3: PEFT has no batches of several of its adapters",
-    "batches repeat their names, so that all their adapters are in slots; the stream of requests loads and evicts",
-    "a stream of LoRA adapters: PEFT has no slots and no loader, and 10,000 of rank 8 for MiniLM take 13 GB in float32",
+    "batches repeat their names, so that all their adapters are in slots; requests to the server load and evict",
 )
 """What the plan leaves out, for the result file."""
 
@@ -69,11 +68,10 @@ class Plan:
     Args:
         grounds: of batches.
         scaling: of batches in which adapters that only scale are compared.
-        encoder: of the stream, of training, and of what thousands of adapters take in memory.
+        encoder: of training, and of what thousands of adapters take in memory.
         adapter: of the encoder.
-        asked: for how many adapters the requests of the stream ask.
-        requests, rounds: of the stream; so many requests in each round.
-        resident: slots, and bytes of the host's tier, of banks that use all adapters of the stream.
+        known: adapters of the banks whose memory is measured.
+        resident: slots, and bytes of the host's tier, of these banks.
         loaded: models whose adapters are loaded and weighed, which adapters these are, and how many are loaded.
     """
 
@@ -81,9 +79,7 @@ class Plan:
     scaling: Sequence[Ground]
     encoder: Workload
     adapter: Arm
-    asked: Sequence[int]
-    requests: int
-    rounds: int
+    known: int
     resident: Sequence[tuple[int, int]]
     loaded: Sequence[tuple[Workload, Sequence[Arm], int]]
 
@@ -103,9 +99,7 @@ def whole() -> Plan:
         ],
         encoder=workloads.minilm(),
         adapter=STRUCTURED,
-        asked=(16, 256, MANY, 10_000),
-        requests=200,
-        rounds=5,
+        known=KNOWN[-1],
         resident=[(SLOTS, 2**30), (64, 2**26)],
         loaded=[(model, (STRUCTURED, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
     )
@@ -119,9 +113,7 @@ def quick() -> Plan:
         scaling=[Ground(tiny, "float32", scaling_arms(8), [Phase("prefill, scaling", 4, 2)], rows=8)],
         encoder=tiny,
         adapter=Arm("dvora structured", 16),
-        asked=(4, SLOTS + 4),
-        requests=40,
-        rounds=2,
+        known=SLOTS + 4,
         resident=[(SLOTS, 2**30)],
         loaded=[(tiny, [Arm("dvora structured", rank) for rank in (16, 4)], 6)],
     )

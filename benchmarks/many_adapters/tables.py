@@ -4,16 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.many_adapters.plan import MANY, ROWS
-from benchmarks.many_adapters.targets import (
-    DECODED,
-    KINDS,
-    MODELS,
-    READ,
-    SMALL,
-    TOKEN,
-    bank_arm,
-    p95_ratio,
-)
+from benchmarks.many_adapters.targets import DECODED, KINDS, MODELS, READ, SMALL, TOKEN, bank_arm
 from benchmarks.results import Row
 from benchmarks.speed.metrics import Rows, row_of, time_ratio
 from benchmarks.speed.tables import missing
@@ -45,8 +36,6 @@ SCALED = {
     f"bank, {SMALL}": ("bank", SMALL),
 }
 LOADED = ("bank, dvora structured r=64", "PEFT, dvora structured r=64", "PEFT, LoRA r=8")
-LEFT_OUT = ("add a vector", "add a folder", "add_folder, each", "add_pack, each")
-"""What the page does not show of the rows of loading."""
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
@@ -61,7 +50,6 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "many-batches": _batches(rows, source),
         "many-scaling": _scaling(rows),
         "many-training": _training(rows),
-        "many-stream": _stream(rows),
         "many-storage": _storage(rows),
         "many-loading": _loading(rows),
         "many-missing": text([f"- {each}" for each in result["left_out"]], *missing(result)),
@@ -74,12 +62,10 @@ def _in_short(rows: Rows) -> list[str]:
         *(time_ratio(rows, bank_arm(kind, ROWS, MANY), "base", **DECODED) for kind in (SMALL, KINDS[0])),
         *(time_ratio(rows, f"gathered, {lora}, {ROWS} of {ROWS}", "base", **DECODED) for lora in LORAS),
     ]
-    latencies = [p95_ratio(rows, "closed", asked, used) for used in (True, False) for asked in (MANY, 10_000)]
     bank, of_64, of_256, of_lora_8, of_lora_1 = (
         _range(_to_one(rows, "bank", (SMALL, *KINDS))),
         *map(_median, beside_base),
     )
-    used_1024, used_10000, new_1024, new_10000 = map(_median, latencies)
     return [
         f"- **Another adapter in every row** takes {bank} times the time of one adapter for all 64; through PEFT's "
         f"`adapter_names` {_range(_to_one(rows, 'adapter_names', (SMALL, KINDS[0])))} times with dvora and "
@@ -87,9 +73,6 @@ def _in_short(rows: Rows) -> list[str]:
         f"- **Beside the frozen base**, 64 adapters and one token a row at width 1,024: {of_64} with r=64 and "
         f"{of_256} with r=256. The fastest LoRA that we could write takes {of_lora_8} with r=8 and {of_lora_1} "
         "with r=1.",
-        f"- **More adapters than slots** (256): the latency's 95th percentile is {used_1024} times that of 16 "
-        f"adapters when requests ask for 1,024 and {used_10000} for 10,000; with first uses among the requests "
-        f"{new_1024} and {new_10000}.",
     ]
 
 
@@ -139,30 +122,6 @@ def _training(rows: Rows) -> str:
     )
 
 
-def _stream(rows: Rows) -> str:
-    """Throughput and latencies."""
-    of_stream = [row for row in rows if row["part"] == "stream"]
-    first = of_stream[0]
-    opened = [row for row in of_stream if row["loop"] == "open"]
-    lines = []
-    for asked, used in dict.fromkeys((row["asked"], row["used"]) for row in of_stream):
-        closed, open_ = (row_of(of_stream, loop=loop, asked=asked, used=used) for loop in ("closed", "open"))
-        assert closed is not None, (asked, used)
-        assert open_ is not None, (asked, used)
-        name = f"{asked:,}{', all used before' if used else ''}" if asked else "none: the base"
-        per_second = f"{spread(closed['per_second']).median:.0f}"
-        lines.append((name, per_second, *_latencies(closed), *_latencies(open_), f"{open_['refused']:,}"))
-    head = ("adapters", "closed: a second", "p50, ms", "p95, ms", "open: p50, ms", "p95, ms", "refused")
-    return text(
-        table(head, lines),
-        f"Sentences of {first['tokens']} tokens through MiniLM, at most {first['batch']} in a batch, {first['slots']} "
-        f"slots, r=256; requests ask for adapters by Zipf's law (exponent {first['exponent']:g}). Closed: two "
-        "batches of requests are always under way. Open: requests come at random, "
-        f"{opened[0]['offered_per_second']:.0f} a second, and those who find {opened[0]['waiting']} before them "
-        f"are refused. Medians of rounds of {first['requests']} requests.",
-    )
-
-
 def _storage(rows: Rows) -> str:
     """Bytes of an adapter, and of a process with ten thousand."""
     lines = (
@@ -185,7 +144,7 @@ def _storage(rows: Rows) -> str:
 
 def _loading(rows: Rows) -> str:
     """Milliseconds until an adapter is known, is used first, is used again."""
-    of_loading = [row for row in rows if row["part"] == "loading" and row["what"] not in LEFT_OUT]
+    of_loading = [row for row in rows if row["part"] == "loading"]
     lines = (
         (f"{arm}: {what}", *(_milliseconds(row_of(of_loading, workload=model, arm=arm, what=what)) for model in MODELS))
         for arm in LOADED
@@ -225,10 +184,6 @@ def _pair(rows: Rows, way: str, adapter: str, setting: Mapping[str, object]) -> 
         if all(both):
             return " / ".join(both)
     return ""
-
-
-def _latencies(row: Row) -> list[str]:
-    return [f"{spread(row[name]).median * 1e3:.0f}" for name in ("p50", "p95")]
 
 
 def _milliseconds(row: Row | None) -> str:

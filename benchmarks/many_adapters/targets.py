@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.speed.metrics import Rows, exactly, row_of, time_ratio
 from benchmarks.speed.targets import Target
-from benchmarks.speed.timing import Spread, ratios, spread
+from benchmarks.speed.timing import spread
 
 KINDS = ("dvora structured r=256", "dvora dense r=256")
 SMALL = "dvora structured r=64"
@@ -28,10 +28,6 @@ def all_targets(rows: Rows) -> Iterator[Target]:
     yield Target(f"64 adapters to the base, one token a row, hidden 1,024: {KINDS[0]}", 1.35, measured)
     measured = time_ratio(rows, *(bank_arm(KINDS[0], tenants, 64) for tenants in (64, 1)), part="training")
     yield Target(f"64 tenants to one, a training step of MiniLM: {KINDS[0]}", 1.3, measured)
-    for loop in ("closed", "open"):
-        for used, which in ((True, "all used before"), (False, "with first uses")):
-            measured = p95_ratio(rows, loop, 1024, used)
-            yield Target(f"95th percentile of the latency, 1,024 adapters to 16, {which}, {loop} loop", 1.1, measured)
     row = row_of(rows, part="resident", known=10_000, host_bytes=2**30)
     grown = None if row is None else exactly(row["after_bytes"] - row["before_bytes"])
     yield Target("10,000 adapters of MiniLM, all used, resident", 1.1e9, grown, unit="GB")
@@ -40,13 +36,6 @@ def all_targets(rows: Rows) -> Iterator[Target]:
             row = row_of(rows, part="loading", workload=workload, way="bank", rank=rank, what="first use, pack")
             measured = None if row is None else spread(row["seconds"])
             yield Target(f"first use from a pack, {MODELS[workload]}, r={rank}", limit, measured, unit="ms")
-
-
-def p95_ratio(rows: Rows, loop: str, asked: int, used: bool) -> Spread | None:
-    """The latency's 95th percentile in that of requests for 16 adapters; None if one was not measured."""
-    few = row_of(rows, part="stream", loop=loop, asked=16)
-    many = row_of(rows, part="stream", loop=loop, asked=asked, used=used)
-    return None if few is None or many is None else spread(ratios(many["p95"], few["p95"]))
 
 
 def bank_arm(kind: str, distinct: int, known: int) -> str:

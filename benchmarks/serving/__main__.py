@@ -23,10 +23,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.environment import machine
-from benchmarks.many_adapters.requests import zipf
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.population import name_of, write_packs, write_perturbed
+from benchmarks.serving.population import drawn, name_of, write_packs, write_perturbed
 from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
 from dvora.flat import Layout
 from materials.files import lay_out
@@ -126,11 +125,6 @@ def in_turns(loads: Mapping[str, Load], turns: int, clients: int, tokens: int, c
         }
         for name in loads
     }
-
-
-def drawn(count: int, requests: int) -> list[str]:
-    """The adapters that requests name, by Zipf's law with exponent one."""
-    return [name_of(number) for number in zipf(count, requests, 1.0, seed=0)]
 
 
 def by_peft(

@@ -1,9 +1,10 @@
-"""Adapters by the thousand: one that was trained, and noise of another seed for each, with heads of several sizes."""
+"""Adapters by the thousand: one that was trained, and noise of another seed for each. Which ones are asked for."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,13 @@ HEADS = (2, 3, 5, 8)
 def name_of(number: int) -> str:
     """Of an adapter."""
     return f"tenant-{number:04d}"
+
+
+def drawn(count: int, requests: int) -> list[str]:
+    """The adapters that requests ask for, of the first so many: number k in proportion to 1 / (k + 1), Zipf's law."""
+    weights = 1 / np.arange(1, count + 1)
+    numbers = np.random.default_rng(0).choice(count, requests, p=weights / weights.sum())
+    return [name_of(number) for number in numbers]
 
 
 def write_perturbed(trained: Path, folder: Path, count: int, heads: Sequence[int] = HEADS) -> None:

@@ -29,16 +29,22 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     update, first, used = (
         rows[key] for key in ("update: SmolLM2 by a flat vector", "others beside first uses", "others beside used ones")
     )
-    many = rows["classify: 1024 adapters"]["memory_mib"]
+    few, many = rows["classify: 16 adapters"], rows["classify: 1024 adapters"]
+    memory = many["memory_mib"]
     return {
+        "serving-in-short": text(
+            f"- **More adapters than slots** (256): requests over HTTP for 1,024 adapters wait "
+            f"{many['answer_ms_p95'] / few['answer_ms_p95']:.2f} times as long as for 16 (95th percentile), and "
+            f"{many['requests_per_second'] / few['requests_per_second']:.2f} times as many are answered a second."
+        ),
         "serving": text(
             *blocks,
             f"An update by a vector of {update['bytes'] / 1e6:.1f} MB in the request takes "
             f"{update['answer_ms_p50']:.0f} ms (p95 {update['answer_ms_p95']:.0f}). The p95 of requests for 16 "
             f"adapters is {first['answer_ms_p95']:.0f} ms beside first uses of others, and "
             f"{used['answer_ms_p95']:.0f} beside as many requests for one in its slot. A server grows with the "
-            f"adapters that were used, up to `--host-memory`: with 1,024 of them from {many[0]:,} MiB after the first "
-            f"turn to {many[-1]:,} after the last.",
+            f"adapters that were used, up to `--host-memory`: with 1,024 of them from {memory[0]:,} MiB after the "
+            f"first turn to {memory[-1]:,} after the last.",
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
             "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
             "Adapters by Zipf's law (exponent 1), dvora structured r=64: one that was trained, and perturbations of "
@@ -47,7 +53,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
             "under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged models on one core "
             "together. vLLM 0.32 (float32, eager, one core; adapters of dvora by `dvora-vllm`) multiplies with oneDNN, "
             "which is the faster library on this AMD machine; torch's layers call another one.",
-        )
+        ),
     }
 
 

@@ -1,12 +1,9 @@
-"""Many adapters: our own LoRA gives PEFT's outputs, requests wait as they should, the command runs from end to end."""
+"""Many adapters: our own LoRA gives PEFT's outputs, the command runs from end to end."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,7 +13,6 @@ from benchmarks.many_adapters.__main__ import SECTIONS, main
 from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
 from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
 from benchmarks.many_adapters.gathered_scales import GatheredScales, Scales
-from benchmarks.many_adapters.requests import Answered, closed_loop, open_loop, poisson, zipf
 from benchmarks.many_adapters.results import merge
 from benchmarks.parts import PartsLinear
 from benchmarks.speed.arms import HYPERADAPT, Arm, adapted, sharing_copy
@@ -106,71 +102,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_section_that_is_measured_again_has_new_rows_and_all_others_stay(tmp_path: Path) -> None:
     file = tmp_path / "many.json"
-    for section, seconds in (("stream", 1.0), ("resident", 2.0), ("stream", 3.0)):
+    for section, seconds in (("loading", 1.0), ("resident", 2.0), ("loading", 3.0)):
         merge(file, section, Report(), seconds)
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert {row["section"]: row["took"] for row in rows} == {"stream": 3, "resident": 2}
+    assert {row["section"]: row["took"] for row in rows} == {"loading": 3, "resident": 2}
     assert len(rows) == 2
 
 
 def test_rows_of_another_environment_are_not_put_beside(tmp_path: Path) -> None:
     file = tmp_path / "many.json"
-    merge(file, "stream", Report(), 1.0)
+    merge(file, "loading", Report(), 1.0)
     result = json.loads(file.read_text(encoding="utf-8"))
     result["environment"]["torch"] = "1.0"
     file.write_text(json.dumps(result), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"rows of stream from another environment .*'torch': \('1.0'"):
+    with pytest.raises(ValueError, match=r"rows of loading from another environment .*'torch': \('1.0'"):
         main(["--quick", "--threads", "1", "--part", "resident", "--output", str(file)])
-
-
-@dataclass
-class Server:
-    """Answers a batch in one second of its own time."""
-
-    time: float = 100.0
-    batches: list[list[int]] = field(default_factory=list)
-
-    def now(self) -> float:
-        return self.time
-
-    def wait_until(self, moment: float) -> None:
-        self.time = max(self.time, moment)
-
-    def serve(self, rows: Sequence[int]) -> None:
-        self.batches.append(list(rows))
-        self.time += 1
-
-
-def test_a_closed_loop_answers_in_order_and_clients_ask_again_when_answered() -> None:
-    server = Server()
-    answered = closed_loop([*range(7)], clients=4, batch=2, serve=server.serve, clock=server)
-    assert server.batches == [[0, 1], [2, 3], [4, 5], [6]]
-    # The first batch waits for itself only, all others for one before them.
-    assert answered == Answered([1, 1, 2, 2, 2, 2, 2], seconds=4)
-
-
-def test_an_open_loop_serves_what_has_come_and_waits_where_nothing_has() -> None:
-    server = Server()
-    answered = open_loop([7, 8, 9], [0.5, 0.75, 10.0], at_most=8, batch=2, serve=server.serve, clock=server)
-    assert server.batches == [[7], [8], [9]]
-    assert answered == Answered([1, 1.75, 1], seconds=11)
-
-
-def test_an_open_loop_is_bounded() -> None:
-    server = Server()
-    moments = [0.0, 0.1, 0.2, 0.3, 0.4]
-    answered = open_loop([*range(5)], moments, at_most=2, batch=2, serve=server.serve, clock=server)
-    assert server.batches == [[0], [1, 2]]
-    assert answered.refused == 2
-    assert answered.latencies == pytest.approx([1, 1.9, 1.8])
-
-
-def test_requests_follow_their_laws_and_their_seeds() -> None:
-    asked = zipf(count=100, requests=200_000, exponent=1.0, seed=0)
-    harmonic = sum(1 / rank for rank in range(1, 101))
-    shares = np.bincount(asked, minlength=100)[[0, 1, 9]] / len(asked)
-    assert shares == pytest.approx([1 / harmonic, 1 / (2 * harmonic), 1 / (10 * harmonic)], rel=0.05)
-    assert zipf(9, 50, 1.0, seed=1) == zipf(9, 50, 1.0, seed=1) != zipf(9, 50, 1.0, seed=2)
-    moments = poisson(20_000, per_second=4.0, seed=0)
-    assert moments == sorted(moments)
-    assert moments[-1] == pytest.approx(5_000, rel=0.05)
