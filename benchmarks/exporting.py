@@ -28,8 +28,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.environment import machine
+from benchmarks.population import perturbed
 from benchmarks.results import Row, file_of, read_rows, write
-from benchmarks.serving.population import write_perturbed
 from benchmarks.tables import table, text
 from dvora import DVoRAConfig
 from materials.files import lay_out
@@ -186,7 +186,7 @@ def write_adapters(folder: Path) -> None:
     common = ("--rank", "64", "--max-steps", "200", "--batch-size", "16")
     data = ("--task", "text-classification", "--model", "minilm", "--data", "reviews.csv")
     run(folder, "train", *data, *common, "--output", "run")
-    write_perturbed(folder / "run" / "adapter", folder / "tenants", ADAPTERS, heads=(2,))
+    perturbed(folder / "run" / "adapter", folder / "tenants", ADAPTERS, heads=(2,))
 
 
 def exported(folder: Path, to: str, output: str, *options: str) -> Row:

@@ -4,8 +4,8 @@ import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -14,18 +14,17 @@ from rich.console import Console
 
 import dvora
 from benchmarks.many_adapters import batches, loading, plan, resident, training
-from benchmarks.many_adapters.population import Population, packed
+from benchmarks.many_adapters.arms import packed
 from benchmarks.many_adapters.results import check_environment, merge
 from benchmarks.many_adapters.targets import all_targets
 from benchmarks.results import file_of
 from benchmarks.speed.__main__ import quieten, show
-from benchmarks.speed.arms import Arm
+from benchmarks.speed.arms import adapted
 from benchmarks.speed.runner import Report
-from benchmarks.speed.workloads import Workload
 
 
 class Sections:
-    """What is measured, section by section; packs are written once.
+    """What is measured, section by section.
 
     Args:
         chosen: the plan.
@@ -34,16 +33,6 @@ class Sections:
 
     def __init__(self, chosen: plan.Plan, folder: Path) -> None:
         self.plan, self.folder = chosen, folder
-
-    @cached_property
-    def population(self) -> Population:
-        """Adapters of the encoder."""
-        return self._populations(self.plan.encoder, [self.plan.adapter])[0]
-
-    @cached_property
-    def pack(self) -> Path:
-        """Adapters of the encoder."""
-        return packed(self.population, self.plan.known, self._new_folder("pack"))
 
     def batches(self, report: Report) -> None:
         """Batches with one adapter and with many."""
@@ -57,25 +46,21 @@ class Sections:
 
     def training(self, report: Report) -> None:
         """Steps that train one adapter, and as many as rows."""
-        training.measure(report, self.plan.encoder, self.population, self._new_folder("training"), rounds=3)
+        training.measure(report, self.plan.encoder, self.plan.adapter, self._new_folder("training"), rounds=3)
 
     def resident(self, report: Report) -> None:
         """Memory of processes with thousands of adapters."""
+        workload, folder = self.plan.encoder, self._new_folder("pack")
+        base = workload.frozen(torch.float32).eval()
+        pack = packed(adapted(base, self.plan.adapter, workload.targets), self.plan.known, folder)
         for slots, host_bytes in self.plan.resident:
-            given = self.plan.encoder, self.pack, self.plan.known, slots, host_bytes
+            given = workload, pack, self.plan.known, slots, host_bytes
             report.attempt(f"resident size, {slots} slots", partial(resident.measure, report, *given))
 
     def loading(self, report: Report) -> None:
         """Sizes, first uses, and adapters that have left their slots."""
         for workload, arms, count in self.plan.loaded:
-            folder = self._new_folder(f"loading-{workload.name}")
-            loading.measure(report, workload, self._populations(workload, arms), folder, count)
-
-    @staticmethod
-    def _populations(workload: Workload, arms: Sequence[Arm]) -> list[Population]:
-        """One of each arm, over one base."""
-        base = workload.frozen(torch.float32).eval()
-        return [Population(base, arm, workload.targets) for arm in arms]
+            loading.measure(report, workload, arms, self._new_folder(f"loading-{workload.name}"), count)
 
     def _new_folder(self, name: str) -> Path:
         folder = self.folder / name

@@ -13,9 +13,10 @@ from torch import nn
 import dvora
 from benchmarks.many_adapters.gathered_lora import GatheredLoRA, random_factors
 from benchmarks.many_adapters.gathered_scales import GatheredScales, random_scales
-from benchmarks.many_adapters.population import Population, name_of, packed
+from benchmarks.population import name_of, perturbed
 from benchmarks.speed.arms import HYPERADAPT, MERGED, Arm, adapted, config_of, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
+from dvora.bank.packs import write_pack
 
 Chosen = Callable[[], AbstractContextManager[Callable[..., Any]]]
 """Opens a context in which the model has the adapters of an arm in its rows."""
@@ -106,15 +107,12 @@ class Models:
         return model
 
     def _bank(self, adapter: Arm, known: int) -> tuple[nn.Module, dvora.AdapterBank]:
-        model, population = sharing_copy(self.base), self._once(self._population, adapter)
+        model, start = sharing_copy(self.base), adapted(self.base, adapter, self.workload.targets)
         folder = Path(self._open.enter_context(TemporaryDirectory(prefix="dvora-known-")))
         bank = dvora.AdapterBank(model)
         self._open.callback(bank.close)
-        bank.add_pack(packed(population, known, folder))
+        bank.add_pack(packed(start, known, folder))
         return model, bank
-
-    def _population(self, adapter: Arm) -> Population:
-        return Population(self.base, adapter, self.workload.targets)
 
     def _peft(self, adapter: Arm, known: int) -> tuple[nn.Module, Sequence[str]]:
         return with_adapters(self.base, adapter, self.workload.targets, known)
@@ -145,6 +143,16 @@ def with_adapters(base: nn.Module, adapter: Arm, targets: Sequence[str], count: 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in (".lora_", ".dvora_", ".road_")))
     return moved(model).requires_grad_(False).eval(), ["default", *(name_of(number) for number in range(1, count))]
+
+
+def packed(start: nn.Module, count: int, folder: Path) -> Path:
+    """A pack of the adapter of a PEFT model and of others around it; their own folders are gone afterwards."""
+    file = folder / "adapters.dvora"
+    with TemporaryDirectory(dir=folder) as unpacked:
+        first = Path(unpacked) / "first"
+        start.save_pretrained(str(first))
+        write_pack(file, perturbed(first, Path(unpacked) / "adapters", count))
+    return file
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 import dvora
 from benchmarks.many_adapters.plan import LORAS
-from benchmarks.many_adapters.population import Population, name_of
+from benchmarks.population import name_of, perturbed
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
@@ -31,54 +32,54 @@ Add = Callable[[str, list[float]], None]
 """Adds a row: what was done, and its seconds."""
 
 
-def measure(report: Report, workload: Workload, populations: Sequence[Population], folder: Path, count: int) -> None:
+def measure(report: Report, workload: Workload, arms: Sequence[Arm], folder: Path, count: int) -> None:
     """Add rows of sizes, of a bank's times, then of PEFT's, one number for each adapter.
 
     Args:
         report: gets the rows.
         workload: the model.
-        populations: adapters of its base, which they share.
+        arms: adapters for it.
         folder: an empty one for them.
         count: how many of each are read.
     """
+    base = workload.frozen(torch.float32).eval()
 
     def add(way: str, arm: Arm, what: str, seconds: list[float]) -> None:
         described = {"way": way, "arm": f"{way}, {arm.name}", "method": arm.method, "rank": arm.rank}
         setting = {"part": "loading", "workload": workload.name, "dtype": "float32"}
         report.add({**setting, **described, "what": what, "seconds": seconds})
 
-    def weigh(arm: Arm, values: int, **at_rest: int) -> None:
+    def weigh(arm: Arm, model: nn.Module, **at_rest: int) -> None:
         """On the device and on the host an adapter is the same."""
+        values = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         held = {"values": values, "float16": 2 * values, "float32": 4 * values}
         report.add({"part": "storage", "workload": workload.name, **arm.described(), **held, **at_rest})
 
     names = [name_of(number) for number in range(count)]
     for arm in LORAS:
-        model = adapted(populations[0].base, arm, workload.targets)
+        model = adapted(base, arm, workload.targets)
         model.save_pretrained(str(folder / arm.name))
-        values = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        weigh(arm, values, folder=_size(folder / arm.name))
+        weigh(arm, model, folder=_size(folder / arm.name))
         _of_peft(partial(add, "PEFT", arm), model, dict.fromkeys(names, folder / arm.name))
-    for population in populations:
-        parent, pack = folder / population.arm.name, folder / f"{population.arm.name}.dvora"
-        folders = population.save(parent, count)
+    for arm in arms:
+        first, parent, pack = (folder / f"{arm.name}{ending}" for ending in (", first", "", ".dvora"))
+        model = adapted(base, arm, workload.targets).eval()
+        model.save_pretrained(str(first))
+        folders = perturbed(first, parent, count)
         write_pack(pack, folders)
-        values = sum(2 * layer.out_features + layer.rank for layer in population.layout.content.layers)
-        at_rest = {"folder": _size(folders[names[0]]), "pack": pack.stat().st_size // count}
-        weigh(population.arm, values, **at_rest)
-        _of_bank(partial(add, "bank", population.arm), population, parent, folders, pack)
-        _of_peft(partial(add, "PEFT", population.arm), population.model, folders)
+        weigh(arm, model, folder=_size(first), pack=pack.stat().st_size // count)
+        _of_bank(partial(add, "bank", arm), base, first, parent, folders, pack)
+        _of_peft(partial(add, "PEFT", arm), model, folders)
 
 
-def _of_bank(add: Add, population: Population, parent: Path, folders: Mapping[str, Path], pack: Path) -> None:
+def _of_bank(add: Add, base: nn.Module, first: Path, parent: Path, folders: Mapping[str, Path], pack: Path) -> None:
     with ExitStack() as banks:
 
         def bank(slots: int = SLOTS) -> dvora.AdapterBank:
             """One that has computed what all adapters share, and holds another one than the folders'."""
-            some = next(iter(folders.values()))
-            made = dvora.AdapterBank(sharing_copy(population.base), slots=slots, dtype=torch.float16, like=some)
+            made = dvora.AdapterBank(sharing_copy(base), slots=slots, dtype=torch.float16)
             banks.callback(made.close)
-            made.add("other", population.vector(len(folders)))
+            made.add("other", first)
             _use(made, "other")
             return made
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import dvora
 from benchmarks.many_adapters.arms import ManyArm
 from benchmarks.many_adapters.plan import ROWS
-from benchmarks.many_adapters.population import NOISE, Population, name_of
-from benchmarks.speed.arms import sharing_copy
+from benchmarks.population import NOISE, name_of
+from benchmarks.speed.arms import Arm, adapted
 from benchmarks.speed.runner import Report
 from benchmarks.speed.timing import Step
 from benchmarks.speed.workloads import Workload, random
@@ -21,21 +21,20 @@ from dvora.bank import TenantAdamW
 TOKENS = 16
 
 
-def measure(report: Report, workload: Workload, population: Population, folder: Path, rounds: int) -> None:
+def measure(report: Report, workload: Workload, arm: Arm, folder: Path, rounds: int) -> None:
     """Add a row for one tenant with all rows, for a tenant a row, and for PEFT's training of one adapter at a time."""
-    x = workload.inputs(ROWS, TOKENS, torch.float32)
-    like = next(iter(population.save(folder / "adapters", 1).values()))
+    x, model = workload.inputs(ROWS, TOKENS, torch.float32), workload.frozen(torch.float32).eval()
+    of_peft = adapted(model, arm, workload.targets).eval()
+    of_peft.save_pretrained(str(folder))
+    alone = _alone(workload, of_peft)
     with ExitStack() as banks:
-        model = sharing_copy(population.base)
-        bank = dvora.AdapterBank(model, like=like)
+        bank = dvora.AdapterBank(model, like=folder)
         banks.callback(bank.close)
         makers: dict[ManyArm, Callable[[], Step]] = {
-            ManyArm("bank", population.arm, count, ROWS): partial(_of_bank, workload, model, bank, x, count)
-            for count in (1, ROWS)
+            ManyArm("bank", arm, count, ROWS): partial(_of_bank, workload, model, bank, x, count) for count in (1, ROWS)
         }
-        alone = _alone(workload, population.model)
-        makers[ManyArm("alone", population.arm, 1, ROWS)] = lambda: lambda: alone(x)
-        makers[ManyArm("alone", population.arm, ROWS, ROWS)] = lambda: lambda: [alone(row) for row in x.split(1)]
+        makers[ManyArm("alone", arm, 1, ROWS)] = lambda: lambda: alone(x)
+        makers[ManyArm("alone", arm, ROWS, ROWS)] = lambda: lambda: [alone(row) for row in x.split(1)]
         setting = {"part": "training", "workload": workload.name, "dtype": "float32", "batch": ROWS, "tokens": TOKENS}
         report.time_in_turns(setting, makers, rounds)
 

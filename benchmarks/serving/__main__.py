@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from rich.console import Console
 
 from benchmarks.environment import machine
+from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.population import drawn, name_of, write_packs, write_perturbed
 from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
+from dvora.bank.packs import write_pack
 from dvora.flat import Layout
 from materials.files import lay_out
 
@@ -127,6 +129,14 @@ def in_turns(loads: Mapping[str, Load], turns: int, clients: int, tokens: int, c
     }
 
 
+def packs_of(adapters: Mapping[str, Path], counts: Sequence[int], folder: Path) -> dict[int, Path]:
+    """Packs of the first so many adapters, by how many they are."""
+    packs = {count: folder / f"{count}.pack" for count in counts}
+    for count, pack in packs.items():
+        write_pack(pack, dict(islice(adapters.items(), count)))
+    return packs
+
+
 def by_peft(
     base: Path, folder: Path, chosen: Sequence[tuple[int, int, str]], requests: int, running: ExitStack
 ) -> dict[str, Load]:
@@ -141,8 +151,8 @@ def by_peft(
 
 def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
     """Classification by heads of several sizes, beside the merged model, PEFT's LoRA, and a process for each tenant."""
-    write_perturbed(folder / "classifier" / "adapter", folder / "classifiers", max(COUNTS))
-    packs = write_packs(folder / "classifiers", COUNTS, folder)
+    adapters = perturbed(folder / "classifier" / "adapter", folder / "classifiers", max(COUNTS))
+    packs = packs_of(adapters, COUNTS, folder)
     merged, everyone = bases["merged-classifier"], ["merged-classifier"] * requests
     with ExitStack() as running:
         (empty := folder / "empty").mkdir()
@@ -174,8 +184,8 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
 
 def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
     """Generation, beside the base alone, the merged model and PEFT's LoRA."""
-    write_perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
-    packs = write_packs(folder / "writers", OF_TEXTS, folder / "writers")
+    adapters = perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
+    packs = packs_of(adapters, OF_TEXTS, folder / "writers")
     with ExitStack() as running:
         loads = {}
         for name, base in (("base", "smollm2"), ("merged model", "merged-writer")):
@@ -195,7 +205,7 @@ def engines(
 ) -> dict[str, Row]:
     """Generation by vLLM: the merged model, LoRA, and DVoRA by the plug-in, beside this server."""
     if not (folder / "writers").exists():
-        write_perturbed(folder / "writer" / "adapter", folder / "writers", 16)
+        perturbed(folder / "writer" / "adapter", folder / "writers", 16)
     writers = folder / "writers16"
     for number in range(16):
         shutil.copytree(folder / "writers" / name_of(number), writers / name_of(number))

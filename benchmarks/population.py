@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvora.bank.packs import write_pack
-
 NOISE = 0.01
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 HEADS = (2, 3, 5, 8)
@@ -27,17 +25,17 @@ def drawn(count: int, requests: int) -> list[str]:
     return [name_of(number) for number in numbers]
 
 
-def write_perturbed(trained: Path, folder: Path, count: int, heads: Sequence[int] = HEADS) -> None:
-    """Folders of adapters, of which the first is the trained one.
+def perturbed(first: Path, folder: Path, count: int, heads: Sequence[int] = HEADS) -> dict[str, Path]:
+    """Folders of adapters by their names, of which the first has the values of a given one.
 
     Args:
-        trained: the folder of an adapter.
-        folder: new.
+        first: the folder of an adapter.
+        folder: of all folders, new.
         count: of adapters.
-        heads: their numbers of outputs, in turns.
+        heads: their numbers of outputs, in turns, if the adapter has a head.
     """
-    values = load_file(trained / VALUES)
-    for number in range(count):
+    values, folders = load_file(first / VALUES), {name_of(number): folder / name_of(number) for number in range(count)}
+    for number, target in enumerate(folders.values()):
         generator = torch.Generator().manual_seed(number)
         changed = {}
         for name, value in values.items():
@@ -46,16 +44,7 @@ def write_perturbed(trained: Path, folder: Path, count: int, heads: Sequence[int
                 changed[name] = (value[rows] + NOISE * torch.randn(value[rows].shape, generator=generator)).contiguous()
             else:
                 changed[name] = value + NOISE * torch.randn(value.shape, generator=generator) * (number > 0)
-        target = folder / name_of(number)
         target.mkdir(parents=True)
-        shutil.copy(trained / SETTINGS, target)
+        shutil.copy(first / SETTINGS, target)
         save_file(changed, target / VALUES, {"format": "pt"})
-
-
-def write_packs(folder: Path, counts: tuple[int, ...], target: Path) -> dict[int, Path]:
-    """A pack of the first so many adapters of a folder, for each number."""
-    packs = {}
-    for count in counts:
-        packs[count] = target / f"{count}.pack"
-        write_pack(packs[count], {name_of(number): folder / name_of(number) for number in range(count)})
-    return packs
+    return folders
