@@ -20,14 +20,16 @@ from benchmarks.speed.metrics import time_ratio
 POINTS = {
     "lora_r1": ("LoRA r=1", "LoRA", (0, 12), "center"),
     "hyperadapt": ("HyperAdapt", "HyperAdapt", (-9, -16), "right"),
-    "structured_r64": ("DVoRA r=64", "DVoRA", (-6, 20), "right"),
+    "road": ("RoAd", "RoAd", (-9, 2), "right"),
+    "structured_r64": ("DVoRA r=64", "DVoRA", (9, -22), "left"),
     "structured_r256": ("DVoRA r=256", "DVoRA", (9, -4), "left"),
     "lora_r8": ("LoRA r=8", "LoRA", (0, 24), "center"),
 }
 """Labels, colours, and where the labels stand beside the points."""
 IN_TIME = {
     "lora_r1": ("LoRA r=1", "LoRA r=1", (9, -30)),
-    "hyperadapt": ("HyperAdapt", "HyperAdapt", (9, -4)),
+    "hyperadapt": ("HyperAdapt", "HyperAdapt", (-68, 14)),
+    "road": ("RoAd", "RoAd", (9, 2)),
     "structured_r64": ("DVoRA r=64", "DVoRA, r=64", (9, -16)),
     "structured_r256": ("DVoRA r=256", "DVoRA", (9, -2)),
     "lora_r8": ("LoRA r=8", "LoRA", (9, -4)),

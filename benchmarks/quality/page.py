@@ -43,7 +43,7 @@ LABELS: Mapping[str, str] = {
 }
 """Every arm that is compared; baselines and runs in other settings have their own tables."""
 MAIN = (
-    *("ia3", "magnitude", "hyperadapt", "vera_r256", "lora_r1"),
+    *("ia3", "magnitude", "hyperadapt", "road", "vera_r256", "lora_r1"),
     *("structured_r64", "structured_r256", "dvora_r256", "lora_r8"),
 )
 """Arms that run on every task but the generated one; a task is counted as soon as it has runs of all of them."""
@@ -54,6 +54,7 @@ GLANCE: Mapping[str, tuple[str, str]] = {
     "frozen": ("frozen, best head", ""),
     "magnitude": ("DVoRA, magnitude only", "dvora magnitude"),
     "hyperadapt": ("HyperAdapt (rows and columns)", "HyperAdapt"),
+    "road": ("RoAd (pairs of rows)", "RoAd"),
     "vera_r256": ("VeRA r=256", "VeRA r=256"),
     "lora_r1": ("LoRA r=1", "LoRA r=1"),
     "structured_r64": ("**DVoRA r=64, structured**", "dvora structured r=64"),
@@ -81,7 +82,7 @@ SETTINGS = (
 LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r1": ("lora_r1", "lora_r1_time_500"),
     "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
-    "road": ("road_time_500",),
+    "road": ("road", "road_time_500"),
     "structured_r16": ("structured_r16_time_500",),
     "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_twice"),
     "structured_r256": ("structured_r256_time_500", "structured_r256"),
@@ -303,7 +304,7 @@ def _ranks(result: Result) -> str:
     def steps(arm: str) -> str:
         return " and ".join(f"{result.steps(task, arm):,}" for task in tasks)
 
-    of = {arm: LABELS[method] for method, arms in LENGTHS.items() for arm in arms}
+    of = {arm: LABELS[method] for method, arms in LENGTHS.items() if method.startswith("structured") for arm in arms}
     pairs = [(label, arm, RIVALS[arm]) for arm, label in of.items() if arm in RIVALS]
     rows = []
     for label, arm, rival in [*pairs, (f"{of[IN_FLOAT32[0]]}, in float32", *IN_FLOAT32)]:
