@@ -41,6 +41,8 @@ TUNED_ON = 6
 """Every sixth tenant chooses the rates."""
 TOGETHER = 8
 """Tenants in a step of the bank."""
+BATCHES = 4
+"""Of such a step, of rows of like length: in one, all would be padded to the longest."""
 
 
 def grid_of_tenants() -> Grid:
@@ -142,8 +144,8 @@ def steps_together(
 ) -> Iterator[None]:
     """Steps with the rows that each tenant's own steps would have, one at a time; published after the last."""
     arm, rates, parts = grid.arms[run.arm], run.rates, [tenant.parts["batches"] for tenant in some]
-    ids = tuple(ids for part in parts for ids in part.sentences.ids)
-    rows = Sentences(ids, torch.cat([part.labels for part in parts]), parts[0].sentences.padding)
+    every = tuple(ids for part in parts for ids in part.sentences.ids)
+    rows = Sentences(every, torch.cat([part.labels for part in parts]), parts[0].sentences.padding)
     firsts = np.cumsum([0, *(len(part.labels) for part in parts[:-1])])
     adapters = bank.trainable([tenant.name for tenant in some])
     optimizer = TenantAdamW(
@@ -153,14 +155,16 @@ def steps_together(
         max_grad_norm=grid.training["max_gradient_norm"],
     )
     schedule = LambdaLR(optimizer, rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule]))
-    names = [tenant.name for tenant in some for _ in range(PLAN.batch)]
+    names = np.array([tenant.name for tenant in some for _ in range(PLAN.batch)])
     for of_tenants in zip(*(tenant.batches(run.seed, run.steps) for tenant in some), strict=True):
         chosen = np.concatenate([first + own for first, own in zip(firsts, of_tenants, strict=True)])
-        ids, mask = rows.batch(chosen)
-        with adapters.rows(names) as in_training:
-            with precision():
-                outputs = model({"ids": ids, "mask": mask})
-            in_training.loss(cross_entropy(outputs, rows.labels[chosen], reduction="none")).backward()
+        for batch in np.array_split(np.argsort([len(every[row]) for row in chosen], kind="stable"), BATCHES):
+            ids, mask = rows.batch(chosen[batch])
+            with adapters.rows(names[batch].tolist()):
+                with precision():
+                    outputs = model({"ids": ids, "mask": mask})
+                # Of every tenant the mean over its rows of the step, wherever they are.
+                (cross_entropy(outputs, rows.labels[chosen[batch]], reduction="sum") / PLAN.batch).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -52,6 +52,20 @@ def test_gradients_are_those_of_each_alone(name: str, tmp_path: Path) -> None:
         check_gradients(both, alone, 3e-6)
 
 
+def test_a_step_may_be_several_batches(tmp_path: Path) -> None:
+    save_all(MLP, tmp_path)
+    with together(MLP, tmp_path) as both:
+        alone, batch = Alone(tmp_path, MLP.base), batch_of(both.model, MIXED)
+        alone.backward(batch)
+        shares = torch.tensor([1 / MIXED.count(name) for name in MIXED])
+        for first in (0, 3):
+            part = slice(first, first + 3)
+            with both.adapters.rows(MIXED[part]):
+                losses = row_losses(both.model, {name: value[part] for name, value in batch.inputs.items()})
+                (losses * shares[part]).sum().backward()
+        check_gradients(both, alone)
+
+
 def test_rows_may_weigh_differently(tmp_path: Path) -> None:
     save_all(MLP, tmp_path)
     weights = torch.tensor([1, 3, 0, 2, 1, 0])
