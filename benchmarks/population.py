@@ -1,4 +1,4 @@
-"""Adapters by the thousand: one that was trained, and noise of another seed for each. Which ones are asked for."""
+"""Adapters by the thousand: a given one, and noise of another seed for each other. Which ones are asked for."""
 
 import shutil
 from collections.abc import Sequence

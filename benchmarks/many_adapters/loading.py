@@ -16,7 +16,7 @@ from torch import nn
 
 import dvora
 from benchmarks.many_adapters.plan import LORAS
-from benchmarks.population import name_of, perturbed
+from benchmarks.population import SETTINGS, VALUES, name_of, perturbed
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
@@ -27,7 +27,6 @@ SLOTS = 4
 SWITCHES = 20
 AT_ONCE = 5
 """Banks whose first batch needs all adapters."""
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 Add = Callable[[str, list[float]], None]
 """Adds a row: what was done, and its seconds."""
 
@@ -121,4 +120,4 @@ def _seconds(step: Callable[..., object], *arguments: object) -> float:
 
 
 def _size(folder: Path) -> int:
-    return sum((folder / name).stat().st_size for name in FILES)
+    return sum((folder / name).stat().st_size for name in (SETTINGS, VALUES))
