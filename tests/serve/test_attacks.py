@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 from dvora.bank.packs import write_pack
-from dvora.serve import app
+from dvora.serve import guard
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
 
@@ -114,14 +114,14 @@ def test_bodies_that_are_too_large_or_no_json(llama: Path, language_adapters: Pa
             answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             assert answer.status_code == 400, content[:20]
             assert "error" in answer.json()
-        assert client.post("/v1/completions", content=bytes(app.LARGEST_JSON + 1)).status_code == 413
+        assert client.post("/v1/completions", content=bytes(guard.LARGEST_JSON + 1)).status_code == 413
         assert complete(client, "a0", "the ").status_code == 200
 
 
 def test_slow_and_endless_clients(
     llama: Path, language_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
     with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
         place = (client.base_url.host, client.base_url.port)
         with socket.create_connection(place) as slow:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ..bank.adapters import SETTINGS, VALUES
@@ -19,13 +19,14 @@ from ..flat import Layout
 from ..sync import vector_digest
 from ..whole_files import remove
 from .answers import Body, headers_of, server_of
+from .keys import changing
 from .registry import Version, check_name
 from .requests import RefusedError
 from .server import Server
 from .store import files_of_upload, files_of_vector, vector_of
 
 router = APIRouter(tags=["adapters"])
-LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+changes = APIRouter(tags=["adapters"], dependencies=[Depends(changing)])
 
 
 class Load(Body):
@@ -63,7 +64,7 @@ async def adapter(name: str, request: Request) -> Response:
         return JSONResponse(card, headers=headers_of([version]))
 
 
-@router.put("/v1/adapters/{name}")
+@changes.put("/v1/adapters/{name}")
 async def put_adapter(
     name: str,
     request: Request,
@@ -92,7 +93,7 @@ async def put_adapter(
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
 
-@router.delete("/v1/adapters/{name}")
+@changes.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, request: Request) -> Response:
     """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
     server = server_of(request)
@@ -100,7 +101,7 @@ async def delete_adapter(name: str, request: Request) -> Response:
     return JSONResponse(server.registry.card(version))
 
 
-@router.post(LOAD)
+@changes.post("/v1/load_lora_adapter")
 async def load(body: Load, request: Request) -> Response:
     """Serve an adapter in the folder of adapters, named relative to it."""
     server = server_of(request)
@@ -114,7 +115,7 @@ async def load(body: Load, request: Request) -> Response:
     return PlainTextResponse(message, headers=headers_of([version]))
 
 
-@router.post(UNLOAD)
+@changes.post("/v1/unload_lora_adapter")
 async def unload(body: Unload, request: Request) -> Response:
     """Serve an adapter no longer."""
     await asyncio.to_thread(server_of(request).registry.delete, body.lora_name)

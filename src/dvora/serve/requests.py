@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal, NamedTuple
+
+from starlette.exceptions import HTTPException
 
 Work = Literal["classify", "embed", "generate"]
 Finish = Literal["stop", "length"]
 
 
-class RefusedError(Exception):
+class RefusedError(HTTPException):
     """A request that is not served, with what its client is told.
 
     Args:
@@ -24,8 +27,8 @@ class RefusedError(Exception):
     def __init__(
         self, status: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.headers = status, message, kind, headers or {}
+        super().__init__(status, message, headers or {})
+        self.status, self.message, self.kind = status, message, kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Sampling:
         max_tokens: at most so many are generated.
         temperature: 0 takes the likeliest token.
         top_p: only the likeliest tokens that have this probability together.
+        chances: how many of the likeliest tokens are listed beside each chosen one; None lists none, not even that.
         seed: of the sampling; None draws another one for every request.
         stop: texts before which generation ends.
     """
@@ -45,6 +49,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    chances: int | None = None
 
 
 class Answer(NamedTuple):
@@ -56,11 +61,21 @@ class Answer(NamedTuple):
     error: BaseException | None = None
 
 
+class Chance(NamedTuple):
+    """The log-probability of a token, and with which log-probabilities the likeliest ones stood beside it."""
+
+    token: int
+    logarithm: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
 class Piece(NamedTuple):
-    """Generated text that is new, and how many tokens have been generated."""
+    """Generated text that is new, and how many tokens have been generated, the one that ends a text among them."""
 
     text: str
     tokens: int
+    chances: tuple[Chance, ...] = ()
+    """Of the tokens since the last piece, where the request wants them."""
 
 
 @dataclass(eq=False)
@@ -74,6 +89,8 @@ class Request:
         hear: called in the engine's thread with pieces and the answer.
         sampling: of generated text.
         token_types: of the input, where the tokenizer of an encoder gives them.
+        queue: where it waits, beside those of other clients, which take turns.
+        deadline: by `time.monotonic`, when nobody waits for it any more.
     """
 
     work: Work
@@ -82,6 +99,8 @@ class Request:
     hear: Callable[[Request, Piece | Answer], None]
     sampling: Sampling = Sampling()
     token_types: Sequence[int] | None = None
+    queue: str = ""
+    deadline: float = inf
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
     """Nobody listens any more."""

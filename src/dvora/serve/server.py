@@ -16,6 +16,7 @@ from torch import Tensor
 from ..recipes.settings import NAMED, Trust
 from .base import open_base
 from .engine import Engine
+from .keys import Keys
 from .metrics import Metrics
 from .registry import Registry, Version
 from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
@@ -85,7 +86,7 @@ class Server:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics = settings, Metrics()
+        self.settings, self.metrics, self.keys = settings, Metrics(), Keys(settings.token)
         self.store = Store(settings.adapters, settings.is_shared)
         try:
             self.base = open_base(
