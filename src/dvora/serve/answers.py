@@ -10,13 +10,12 @@ from typing import Any
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 
+from .keys import BASE, asking
 from .registry import Version
 from .requests import RefusedError, Work
 from .server import Gone, Row, Server
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
-BASE = "base"
-"""In place of an adapter and of its digest."""
 
 
 class Body(BaseModel):
@@ -59,7 +58,8 @@ async def rows_of(
     most, count = server.settings.limits.queue, len(models) * len(texts)
     if not 0 < count <= most:
         raise RefusedError(400, f"the request has {count:,} rows (texts times models), expected 1 to {most:,}")
-    names = [None if model is None else server.registry.named(model) for model in models]
+    key = await asking(request)
+    names = [None if model is None else server.registry.named(model, key) for model in models]
     tokens = await asyncio.to_thread(lambda: [server.text(text, truncate=truncate) for text in texts])
     async with listening(request) as gone:
         return await server.rows(work, [(name, text) for text in tokens for name in names], gone)

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import BASE, Body, digest_of, headers_of, rows_of, server_of
+from .answers import Body, digest_of, headers_of, rows_of, server_of
+from .keys import BASE
 from .registry import Version
 from .requests import RefusedError
 from .server import Row, Server

@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.types import Receive, Scope, Send
 
 from .answers import Body, digest_of, error_body, headers_of, listening, rows_of, server_of
+from .keys import asking
 from .requests import Answer, Piece, RefusedError, Sampling
 from .server import Server, Text
 
@@ -120,7 +121,7 @@ async def models(request: Request) -> dict[str, Any]:
 async def model_card(model: str, request: Request) -> dict[str, Any]:
     """One model."""
     server = server_of(request)
-    if (name := server.registry.named(model)) is None:
+    if (name := server.registry.named(model, await asking(request))) is None:
         return _card(server.base.name, server.base.source, None)
     version = next(version for version in server.registry.versions() if version.name == name)
     return _card(version.name, version.digest, server.base.name)
@@ -186,7 +187,7 @@ def _room(server: Server, text: Text, wanted: int) -> int:
 
 async def _generate(request: Request, body: Generation, text: Text, max_tokens: int, *, is_chat: bool) -> Response:
     server = server_of(request)
-    name = server.registry.named(body.model)
+    name = server.registry.named(body.model, await asking(request))
     async with AsyncExitStack() as held:
         gone = await held.enter_async_context(listening(request))
         version, parts = await held.enter_async_context(server.generation(name, text, body.sampling(max_tokens), gone))

@@ -6,10 +6,11 @@ import asyncio
 import copy
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
 from .scheduler import Limits
 from .store import Store
 
+_Changed = TypeVar("_Changed")
 Gone = asyncio.Future[None]
 """Is done when the client has hung up."""
 
@@ -38,7 +40,8 @@ class Settings:
         host_bytes: of adapters in memory.
         dtype: of the base's weights: auto, float32, bfloat16 or float16.
         max_length: tokens of a text; None: what the model takes.
-        token: of whoever may change adapters; None: nobody may.
+        token: of whoever may change all adapters; None: nobody may, unless his key says so.
+        keys: the file of the tenants' keys; None: everybody may ask.
         timeout: seconds that a request may take.
         largest_upload: bytes of an adapter in a request.
         trust: whether the base may be fetched.
@@ -52,6 +55,7 @@ class Settings:
     dtype: str = "auto"
     max_length: int | None = None
     token: str | None = None
+    keys: Path | None = None
     timeout: float = 120.0
     largest_upload: int = 2**26
     trust: Trust = NAMED
@@ -86,23 +90,26 @@ class Server:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics, self.keys = settings, Metrics(), Keys(settings.token)
+        self.settings, self.metrics = settings, Metrics()
+        self.keys = Keys(settings.token, settings.keys)
         self.store = Store(settings.adapters, settings.is_shared)
         try:
+            opened, damaged = self.store.open()
             self.base = open_base(
                 settings.base,
-                self.store.description_of(),
+                next((stored.source.description for stored in opened.values()), None),
                 settings.limits.slots,
                 settings.host_bytes,
                 settings.dtype,
                 settings.trust,
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name)
-            self.registry.open()
+            self.registry.open(opened, damaged)
             # Of its own: a tokenizer that truncates is changed by that, and the engine decodes with the other one.
             self._tokenizer, self._tokenizing = copy.deepcopy(self.base.tokenizer), threading.Lock()
             limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
             self.longest = min(limit for limit in limits if limit is not None)
+            self._changes = ThreadPoolExecutor(1, "dvora-changes")
             self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -110,6 +117,7 @@ class Server:
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what has been taken, for some seconds, and free everything."""
+        self._changes.shutdown()
         self.engine.close(seconds)
         self.base.bank.close()
         self.store.close()
@@ -169,6 +177,10 @@ class Server:
             advice = "send a shorter one" if self.base.generates else "send a shorter one, or truncate: true"
             raise RefusedError(400, f"the input has {len(tokens):,} tokens, and at most {most:,} are read; {advice}")
         return Text(tokens, types)
+
+    async def changed(self, change: Callable[[], _Changed]) -> _Changed:
+        """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._changes, change)
 
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.
