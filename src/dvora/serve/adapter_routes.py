@@ -81,7 +81,9 @@ async def put_adapter(
     adapter that they replace, or of the others; a vector of a new name has a strength of one. `labels` are the names of
     the classes.
     """
-    server, body = server_of(request), await request.body()
+    server = server_of(request)
+    request.state.incoming.most = server.settings.largest_upload
+    body = await request.body()
     check_name(name)
     if format != "vector" and (layout or digest):
         raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
