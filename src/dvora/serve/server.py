@@ -45,6 +45,8 @@ class Settings:
         timeout: seconds that a request may take.
         largest_upload: bytes of an adapter in a request.
         trust: whether the base may be fetched.
+        body_memory: bytes of all bodies and answers that are under way.
+        allow_hosts: names, or patterns as in a shell, that requests may be for, beside localhost and addresses.
         is_shared: whether other servers have the same adapters, which change for all of them.
     """
 
@@ -59,6 +61,8 @@ class Settings:
     timeout: float = 120.0
     largest_upload: int = 2**26
     trust: Trust = NAMED
+    body_memory: int = 2**28
+    allow_hosts: tuple[str, ...] = ()
     is_shared: bool = False
 
 
