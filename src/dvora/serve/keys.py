@@ -51,6 +51,7 @@ class Allowance:
 
     def take(self, count: int) -> None:
         """Use some."""
+        self.seconds(0)
         self._left -= count
 
     def seconds(self, count: int) -> float:

@@ -181,7 +181,11 @@ class Store:
             ValueError: it is damaged, or no server can have written it there.
         """
         if not entry.is_upload:
-            return self.given_in(self.below(entry.folder))._replace(labels=entry.labels, digest=entry.digest)
+            try:
+                folder = self.below(entry.folder)
+            except RefusedError as refusal:
+                raise ValueError(refusal.message) from None
+            return self.given_in(folder)._replace(labels=entry.labels, digest=entry.digest)
         parent, _, name = entry.folder.rpartition("/")
         folder = self.folder / name
         if parent != self.folder.name or not UPLOAD.fullmatch(name) or folder.is_symlink():
@@ -193,18 +197,19 @@ class Store:
         """A folder of an adapter in the root, by a name from outside.
 
         Raises:
-            ValueError: it leads elsewhere, or there is no adapter.
+            RefusedError: 400, it leads elsewhere; 404, there is no adapter.
         """
         try:
             folder = (self.root / path).resolve()
-            inside = folder.is_relative_to(self.root.resolve())
-            if not inside or self.folder.resolve() in (folder, *folder.parents):
-                raise ValueError(f"{path[:200]!r} leads out of the folder of adapters; name one in it")
+            if not folder.is_relative_to(self.root.resolve()) or self.folder.resolve() in (folder, *folder.parents):
+                message = f"the path {path[:200]!r} leads out of the folder of adapters; name one in it"
+                raise RefusedError(400, message, "InvalidUserInput")
             folder = folder_of(folder)
             if not (folder / SETTINGS).is_file():
-                raise ValueError(f"there is no adapter in {path[:200]!r}")
-        except OSError as error:
-            raise ValueError(f"{path[:200]!r} is no path: {error.strerror}") from None
+                raise RefusedError(404, f"there is no adapter in {path[:200]!r}", "NotFoundError")
+        except (ValueError, OSError) as error:
+            # One with a NUL, or too long for the system.
+            raise RefusedError(400, f"{path[:200]!r} is no path", "InvalidUserInput") from error
         return folder
 
     def told(self, error: BaseException) -> str:

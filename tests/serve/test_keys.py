@@ -1,0 +1,206 @@
+"""Who may ask and change what: the server's token, and the keys of tenants, who learn of no adapter but their own."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+
+from dvora.serve import keys
+from dvora.serve.app import make_app
+from dvora.serve.keys import Allowance, Keys
+from dvora.serve.requests import RefusedError
+from dvora.serve.server import Server, Settings
+from tests.serve.served import ADMIN, TOKEN, copied, serving
+
+VALUES = "adapter_model.safetensors"
+SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
+FILE = """
+[shop]
+sha256 = "{shop}"
+adapters = ["shop-*"]
+change = true
+
+[reader]
+sha256 = "{reader}"
+adapters = ["a0", "base"]
+
+[few]
+sha256 = "{few}"
+adapters = ["*"]
+requests = 3
+"""
+
+
+def headers(tenant: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {SECRETS[tenant]}"}
+
+
+def completed(client: httpx.Client, model: str, tenant: str) -> int:
+    body = {"model": model, "prompt": "the ", "max_tokens": 2}
+    return client.post("/v1/completions", json=body, headers=headers(tenant)).status_code
+
+
+def key_file(folder: Path, content: str = FILE) -> Path:
+    hashes = {name: hashlib.sha256(secret.encode()).hexdigest() for name, secret in SECRETS.items()}
+    (folder / "keys.toml").write_text(content.format(**hashes))
+    return folder / "keys.toml"
+
+
+@pytest.fixture
+def adapters(language_adapters: Path, tmp_path: Path) -> Path:
+    return copied(language_adapters, tmp_path / "adapters")
+
+
+@pytest.fixture
+def client(llama: Path, adapters: Path, tmp_path: Path) -> Iterator[httpx.Client]:
+    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
+        yield client
+
+
+def test_without_a_key_nothing_is_answered(client: httpx.Client) -> None:
+    routes = [
+        route
+        for route in client.get("/openapi.json").json()["paths"]
+        if route not in ("/health", "/healthz", "/readyz", "/docs")
+    ]
+    assert len(routes) > 12
+    for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": SECRETS["shop"]}):
+        for route in routes:
+            for method in ("GET", "POST", "PUT", "DELETE"):
+                answer = client.request(method, route.replace("{", "").replace("}", ""), headers=wrong, content=b"{}")
+                assert answer.status_code in (400, 401, 405), (method, route)
+                assert "a0" not in answer.text
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters: Path) -> None:
+    shop, values = headers("shop"), (adapters / "a1" / VALUES).read_bytes()
+    assert client.put("/v1/adapters/shop-1", content=values, headers=shop).status_code == 201
+    assert [card["id"] for card in client.get("/v1/models", headers=shop).json()["data"]] == ["shop-1"]
+    listed = client.get("/v1/adapters", headers=shop).json()
+    assert [card["name"] for card in listed["adapters"]] == ["shop-1"]
+    assert client.get("/metrics", headers=shop).status_code == 403
+
+    def hidden(method: str, path: str, name: str, **options: object) -> tuple[int, str, list[str]]:
+        answer = client.request(method, path.format(name), headers=shop, **options)  # type: ignore[arg-type]
+        return answer.status_code, answer.text.replace(name, "NAME"), sorted({*answer.headers} - {"date"})
+
+    for name in ("a0", "shop-2", "llama"):
+        # What exists is answered like what does not.
+        for method, path in (("GET", "/v1/models/{}"), ("GET", "/v1/adapters/{}")):
+            assert hidden(method, path, name) == hidden(method, path, "nothing"), name
+        body = {"prompt": "the ", "max_tokens": 1}
+        of_name = hidden("POST", "/v1/completions", name, json={**body, "model": name})
+        assert of_name == hidden("POST", "/v1/completions", "nothing", json={**body, "model": "nothing"})
+        assert of_name[0] == 404
+    for method, options in (("PUT", {"content": values}), ("DELETE", {})):
+        assert hidden(method, "/v1/adapters/{}", "a0", **options) == hidden(
+            method, "/v1/adapters/{}", "nothing", **options
+        )
+    load = {"lora_name": "shop-2", "lora_path": "a0"}
+    assert client.post("/v1/load_lora_adapter", json=load, headers=shop).status_code == 403
+    assert completed(client, "shop-1", "shop") == 200
+
+
+def test_who_may_ask_may_not_change(client: httpx.Client, adapters: Path) -> None:
+    reader, values = headers("reader"), (adapters / "a1" / VALUES).read_bytes()
+    for model in ("a0", "llama"):
+        assert completed(client, model, "reader") == 200
+    assert client.put("/v1/adapters/a0", content=values, headers=reader).status_code == 403
+    assert client.delete("/v1/adapters/a0", headers=reader).status_code == 403
+    # The server's token is for all.
+    assert client.put("/v1/adapters/a0", content=values, headers=ADMIN).status_code == 200
+    assert "dvora_requests" in client.get("/metrics", headers=ADMIN).text
+
+
+def test_a_minute_has_so_many_requests(client: httpx.Client) -> None:
+    codes = [client.get("/v1/models", headers=headers("few")).status_code for _ in range(5)]
+    assert codes == [200, 200, 200, 429, 429]
+    refused = client.get("/v1/models", headers=headers("few"))
+    assert 1 <= int(refused.headers["retry-after"]) <= 20
+    # Others have minutes of their own.
+    assert client.get("/v1/models", headers=headers("reader")).status_code == 200
+
+
+def test_what_was_used_comes_back_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(keys.time, "monotonic", lambda: now)
+    tokens = Allowance(60)
+    tokens.take(75)
+    assert tokens.seconds(0) == pytest.approx(15)
+    now += 20
+    assert tokens.seconds(0) == 0
+    assert tokens.seconds(60) == pytest.approx(55)
+    now += 1000
+    # It is not saved up.
+    tokens.take(61)
+    assert tokens.seconds(0) == pytest.approx(1)
+    assert Allowance().seconds(1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[shop]\nsha256 = 'x'\nadapters = ['a']", "shop.sha256"),
+        ("[shop]\nsha256 = '{shop}'\nadapters = []", "shop.adapters"),
+        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrate = 3", "shop.rate"),
+        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrequests = 0", "shop.requests"),
+        ("[a]\nsha256 = '{shop}'\nadapters = ['a']\n[b]\nsha256 = '{shop}'\nadapters = ['a']", "same key"),
+        ("[shop", "keys.toml"),
+    ],
+)
+def test_files_of_keys_that_are_wrong(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Keys(file=key_file(tmp_path, content))
+
+
+@pytest.mark.parametrize("token", ["short", "a passwörd of ours", "with\na new line"])
+def test_tokens_that_clients_could_not_send(token: str) -> None:
+    with pytest.raises(ValueError, match="openssl"):
+        Keys(token)
+
+
+def test_bearer_is_written_as_one_likes(tmp_path: Path) -> None:
+    assert Keys(TOKEN).key_of(f"bEARER  {TOKEN}".encode()).may_change
+    assert not Keys(TOKEN).key_of(f"Basic {TOKEN}".encode()).may_change
+    with pytest.raises(RefusedError):
+        Keys(TOKEN, key_file(tmp_path)).key_of(b"")
+
+
+CHANGES = [
+    ("DELETE", "/v1/adapters/a1", None),
+    ("PUT", "/v1/adapters/a1", None),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "a1"}),
+    ("POST", "/v1/unload_lora_adapter%0A", {"lora_name": "a1"}),
+    ("POST", "/v1/unload_lora_adapter/", {"lora_name": "a1"}),
+    ("POST", "//v1/unload_lora_adapter", {"lora_name": "a1"}),
+    ("POST", "/v1/load_lora_adapter%0A", {"lora_name": "x", "lora_path": "a1"}),
+    ("DELETE", "/v1/adapters/a1%0A", None),
+    ("DELETE", "/v1/./adapters/a1", None),
+]
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+@pytest.mark.parametrize("prefix", ["", "/mounted", "/root"])
+def test_no_path_leads_around_the_token(
+    prefix: str, token: str | None, llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also mounted in another application, or with a `root_path`, as proxies set it."""
+    server = Server(Settings(str(llama), adapters, token=token))
+    app = make_app(server)
+    asgi = {"": app, "/mounted": Starlette(routes=[Mount("/mounted", app)]), "/root": app}[prefix]
+    try:
+        client = TestClient(asgi, base_url="http://localhost", root_path="/root" if prefix == "/root" else "")
+        for method, path, body in CHANGES:
+            answer = client.request(method, f"{prefix}{path}", json=body)
+            assert answer.status_code in (401, 403, 404, 405), (method, path)
+            assert len(server.registry) == 6
+        if token:
+            assert client.delete(f"{prefix}/v1/adapters/a1", headers=ADMIN).status_code == 200
+    finally:
+        server.close()

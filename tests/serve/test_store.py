@@ -1,0 +1,303 @@
+"""What is on a server's disk: from strangers, damaged, half written, or not to be written; all else is served."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+import dvora
+from dvora.bank.packs import write_pack
+from dvora.serve import uploads
+from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
+
+SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
+OTHERS = ["a0", "a1", "a2", "a3", "a4", "a5"]
+
+
+@pytest.fixture
+def adapters(language_adapters: Path, tmp_path: Path) -> Path:
+    return copied(language_adapters, tmp_path / "adapters")
+
+
+def text_of(client: httpx.Client, model: str) -> str:
+    text: str = complete(client, model, "the ", 12).json()["choices"][0]["text"]
+    return text
+
+
+def put(client: httpx.Client, name: str, folder: Path, **query: object) -> httpx.Response:
+    content = (folder / VALUES if folder.is_dir() else folder).read_bytes()
+    return client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)  # type: ignore[arg-type]
+
+
+def names_of(client: httpx.Client) -> list[str]:
+    return [card["name"] for card in client.get("/v1/adapters").json()["adapters"]]
+
+
+def change_settings(folder: Path, **settings: object) -> None:
+    file = folder / SETTINGS
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def entry(folder: str, is_upload: bool = True) -> dict[str, object]:
+    return {"folder": folder, "labels": [], "is_upload": is_upload, "digest": "0" * 32}
+
+
+def test_a_strangers_index_removes_and_reads_nothing_elsewhere(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    elsewhere = copied(adapters / "a1", tmp_path / "elsewhere")
+    served = adapters / ".served"
+    served.mkdir()
+    (served / "notes").mkdir()
+    (served / ("0" * 16)).symlink_to(elsewhere)
+    copied(elsewhere, served / ("1" * 16))
+    (served / ("1" * 16) / VALUES).unlink()
+    (served / ("1" * 16) / VALUES).symlink_to(elsewhere / VALUES)
+    hostile = {
+        "up": entry("../elsewhere"),
+        "beside": entry("../elsewhere", is_upload=False),
+        "given": entry("a1"),
+        "link": entry(f".served/{'0' * 16}"),
+        "file": entry(f".served/{'1' * 16}"),
+        "dots": entry(f".served/../.served/{'1' * 16}"),
+    }
+    (served / "index.json").write_text(json.dumps(hostile))
+    with serving(llama, adapters) as (client, _):
+        left_out = {card["name"] for card in client.get("/v1/adapters").json()["left_out"]}
+        assert left_out == set(hostile)
+        assert names_of(client) == OTHERS
+        for name in hostile:
+            assert client.delete(f"/v1/adapters/{name}", headers=ADMIN).status_code == 200
+    assert sorted(path.name for path in elsewhere.iterdir()) == sorted([SETTINGS, VALUES, "README.md"])
+    assert (served / "notes").is_dir()
+    assert (adapters / "a1" / VALUES).is_file()
+
+
+@pytest.mark.parametrize("name", ["", "lock", "changes", "index.json"])
+def test_links_where_a_server_writes_are_refused(name: str, llama: Path, adapters: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    (victim if name else victim / ("0" * 16)).mkdir(parents=True) if not name else victim.write_text("{}")
+    (adapters / ".served").mkdir() if name else None
+    (adapters / ".served" / name).symlink_to(victim)
+    with pytest.raises(ValueError, match="is a link"):
+        serving(llama, adapters).__enter__()
+    assert victim.read_text() == "{}" if name else (victim / ("0" * 16)).is_dir()
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def with_another_value(file: Path) -> None:
+    values = load_file(file)
+    name = sorted(values)[0]
+    save_file({**values, name: values[name] + 0.25}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [truncated, with_another_value, Path.unlink])
+def test_a_damaged_upload_is_left_out_and_the_rest_is_served(
+    damage: Callable[[Path], None], llama: Path, adapters: Path
+) -> None:
+    with serving(llama, adapters) as (client, server):
+        put(client, "tenant", adapters / "a1").raise_for_status()
+        put(client, "other", adapters / "a2").raise_for_status()
+        folder = adapters / server.store.index["tenant"].folder  # type: ignore[union-attr]
+    damage(folder / VALUES)
+    with serving(llama, adapters) as (client, _):
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()["left_out"]) == (200, 1)
+        (left_out,) = client.get("/v1/models").json()["left_out"]
+        assert left_out["name"] == "tenant"
+        assert str(adapters) not in left_out["reason"]
+        answer = complete(client, "tenant", "the ")
+        assert (answer.status_code, str(adapters) in answer.text) == (422, False)
+        assert text_of(client, "other") == text_of(client, "a2")
+        # A new one heals it.
+        assert put(client, "tenant", adapters / "a3").status_code == 201
+        assert text_of(client, "tenant") == text_of(client, "a3")
+        assert client.get("/readyz").json()["left_out"] == 0
+
+
+def test_what_a_killed_server_left_half_written_is_removed(llama: Path, adapters: Path) -> None:
+    served = adapters / ".served"
+    served.mkdir()
+    (served / f".{'a' * 16}.unfinished").mkdir()
+    (served / ".index.json.k3_x8m2a").write_text("{")
+    (served / ("b" * 16)).mkdir()
+    (served / "of the operator").write_text("")
+    with serving(llama, adapters):
+        assert sorted(path.name for path in served.iterdir()) == ["lock", "of the operator"]
+
+
+def test_where_nothing_can_be_written_nothing_changes(llama: Path, adapters: Path) -> None:
+    with serving(llama, adapters) as (client, server):
+        put(client, "tenant", adapters / "a1").raise_for_status()
+        index = adapters / ".served" / "index.json"
+        index.rename(adapters / ".served" / "kept")
+        # No file takes the place of a folder.
+        index.mkdir()
+        before, texts = sorted(server.registry.bank), text_of(client, "tenant")
+        for answer in (
+            put(client, "tenant", adapters / "a2"),
+            put(client, "new", adapters / "a2"),
+            client.delete("/v1/adapters/tenant", headers=ADMIN),
+            client.delete("/v1/adapters/a0", headers=ADMIN),
+        ):
+            assert answer.status_code == 507, answer.text
+        assert sorted(server.registry.bank) == before
+        assert (names_of(client), text_of(client, "tenant")) == ([*OTHERS, "tenant"], texts)
+        assert len([path for path in (adapters / ".served").glob("[0-9a-f]*") if path.is_dir()]) == 1
+
+
+def test_who_puts_one_name_at_the_same_time_waits_for_the_others(llama: Path, adapters: Path) -> None:
+    with serving(llama, adapters) as (client, server), ThreadPoolExecutor(12) as pool:
+        layout = dvora.flat.Layout.of(adapters / "a0")
+        vector = layout.to_vector(adapters / "a1").numpy().tobytes()
+        query = {"format": "vector", "layout": layout.digest}
+
+        def change(number: int) -> int:
+            if number % 3 == 0:
+                return put(client, "tenant", adapters / f"a{number % 5}").status_code
+            if number % 3 == 1:
+                answer = client.put("/v1/adapters/tenant", content=vector, params=query, headers=ADMIN)
+                return answer.status_code
+            return client.get("/v1/adapters/tenant").status_code
+
+        put(client, "tenant", adapters / "a0").raise_for_status()
+        assert set(pool.map(change, range(90))) == {200}
+        assert len(server.registry.bank) == len(server.registry)
+
+
+def test_a_new_name_takes_nothing_of_another_adapter(llama: Path, adapters: Path) -> None:
+    change_settings(adapters / "a0", strength=0.5)
+    with serving(llama, adapters) as (client, _):
+        assert put(client, "new", adapters / "a1").status_code == 201
+        assert text_of(client, "new") == text_of(client, "a1") == Alone(llama).continued(adapters / "a1", "the ", 12)
+        # What replaces an adapter has that one's.
+        digest = client.get("/v1/adapters/a0").json()["digest"]
+        put(client, "a0", adapters / "a0").raise_for_status()
+        assert client.get("/v1/adapters/a0").json()["digest"] == digest
+
+
+def test_names_of_classes_are_an_adapters_own(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    adapters = copied(classifiers, tmp_path / "adapters")
+    for name, labels in (("old", ["a", "b"]), ("later", ["c", "d"])):
+        shutil.copytree(classifiers / "two", adapters / name / "adapter")
+        (adapters / name / "run.json").write_text(json.dumps({"labels": labels}))
+    with serving(bert, adapters) as (client, _):
+        load = {"lora_name": "old", "lora_path": "later", "load_inplace": True}
+        client.post("/v1/load_lora_adapter", json=load, headers=ADMIN).raise_for_status()
+        assert client.get("/v1/adapters/old").json()["labels"] == ["c", "d"]
+        load["lora_path"] = "two"
+        client.post("/v1/load_lora_adapter", json=load, headers=ADMIN).raise_for_status()
+        assert client.get("/v1/adapters/old").json()["labels"] == []
+        assert put(client, "new", adapters / "three", labels=["x", "y"]).status_code == 422
+        assert put(client, "new", adapters / "three", labels=["x", "y", "z"]).status_code == 201
+        # Of three classes the names of two, or of two the names of three, would be others'.
+        assert put(client, "new", adapters / "two").json()["labels"] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "base"])
+def test_no_adapter_is_called_as_the_base(name: str, llama: Path, adapters: Path) -> None:
+    copied(adapters / "a1", adapters / name)
+    with serving(llama, adapters) as (client, _):
+        assert names_of(client) == OTHERS
+        assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+        assert put(client, name, adapters / "a1").status_code == 400
+
+
+def without_one_layer(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    values = load_file(target / VALUES)
+    layer = sorted(values)[0].rpartition(".")[0]
+    kept = {name: value for name, value in values.items() if not name.startswith(layer)}
+    save_file(kept, target / VALUES, metadata={"format": "pt"})
+    return target
+
+
+def test_a_first_adapter_that_lacks_layers_says_nothing_of_those_after_it(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    partial = without_one_layer(language_adapters / "a0", tmp_path / "partial")
+    write_pack(tmp_path / "partial.pack", {"x": partial})
+    write_pack(tmp_path / "pack", {"x": language_adapters / "a1"})
+    (tmp_path / "adapters").mkdir()
+    with serving(llama, tmp_path / "adapters") as (client, _):
+        answer = put(client, "first", tmp_path / "partial.pack")
+        assert answer.status_code == 422
+        assert "lacks" in answer.text
+        assert put(client, "a1", tmp_path / "pack").status_code == 201
+        assert text_of(client, "a1") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+    shutil.rmtree(tmp_path / "adapters")
+    shutil.copytree(language_adapters, tmp_path / "adapters")
+    without_one_layer(language_adapters / "a0", tmp_path / "adapters" / "a00")
+    with serving(llama, tmp_path / "adapters") as (client, _):
+        assert names_of(client) == OTHERS
+
+
+def test_when_the_last_adapter_has_left_another_kind_may_come(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    small = save_trained(llama, tmp_path / "small", 1, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    write_pack(tmp_path / "small.pack", {"x": small})
+    write_pack(tmp_path / "pack", {"x": language_adapters / "a1"})
+    (tmp_path / "adapters").mkdir()
+    alone = Alone(llama)
+    with serving(llama, tmp_path / "adapters") as (client, _), ThreadPoolExecutor(1) as pool:
+        expected = alone.continued(None, "a", 59)
+        # The base's own texts run on meanwhile.
+        running = [pool.submit(complete, client, "llama", "a", 59) for _ in range(30)]
+        for file, source in (("small.pack", small), ("pack", language_adapters / "a1"), ("small.pack", small)):
+            assert put(client, "x", tmp_path / file).status_code == 201, file
+            assert text_of(client, "x") == alone.continued(source, "the ", 12)
+            assert client.delete("/v1/adapters/x", headers=ADMIN).status_code == 200
+        for answer in running:
+            assert answer.result().json()["choices"][0]["text"] == expected
+
+
+def test_an_upload_takes_no_more_than_it_brings(
+    llama: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack of many adapters is refused before any is read, and headers are as large as adapters need."""
+    for number in range(20):
+        copied(adapters / "a1", tmp_path / "many" / f"x{number}")
+        change_settings(tmp_path / "many" / f"x{number}", revision="r" * 100_000)
+    write_pack(tmp_path / "bomb", {path.name: path for path in (tmp_path / "many").iterdir()})
+    with serving(llama, adapters) as (client, _):
+        assert "expected one" in put(client, "x", tmp_path / "bomb").text
+        monkeypatch.setattr(uploads, "LARGEST_HEADER", 100)
+        for file in (adapters / "a1" / VALUES, tmp_path / "bomb"):
+            assert put(client, "x", file).status_code == 422
+
+
+def test_an_upload_is_on_the_disk_before_it_is_answered(
+    llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder with a new name is synced, and the index after them."""
+    synced, sync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with serving(llama, adapters) as (client, _):
+        put(client, "tenant", adapters / "a1").raise_for_status()
+    upload = next(place for place, name in enumerate(synced) if name.endswith(".unfinished"))
+    assert {SETTINGS, VALUES} <= set(synced[:upload])
+    assert synced[upload + 1] == ".served"
+    assert synced[upload + 2].startswith(".index.json.")
+    assert synced[upload + 3] == ".served"
+
+
+@pytest.mark.parametrize("path", ["x\0y", "x" * 5000, "/" * 3000, "..", "."])
+def test_paths_that_are_none(path: str, llama: Path, adapters: Path) -> None:
+    with serving(llama, adapters) as (client, _):
+        load = {"lora_name": "x", "lora_path": path}
+        answer = client.post("/v1/load_lora_adapter", json=load, headers=ADMIN)
+        assert answer.status_code in (400, 404)
+        assert str(adapters.parent) not in answer.text
