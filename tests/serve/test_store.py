@@ -281,7 +281,7 @@ def test_an_upload_is_on_the_disk_before_it_is_answered(
     synced, sync = [], os.fsync
 
     def noted(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
