@@ -25,6 +25,7 @@ from dvora.serve.app import make_app
 from dvora.serve.base import Base
 from dvora.serve.registry import Version
 from dvora.serve.requests import Answer, Request
+from dvora.serve.run import config_of
 from dvora.serve.scheduler import Batch
 from dvora.serve.server import Server, Settings
 
@@ -159,7 +160,9 @@ def serve_lora(base: Path, empty: Path, rank: int, count: int, how: str, port: i
         runner = server.engine._decoder or server.engine._encoder
         assert runner is not None
         runner.base = with_names(server.base, adapted)
-    uvicorn.Server(uvicorn.Config(make_app(server), port=port, log_config=None, http="h11")).run()
+    config = config_of(make_app(server), connections=2048)
+    config.port = port
+    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dvora.serve.app import make_app
+from dvora.serve.run import config_of
 from dvora.serve.scheduler import Limits
 from dvora.serve.server import Server, Settings
 from tests.recipes.saved_adapters import save
@@ -73,12 +74,13 @@ def save_classifier(base: Path, folder: Path, seed: int, outputs: int) -> Path:
 
 @contextmanager
 def serving(
-    base: Path, adapters: Path, token: str | None = TOKEN, port: int = 0, **settings: Any
+    base: Path, adapters: Path, token: str | None = TOKEN, port: int = 0, connections: int = 1000, **settings: Any
 ) -> Iterator[tuple[httpx.Client, Server]]:
     """A server, on a free port if none is given, and a client of it."""
     limits = Limits(**{"batch_rows": 6, "slots": 16, **settings.pop("limits", {})})
     server = Server(Settings(str(base), adapters, limits, token=token, **settings))
-    config = uvicorn.Config(make_app(server), port=port, log_config=None, http="h11", timeout_graceful_shutdown=20)
+    config = config_of(make_app(server), connections)
+    config.port = port
     process = uvicorn.Server(config)
     thread = threading.Thread(target=process.run)
     thread.start()

@@ -25,6 +25,13 @@ def serve(
             envvar=TOKEN, help="Of whoever may change adapters over HTTP.", show_default="nobody may", show_envvar=True
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names that requests may call this server by, beside localhost and addresses; * is any.",
+            show_default="none",
+        ),
+    ] = None,
     keys: Annotated[
         Path | None,
         typer.Option(help="TOML file of tenants' keys: what each may ask, change and use.", show_default="all may ask"),
@@ -33,6 +40,18 @@ def serve(
     host_memory: Annotated[
         float, typer.Option(help="GiB of adapters in memory.", min=0.001, rich_help_panel=_MEMORY)
     ] = 1.0,
+    head_memory: Annotated[
+        float,
+        typer.Option(
+            help="GiB of heads beside them; a head may have this divided by --slots.",
+            min=0.001,
+            rich_help_panel=_MEMORY,
+        ),
+    ] = 1.0,
+    body_memory: Annotated[
+        int,
+        typer.Option(help="MiB of requests and answers under way; more are 503.", min=1, rich_help_panel=_MEMORY),
+    ] = 256,
     cache_tokens: Annotated[
         int,
         typer.Option(help="Tokens of all texts that are generated at a time.", min=2, rich_help_panel=_MEMORY),
@@ -99,6 +118,8 @@ def serve(
             max_length=max_length,
             token=token,
             keys=keys,
+            allow_hosts=tuple(allow_host or ()),
+            body_memory=body_memory * 2**20,
             timeout=timeout,
             largest_upload=upload,
             trust=Trust(download=download),

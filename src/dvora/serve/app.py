@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -18,10 +17,9 @@ from . import adapter_routes, encoder_routes, openai_routes
 from .answers import error_body
 from .guard import Guard, answer_of
 from .keys import Asking, asking
+from .pages import TRY, page, routes_page
 from .requests import RefusedError
 from .server import Server
-
-PAGE = Path(__file__).with_name("page.html")
 
 
 def make_app(server: Server) -> FastAPI:
@@ -37,6 +35,8 @@ def make_app(server: Server) -> FastAPI:
         version=__version__,
         description="One base model, and for every request its own adapter.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.server = server
     app.add_exception_handler(RefusedError, _refused)
@@ -66,9 +66,13 @@ def make_app(server: Server) -> FastAPI:
             raise RefusedError(403, "metrics are of all adapters, and this key is for some", "forbidden")
         return PlainTextResponse(server.metrics_text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> str:
-        return PAGE.read_text(encoding="utf-8")
+    @app.get("/", include_in_schema=False)
+    async def try_adapters() -> Response:
+        return page(TRY)
+
+    @app.get("/docs", include_in_schema=False)
+    async def list_routes() -> Response:
+        return routes_page(app.openapi())
 
     return app
 

@@ -7,10 +7,8 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
-from math import inf
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
@@ -24,11 +22,8 @@ LARGEST_JSON = 2**22
 """Bytes of a body that is no adapter."""
 BODY_SECONDS = 30.0
 """From a request's beginning, in which a client has to send its body."""
-LINGER_SECONDS = 5.0
-"""In which a client may go on sending what is not read, so that it comes to reading why."""
 PIECE = 2**16
 """Bytes of an answer that are sent at a time; smaller answers are not counted."""
-_FRAMING = (b"content-length", b"transfer-encoding")
 _HOST = re.compile(r"(\[(?P<address>[^\[\]]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
 _log = logging.getLogger("dvora.serve.access")
 
@@ -37,7 +32,7 @@ class Budget:
     """Bytes of all bodies and answers that are under way.
 
     Args:
-        most: over it, requests whose clients are slow are given up, the oldest first, and then the new ones refused.
+        most: over it, slow clients are given up, the oldest first, and then new ones refused.
     """
 
     def __init__(self, most: int) -> None:
@@ -50,10 +45,10 @@ class Budget:
         Raises:
             RefusedError: 503, there are too many.
         """
-        if self.used + count > self.most:
-            for oldest in [*self.exchanges]:
-                if self.used + count > self.most and oldest.held and oldest.pending is not None:
-                    oldest.give_up()
+        for oldest in [*self.exchanges] if self.used + count > self.most else ():
+            if oldest.held and oldest.pending is not None and self.used + count > self.most:
+                oldest.pending.cancel()
+                self.give(oldest)
         if self.used + count > self.most:
             raise _busy()
         self.used += count
@@ -79,27 +74,26 @@ class Exchange:
         self.status, self.headers = 500, dict[str, str]()
         self.pending: asyncio.Future[Any] | None = None
         """What the client is waited for with."""
-        self._is_over, self._read = False, 0
-        framing = dict(header for header in scope["headers"] if header[0] in _FRAMING)
-        self._declared = int(framing.get(b"content-length", b"0"))
-        self._has_more = b"transfer-encoding" in framing or self._declared > 0
-        """Of the body."""
+        self._read, self._is_read, self._is_over = 0, False, False
+        self._declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
 
     async def receive(self) -> Message:
         """The next part of the body, and after it what the client does, which can only be hanging up.
 
         Raises:
-            RefusedError: 413, 408 or 503.
+            RefusedError: 413, 408, 503, or 499.
         """
-        if not self._has_more:
+        if self._is_read:
             return await self._receive()
         self._check(self._declared)
-        message: Message = await self._wait(self._receive(), self.arrived + BODY_SECONDS)
+        message: Message = await self._wait(self._receive(), self.arrived + BODY_SECONDS - time.monotonic())
+        if message["type"] == "http.disconnect":
+            raise RefusedError(499, "the client has gone", "client_closed_request")
         part = message.get("body", b"")
         self._read += len(part)
         self._check(self._read)
         self.budget.take(self, len(part))
-        self._has_more = message.get("more_body", False)
+        self._is_read = not message.get("more_body", False)
         return message
 
     def _check(self, count: int) -> None:
@@ -111,50 +105,26 @@ class Exchange:
         if self._is_over:
             return
         if message["type"] == "http.response.start":
-            await self._send_head(message)
-            return
-        body, is_last = message.get("body", b""), not message.get("more_body", False)
-        while len(body) > PIECE:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
             try:
-                await self._wait(self._send({**message, "body": body[:PIECE], "more_body": True}), inf)
-            except RefusedError:
-                self._is_over = True
-                return
-            body = body[PIECE:]
-        if self._has_more and is_last:
-            await self._send({**message, "body": body, "more_body": True})
-            await self._linger()
-            body = b""
-        await self._send({**message, "body": body})
-
-    async def _send_head(self, message: Message) -> None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
-        if (size := int(headers.get("content-length", 0))) > PIECE:
-            try:
-                self.budget.take(self, size)
+                if (size := int(headers.get("content-length", 0))) > PIECE:
+                    self.budget.take(self, size)
             except RefusedError as refusal:
                 await answer_of(refusal)(self.scope, self.receive, self.send)
                 self._is_over = True
                 return
-        self.status, self.headers = message["status"], headers
-        # Of the body there may be more to come, which nobody reads.
-        close = [(b"connection", b"close")] if self._has_more else []
-        await self._send({**message, "headers": [*message["headers"], *close]})
+            self.status, self.headers = message["status"], headers
+        body, start = message.get("body", b""), 0
+        while len(body) - start > PIECE:
+            try:
+                await self._wait(self._send({**message, "body": body[start : start + PIECE], "more_body": True}), None)
+            except RefusedError:
+                self._is_over = True
+                return
+            start += PIECE
+        await self._send({**message, "body": body[start:]} if start else message)
 
-    async def _linger(self) -> None:
-        """Read on and drop it, so that a client that sends reads the answer and not that its connection was reset."""
-        until = time.monotonic() + LINGER_SECONDS
-        with suppress(RefusedError):
-            while self._has_more:
-                self._has_more = (await self._wait(self._receive(), until)).get("more_body", False)
-
-    def give_up(self) -> None:
-        """End what the client is waited for with, and hold nothing."""
-        assert self.pending is not None
-        self.pending.cancel()
-        self.budget.give(self)
-
-    async def _wait(self, client: Awaitable[Any], until: float) -> Any:
+    async def _wait(self, client: Awaitable[Any], seconds: float | None) -> Any:
         """Wait for the client.
 
         Raises:
@@ -162,7 +132,7 @@ class Exchange:
         """
         self.pending = asyncio.ensure_future(client)
         try:
-            await asyncio.wait({self.pending}, timeout=None if until == inf else until - time.monotonic())
+            await asyncio.wait({self.pending}, timeout=seconds)
             if self.pending.cancelled():
                 raise _busy()
             if not self.pending.done():
@@ -222,7 +192,8 @@ def _check_framing(scope: Scope) -> None:
     """Refuse bodies that a proxy before this server may end elsewhere, and take what follows for a request."""
     names = {name for name, _ in scope["headers"]}
     if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
-        raise RefusedError(400, "a body has one length; send Content-Length, or in HTTP/1.1 Transfer-Encoding: chunked")
+        message = "a body has one length; send Content-Length, or in HTTP/1.1 Transfer-Encoding: chunked"
+        raise RefusedError(400, message, headers={"Connection": "close"})
 
 
 def _check_host(scope: Scope, names: Sequence[str]) -> None:

@@ -6,17 +6,16 @@ import json
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from .app import make_app
+from .connections import HEAD_SECONDS, LARGEST_HEAD, Connection
 from .server import Server, Settings
 
-LARGEST_HEADERS = 2**14
-"""Bytes."""
 DRAINING_SECONDS = 30
-IDLE_SECONDS = 10
-"""After which a connection without requests is closed."""
 
 
 class JsonLines(logging.Formatter):
@@ -27,7 +26,7 @@ class JsonLines(logging.Formatter):
         content = record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
         trace = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
         head = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
-        return json.dumps({**head, **content, **trace}, ensure_ascii=False)
+        return json.dumps({**head, **content, **trace})
 
 
 def serve(settings: Settings, host: str, port: int, connections: int, tell: Callable[[str], None] | None) -> None:
@@ -40,30 +39,51 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
         tell: called with what whoever started it should know; None logs nothing.
 
     Raises:
-        ValueError: the base or an adapter cannot be served.
+        ValueError: the base or an adapter cannot be served, or the host is none.
         OSError: the port is taken.
     """
     # Before the model is loaded, which takes seconds.
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+    with _listening(host, port) as listening:
         if tell is not None:
             handler = logging.StreamHandler()
             handler.setFormatter(JsonLines())
-            logging.getLogger("dvora.serve").addHandler(handler)
             logging.getLogger("dvora.serve").setLevel(logging.INFO)
-        server = Server(settings)
+            for name in ("dvora.serve", "uvicorn.error"):
+                logging.getLogger(name).addHandler(handler)
+        server = Server(replace(settings, allow_hosts=(host, *settings.allow_hosts)))
         if tell is not None:
-            address = f"http://{host}:{listening.getsockname()[1]}"
+            name = f"[{host}]" if ":" in host else host
+            address = f"http://{name}:{listening.getsockname()[1]}"
             tell(f"{server.base.name} with {len(server.registry):,} adapters at {address}; Ctrl-C stops it")
-        config = uvicorn.Config(
-            make_app(server),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=connections,
-            h11_max_incomplete_event_size=LARGEST_HEADERS,
-            timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=DRAINING_SECONDS,
-            http="h11",
-            ws="none",
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config_of(make_app(server), connections)).run(sockets=[listening])
+
+
+def config_of(app: ASGIApp, connections: int) -> uvicorn.Config:
+    """How uvicorn serves an application.
+
+    Args:
+        app: the application.
+        connections: that may be open.
+    """
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # It refuses requests already when there are as many.
+        limit_concurrency=connections + 1,
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+        timeout_keep_alive=HEAD_SECONDS,
+        timeout_graceful_shutdown=DRAINING_SECONDS,
+        http=Connection,
+        ws="none",
+    )
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    if not host:
+        raise ValueError("--host is empty, expected an address such as 127.0.0.1; 0.0.0.0 is every network")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(f"--host is {host!r}, expected an address or a name of this machine") from error
