@@ -34,6 +34,9 @@ class Args(BaseModel):
     batch_tokens: PositiveInt = 8192
     queue: PositiveInt = 1024
     keys: Path | None = None
+    allow_hosts: tuple[str, ...] = ()
+    body_memory: PositiveInt = 256
+    head_memory: PositiveFloat = 1.0
     timeout: PositiveFloat = 120.0
     upload: PositiveInt = 2**26
     download: bool = False
@@ -49,6 +52,8 @@ class Args(BaseModel):
             max_length=self.max_length,
             token=os.environ.get(TOKEN),
             keys=self.keys,
+            allow_hosts=self.allow_hosts,
+            body_memory=self.body_memory * 2**20,
             timeout=self.timeout,
             largest_upload=self.upload,
             trust=Trust(download=self.download),
