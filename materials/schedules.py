@@ -47,11 +47,11 @@ def schedules(seed: int = 0) -> dict[str, Schedules]:
 
 
 def described(expression: str) -> str:
-    """What cron-descriptor says of a cron expression; empty where it is none."""
-    from cron_descriptor import FormatException, MissingFieldException, WrongArgumentException, get_description
+    """What cron-descriptor says of a cron expression, in the same English everywhere; empty where it is none."""
+    from cron_descriptor import FormatException, MissingFieldException, Options, WrongArgumentException, get_description
 
     try:
-        return str(get_description(expression))
+        return str(get_description(expression, Options(locale_code="en_US")))
     except (FormatException, MissingFieldException, WrongArgumentException):
         return ""
 

@@ -1,6 +1,7 @@
 """The rules of the house: which way imports go, what is public, what the documentation says of it."""
 
 import ast
+import re
 import sys
 from collections.abc import Callable
 from graphlib import TopologicalSorter
@@ -137,3 +138,13 @@ def test_contributing_maps_every_room() -> None:
     folders = {path.parent.relative_to(SOURCE).as_posix() for path in FILES} - {"."}
     missing = {folder for folder in folders if f"{folder}/" not in contributing}
     assert not missing, missing
+
+
+def test_no_code_names_what_a_machine_may_have_installed() -> None:
+    # What a package of Debian brings is fetched, see materials/fetch.py; a program is looked for in PATH.
+    installed = re.compile(r"""["']/(usr|etc|opt|var)/""")
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    naming = [str(file) for file in files if installed.search(file.read_text(encoding="utf-8"))]
+    assert files
+    assert not naming, naming

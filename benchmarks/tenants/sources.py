@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from examples.spoken_lines import NAME
-from materials.data import WORDNET_NOUNS, shakespeare
-from materials.fetch import debian_file
+from materials.data import shakespeare, wordnet_nouns
 from materials.many_classes import code_languages, countries, webster_fields
 from materials.splits import TextTask, text_task
 
@@ -26,7 +25,7 @@ def tenants(kinds: Mapping[str, int] = KINDS) -> list[TextTask]:
     """The tenants of some kinds, the first ones of each.
 
     Raises:
-        FetchError: WordNet or the dictionary is not installed.
+        FetchError: WordNet or the dictionary could not be had.
     """
     sources = {
         # In which of five countries is the town? In which of four fields is the definition, the line in which of
@@ -73,14 +72,13 @@ def _kinds() -> Iterator[tuple[str, Classes]]:
     Those with the fewest nouns come first, and none that shares a noun with one before it.
     """
     words, definitions, below = {}, {}, defaultdict(list)
-    for line in debian_file(WORDNET_NOUNS, "wordnet-base").read_text(encoding="ascii").splitlines():
-        if not line.startswith(" "):
-            # `offset file type count word id ... pointers | definition; "example"`; `@` points to the more general.
-            data, text = line.split(" | ", 1)
-            number, _, _, _, word, *_ = data.split(" ")
-            words[number], definitions[number] = word.replace("_", " "), text.split('; "', 1)[0].strip()
-            for more_general in re.findall(r" @i? (\d{8}) n", data):
-                below[more_general].append(number)
+    for line in wordnet_nouns():
+        data, text = line.split(" | ", 1)
+        number, _, _, _, word, *_ = data.split(" ")
+        words[number], definitions[number] = word.replace("_", " "), text.split('; "', 1)[0].strip()
+        # `@` points to the more general.
+        for more_general in re.findall(r" @i? (\d{8}) n", data):
+            below[more_general].append(number)
 
     def nouns(top: str) -> frozenset[str]:
         seen, waiting = set(), [top]

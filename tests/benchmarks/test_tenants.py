@@ -13,6 +13,9 @@ from benchmarks.tenants import sources, times, training
 from benchmarks.tenants.sources import KINDS, ROWS, tenants
 from benchmarks.tenants.table import LABELS
 from benchmarks.tenants.training import ARMS, IN_BANK, TASK, carry_out, grid_of_tenants
+from materials.data import WORDNET
+from materials.fetch import UnavailableError, fetch
+from materials.many_classes import WEBSTER
 from materials.splits import same_text
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
@@ -21,8 +24,18 @@ ROUNDING = 5e-3
 """Of a loss in bfloat16."""
 
 
+@pytest.fixture(scope="module")
+def dictionaries() -> None:
+    """WordNet's and Webster's, which come as packages of Debian."""
+    try:
+        fetch(WORDNET)
+        fetch(WEBSTER)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
-def two_tenants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_tenants(dictionaries: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """They have five classes and three, and fewer rows."""
     monkeypatch.setattr(sources, "ROWS", 300)
     monkeypatch.setattr(training, "KINDS", {"countries": 1, "kinds": 1})
@@ -44,6 +57,7 @@ def unadapted(divisor: int) -> float:
         )
 
 
+@pytest.mark.usefixtures("dictionaries")
 def test_every_tenant_has_classes_of_its_own_and_no_text_in_two_parts() -> None:
     every = tenants()
     assert len(every) == sum(KINDS.values()) == len({task.classes for task in every})

@@ -46,7 +46,7 @@ def environment(hub: Hub, folder: Path) -> dict[str, str]:
     programs.mkdir(exist_ok=True)
     # The client's command is there wherever its package is.
     for name, code in (("dvora", "-m dvora.cli"), ("hf", "-m huggingface_hub.cli.hf")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {code} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {code} "$@"\n')
         (programs / name).chmod(0o755)
     return {
         **os.environ,

@@ -34,6 +34,8 @@ def disk(desk: Path) -> Iterator[Callable[[str], None]]:
 
     def mount(options: str) -> None:
         options = f"remount,{options}" if mounted else options
+        if shutil.which("mount") is None:
+            pytest.skip("mount is not installed")
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting a small disk needs root")

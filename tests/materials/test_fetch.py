@@ -1,6 +1,8 @@
 """Artefacts are fetched whole and verified, or not at all."""
 
+import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from materials.data import VADER
-from materials.fetch import FetchError, build_once, cache_folder, fetch, unpack
+from materials.data import VADER, WORDNET
+from materials.fetch import Artefact, FetchError, UnavailableError, build_once, cache_folder, fetch, unpack
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +23,36 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("DVORA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder that apt-get downloads from."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("apt-get is missing")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def package(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Artefact:
+    """A package of Debian, and no other, with one file that is wanted and one that is not."""
+    tree = source.parent / "tree"
+    control = "Package: thing\nVersion: 1:2.0-1\nArchitecture: all\nMaintainer: nobody <nobody>\nDescription: thing\n"
+    for name, text in {"DEBIAN/control": control, "usr/share/thing/wanted": "content", "usr/share/doc": ""}.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text, encoding="ascii")
+    file = source / "thing_2.0-1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", str(tree), str(file)], check=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    entry = f"{control}Filename: ./{file.name}\nSize: {file.stat().st_size}\nSHA256: {digest}\n"
+    (source / "Packages").write_text(entry, encoding="ascii")
+    (source / "sources.list").write_text(f"deb [trusted=yes] file:{source} ./\n", encoding="ascii")
+    settings = f'Dir::Etc::SourceList "{source}/sources.list"; Dir::Etc::SourceParts "{source}/none";\n'
+    (source / "apt.conf").write_text(settings, encoding="ascii")
+    monkeypatch.setenv("APT_CONFIG", str(source / "apt.conf"))
+    return Artefact("thing", "2.0-1", "deb", digest, megabytes=1, members="./usr/share/thing/*")
 
 
 def test_cache_folder_follows_the_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +76,47 @@ def test_a_real_source_archive_is_fetched_once(cache: Path) -> None:
 def test_another_file_than_the_pinned_one_is_refused(cache: Path) -> None:
     with pytest.raises(FetchError, match=r"vadersentiment==3\.3\.2.*not the pinned file"):
         fetch(replace(VADER, sha256="0" * 64))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_package_of_debian_is_fetched_once(package: Artefact, source: Path, cache: Path) -> None:
+    folder = fetch(package)
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"usr/share/thing/wanted": "content"}
+    assert [path.name for path in cache.iterdir()] == [f"thing-2.0-1-{package.sha256[:8]}"]
+    shutil.rmtree(source)
+    assert fetch(package) == folder
+
+
+def test_another_package_of_debian_is_refused_unless_put_there_by_hand(
+    package: Artefact, source: Path, cache: Path
+) -> None:
+    pinned = replace(package, sha256="0" * 64)
+    with pytest.raises(UnavailableError, match=rf"thing_.*not the pinned file .*{package.sha256}") as caught:
+        fetch(pinned)
+    assert list(cache.iterdir()) == []
+    unpacking = str(caught.value).split("`")[1].removeprefix("apt-get download thing && ")
+    subprocess.run(["bash", "-c", unpacking], cwd=source, check=True)
+    (source / pinned.folder_name).rename(cache / pinned.folder_name)
+    assert (fetch(pinned) / "usr/share/thing/wanted").read_text() == "content"
+
+
+def test_builds_of_other_releases_of_debian_are_taken(package: Artefact) -> None:
+    pinned = replace(package, sha256="0" * 64, other_builds=(package.sha256,))
+    assert (fetch(pinned) / "usr/share/thing/wanted").is_file()
+
+
+def test_what_apt_get_cannot_fetch_leaves_nothing(package: Artefact, cache: Path) -> None:
+    with pytest.raises(FetchError, match=r"could not fetch nothing=2\.0-1\. It said: .*Unable to locate package"):
+        fetch(replace(package, package="nothing"))
+    assert list(cache.iterdir()) == []
+
+
+def test_without_apt_get_the_error_has_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(cache))
+    command = rf'apt-get download wordnet-base && dpkg-deb -x wordnet-base_\*.deb "{WORDNET.folder_name}"'
+    with pytest.raises(UnavailableError, match=rf"apt-get is missing here.*`{command}`.*{cache}"):
+        fetch(WORDNET)
     assert list(cache.iterdir()) == []
 
 

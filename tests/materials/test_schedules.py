@@ -1,5 +1,7 @@
 """Schedules: descriptions are distinct, and the checker knows a right answer from a wrong one."""
 
+import locale
+
 from materials.schedules import COUNT, described, schedules
 
 
@@ -16,3 +18,12 @@ def test_the_checker_takes_another_way_to_write_it_and_refuses_what_is_no_schedu
     assert described("30 17 * * 1") == described("30 17 * * MON") == "At 05:30 PM, only on Monday"
     assert described("30 17 * * 2") != described("30 17 * * 1")
     assert {described(text) for text in ("", "hello", "1 2 3", "a b c d e", "5 4 * 13 *")} == {""}
+
+
+def test_descriptions_are_the_same_in_every_locale() -> None:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        assert described("30 17 * * 1") == "At 05:30 PM, only on Monday"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
