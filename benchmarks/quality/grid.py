@@ -50,6 +50,7 @@ class Arm:
         rate: of the adapter, where it is not tuned.
         tuned_as: the arm whose tuned rates this one takes, times `rate_factor`.
         base: float32, quantised as nf4, or fine_tuned before.
+        head_rows: what its head is fitted to: the task's `train` rows, or all, which are those and the `fresh` ones.
         schedule: how the rates fall after the warm-up.
         steps_factor: trains so many times as long as the task's other arms, in trials too.
         steps: by task, where they are no multiple.
@@ -66,6 +67,7 @@ class Arm:
     tuned_as: str | None = None
     rate_factor: float = 1.0
     base: Literal["float32", "nf4", "fine_tuned"] = "float32"
+    head_rows: Literal["train", "all"] = "train"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     steps_factor: float = 1
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -118,6 +120,11 @@ class Grid:
     def runs_on(self, task: str, name: str) -> bool:
         """Whether an arm runs on a task."""
         return self.arms[name].tasks is None or task in self.arms[name].tasks
+
+    def plan(self, task: str, name: str) -> TaskPlan:
+        """A task as an arm reads it."""
+        plan = self.tasks[task]
+        return plan if self.arms[name].head_rows == "train" else replace(plan, train=plan.train + plan.fresh, fresh=0)
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
         """The final seeds of an arm."""

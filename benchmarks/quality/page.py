@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.quality.grid import read_grid
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import NAMES, Result, names_of, result_of
 from benchmarks.speed.metrics import Rows, time_ratio
@@ -42,6 +43,8 @@ LABELS: Mapping[str, str] = {
     "lora_query_value_r1": "LoRA r=1, query and value",
 }
 """Every arm that is compared; baselines and runs in other settings have their own tables."""
+HEADS: Mapping[str, str] = {"frozen": "frozen, head of {} rows", "frozen_all_rows": "frozen, head of all {} rows"}
+"""Arms without an adapter: the head that every method starts from, and one that has read its rows and the batches'."""
 MAIN = (
     *("ia3", "magnitude", "hyperadapt", "road", "vera_r256", "lora_r1"),
     *("structured_r64", "structured_r256", "dvora_r256", "lora_r8"),
@@ -51,7 +54,6 @@ FEW = (*MAIN, "dora_r1", "bitfit", "lora_r16")
 """Likewise, for the tasks on which every arm runs."""
 GENERATED = ("magnitude", "vera_r256", "lora_r1", "structured_r64", "lora_r8")
 GLANCE: Mapping[str, tuple[str, str]] = {
-    "frozen": ("frozen, best head", ""),
     "magnitude": ("DVoRA, magnitude only", "dvora magnitude"),
     "hyperadapt": ("HyperAdapt (rows and columns)", "HyperAdapt"),
     "road": ("RoAd (pairs of rows)", "RoAd"),
@@ -61,7 +63,7 @@ GLANCE: Mapping[str, tuple[str, str]] = {
     "structured_r256": ("**DVoRA r=256, structured**", "dvora structured r=256"),
     "lora_r8": ("LoRA r=8", "LoRA r=8"),
 }
-"""The arms of the table at a glance: their labels there, and their names in the benchmark of speed."""
+"""The adapters of the table at a glance: their labels there, and their names in the benchmark of speed."""
 
 
 class Setting(NamedTuple):
@@ -69,15 +71,15 @@ class Setting(NamedTuple):
 
     label: str
     endings: tuple[str, ...]
-    frozen: str = "frozen"
+    of_heads: str = ""
 
 
 USUAL, TWICE = Setting("500 steps", ("",)), Setting("1,000 steps", ("_twice", "_twice_half"))
 SETTINGS = (
     USUAL,
     TWICE,
-    Setting("base in nf4, 1,000 steps", ("_nf4",), "frozen_nf4"),
-    Setting("base fine-tuned before", ("_continued",), "frozen_continued"),
+    Setting("base in nf4, 1,000 steps", ("_nf4",), "_nf4"),
+    Setting("base fine-tuned before", ("_continued",), "_continued"),
 )
 LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r1": ("lora_r1", "lora_r1_time_500"),
@@ -186,7 +188,10 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
         "a step",
     )
     lines = over_time(result, paced)
-    rows = []
+    rows = [
+        (label, "", "", f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm), "", "")
+        for arm, label in _heads(tasks).items()
+    ]
     for arm, (label, name) in GLANCE.items():
         trained, saved = (result.size(tasks[0], arm, what) for what in ("trained_values", "saved_bytes"))
         rows.append(
@@ -199,9 +204,10 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
     return text(
         table(head, rows),
         f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
-        "intervals; four trials for every method's learning rate; without heads. In equal time: as long as 500 steps "
-        "of DVoRA r=64 take, above LoRA r=1 for as long. A step: a training step in units of LoRA r=1's, of 16 x 32 "
-        "tokens in float32 / of these tasks in bfloat16 "
+        "intervals; four trials for every method's learning rate; sizes without heads. All methods start from the "
+        "first head; the second is fitted to its rows and to those that they train on. In equal time: as long as 500 "
+        "steps of DVoRA r=64 take, above LoRA r=1 for as long. A step: a training step in units of LoRA r=1's, of "
+        "16 x 32 tokens in float32 / of these tasks in bfloat16 "
         "(`benchmarks/results/equal_bytes.json`, `speed.json` and `pace.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -217,16 +223,17 @@ def size_of(result: Result, task: str, arm: str) -> int:
 def _main(result: Result, environment: Mapping[str, Any]) -> str:
     tasks = result.tasks(*MAIN)
     hours = sum(row["seconds"] for row in result.rows) / 3600
+    labels = _heads(tasks) | {arm: LABELS[arm] for arm in MAIN}
     return text(
         table(
             ("", "file, kB", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
             (
                 (
-                    *(LABELS[arm], kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
-                    *(kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)),
+                    *(label, kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
+                    *(kilobytes(result.size(tasks[0], arm, "smallest_bytes")), _above(result, tasks, arm)),
                     *(f"{_score(result, task, arm):.1f}" for task in tasks),
                 )
-                for arm in MAIN
+                for arm, label in labels.items()
             ),
         ),
         f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it "
@@ -354,14 +361,14 @@ def _settings(result: Result) -> str:
         gain = result.mean_gain([(task, ours, theirs) for task, ours, theirs in pairs if ours and theirs])
         return "" if gain is None or not all(ours for _, ours, _ in pairs) else points(gain.mean, gain)
 
-    labels = {"frozen": "frozen base, best head"} | {arm: LABELS[arm] for arm in IN_SETTINGS}
+    labels = _heads(result.tasks(*FEW)) | {arm: LABELS[arm] for arm in IN_SETTINGS}
     rows = ((label, *(cell(setting, arm) for setting in SETTINGS)) for arm, label in labels.items())
     return text(table(("", *(setting.label for setting in SETTINGS)), rows))
 
 
 def _best(result: Result, task: str, setting: Setting, arm: str) -> str | None:
-    names = (setting.frozen,) if arm == "frozen" else [arm + ending for ending in setting.endings]
-    return result.lowest_loss(task, names)
+    endings = (setting.of_heads,) if arm in HEADS else setting.endings
+    return result.lowest_loss(task, [arm + ending for ending in endings])
 
 
 def _defaults(result: Result) -> str:
@@ -372,16 +379,18 @@ def _defaults(result: Result) -> str:
         if gain is not None:
             rows.append((label, f"{len(tasks)}", points(gain.mean, gain, 2)))
     tasks = result.tasks(*MAIN)
-    lost = [result.lost(task, arm) for task in tasks for arm in ("structured_r64", "structured_r256", "dvora_r256")]
-    shares = {
-        rate: 100 * float(np.mean([by_rate[rate] for by_rate in lost]))
-        for rate in sorted(set.intersection(*map(set, lost)))
-    }
-    shown = ", ".join(f"{share:.0f} % with {rate:g}" for rate, share in shares.items())
+    adapters = [(task, arm) for task in tasks for arm in ("structured_r64", "structured_r256", "dvora_r256")]
+
+    def shares(head: str) -> str:
+        lost = [result.lost(*adapter, over=head) for adapter in adapters]
+        means = {rate: np.mean([each[rate] for each in lost]) for rate in sorted(set.intersection(*map(set, lost)))}
+        return ", ".join(f"{100 * share:.0f} % with {rate:g}" for rate, share in means.items())
+
     return text(
         table(("", "tasks", "points"), rows),
-        "Of what tuning gains in validation loss, DVoRA loses this much with a fixed rate, a mean over "
-        f"{len(tasks)} tasks and three kinds of adapter: {shown}.",
+        "Of what tuning gains in validation loss over the head that it starts from, DVoRA loses this much with a fixed "
+        f"rate, a mean over {len(tasks)} tasks and three kinds of adapter: {shares('frozen')}. Of what it gains over "
+        f"the head of all rows: {shares('frozen_all_rows')}.",
     )
 
 
@@ -397,6 +406,13 @@ def _earlier(result: Result) -> str:
         f"Test points above DVoRA r=256 with dense matrices, 120 or 150 steps of 16 rows, 3 seeds (`benchmarks/results/"
         f"quality.json`; {len(result.rows)} runs, {hours:.0f} hours of one core).",
     )
+
+
+def _heads(tasks: Sequence[str]) -> dict[str, str]:
+    """The labels of `HEADS`, with the fewest and the most rows that a task's head is fitted to."""
+    grid = read_grid()
+    counts = {arm: [grid.plan(task, arm).train for task in tasks] for arm in HEADS}
+    return {arm: label.format(f"{min(counts[arm]):,} to {max(counts[arm]):,}") for arm, label in HEADS.items()}
 
 
 def _score(result: Result, task: str, arm: str) -> float:

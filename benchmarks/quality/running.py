@@ -44,7 +44,7 @@ def fine_tune_minilm(grid: Grid) -> None:
 
 
 def _outcome(grid: Grid, run: Run) -> dict[str, Any]:
-    arm, plan = grid.arms[run.arm], grid.tasks[run.task]
+    arm, plan = grid.arms[run.arm], grid.plan(run.task, run.arm)
     task = problem(run.task, plan)
     if arm.method == "majority":
         row = _evaluated(task.commonest("validation"), task.commonest("test"))

@@ -67,6 +67,15 @@ def test_baselines_take_no_steps(grid: Grid, arm: str) -> None:
     assert ("reference" in made) == (arm == "majority")
 
 
+def test_a_head_of_all_rows_is_fitted_to_those_of_the_batches_too(grid: Grid) -> None:
+    grid = replace(grid, tasks={"movie_ratings": replace(PLAN, fresh=60)})
+    start, larger = (problem("movie_ratings", grid.plan("movie_ratings", arm)) for arm in ("frozen", "frozen_all_rows"))
+    rows = [start.parts[part].labels for part in ("train", "batches")]  # type: ignore[attr-defined]
+    assert torch.equal(torch.cat(rows), larger.parts["train"].labels)  # type: ignore[attr-defined]
+    made = [carry_out(grid, Run("movie_ratings", arm, "final", 0, 0, None)) for arm in ("frozen", "frozen_all_rows")]
+    assert made[0]["test"]["loss"] != made[1]["test"]["loss"]
+
+
 def test_a_failure_and_a_run_that_diverges_are_rows(grid: Grid) -> None:
     failed = carry_out(grid, Run("movie_ratings", "structured_r64", "final", 0, 3, None))
     assert failed["error"].startswith("AssertionError")
