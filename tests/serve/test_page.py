@@ -7,6 +7,8 @@ import pytest
 from tests.serve.served import Alone, copied, serving
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
 
 @pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
 def test_classes(bert: Path, classifiers: Path, tmp_path: Path, width: int, scheme: str) -> None:
@@ -30,7 +32,7 @@ def test_classes(bert: Path, classifiers: Path, tmp_path: Path, width: int, sche
         assert not found.complaints
         page.click("#adapters >> text=one")
         page.click("#ask")
-        page.wait_for_function("document.querySelectorAll('article').length == 3")
+        playwright.expect(page.locator("article")).to_have_count(3)
 
 
 def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

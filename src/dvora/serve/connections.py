@@ -44,7 +44,7 @@ class Connection(H11Protocol):
         """Take what has come."""
         last = self.cycle
         super().handle_events()
-        if self.cycle is not last:
+        if self.cycle is not last and not self.flow.write_paused:
             self._rest()
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) > LARGEST_HEAD:
             self.transport.abort()

@@ -24,7 +24,7 @@ BODY_SECONDS = 30.0
 """From a request's beginning, in which a client has to send its body."""
 PIECE = 2**16
 """Bytes of an answer that are sent at a time; smaller answers are not counted."""
-_HOST = re.compile(r"(\[(?P<address>[^\[\]]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
+_HOST = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
 _log = logging.getLogger("dvora.serve.access")
 
 

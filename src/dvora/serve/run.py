@@ -83,7 +83,9 @@ def config_of(app: ASGIApp, connections: int) -> uvicorn.Config:
 def _listening(host: str, port: int) -> socket.socket:
     if not host:
         raise ValueError("--host is empty, expected an address such as 127.0.0.1; 0.0.0.0 is every network")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        address = socket.getaddrinfo(host, port, family)[0][4]
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(f"--host is {host!r}, expected an address or a name of this machine") from error
+    return socket.create_server(address[:2], family=family)

@@ -1,0 +1,23 @@
+"""The process of a server: where it listens, what it logs."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from dvora.serve.run import JsonLines, serve
+from dvora.serve.server import Settings
+
+
+@pytest.mark.parametrize("host", ["", " ", "no host", "a..b", "127.0.0.1:80", "[::1]"])
+def test_no_host(host: str, tmp_path: Path) -> None:
+    """In particular no address at all, which the system takes for all networks."""
+    with pytest.raises(ValueError, match=r"--host is .*expected"):
+        serve(Settings("none", tmp_path), host, 0, 1, None)
+
+
+def test_records_are_lines() -> None:
+    content = {"adapter": 'a"\n\u2028\x1b\ud800'}
+    record = logging.LogRecord("dvora.serve", logging.INFO, "", 0, content, None, None)
+    assert JsonLines().format(record).isprintable()
+    assert JsonLines().format(record).isascii()
