@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
+from .requests import RefusedError
+
+_log = logging.getLogger("dvora.serve")
 
 
 @dataclass(eq=False)
 class Base:
-    """What the engine computes with; `enter` and `leave` are for one thread.
+    """What the engine computes with; `enter` and `leave` are for whoever is `passing`.
 
     Args:
         source: the folder of the model, or its name on the hub.
@@ -37,6 +42,8 @@ class Base:
     tokenizer: Any
     bank: AdapterBank
     has_own_head: bool
+    passing: threading.RLock = field(default_factory=threading.RLock)
+    """Held during every pass of the model."""
     _names: list[str | None] | None = None
     _batch: BankBatch | None = None
     _entered: ExitStack = field(default_factory=ExitStack)
@@ -89,6 +96,31 @@ class Base:
         """Give back the slots of the last rows."""
         self._names = self._batch = None
         self._entered.close()
+
+    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, Exception]:
+        """Enter a batch, or say which of its adapters cannot be read any more; no pass is run for that."""
+        try:
+            self.enter(adapters)
+            return {}
+        except Exception:
+            _log.exception("the adapters of a batch cannot be read")
+        errors: dict[str | None, Exception] = {}
+        for adapter in dict.fromkeys(adapters):
+            try:
+                self.enter([adapter])
+            except (ValueError, OSError):
+                message = "the adapter's files were changed or removed since it was loaded; load it again"
+                errors[adapter] = RefusedError(422, message, "adapter_error")
+            except Exception as error:
+                errors[adapter] = error
+        return errors
+
+    @contextmanager
+    def between_passes(self) -> Iterator[None]:
+        """Within it no pass runs, and none goes on in a batch from before: for hooking layers, and for freeing them."""
+        with self.passing:
+            self.leave()
+            yield
 
 
 def open_base(source: str, first: Description | None, slots: int, host_bytes: int, dtype: str, trust: Trust) -> Base:

@@ -1,7 +1,8 @@
 """Keys and values of the texts that are being generated: a row for each, every row with a length of its own.
 
 Rows are without gaps: the texts that run are rows 0 to n - 1, so a step takes a slice of each layer and copies nothing.
-Row i holds its tokens from position 0 on; what stands behind its length is never attended to, and written over.
+Row i holds its tokens from position 0 on, and zeros behind them: what is masked has weight zero, and zero times what
+an adapter that diverged has left there would not be zero.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class RowCache(Cache):
     def __init__(self, layers: int, tokens: int) -> None:
         self.tokens, self.rows, self.room = tokens, 0, 0
         self.first, self.positions, self.seen = 0, torch.empty(0, 0, dtype=torch.long), 0
+        self.padding = self.positions > 0
         self.of_layers = [_Layer(self) for _ in range(layers)]
         super().__init__(layers=[*self.of_layers])
 
@@ -36,17 +38,23 @@ class RowCache(Cache):
         What is there is kept where this leaves room for it: texts come and go without their keys and values moving.
         """
         if rows > self.rows or room > self.room:
-            self.rows = max(rows, min(self.rows, self.tokens // room))
-            self.room = max(room, min(self.room, self.tokens // self.rows))
+            rows = max(rows, min(self.rows, self.tokens // room))
+            room = max(room, min(self.room, self.tokens // rows))
+            for layer in self.of_layers:
+                layer.resize(rows, room)
+            # Only now: what fails, for want of memory, is tried again by the next ones.
+            self.rows, self.room = rows, room
 
-    def begin(self, first: int, positions: Tensor) -> None:
+    def begin(self, first: int, positions: Tensor, lengths: Tensor) -> None:
         """Say which rows a pass is of.
 
         Args:
             first: of consecutive rows.
             positions: of the tokens that each row gets, (rows, tokens).
+            lengths: of the rows with them, (rows,); what stands behind is padding, and written as zeros.
         """
         self.first, self.positions, self.seen = first, positions, int(positions.max()) + 1
+        self.padding = (positions >= lengths.unsqueeze(-1))[:, None, :, None]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the attention of a pass: every token sees its row up to itself, (rows, 1, tokens, seen)."""
@@ -57,11 +65,14 @@ class RowCache(Cache):
             .unsqueeze(1)
         )
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row into the place of another one."""
+    def free(self, row: int, length: int, last: int, last_length: int) -> None:
+        """Forget the tokens of a row, whose place the last row takes."""
         for layer in self.of_layers:
             for held in layer.held:
-                held[target, :, :length] = held[source, :, :length]
+                held[row, :, :length] = 0
+                if row != last:
+                    held[row, :, :last_length] = held[last, :, :last_length]
+                    held[last, :, :last_length] = 0
 
     @property
     def nbytes(self) -> int:
@@ -79,21 +90,24 @@ class _Layer(CacheLayerMixin):
         """Keys and values of all rows, (rows, heads, room, width) each; none before the first pass."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room, or more of it."""
-        before = self.held
+        """Make room."""
         self.held = [
             states.new_zeros(self.cache.rows, states.shape[1], self.cache.room, states.shape[3])
             for states in (key_states, value_states)
         ]
-        for old, new in zip(before, self.held, strict=False):
-            rows, room = min(len(old), len(new)), min(old.shape[2], new.shape[2])
-            new[:rows, :, :room] = old[:rows, :, :room]
         self.is_initialized = True
+
+    def resize(self, rows: int, room: int) -> None:
+        """Make more room, or room of another shape."""
+        resized = [held.new_zeros(rows, held.shape[1], room, held.shape[3]) for held in self.held]
+        for old, new in zip(self.held, resized, strict=True):
+            new[: len(old), :, : old.shape[2]] = old[:rows, :, :room]
+        self.held = resized
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens of the pass's rows, and give all that these rows have."""
         cache = self.cache
-        if not self.held or (len(self.held[0]), self.held[0].shape[2]) != (cache.rows, cache.room):
+        if not self.held:
             self.lazy_initialization(key_states, value_states)
         rows = slice(cache.first, cache.first + len(cache.positions))
         for states, held in zip((key_states, value_states), self.held, strict=True):
@@ -102,7 +116,7 @@ class _Layer(CacheLayerMixin):
                 held[rows].scatter_(2, index, states)
             else:
                 # Of new texts, which begin at 0.
-                held[rows, :, : states.shape[2]] = states
+                held[rows, :, : states.shape[2]] = states.masked_fill(cache.padding, 0)
         keys, values = (held[rows, :, : cache.seen] for held in self.held)
         return keys, values
 

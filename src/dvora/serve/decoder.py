@@ -16,7 +16,7 @@ from torch import Tensor
 from ..export.graph import cache_argument
 from .base import Base
 from .cache import RowCache, check_cacheable
-from .requests import Answer, Finish, Piece, Request
+from .requests import Answer, Chance, Finish, Piece, RefusedError, Request, not_finite
 from .scheduler import Batch, Limits
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -87,6 +87,7 @@ class _Text:
     next: int = 0
     """The token that the next step reads."""
     finish: Finish | None = None
+    error: RefusedError | None = None
 
 
 @dataclass(eq=False)
@@ -115,23 +116,23 @@ class Decoder:
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """A pass over new prompts, or a step of the texts that run; gives the answers of texts that have ended."""
-        self.drop([text for text in self.texts if text.request.is_cancelled])
         texts, logits = self._prefill(batch.requests) if batch.kind == "prefill" else self._step()
-        for text, row in zip(texts, logits, strict=True):
-            text.next = chosen(row, text)
-            self._take(text)
-        ended = [text for text in self.texts if text.finish is not None]
-        self.drop(ended)
-        return [(text.request, Answer(finish=text.finish)) for text in ended]
+        for text, row, is_finite in zip(texts, logits, logits.isfinite().all(-1), strict=True):
+            if is_finite:
+                self._take(text, row)
+            else:
+                text.error = not_finite()
+        ended = [text for text in texts if text.finish or text.error]
+        self.drop([text.request for text in ended])
+        return [(text.request, Answer(finish=text.finish, error=text.error)) for text in ended]
 
-    def drop(self, texts: Sequence[_Text]) -> None:
-        """Free the rows of texts; the last rows take their places."""
-        for text in texts:
-            row, last = self.texts.index(text), len(self.texts) - 1
-            if row != last:
-                self.cache.move(last, row, self.texts[last].length)
-                self.texts[row] = self.texts[last]
-            self.texts.pop()
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Free the rows of those that have one; the last rows take their places."""
+        for text in [text for text in self.texts if text.request in requests]:
+            row, last = self.texts.index(text), self.texts.pop()
+            self.cache.free(row, text.length, len(self.texts), last.length)
+            if last is not text:
+                self.texts[row] = last
 
     @property
     def running(self) -> list[Request]:
@@ -145,34 +146,32 @@ class Decoder:
             row[: len(request.tokens)] = torch.tensor(request.tokens)
         everyone = [*self.running, *requests]
         self.cache.reserve(len(everyone), max(request.room for request in everyone))
-        positions = torch.arange(max(lengths)).expand(len(requests), -1)
-        logits = self._pass(requests, ids, len(self.texts), positions, torch.tensor(lengths) - 1)
         texts = [self._text(request) for request in requests]
+        # Before the pass: if it fails they are dropped with what it has written.
         self.texts += texts
-        return texts, logits
+        positions = torch.arange(max(lengths)).expand(len(texts), -1)
+        return texts, self._pass(texts, ids, len(self.texts) - len(texts), positions, torch.tensor(lengths) - 1)
 
     def _step(self) -> tuple[list[_Text], Tensor]:
-        if not self.texts:
-            return [], torch.empty(0)
-        ids = torch.tensor([[text.next] for text in self.texts])
-        positions = torch.tensor([[text.length] for text in self.texts])
-        logits = self._pass(self.running, ids, 0, positions, torch.zeros(len(ids), dtype=torch.long))
-        for text in self.texts:
+        texts = list(self.texts)
+        ids = torch.tensor([[text.next] for text in texts])
+        positions = torch.tensor([[text.length] for text in texts])
+        for text in texts:
             text.length += 1
-        return self.texts, logits
+        return texts, self._pass(texts, ids, 0, positions, torch.zeros(len(ids), dtype=torch.long))
 
-    def _pass(self, requests: Sequence[Request], ids: Tensor, first: int, positions: Tensor, wanted: Tensor) -> Tensor:
+    def _pass(self, texts: Sequence[_Text], ids: Tensor, first: int, positions: Tensor, wanted: Tensor) -> Tensor:
         """Logits of one token of every row, (rows, vocabulary), on the CPU."""
         model, device = self.base.model, self.base.device
         positions = positions.to(device)
-        self.cache.begin(first, positions)
+        self.cache.begin(first, positions, torch.tensor([text.length for text in texts], device=device))
         arguments = {
             "attention_mask": self.cache.mask(model.dtype),
             "position_ids": positions,
             self._cache_argument: self.cache,
             "use_cache": True,
         }
-        self.base.enter([request.adapter for request in requests])
+        self.base.enter([text.request.adapter for text in texts])
         # Only of tokens that something follows: logits have the size of the vocabulary.
         kept, places = wanted.unique(return_inverse=True)
         logits: Tensor = model(input_ids=ids.to(device), logits_to_keep=kept.to(device), **arguments).logits
@@ -184,21 +183,24 @@ class Decoder:
         stream = TextStream(self.base.tokenizer, request.sampling.stop)
         return _Text(request, stream, generator, len(request.tokens))
 
-    def _take(self, text: _Text) -> None:
-        """Tell the client of the chosen token, and see whether the text ends with it."""
+    def _take(self, text: _Text, logits: Tensor) -> None:
+        """Choose the next token, tell the client of it, and see whether the text ends with it."""
         sampling, stream = text.request.sampling, text.stream
+        text.next = chosen(logits, text)
+        tokens = len(stream.tokens) + 1
         if text.next in self.ends:
             text.finish = "stop"
             piece = stream.rest()
         else:
             piece = stream.add(text.next)
-            full = len(stream.tokens) >= sampling.max_tokens or text.length >= self.longest
+            full = tokens >= sampling.max_tokens or text.length >= self.longest
             if stream.is_stopped:
                 text.finish = "stop"
             elif full:
                 text.finish = "length"
                 piece += stream.rest()
-        text.request.hear(text.request, Piece(piece, len(stream.tokens)))
+        chances = () if sampling.chances is None else (chance_of(logits, text.next, sampling.chances),)
+        text.request.hear(text.request, Piece(piece, tokens, chances))
 
 
 def chosen(logits: Tensor, text: _Text) -> int:
@@ -211,13 +213,29 @@ def chosen(logits: Tensor, text: _Text) -> int:
     sampling = text.request.sampling
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(0)
+    # In float64 and at most zero: no temperature gives what is not finite, or a sum of nothing.
+    logits = logits.double()
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(0)
     if sampling.top_p == 1:
         return int(torch.multinomial(probabilities, 1, generator=text.generator))
     ordered, ids = probabilities.sort(descending=True)
     # Those before which the others together have less than top_p; always the first.
     kept = ordered * (ordered.cumsum(0) - ordered < sampling.top_p)
+    kept[0] = ordered[0]
     return int(ids[torch.multinomial(kept, 1, generator=text.generator)])
+
+
+def chance_of(logits: Tensor, token: int, count: int) -> Chance:
+    """The log-probability of a token at temperature 1, beside those of the likeliest.
+
+    Args:
+        logits: (vocabulary,).
+        token: which was chosen.
+        count: of the likeliest.
+    """
+    logarithms = logits.double().log_softmax(0)
+    values, ids = logarithms.topk(min(count, len(logits)))
+    return Chance(token, float(logarithms[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..recipes.files import read_json
 from .base import Base
-from .requests import Answer, Request
+from .requests import Answer, Request, not_finite
 from .scheduler import Batch
 
 Pooling = Literal["mean", "cls", "lasttoken"]
@@ -41,7 +41,11 @@ class Encoder:
         else:
             logits = model(**inputs).logits.float().cpu()
             values = rows.split(logits) if rows is not None and rows.widths else list(logits)
-        return [(request, Answer(value)) for request, value in zip(batch.requests, values, strict=True)]
+        answers = [Answer(value) if value.isfinite().all() else Answer(error=not_finite()) for value in values]
+        return list(zip(batch.requests, answers, strict=True))
+
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Nothing is kept of requests."""
 
     def _padded(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         columns: dict[str, Any] = {"input_ids": [request.tokens for request in requests]}

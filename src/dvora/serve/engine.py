@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .base import Base
 from .decoder import Decoder
@@ -31,7 +32,7 @@ class Engine:
         self.base, self.metrics = base, metrics
         self._scheduler = Scheduler(limits, PASS_ON_CPU if base.device.type == "cpu" else PASS_ON_ACCELERATOR)
         self._decoder = Decoder(base, limits, longest) if base.generates else None
-        self._encoder = None if base.generates else Encoder(base)
+        self._runner = self._decoder or Encoder(base)
         self._changed = threading.Condition()
         self._is_draining = False
         self._thread = threading.Thread(target=self._loop, name="dvora-engine", daemon=True)
@@ -99,33 +100,46 @@ class Engine:
             self.metrics.batch(batch, time.monotonic() - started, started)
             for request, answer in answers:
                 request.answer(answer)
-        self.base.leave()
+        with self.base.passing:
+            self.base.leave()
 
     def _next(self) -> Batch | None:
         """The next batch, which is waited for; None when the server stops and nothing is left."""
         with self._changed:
-            if self._decoder is not None:
-                self._scheduler.running = self._decoder.running
-            while (batch := self._scheduler.schedule()) is None:
+            batch = self._schedule()
+        if batch is None:
+            # Idle: nobody needs the slots of the last batch. Not under the lock that `submit` takes: a load may have
+            # this one.
+            with self.base.passing:
+                self.base.leave()
+        with self._changed:
+            while (batch := batch or self._schedule()) is None:
                 if self._is_draining:
                     return None
-                # Idle: nobody needs the slots of the last batch.
-                self.base.leave()
                 self._changed.wait()
             return batch
 
+    def _schedule(self) -> Batch | None:
+        if self._decoder is not None:
+            now = time.monotonic()
+            self._decoder.drop([request for request in self._decoder.running if not request.is_wanted(now)])
+            self._scheduler.running = self._decoder.running
+        return self._scheduler.schedule()
+
     def _run(self, batch: Batch) -> list[tuple[Request, Answer]]:
-        """The answers of a batch. Where it fails its requests run one by one, so that none fails for another one."""
-        runner = self._decoder or self._encoder
-        assert runner is not None
-        try:
-            return runner.run(batch)
-        except Exception as error:
-            # A server goes on; whoever asked is told, and the log has the traceback.
-            self.base.leave()
-            if self._decoder is not None:
-                self._decoder.drop([text for text in self._decoder.texts if text.request in batch.requests])
-            if len(batch.requests) == 1 or batch.kind == "decode":
+        """The answers of a batch. Nothing runs twice: where the model fails, all of the batch are told."""
+        runner = self._runner
+        with self.base.passing:
+            unreadable = self.base.unreadable([request.adapter for request in batch.requests])
+            failed = [request for request in batch.requests if request.adapter in unreadable]
+            answers = [(request, Answer(error=unreadable[request.adapter])) for request in failed]
+            batch = replace(batch, requests=[request for request in batch.requests if request not in failed])
+            try:
+                runner.drop(failed)
+                return answers + (runner.run(batch) if batch.requests else [])
+            except Exception as error:
+                # A server goes on; whoever asked is told, and the log has the traceback.
                 _log.exception("a batch of %s failed", batch.kind)
-                return [(request, Answer(error=error)) for request in batch.requests]
-        return [pair for request in batch.requests for pair in self._run(Batch(batch.kind, [request]))]
+                self.base.leave()
+                runner.drop(batch.requests)
+                return answers + [(request, Answer(error=error)) for request in batch.requests]

@@ -31,6 +31,13 @@ class RefusedError(HTTPException):
         self.status, self.message, self.kind = status, message, kind
 
 
+def not_finite() -> RefusedError:
+    """What a row is told whose outputs are not finite numbers: it alone, since rows have nothing in common."""
+    return RefusedError(
+        422, "the adapter's outputs for this text are not finite; look whether its training diverged", "adapter_error"
+    )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -104,6 +111,10 @@ class Request:
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
     """Nobody listens any more."""
+
+    def is_wanted(self, now: float) -> bool:
+        """Whether somebody still waits for the answer."""
+        return not self.is_cancelled and now < self.deadline
 
     @property
     def room(self) -> int:

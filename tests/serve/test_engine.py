@@ -1,0 +1,248 @@
+"""One batch, many clients: what one of them sends or uploads changes nobody else's answer."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dvora.serve.requests import Answer, Piece, RefusedError, Request, Sampling
+from dvora.serve.scheduler import Limits
+from dvora.serve.server import Server, Settings
+from tests.serve.served import Alone, copied
+
+VALUES = "adapter_model.safetensors"
+
+
+class Text(NamedTuple):
+    """What somebody got."""
+
+    pieces: list[Piece]
+    answer: Answer
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+@contextmanager
+def started(base: Path, adapters: Path, host_bytes: int = 2**30, **limits: int) -> Iterator[Server]:
+    """A server without HTTP, whose adapters have been read, and which runs together whatever fits."""
+    limits = {"batch_rows": 8, "slots": 16, **limits}
+    server = Server(Settings(str(base), adapters, Limits(**limits), host_bytes=host_bytes))
+    server.engine._scheduler.pass_tokens = 10**6
+    for version in server.registry.versions():
+        server.registry.warm(version.name)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class Asked:
+    """Requests that were sent at once, so that they are one batch where they fit."""
+
+    def __init__(self, server: Server, requests: Sequence[Mapping[str, Any]]) -> None:
+        self._pieces: dict[Request, list[Piece]] = {}
+        self._answers: dict[Request, Answer] = {}
+        self._ended = threading.Event()
+        for one in requests:
+            work = server.works[0]
+            tokens = server.text(one.get("text", "the ")).tokens
+            sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **one.get("sampling", {})})
+            request = Request(work, one["adapter"], tokens, self._hear, sampling, queue=one.get("queue", ""))
+            self._pieces[request] = []
+        server.engine.submit([*self._pieces])
+
+    def _hear(self, request: Request, part: Piece | Answer) -> None:
+        if isinstance(part, Piece):
+            self._pieces[request].append(part)
+        else:
+            self._answers[request] = part
+        if len(self._answers) == len(self._pieces):
+            self._ended.set()
+
+    def texts(self) -> list[Text]:
+        assert self._ended.wait(60)
+        return [Text(pieces, self._answers[request]) for request, pieces in self._pieces.items()]
+
+
+def ask(server: Server, *requests: Mapping[str, Any]) -> list[Text]:
+    return Asked(server, requests).texts()
+
+
+def batches(server: Server, kind: str) -> float:
+    return server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": kind}) or 0.0
+
+
+def diverging(folder: Path, vector: str = "magnitude", factor: float = 1e30) -> None:
+    """Change an adapter so that its values are finite, and its outputs are not."""
+    file = folder / VALUES
+    values = load_file(file)
+    changed = {name: value * (factor if vector in name else 1) for name, value in values.items()}
+    assert any(not torch.equal(changed[name], value) for name, value in values.items())
+    save_file(changed, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"top_p": 1e-320}])
+def test_no_sampling_breaks_a_text(
+    sampling: dict[str, float], llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    alone = Alone(llama)
+    with started(llama, copied(language_adapters, tmp_path / "adapters")) as server:
+        sampled, *greedy = ask(
+            server,
+            {"adapter": "a0", "sampling": {"temperature": 1.0, **sampling}},
+            {"adapter": "a1"},
+            {"adapter": None, "text": "Once upon"},
+        )
+        assert batches(server, "prefill") == 1
+    # Only the likeliest token is left.
+    assert sampled.text == alone.continued(language_adapters / "a0", "the ", 12)
+    assert greedy[0].text == alone.continued(language_adapters / "a1", "the ", 12)
+    assert greedy[1].text == alone.continued(None, "Once upon", 12)
+
+
+def test_a_text_that_is_not_finite_fails_alone_and_leaves_nothing(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    alone, adapters = Alone(llama), copied(language_adapters, tmp_path / "adapters")
+    diverging(adapters / "a0")
+    with started(llama, adapters) as server:
+        for hostile in ("the ", "0123456789 " * 3, "a"):
+            # Rows are used again, also beside a longer one, whose tokens all of them are masked at.
+            bad, *good = ask(
+                server,
+                {"adapter": "a0", "text": hostile},
+                {"adapter": "a1"},
+                {"adapter": "a2", "text": "a"},
+                {"adapter": "a3", "text": "0123456789 " * 3},
+            )
+            assert isinstance(bad.answer.error, RefusedError)
+            assert (bad.answer.error.status, bad.answer.error.kind) == (422, "adapter_error")
+            for text, (name, prompt) in zip(
+                good, (("a1", "the "), ("a2", "a"), ("a3", "0123456789 " * 3)), strict=True
+            ):
+                assert text.text == alone.continued(language_adapters / name, prompt, 12)
+        assert batches(server, "prefill") == 3
+        decoder = server.engine._decoder
+        assert decoder is not None
+        # Whoever had the rows, nothing of it is there.
+        assert not any(held.any() for layer in decoder.cache.of_layers for held in layer.held)
+
+
+@pytest.mark.parametrize("work", ["classify", "embed"])
+def test_a_row_of_an_encoder_that_is_not_finite_fails_alone(
+    work: str, bert: Path, classifiers: Path, tmp_path: Path
+) -> None:
+    adapters = copied(classifiers, tmp_path / "adapters")
+    copied(classifiers / "two", adapters / "other")
+    diverging(adapters / "two", "classifier" if work == "classify" else "magnitude", 1e38)
+    with started(bert, adapters) as server:
+        ended, answers = threading.Event(), dict[Request, Answer]()
+
+        def hear(request: Request, answer: Piece | Answer) -> None:
+            answers[request] = answer  # type: ignore[assignment]
+            if len(answers) == 2:
+                ended.set()
+
+        tokens = server.text("good movie").tokens
+        bad, good = (Request(work, name, tokens, hear) for name in ("two", "other"))  # type: ignore[arg-type]
+        server.engine.submit([bad, good])
+        assert ended.wait(60)
+        assert batches(server, work) == 1
+    assert isinstance(answers[bad].error, RefusedError)
+    assert answers[good].error is None
+    assert answers[good].values.isfinite().all()
+
+
+def test_an_adapter_that_cannot_be_read_any_more_fails_alone(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    adapters = copied(language_adapters, tmp_path / "adapters")
+    with started(llama, adapters, host_bytes=5000, slots=2) as server:
+        assert server.base.bank.stats().host_adapters < 3
+        # Out of its slot, too.
+        ask(server, {"adapter": "a1"}, {"adapter": "a2"})
+        (adapters / "a0" / VALUES).unlink()
+        before = batches(server, "prefill")
+        bad, good = ask(server, {"adapter": "a0"}, {"adapter": "a1"})
+        assert batches(server, "prefill") == before + 1
+    assert isinstance(bad.answer.error, RefusedError)
+    assert bad.answer.error.status == 422
+    assert str(adapters) not in bad.answer.error.message
+    assert good.text == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+
+
+def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    alone, passes = Alone(llama), []
+    with started(llama, copied(language_adapters, tmp_path / "adapters")) as server:
+        last = server.base.model.model.layers[-1]
+
+        def fail(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            passes.append(arguments[0].shape[:2])
+            if arguments[0].shape[1] == 9:
+                raise MemoryError("no room for nine tokens")
+
+        handle = last.register_forward_pre_hook(fail)
+        first = Asked(server, [{"adapter": "a1", "sampling": {"max_tokens": 40}}])
+        failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
+        assert all(isinstance(text.answer.error, MemoryError) for text in failed)
+        (text,) = first.texts()
+        handle.remove()
+        assert [tuple(shape) for shape in passes if shape[1] == 9] == [(2, 9)]
+        assert text.text == alone.continued(language_adapters / "a1", "the ", 40)
+        assert ask(server, {"adapter": "a2"})[0].text == alone.continued(language_adapters / "a2", "the ", 12)
+
+
+def test_texts_of_the_base_go_on_when_the_first_adapter_comes(
+    llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    with started(llama, adapters) as server:
+        texts = Asked(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
+        while not texts._pieces[next(iter(texts._pieces))]:
+            pass
+        with server.base.between_passes():
+            server.base.bank.add("x:1", language_adapters / "a0")
+        (text,) = texts.texts()
+        (of_adapter,) = ask(server, {"adapter": "x:1"})
+    assert text.answer == Answer(finish="length")
+    assert text.text == Alone(llama).continued(None, "the ", 58)
+    assert of_adapter.text == Alone(llama).continued(language_adapters / "a0", "the ", 12)
+
+
+def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    alone = Alone(llama)
+    expected = alone.continued(language_adapters / "a1", "the ", 12)
+    with started(llama, copied(language_adapters, tmp_path / "adapters")) as server:
+        plain, listed, stopped = ask(
+            server,
+            {"adapter": "a1"},
+            {"adapter": "a1", "sampling": {"temperature": 0.7, "seed": 1, "chances": 3}},
+            {"adapter": "a1", "sampling": {"stop": (expected[3:6],)}},
+        )
+        decoder = server.engine._decoder
+        assert decoder is not None
+        decoder.ends = frozenset(decoder.ends | {listed.pieces[4].chances[0].token})
+        (ended,) = ask(server, {"adapter": "a1", "sampling": {"temperature": 0.7, "seed": 1, "chances": 0}})
+    assert not any(piece.chances for piece in plain.pieces)
+    ids = alone.tokenizer("the ")["input_ids"]
+    for piece in listed.pieces:
+        (chance,) = piece.chances
+        with torch.no_grad():
+            logits = alone.merged(language_adapters / "a1", None)(torch.tensor([ids])).logits[0, -1]
+        logarithms = logits.double().log_softmax(0)
+        assert chance.logarithm == pytest.approx(float(logarithms[chance.token]), abs=1e-4)
+        assert [token for token, _ in chance.likeliest] == logarithms.topk(3).indices.tolist()
+        ids.append(chance.token)
+    assert [piece.tokens for piece in listed.pieces] == [*range(1, 13)]
+    assert (ended.pieces[-1].tokens, ended.answer.finish) == (5, "stop")
+    assert (stopped.pieces[-1].tokens, stopped.text, stopped.answer.finish) == (6, expected[:3], "stop")
