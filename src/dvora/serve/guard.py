@@ -34,6 +34,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status, headers = time.monotonic(), 500, dict[str, str]()
+        scope.setdefault("state", {})["deadline"] = started + self.server.settings.timeout
 
         async def noted(message: Message) -> None:
             nonlocal status

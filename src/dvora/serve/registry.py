@@ -17,6 +17,7 @@ from typing import Any
 
 from ..bank import AdapterBank
 from ..whole_files import remove
+from .keys import Key
 from .requests import RefusedError
 from .store import Entry, Store
 
@@ -134,18 +135,17 @@ class Registry:
         with self._lock:
             return [self._versions[name] for name in sorted(self._versions)]
 
-    def named(self, model: str) -> str | None:
+    def named(self, model: str, key: Key) -> str | None:
         """The adapter that a client's `model` names: an adapter, `base:adapter`, or the base, which is None.
 
         Raises:
-            RefusedError: 404, there is no such model.
+            RefusedError: 404, there is no such model, or none that the key sees.
         """
         name = model.removeprefix(f"{self.base}:")
-        if name == self.base and name not in self._versions:
-            return None
-        if name not in self._versions:
+        adapter = None if name == self.base and name not in self._versions else name
+        if not key.sees(adapter) or (adapter is not None and adapter not in self._versions):
             raise _unknown(model)
-        return name
+        return adapter
 
     def is_cold(self, name: str | None) -> bool:
         """Whether the adapter of a name was never read."""
