@@ -6,31 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 from pydantic_core import to_json
 from torch import Tensor
 
 from .. import __version__
-from .answers import (
-    ANYTHING,
-    Asking,
-    Body,
-    Inputs,
-    Switch,
-    Texts,
-    headers_of,
-    inputs_of,
-    listed,
-    read,
-    rows_of,
-    sent,
-    server_of,
-    takes,
-    whose,
-)
-from .keys import Key
+from .answers import Body, Call, Here, Inputs, Switch, Texts, headers_of, inputs_of, read, sent, takes, whose
 from .registry import Version
 from .requests import RefusedError
 from .server import Row, Server
@@ -50,23 +33,18 @@ class Classify(Body):
     truncate: Switch = False
 
 
-class _Inputs(Body):
+class _Inputs(Body, neutral={"truncation_direction": ("Right", "right"), "auto_truncate": (False,)}):
     """What the routes of text-embeddings-inference have in common; the adapter may stand in the query instead."""
 
-    neutral = {"truncation_direction": ("Right", "right"), "auto_truncate": (False,)}
     model: str | None = Field(None, description="the name of an adapter")
     truncate: Switch = False
-
-    def model_of(self, request: Request) -> str | None:
-        """The adapter, for clients that can name none in the body as well; None is the base."""
-        return self.model or request.query_params.get("model")
 
 
 class Parameters(Body):
     """As the pipelines of transformers have them."""
 
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
 
 
 class Predict(_Inputs):
@@ -79,10 +57,9 @@ class Predict(_Inputs):
     )
 
 
-class Embed(_Inputs):
+class Embed(_Inputs, neutral={"normalize": (True,), "encoding_format": ("float",)}):
     """Of /embed."""
 
-    neutral = {**_Inputs.neutral, "normalize": (True,), "encoding_format": ("float",)}
     inputs: Inputs
 
 
@@ -96,51 +73,49 @@ class Rerank(_Inputs):
 
 
 @router.post("/v1/classify", openapi_extra=takes(Classify))
-async def classify(body: Annotated[Classify, sent(Classify)], request: Request, key: Asking) -> Response:
+async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
-    server = server_of(request)
     models = [body.model] if isinstance(body.model, str) else body.model
     inputs: Sequence[Input] = [body.input] if isinstance(body.input, str) else body.input
-    rows = await rows_of(request, key, "classify", models, inputs, body.truncate)
+    rows = await call.rows("classify", models, inputs, body.truncate)
 
     def item(index: int, row: Row) -> dict[str, Any]:
-        return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, server)}
+        return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
 
-    return await listed(request, rows, item, object="list", model=body.model)
+    return await call.answer(rows, item, object="list", model=body.model)
 
 
 @router.post("/predict", openapi_extra=takes(Predict))
-async def predict(body: Annotated[Predict, sent(Predict)], request: Request, key: Asking) -> Response:
+async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Response:
     """Classes with their scores, the likeliest first; of one text with `parameters` in a list, as pipelines do."""
-    server = server_of(request)
     is_one = isinstance(body.inputs, str) or isinstance(body.inputs[0], str)
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
-    rows = await rows_of(request, key, "classify", [body.model_of(request)], inputs, body.truncate)
+    rows = await call.rows("classify", [_model(body, call)], inputs, body.truncate)
     if is_one and body.parameters is None:
-        return JSONResponse(_scores(rows[0], server, body), headers=headers_of([rows[0].version]))
-    return await listed(request, rows, lambda _, row: _scores(row, server, body))
+        return JSONResponse(_scores(rows[0], call.server, body), headers=headers_of([rows[0].version]))
+    return await call.answer(rows, lambda _, row: _scores(row, call.server, body))
 
 
 @router.post("/embed", openapi_extra=takes(Embed))
-async def embed(body: Annotated[Embed, sent(Embed)], request: Request, key: Asking) -> Response:
+async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
     """Vectors of length one."""
-    rows = await rows_of(request, key, "embed", [body.model_of(request)], inputs_of(body.inputs), body.truncate)
-    return await listed(request, rows, lambda _, row: row.values.tolist())
+    rows = await call.rows("embed", [_model(body, call)], inputs_of(body.inputs), body.truncate)
+    return await call.answer(rows, lambda _, row: row.values.tolist())
 
 
 @router.post("/", openapi_extra=takes(Predict))
-async def root(request: Request, key: Asking) -> Response:
+async def root(call: Here) -> Response:
     """`/predict` where the base or adapters classify, else `/embed`."""
-    if "classify" in server_of(request).works:
-        return await predict(await read(request, Predict), request, key)
-    return await embed(await read(request, Embed), request, key)
+    if "classify" in call.server.works:
+        return await predict(await read(call.request, Predict), call)
+    return await embed(await read(call.request, Embed), call)
 
 
 @router.post("/rerank", openapi_extra=takes(Rerank))
-async def rerank(body: Annotated[Rerank, sent(Rerank)], request: Request, key: Asking) -> Response:
+async def rerank(body: Annotated[Rerank, sent(Rerank)], call: Here) -> Response:
     """Texts by how well they fit a query, where the adapter's head gives one score."""
     pairs = [[body.query, text] for text in body.texts]
-    rows = await rows_of(request, key, "classify", [body.model_of(request)], pairs, body.truncate)
+    rows = await call.rows("classify", [_model(body, call)], pairs, body.truncate)
     if rows[0].values.numel() != 1:
         raise RefusedError(
             400, f"the head has {rows[0].values.numel()} outputs, and texts are ranked by one; use /predict"
@@ -156,15 +131,14 @@ async def rerank(body: Annotated[Rerank, sent(Rerank)], request: Request, key: A
 
 
 @router.get("/info")
-async def info(request: Request, key: Asking) -> dict[str, Any]:
+async def info(call: Here) -> dict[str, Any]:
     """What is served, and its limits."""
-    server = server_of(request)
-    limits = server.settings.limits
+    server, limits = call.server, call.server.settings.limits
     return {
         "model_id": server.base.name,
         "model_dtype": str(server.base.model.dtype).removeprefix("torch."),
         "works": list(server.works),
-        "adapters": sum(key.sees(version.name) for version in server.registry.versions()),
+        "adapters": sum(call.key.sees(version.name) for version in server.registry.versions()),
         "slots": limits.slots,
         "max_input_length": server.longest,
         "max_batch_tokens": limits.batch_tokens,
@@ -172,6 +146,11 @@ async def info(request: Request, key: Asking) -> dict[str, Any]:
         "max_client_batch_size": limits.queue,
         "version": __version__,
     }
+
+
+def _model(body: _Inputs, call: Call) -> str | None:
+    """The adapter, which stands in the query for clients that can name none in the body."""
+    return body.model or call.request.query_params.get("model")
 
 
 def classes_of(row: Row, server: Server) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from itertools import starmap
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 from pydantic_core import to_json
@@ -19,24 +18,19 @@ from starlette.types import Receive, Scope, Send
 
 from .answers import (
     ANYTHING,
-    Asking,
     Body,
+    Call,
+    Here,
     Inputs,
     Switch,
-    check_rows,
     digest_of,
     error_body,
     headers_of,
     inputs_of,
-    listed,
-    listening,
-    rows_of,
     sent,
-    server_of,
     takes,
     whose,
 )
-from .keys import Key
 from .registry import Version
 from .requests import Answer, Chance, Piece, RefusedError, Sampling
 from .server import Row, Server
@@ -47,22 +41,21 @@ MOST_MESSAGES = 1024
 NEUTRAL = dict.fromkeys(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), ANYTHING
 )
+PLAIN = {"n": (1,), "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
 Model = Annotated[str, Field(max_length=512, description="the name of a model, as GET /v1/models has it")]
 Tokens = Annotated[int, Field(ge=1, lt=2**31, description="a number of tokens, 1 or more")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(Body):
+class StreamOptions(Body, neutral={"include_obfuscation": ANYTHING}):
     """What a stream has besides the text."""
 
-    neutral = {"include_obfuscation": ANYTHING}
     include_usage: bool = False
 
 
-class Generation(Body):
+class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
     """What completions and chats have in common."""
 
-    neutral = {**NEUTRAL, "n": (1,), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "logit_bias": ({},)}
     model: Model
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
@@ -73,45 +66,18 @@ class Generation(Body):
     stream: Switch = False
     stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true} or false')
 
-    @abstractmethod
-    async def read(self, server: Server) -> list[Text]:
-        """The prompts."""
-
-    @property
-    @abstractmethod
-    def most(self) -> int | None:
-        """How many tokens may follow; None: as many as there is room for."""
-
-    @property
-    @abstractmethod
-    def chances(self) -> int | None:
-        """As in `Sampling`."""
-
-    def sampling(self, room: int) -> Sampling:
+    def sampling(self, max_tokens: int, chances: int | None) -> Sampling:
         """How tokens are chosen."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return Sampling(self.most or room, self.temperature, self.top_p, self.seed, stop, self.chances)
+        return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, chances)
 
 
-class Completion(Generation):
+class Completion(Generation, neutral={"best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,)}):
     """Of /v1/completions."""
 
-    neutral = {**Generation.neutral, "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,)}
     prompt: Inputs
     max_tokens: Tokens = 16
     logprobs: int | None = Field(None, ge=0, le=5, description="a number of tokens from 0 to 5")
-
-    async def read(self, server: Server) -> list[Text]:
-        check_rows(server, len(prompts := inputs_of(self.prompt)))
-        return await server.texts.read(prompts)
-
-    @property
-    def most(self) -> int:
-        return self.max_tokens
-
-    @property
-    def chances(self) -> int | None:
-        return self.logprobs
 
 
 class Part(Body):
@@ -121,10 +87,9 @@ class Part(Body):
     text: str
 
 
-class Message(Body):
+class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],)}):
     """Of a chat; an answer of ours can be sent back as it is."""
 
-    neutral = {"annotations": ([],), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
@@ -136,11 +101,9 @@ class Message(Body):
         return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
-class Chat(Generation):
-    """Of /v1/chat/completions."""
-
-    neutral = {
-        **Generation.neutral,
+class Chat(
+    Generation,
+    neutral={
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "functions": ([],),
@@ -149,74 +112,66 @@ class Chat(Generation):
         "parallel_tool_calls": (True,),
         "modalities": (["text"],),
         "reasoning_effort": ("none",),
-    }
+    },
+):
+    """Of /v1/chat/completions."""
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] = Field(
-        description=f"1 to {MOST_MESSAGES:,} objects with role (system, developer, user, assistant or tool), content (a "
-        "text, or a list of {'type': 'text', 'text': ...}) and perhaps name"
+        description=f"1 to {MOST_MESSAGES:,} objects with role (system, developer, user, assistant or tool), content "
+        '(a text, or a list of {"type": "text", "text": ...}) and perhaps name'
     )
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: Switch = False
     top_logprobs: int = Field(0, ge=0, le=20, description="a number of tokens from 0 to 20")
 
-    async def read(self, server: Server) -> list[Text]:
-        if self.top_logprobs and not self.logprobs:
-            raise RefusedError(400, "top_logprobs stand beside those of the text; send logprobs: true too")
-        prompt = await server.texts.chat([message.plain() for message in self.messages])
-        return await server.texts.read([prompt], is_template=True)
 
-    @property
-    def most(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def chances(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
-
-
-class Embeddings(Body):
+class Embeddings(Body, neutral=NEUTRAL):
     """Of /v1/embeddings."""
 
-    neutral = NEUTRAL
     model: Model
     input: Inputs
     encoding_format: Literal["float", "base64"] = Field("float", description="'float' or 'base64'")
 
 
 @router.get("/v1/models")
-async def models(request: Request, key: Asking) -> Response:
+async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    server = server_of(request)
+    server, key = call.server, call.key
     base = [_card(server, None)] if key.sees(None) else []
     cards = [_card(server, version) for version in server.registry.versions() if key.sees(version.name)]
     return Response(to_json({"object": "list", "data": [*base, *cards]}), media_type="application/json")
 
 
 @router.get("/v1/models/{model}")
-async def model_card(model: str, request: Request, key: Asking) -> Response:
+async def model_card(model: str, call: Here) -> Response:
     """One model."""
-    server = server_of(request)
-    name = server.registry.named(model, key)
-    async with server.versions([name]) as versions:
-        return JSONResponse(_card(server, versions[name]))
+    name = call.named(model)
+    async with call.server.versions([name]) as versions:
+        return JSONResponse(_card(call.server, versions[name]))
 
 
 @router.post("/v1/completions", openapi_extra=takes(Completion))
-async def completions(body: Annotated[Completion, sent(Completion)], request: Request, key: Asking) -> Response:
+async def completions(body: Annotated[Completion, sent(Completion)], call: Here) -> Response:
     """Continue a text, or each of several."""
-    return await _generate(body, request, key)
+    call.check(len(prompts := inputs_of(body.prompt)))
+    return await _generate(call, body, lambda: call.server.texts.read(prompts), body.max_tokens, body.logprobs)
 
 
 @router.post("/v1/chat/completions", openapi_extra=takes(Chat))
-async def chat_completions(body: Annotated[Chat, sent(Chat)], request: Request, key: Asking) -> Response:
+async def chat_completions(body: Annotated[Chat, sent(Chat)], call: Here) -> Response:
     """Answer a chat, written with the tokenizer's template."""
-    return await _generate(body, request, key)
+    if body.top_logprobs and not body.logprobs:
+        raise RefusedError(400, "top_logprobs stand beside those of the text; send logprobs: true too")
+    messages, most = [message.plain() for message in body.messages], body.max_completion_tokens or body.max_tokens
+    chances = body.top_logprobs if body.logprobs else None
+    return await _generate(call, body, lambda: call.server.texts.chat(messages), most, chances)
 
 
 @router.post("/v1/embeddings", openapi_extra=takes(Embeddings))
-async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], request: Request, key: Asking) -> Response:
+async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) -> Response:
     """Vectors of length one for texts."""
-    rows = await rows_of(request, key, "embed", [body.model], inputs_of(body.input))
+    rows = await call.rows("embed", [body.model], inputs_of(body.input))
 
     def item(index: int, row: Row) -> dict[str, Any]:
         vector = row.values.numpy()
@@ -226,27 +181,33 @@ async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], request: Req
 
     count = sum(row.tokens for row in rows)
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return await listed(request, rows, item, object="list", model=body.model, usage=usage)
+    return await call.answer(rows, item, object="list", model=body.model, usage=usage)
 
 
-async def _generate(body: Generation, request: Request, key: Key) -> Response:
-    server = server_of(request)
+async def _generate(
+    call: Call,
+    body: Generation,
+    read: Callable[[], Awaitable[list[Text]]],
+    most: int | None,
+    chances: int | None,
+) -> Response:
+    """Continue texts that are read when it is clear that they may be, by at most so many tokens."""
+    server = call.server
     server.require("generate")
-    name = server.registry.named(body.model, key)
+    name = call.named(body.model)
     async with AsyncExitStack() as held:
-        client = await held.enter_async_context(listening(request, key))
-        texts = await client.wait(body.read(server))
+        client = await held.enter_async_context(call.client())
+        texts = await client.wait(read())
         room = server.longest - max(len(text.tokens) for text in texts)
-        if (body.most or 0) > room:
+        if (most or 0) > room:
             raise RefusedError(
                 400,
-                f"the prompt has {server.longest - room:,} tokens and {body.most:,} are to follow, and "
-                f"{server.base.name} takes {server.longest:,} in all; ask for {room:,} or fewer",
+                f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
+                f"takes {server.longest:,} in all; ask for {room:,} or fewer",
             )
-        rows = [(name, text) for text in texts]
-        asking = server.asking("generate", rows, client, body.sampling(room))
-        versions, parts = await held.enter_async_context(asking)
-        shape, headers = _Shape(body, texts, versions[0], server), headers_of(versions)
+        rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
+        versions, parts = await held.enter_async_context(server.asking("generate", rows, client, sampling))
+        shape, headers = _Shape(body, texts, versions[0], server, chances is not None), headers_of(versions)
         if not body.stream:
             return JSONResponse(await shape.whole(parts), headers=headers)
         # Held until the last piece is sent.
@@ -269,12 +230,10 @@ class _Stream(StreamingResponse):
 class _Shape:
     """The JSON of the continuations that a request gets, whole or in pieces."""
 
-    def __init__(self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server) -> None:
-        self.is_chat, self.has_chances, self.token = (
-            isinstance(body, Chat),
-            body.chances is not None,
-            server.texts.token,
-        )
+    def __init__(
+        self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server, has_chances: bool
+    ) -> None:
+        self.is_chat, self.has_chances, self.token = isinstance(body, Chat), has_chances, server.texts.token
         self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), [0] * len(texts)
         self.offsets = [0] * len(texts)
         """Where the next token of each text begins."""
@@ -328,7 +287,7 @@ class _Shape:
 
     def choice(self, index: int, content: dict[str, Any], chances: Sequence[Chance], finish: str | None) -> Any:
         """One text, or a piece of it."""
-        logarithms = None
+        logarithms: dict[str, Any] | None = None
         if self.has_chances and self.is_chat:
             tokens = [
                 {**self.entry(chance.token, chance.logarithm), "top_logprobs": [*starmap(self.entry, chance.likeliest)]}
@@ -336,14 +295,15 @@ class _Shape:
             ]
             logarithms = {"content": tokens, "refusal": None}
         elif self.has_chances:
-            logarithms = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+            columns: list[list[Any]] = [[], [], [], []]
             for chance in chances:
                 token = self.token(chance.token)
                 likeliest = [*chance.likeliest, (chance.token, chance.logarithm)]
                 row = (token, chance.logarithm, {self.token(other): value for other, value in likeliest})
-                for column, value in zip(logarithms.values(), (*row, self.offsets[index]), strict=True):
+                for column, value in zip(columns, (*row, self.offsets[index]), strict=True):
                     column.append(value)
                 self.offsets[index] += len(token)
+            logarithms = dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), columns, strict=True))
         return {"index": index, **content, "logprobs": logarithms, "finish_reason": finish}
 
     def entry(self, token: int, logarithm: float) -> dict[str, Any]:

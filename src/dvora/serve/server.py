@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -81,7 +81,8 @@ class Client:
         try:
             left = self.deadline - time.monotonic()
             if left > 0:
-                await asyncio.wait({task, self.gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {task, self.gone}
+                await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if self.gone.done():
                 raise RefusedError(499, "the client has gone", "client_closed_request")
             if not task.done():
@@ -196,7 +197,7 @@ class Server:
             raise RefusedError(
                 400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
             )
-        async with self.asking(work, rows, client) as (versions, parts):
+        async with self.asking(work, rows, client, Sampling()) as (versions, parts):
             answers = {number: part async for number, part in parts if isinstance(part, Answer)}
         return [
             Row(version, answers[number].values, len(text.tokens))
@@ -205,7 +206,7 @@ class Server:
 
     @asynccontextmanager
     async def asking(
-        self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client, sampling: Sampling = Sampling()
+        self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client, sampling: Sampling
     ) -> AsyncIterator[tuple[list[Version | None], AsyncIterator[tuple[int, Piece | Answer]]]]:
         """Have the engine work on rows while this is open: their versions, and what comes, with the row's number.
 

@@ -33,7 +33,7 @@ class Text(NamedTuple):
 
 
 class _Lane:
-    """A thread with a tokenizer, which nothing else uses: to truncate changes it, and the engine decodes with its own."""
+    """A thread with a tokenizer that nothing else uses: to truncate changes it, and the engine has its own."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -87,7 +87,6 @@ class Texts:
         read, sizes = list[Text](), [_size(text) for text in texts]
         if (size := sum(sizes)) > MOST:
             raise RefusedError(400, f"the texts have {size:,} characters, and at most {MOST:,} are read; send fewer")
-        first = 0
         while (first := len(read)) < len(texts):
             last = first + 1
             while last < len(texts) and sum(sizes[first : last + 1]) <= PORTION:
@@ -134,30 +133,30 @@ class Texts:
                 f"{self.name} takes {self.longest:,} tokens; send a shorter one",
             )
 
-    async def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A chat, written with the tokenizer's template.
+    async def chat(self, messages: Sequence[Mapping[str, str]]) -> list[Text]:
+        """The prompt of a chat, written with the tokenizer's template.
 
         Raises:
-            RefusedError: 400, there is none, or it refuses these messages.
+            RefusedError: 400, there is none, it refuses these messages, or they are too long.
         """
         self.check(size := sum(len(message["content"]) for message in messages))
-        return await self.run(size + SHORT * (len(messages) > 64), _written, messages, self.name)
+        prompt = await self.run(size + SHORT // 64 * len(messages), self._written, messages)
+        return await self.read([prompt], is_template=True)
+
+    def _written(self, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+        if not tokenizer.chat_template:
+            raise RefusedError(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions")
+        try:
+            text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of the template, which is the model's and raises what it likes
+            # Only what the template says itself is for clients: other errors are of Python.
+            said = f": {str(error)[:200]}" if type(error) is TemplateError else ""
+            raise RefusedError(400, f"the chat template refuses these messages{said}") from error
+        return text
 
 
 def _size(text: Input) -> int:
     return len(text) if isinstance(text, str) or (text and isinstance(text[0], int)) else sum(map(len, map(str, text)))
-
-
-def _written(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> str:
-    if not tokenizer.chat_template:
-        raise RefusedError(400, f"the tokenizer of {name} has no chat template; use /v1/completions")
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of the template, which is the model's and raises what it likes
-        # What the template says itself is for clients; other errors name Python's types.
-        said = f": {str(error)[:200]}" if type(error) is TemplateError else ""
-        raise RefusedError(400, f"the chat template refuses these messages{said}") from error
-    return text
 
 
 def _token(tokenizer: Any, token: int) -> str:
