@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         # mkstemp's files are for their owner only.
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
+        _sync(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -74,7 +76,7 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when everything in it is there.
+    """A folder to fill, which takes its name when everything in it is on the disk.
 
     Args:
         path: that must not exist, or be an empty folder.
@@ -88,13 +90,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     with claimed(path) as filled:
         yield filled
         # Some libraries write files for their owner only.
-        for file in filled.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
+        for entry in filled.rglob("*"):
+            if entry.is_file():
+                entry.chmod(0o666 & ~_umask())
+            _sync(entry)
         filled.chmod(0o777 & ~_umask())
+        _sync(filled)
         if path.exists():
             path.rmdir()
         filled.rename(path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -157,6 +162,16 @@ def _is_still(folder: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), folder.lstat())
     except FileNotFoundError:
         return False
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk; links and pipes are left alone."""
+    if sys.platform != "win32" and not path.is_symlink() and (path.is_file() or path.is_dir()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:

@@ -33,6 +33,8 @@ IN_RUN = "adapter"
 """Where a run of `dvora train` has its adapter."""
 LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
 """Bytes; the second is safetensors' own limit."""
+LARGEST_KEPT = 2**18
+"""Bytes of settings and a header that stay in memory, parsed: those of some 2,000 tensors."""
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -247,9 +249,8 @@ def folder_of(path: Path) -> Path:
     return path if (path / SETTINGS).is_file() else path / IN_RUN
 
 
-@lru_cache(maxsize=64)
 def described(settings: bytes, header: bytes) -> Description:
-    """What an adapter is, parsed once for all adapters with the same settings and header.
+    """What an adapter is, parsed once for all adapters with the same settings and header, unless these are huge.
 
     Args:
         settings: the file of settings.
@@ -258,6 +259,10 @@ def described(settings: bytes, header: bytes) -> Description:
     Raises:
         TypeError, ValueError: it is no adapter of DVoRA, or damaged.
     """
+    return (_kept if len(settings) + len(header) <= LARGEST_KEPT else _described)(settings, header)
+
+
+def _described(settings: bytes, header: bytes) -> Description:
     entries = header_entries(header)
     shapes = {name: shape for name, (_, shape) in entries.items()}
     config = DVoRAConfig.from_bytes(settings, shapes)
@@ -282,6 +287,9 @@ def described(settings: bytes, header: bytes) -> Description:
     lengths = [own.itemsize * prod(shape) // dtype.itemsize for own, shape in entries.values()]
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
     return Description(settings, header, config, content, entries, names, beside, dtype, lengths, strengths)
+
+
+_kept = lru_cache(maxsize=64)(_described)
 
 
 def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -378,12 +386,12 @@ def _finite(values: AdapterValues) -> AdapterValues:
     return values
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _digest(content: Content) -> str:
     return content.digest
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _shapes(content: Content) -> dict[str, Shape]:
     """Of all entries by name, in the order of a vector."""
     vectors: dict[str, Shape] = {

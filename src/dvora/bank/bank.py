@@ -22,13 +22,13 @@ from ..flat import Layout
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
-from .packs import OnProgress, Pack
+from .packs import OnProgress, Pack, PackedSource
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters
 
-AdapterSource = str | os.PathLike[str] | Tensor
-"""The folder of an adapter, its file of values, or a flat vector in the order of `dvora.flat.Layout`."""
+AdapterSource = str | os.PathLike[str] | Tensor | FolderSource | PackedSource
+"""The folder of an adapter, its file of values, a flat vector in the order of `dvora.flat.Layout`, or an opened one."""
 _log = logging.getLogger("dvora.bank")
 
 
@@ -127,6 +127,7 @@ class AdapterBank:
                 pack = Pack.open(path)
                 source = pack.source(next(iter(pack.entries)))
             self._fitted = self._fit(source)
+        self._is_for_one_kind = like is not None
 
     def add(
         self,
@@ -135,6 +136,7 @@ class AdapterBank:
         *,
         allow_partial: bool = False,
         allow_unchanged: bool = False,
+        read: bool = True,
     ) -> None:
         """Add an adapter, read and checked now.
 
@@ -143,13 +145,14 @@ class AdapterBank:
             source: a folder, its file of values, or a flat vector, whose strength is one.
             allow_partial: layers and heads that the adapter lacks are the base's.
             allow_unchanged: the adapter may change nothing.
+            read: False: only settings, names and shapes are checked now, values when it is first used.
 
         Raises:
             TypeError, ValueError: the name is taken, or the adapter is not one of the bank's kind, is damaged, lacks
                 layers, or changes nothing; nothing is added then.
         """
         self._check_new([name])
-        self._add([_Adapter(name, self._source(source), allow_unchanged)], allow_partial, read=True)
+        self._add([_Adapter(name, self._source(source), allow_unchanged)], allow_partial, read=read)
 
     def add_folder(
         self,
@@ -346,9 +349,7 @@ class AdapterBank:
         """
         with self._lock:
             self._batches.close()
-            if self._fitted is not None:
-                self._fitted.served.unhook(self._fitted.handles)
-            self._fitted = None
+            self._unfit()
             self._adapters.clear()
 
     def __enter__(self) -> AdapterBank:
@@ -377,9 +378,9 @@ class AdapterBank:
             )
         return self._fitted
 
-    def _fit(self, source: Source) -> _Fitted:
+    def _fit(self, source: Source, allow_partial: bool = False) -> _Fitted:
         """Find and hook the layers that the first adapter names."""
-        served = ServedModel(self._model, source.read().config, source.content)
+        served = ServedModel(self._model, source.read().config, source.content, allow_partial)
         rows = FactorRows(served, self._dtype)
         base = rows.base()
         if base.nbytes > self._host.limit:
@@ -387,16 +388,25 @@ class AdapterBank:
         slots = Slots(self._slot_count, base, rows.places, served.device)
         return _Fitted(served, rows, slots, served.hook(self._batches, slots))
 
+    def _unfit(self) -> None:
+        """Free the layers that are hooked, if any are."""
+        if self._fitted is not None:
+            self._fitted.served.unhook(self._fitted.handles)
+        self._fitted = None
+
     def _add(self, adapters: Sequence[_Adapter], allow_partial: bool = False, *, read: bool = False) -> list[str]:
         """Add adapters of new names: all or none. If the first ones are refused, no layer stays hooked."""
         # The first ones come one after another: each says which layers there are, and may be refused.
         with nullcontext() if self._adapters else self._lock:
             self._batches.check_open()
+            if not self._adapters and not self._is_for_one_kind and not self._batches.are_running:
+                # The last one of the kind before has left.
+                self._unfit()
             first = self._fitted is None
             try:
                 if self._fitted is None:
                     with _of_adapter(adapters[0]):
-                        self._fitted = self._fit(adapters[0].source)
+                        self._fitted = self._fit(adapters[0].source, allow_partial)
                 for adapter in adapters:
                     self._check_fits(adapter, allow_partial)
                 if read:
@@ -405,9 +415,8 @@ class AdapterBank:
                     self._check_new([adapter.name for adapter in adapters])
                     self._adapters |= {adapter.name: adapter for adapter in adapters}
             except BaseException:
-                if first and self._fitted is not None and not self._adapters:
-                    self._fitted.served.unhook(self._fitted.handles)
-                    self._fitted = None
+                if first and not self._adapters:
+                    self._unfit()
                 raise
         return [adapter.name for adapter in adapters]
 
@@ -434,6 +443,8 @@ class AdapterBank:
             given: by the caller.
             like: of whose kind a vector is; None is the bank's first, with a strength of one.
         """
+        if isinstance(given, FolderSource | PackedSource):
+            return given
         if not isinstance(given, Tensor):
             path = _as_path(given, "source")
             return FolderSource(path.parent if path.name == VALUES else path)

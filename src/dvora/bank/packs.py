@@ -66,7 +66,9 @@ class Pack:
     that is cut off while it is mapped ends the process. The file is closed with the last source.
     """
 
-    def __init__(self, path: Path, descriptor: int, places: Mapping[str, range], entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, path: object, descriptor: int, places: Mapping[str, range], entries: Mapping[str, Entry]
+    ) -> None:
         self.path, self.entries = path, entries
         self._places, self._lock = places, threading.Lock()
         self._descriptions: dict[tuple[int, int], Description] = {}
@@ -84,8 +86,23 @@ class Pack:
         """
         if not path.is_file():
             raise ValueError(f"{path} is not a file; a pack is a file that `dvora bank pack` wrote")
-        with path.open("rb") as file, errors_of(path):
-            places, entries = _read_index(file)
+        with path.open("rb") as file:
+            return cls.of(file, path)
+
+    @classmethod
+    def of(cls, file: BinaryIO, path: object, largest_header: int = LARGEST_HEADER) -> Pack:
+        """The pack in an open file, which may be closed then.
+
+        Args:
+            file: at its beginning.
+            path: what errors call it.
+            largest_header: bytes of the settings and of the header of an adapter, and of the index, at most.
+
+        Raises:
+            ValueError: as for `open`.
+        """
+        with errors_of(path):
+            places, entries = _read_index(file, largest_header)
             return cls(path, os.dup(file.fileno()), places, entries)
 
     def __enter__(self) -> Pack:
@@ -297,7 +314,7 @@ def _header(sources: Mapping[str, FolderSource], kinds: list[dict[bytes, None]],
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:
+def _read_index(file: BinaryIO, largest_header: int) -> tuple[dict[str, range], dict[str, Entry]]:
     """Where each tensor stands in a pack, and the entry of each adapter.
 
     Raises:
@@ -305,7 +322,7 @@ def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:
     """
     size = os.fstat(file.fileno()).st_size
     length = 8 + int.from_bytes(file.read(8), "little")
-    if not 8 < length <= min(size, LARGEST_INDEX):
+    if not 8 < length <= min(size, LARGEST_INDEX, largest_header):
         raise ValueError("it is no pack; a pack is a file that `dvora bank pack` wrote")
     try:
         saved = json.loads(file.read(length - 8))
@@ -325,8 +342,8 @@ def _read_index(file: BinaryIO) -> tuple[dict[str, range], dict[str, Entry]]:
     if end != size:
         raise ValueError(f"it has {size:,} bytes, and {end:,} by its index: it is truncated or damaged")
     check_folder_names(entries)
-    largest = {f".settings.{entry.settings}": LARGEST_SETTINGS for entry in entries.values()}
-    largest |= {f".header.{entry.header}": LARGEST_HEADER for entry in entries.values()}
+    largest = {f".settings.{entry.settings}": min(LARGEST_SETTINGS, largest_header) for entry in entries.values()}
+    largest |= {f".header.{entry.header}": largest_header for entry in entries.values()}
     if not entries or places.keys() != entries.keys() | largest.keys():
         raise ValueError("its index is damaged: adapters and tensors differ; pack the adapters again")
     if too_large := [name for name in largest if len(places[name]) > largest[name]]:

@@ -19,6 +19,7 @@ from ..peft.base_weight import measured_bias
 from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
+from ..peft.model import DVoRAModel
 from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_key
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
@@ -41,13 +42,14 @@ class ServedModel:
         model: the base, without adapters.
         config: of an adapter, whose settings all share; it is not written to.
         content: of that adapter.
+        allow_partial: whether it may lack layers that its own settings name.
 
     Raises:
         TypeError, ValueError: the model has adapters, is another base, is spread over devices or processes, or has a
-            layer that no bank can serve; the message names it.
+            layer that no bank can serve, or the adapter lacks one; the message names it.
     """
 
-    def __init__(self, model: nn.Module, config: DVoRAConfig, content: Content) -> None:
+    def __init__(self, model: nn.Module, config: DVoRAConfig, content: Content, allow_partial: bool = False) -> None:
         check_without_bank(model)
         _check_plain(model)
         if content.settings.tokens:
@@ -55,6 +57,8 @@ class ServedModel:
                 "the adapter trains tokens (trainable_token_indices), which a bank does not hold; merge it"
             )
         self.model, self.config = model, copy.deepcopy(config)
+        if not allow_partial:
+            _check_complete(model, self.config, content)
         self.layers = _layers(model, self.config, content)
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
@@ -171,6 +175,19 @@ class ServedModel:
 
     def _head_of(self, part: str) -> str:
         return next(head.name for head in self.heads if any(own_part.name == part for own_part in head.parts))
+
+
+def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content) -> None:
+    """Refuse an adapter without vectors of a layer that its settings name: others would be compared with that."""
+    names = {layer.name for layer in content.layers}
+    targets = find_targets(model, lambda name: bool(DVoRAModel._check_target_module_exists(config, name)), config)
+    heads = [f".{head}." for head in config.modules_to_save or ()]
+    for target in targets:
+        if target.name not in names and not any(head in f".{target.name}." for head in heads):
+            raise ValueError(
+                f"the adapter lacks {target.name}, which its settings name; save it again, or pass allow_partial=True "
+                "to serve the base's there"
+            )
 
 
 def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedLayer]:

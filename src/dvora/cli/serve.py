@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import Dtype
-from .errors import UsageError, check_there, one_line, wrong_input
+from .errors import check_there, one_line, wrong_input
 from .output import Debug, Download, Quiet, print_line
 
 TOKEN = "DVORA_SERVE_TOKEN"
@@ -24,6 +24,10 @@ def serve(
         typer.Option(
             envvar=TOKEN, help="Of whoever may change adapters over HTTP.", show_default="nobody may", show_envvar=True
         ),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of tenants' keys: what each may ask, change and use.", show_default="all may ask"),
     ] = None,
     slots: Annotated[int, typer.Option(help="Adapters on the device at a time.", min=1, rich_help_panel=_MEMORY)] = 256,
     host_memory: Annotated[
@@ -79,10 +83,6 @@ def serve(
     DVORA_SERVE_TOKEN=secret-of-trainers dvora serve smollm2 --adapters adapters
     """
     with one_line(debug), wrong_input():
-        if token is not None and len(token) < 8:
-            raise UsageError(
-                f"--token has {len(token)} letters; take 8 or more, such as those of `openssl rand -hex 16`"
-            )
         check_there(adapters)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from ..recipes.settings import Trust
@@ -94,12 +94,13 @@ def serve(
             base,
             adapters,
             Limits(batch_tokens, batch_rows, queue, slots, cache_tokens),
-            int(host_memory * 2**30),
-            dtype,
-            max_length,
-            token,
-            timeout,
-            upload,
-            Trust(download=download),
+            host_bytes=int(host_memory * 2**30),
+            dtype=dtype,
+            max_length=max_length,
+            token=token,
+            keys=keys,
+            timeout=timeout,
+            largest_upload=upload,
+            trust=Trust(download=download),
         )
         run_server(settings, host, port, connections, None if quiet else print_line)

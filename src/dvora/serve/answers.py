@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
-from .keys import BASE, Key, asking
+from .keys import BASE, Asking
 from .registry import Version
 from .requests import RefusedError, Work
 from .server import Client, Row, Server
@@ -90,7 +90,7 @@ async def read(request: Request, kind: type[B]) -> B:
 def sent(kind: type[B]) -> Any:
     """A dependency: the body. Unlike FastAPI's it is read after the key, and what is wrong is told in a few words."""
 
-    async def body(request: Request, _: Annotated[Key, Depends(asking)]) -> B:
+    async def body(request: Request, _: Asking) -> B:
         return await read(request, kind)
 
     return Depends(body)
@@ -130,7 +130,7 @@ def inputs_of(inputs: Any) -> list[Input]:
 class Call:
     """A request whose body has been read: a dependency of routes that work on texts."""
 
-    def __init__(self, request: Request, key: Annotated[Key, Depends(asking)]) -> None:
+    def __init__(self, request: Request, key: Asking) -> None:
         self.request, self.key, self.server = request, key, server_of(request)
 
     def named(self, model: str | None) -> str | None:

@@ -17,7 +17,7 @@ from .. import __version__
 from . import adapter_routes, encoder_routes, openai_routes
 from .answers import error_body
 from .guard import Guard, answer_of
-from .keys import asking
+from .keys import Asking, asking
 from .requests import RefusedError
 from .server import Server
 
@@ -45,7 +45,6 @@ def make_app(server: Server) -> FastAPI:
     app.add_middleware(Guard, server=server)
     for routes in (openai_routes, encoder_routes, adapter_routes):
         app.include_router(routes.router, dependencies=[Depends(asking)])
-    app.include_router(adapter_routes.changes)
 
     @app.get("/healthz", include_in_schema=False)
     @app.get("/health", tags=["the server"])
@@ -55,12 +54,16 @@ def make_app(server: Server) -> FastAPI:
 
     @app.get("/readyz", tags=["the server"])
     async def ready() -> Response:
-        """Whether requests are taken."""
-        return Response(status_code=200 if server.engine.takes_requests else 503)
+        """Whether requests are taken, and how many adapters were left out at the start."""
+        is_ready = server.engine.takes_requests
+        content = {"ready": is_ready, "left_out": len(server.registry.damaged)}
+        return JSONResponse(content, 200 if is_ready else 503)
 
     @app.get("/metrics", tags=["the server"])
-    async def metrics() -> Response:
-        """Counters, for Prometheus."""
+    async def metrics(key: Asking) -> Response:
+        """Counters, for Prometheus; where there are keys, for one that sees all adapters."""
+        if not key.sees_all:
+            raise RefusedError(403, "metrics are of all adapters, and this key is for some", "forbidden")
         return PlainTextResponse(server.metrics_text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

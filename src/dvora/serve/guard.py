@@ -1,12 +1,17 @@
-"""What every request passes: its body is read here, bounded in bytes and seconds; its log."""
+"""What every request passes: its host, the bytes and seconds of its body, the bytes of its answer, its log."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from ipaddress import ip_address
+from math import inf
+from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,92 +23,227 @@ from .server import Server
 LARGEST_JSON = 2**22
 """Bytes of a body that is no adapter."""
 BODY_SECONDS = 30.0
-"""In which a client has to send a body."""
+"""From a request's beginning, in which a client has to send its body."""
+LINGER_SECONDS = 5.0
+"""In which a client may go on sending what is not read, so that it comes to reading why."""
+PIECE = 2**16
+"""Bytes of an answer that are sent at a time; smaller answers are not counted."""
+_FRAMING = (b"content-length", b"transfer-encoding")
+_HOST = re.compile(r"(\[(?P<address>[^\[\]]+)\]|(?P<name>[^:\[\]]+))(:\d*)?")
 _log = logging.getLogger("dvora.serve.access")
 
 
+class Budget:
+    """Bytes of all bodies and answers that are under way.
+
+    Args:
+        most: over it, requests whose clients are slow are given up, the oldest first, and then the new ones refused.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.used = most, 0
+        self.exchanges: dict[Exchange, None] = {}
+
+    def take(self, exchange: Exchange, count: int) -> None:
+        """Count bytes, until the exchange ends.
+
+        Raises:
+            RefusedError: 503, there are too many.
+        """
+        if self.used + count > self.most:
+            for oldest in [*self.exchanges]:
+                if self.used + count > self.most and oldest.held and oldest.pending is not None:
+                    oldest.give_up()
+        if self.used + count > self.most:
+            raise _busy()
+        self.used += count
+        exchange.held += count
+
+    def give(self, exchange: Exchange) -> None:
+        """Count the bytes of an exchange no longer."""
+        self.used -= exchange.held
+        exchange.held = 0
+
+
+class Exchange:
+    """A request and its answer, whose bytes are counted; a route raises `most` for a client that it has let in.
+
+    Args:
+        scope, receive, send: of the server.
+        budget: of all exchanges.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, budget: Budget) -> None:
+        self.scope, self._receive, self._send, self.budget = scope, receive, send, budget
+        self.arrived, self.most, self.held = time.monotonic(), LARGEST_JSON, 0
+        self.status, self.headers = 500, dict[str, str]()
+        self.pending: asyncio.Future[Any] | None = None
+        """What the client is waited for with."""
+        self._is_over, self._read = False, 0
+        framing = dict(header for header in scope["headers"] if header[0] in _FRAMING)
+        self._declared = int(framing.get(b"content-length", b"0"))
+        self._has_more = b"transfer-encoding" in framing or self._declared > 0
+        """Of the body."""
+
+    async def receive(self) -> Message:
+        """The next part of the body, and after it what the client does, which can only be hanging up.
+
+        Raises:
+            RefusedError: 413, 408 or 503.
+        """
+        if not self._has_more:
+            return await self._receive()
+        self._check(self._declared)
+        message: Message = await self._wait(self._receive(), self.arrived + BODY_SECONDS)
+        part = message.get("body", b"")
+        self._read += len(part)
+        self._check(self._read)
+        self.budget.take(self, len(part))
+        self._has_more = message.get("more_body", False)
+        return message
+
+    def _check(self, count: int) -> None:
+        if count > self.most:
+            raise RefusedError(413, f"the body is larger than the {self.most:,} bytes that are read here", "too_large")
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer, in pieces, as fast as the client reads."""
+        if self._is_over:
+            return
+        if message["type"] == "http.response.start":
+            await self._send_head(message)
+            return
+        body, is_last = message.get("body", b""), not message.get("more_body", False)
+        while len(body) > PIECE:
+            try:
+                await self._wait(self._send({**message, "body": body[:PIECE], "more_body": True}), inf)
+            except RefusedError:
+                self._is_over = True
+                return
+            body = body[PIECE:]
+        if self._has_more and is_last:
+            await self._send({**message, "body": body, "more_body": True})
+            await self._linger()
+            body = b""
+        await self._send({**message, "body": body})
+
+    async def _send_head(self, message: Message) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
+        if (size := int(headers.get("content-length", 0))) > PIECE:
+            try:
+                self.budget.take(self, size)
+            except RefusedError as refusal:
+                await answer_of(refusal)(self.scope, self.receive, self.send)
+                self._is_over = True
+                return
+        self.status, self.headers = message["status"], headers
+        # Of the body there may be more to come, which nobody reads.
+        close = [(b"connection", b"close")] if self._has_more else []
+        await self._send({**message, "headers": [*message["headers"], *close]})
+
+    async def _linger(self) -> None:
+        """Read on and drop it, so that a client that sends reads the answer and not that its connection was reset."""
+        until = time.monotonic() + LINGER_SECONDS
+        with suppress(RefusedError):
+            while self._has_more:
+                self._has_more = (await self._wait(self._receive(), until)).get("more_body", False)
+
+    def give_up(self) -> None:
+        """End what the client is waited for with, and hold nothing."""
+        assert self.pending is not None
+        self.pending.cancel()
+        self.budget.give(self)
+
+    async def _wait(self, client: Awaitable[Any], until: float) -> Any:
+        """Wait for the client.
+
+        Raises:
+            RefusedError: 408, it took too long; 503, others need its bytes.
+        """
+        self.pending = asyncio.ensure_future(client)
+        try:
+            await asyncio.wait({self.pending}, timeout=None if until == inf else until - time.monotonic())
+            if self.pending.cancelled():
+                raise _busy()
+            if not self.pending.done():
+                raise RefusedError(408, f"the body did not come in {BODY_SECONDS:g} seconds", "timeout")
+            return self.pending.result()
+        finally:
+            self.pending.cancel()
+            self.pending = None
+
+
 class Guard:
-    """Around every request: its body is read here, bounded in bytes and seconds; its log."""
+    """Around every request, whatever server it came through."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
+        self.budget = Budget(server.settings.body_memory)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, headers = time.monotonic(), 500, dict[str, str]()
-        scope.setdefault("state", {})["deadline"] = started + self.server.settings.timeout
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers.update({key.decode(): value.decode() for key, value in message["headers"]})
-            await send(message)
-
+        exchange, settings = Exchange(scope, receive, send, self.budget), self.server.settings
+        state = scope.setdefault("state", {})
+        state["incoming"], state["deadline"] = exchange, exchange.arrived + settings.timeout
+        self.budget.exchanges[exchange] = None
         try:
             try:
-                largest = self.server.settings.largest_upload if scope["method"] == "PUT" else LARGEST_JSON
-                body = await self._body(scope, receive, largest)
+                _check_framing(scope)
+                _check_host(scope, settings.allow_hosts)
                 await self.server.follow()
             except RefusedError as refusal:
-                # Of the body there may be more to come, which nobody reads.
-                await answer_of(refusal, {"Connection": "close"})(scope, receive, noted)
-                return
-            await self.app(scope, _replayed(body, receive), noted)
+                await answer_of(refusal)(scope, exchange.receive, exchange.send)
+            else:
+                await self.app(scope, exchange.receive, exchange.send)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            seconds = time.monotonic() - started
-            self.server.metrics.request(route, status, seconds)
-            line = {
-                "route": route,
-                "method": scope["method"],
-                "status": status,
-                "milliseconds": round(1000 * seconds, 1),
-                "adapter": headers.get(ADAPTER),
-                "digest": headers.get(DIGEST),
-            }
-            _log.info({name: value for name, value in line.items() if value is not None})
+            del self.budget.exchanges[exchange]
+            self.budget.give(exchange)
+            self._note(exchange)
 
-    async def _body(self, scope: Scope, receive: Receive, most: int) -> bytes:
-        too_large = RefusedError(413, f"the body is larger than the {most:,} bytes that are read here", "too_large")
+    def _note(self, exchange: Exchange) -> None:
+        route = getattr(exchange.scope.get("route"), "path", "other")
+        seconds = time.monotonic() - exchange.arrived
+        self.server.metrics.request(route, exchange.status, seconds)
+        line = {
+            "route": route,
+            "method": exchange.scope["method"][:10],
+            "status": exchange.status,
+            "milliseconds": round(1000 * seconds, 1),
+            "adapter": exchange.headers.get(ADAPTER),
+            "digest": exchange.headers.get(DIGEST),
+        }
+        _log.info({name: value for name, value in line.items() if value is not None})
 
-        async def read() -> bytes:
-            body, is_more = bytearray(), True
-            while is_more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise RefusedError(499, "the client has gone", "client_closed_request")
-                body += message.get("body", b"")
-                if len(body) > most:
-                    raise too_large
-                is_more = message.get("more_body", False)
-            return bytes(body)
 
+def _check_framing(scope: Scope) -> None:
+    """Refuse bodies that a proxy before this server may end elsewhere, and take what follows for a request."""
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
+        raise RefusedError(400, "a body has one length; send Content-Length, or in HTTP/1.1 Transfer-Encoding: chunked")
+
+
+def _check_host(scope: Scope, names: Sequence[str]) -> None:
+    """Refuse names that a page from elsewhere may have been given this server's address for (DNS rebinding)."""
+    hosts = [_HOST.fullmatch(value.decode("latin-1")) for name, value in scope["headers"] if name == b"host"]
+    if len(hosts) != 1 or hosts[0] is None:
+        raise RefusedError(400, "a request has one header Host, such as localhost:8000")
+    host = (hosts[0]["address"] or hosts[0]["name"]).lower()
+    if not any(fnmatchcase(host, name.lower()) for name in ("localhost", *names)):
         try:
-            return await asyncio.wait_for(read(), BODY_SECONDS)
-        except asyncio.TimeoutError:
-            raise RefusedError(408, f"the body did not come in {BODY_SECONDS:g} seconds", "timeout") from None
+            ip_address(host)
+        except ValueError:
+            message = f"{host[:100]!r} is no name of this server; start it with --allow-host and that name"
+            raise RefusedError(421, message, "misdirected_request") from None
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, and then what the client does, which can only be hanging up."""
-    was_given = False
-
-    async def replay() -> Message:
-        nonlocal was_given
-        if was_given:
-            return await receive()
-        was_given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
-def answer_of(refusal: RefusedError, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+def answer_of(refusal: RefusedError) -> Response:
     """A refusal as its client reads it."""
-    return JSONResponse(
-        error_body(refusal.message, refusal.kind), refusal.status, {**(refusal.headers or {}), **headers}
-    )
+    return JSONResponse(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
+
+
+def _busy() -> RefusedError:
+    message = "bodies and answers that are under way fill the memory for them; send the request again"
+    return RefusedError(503, message, "overloaded", {"Retry-After": "1"})

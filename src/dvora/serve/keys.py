@@ -1,17 +1,66 @@
-"""Who asks: what a request may ask for and change. Every route has one of the two dependencies at the end."""
+"""Who asks: the keys of tenants. Every route that answers with anything of an adapter has a dependency from here."""
 
 from __future__ import annotations
 
-import hmac
-from dataclasses import dataclass
+import hashlib
+import sys
+import time
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import ceil
+from pathlib import Path
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..recipes.files import read_small
 from .requests import RefusedError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 BASE = "base"
-"""In patterns and headers, in place of an adapter: the base alone. No adapter has this name."""
+"""In patterns, headers and answers, in place of an adapter: the base alone. No adapter has this name."""
+SHORTEST_TOKEN, LARGEST_FILE = 8, 2**24
+
+
+class Tenant(BaseModel):
+    """A table of the file of keys, by the tenant's name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    adapters: Annotated[list[str], Field(min_length=1)]
+    change: bool = False
+    requests: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class Allowance:
+    """So many of something a minute, which come back evenly. What is overdrawn is paid back first.
+
+    Args:
+        rate: a minute; None: as many as there are.
+    """
+
+    def __init__(self, rate: int | None = None) -> None:
+        self.rate = rate
+        self._left, self._since = float(rate or 0), time.monotonic()
+
+    def take(self, count: int) -> None:
+        """Use some."""
+        self._left -= count
+
+    def seconds(self, count: int) -> float:
+        """After which there are so many."""
+        if self.rate is None:
+            return 0.0
+        now = time.monotonic()
+        self._left = min(self.rate, self._left + (now - self._since) * self.rate / 60)
+        self._since = now
+        return max(0.0, (count - self._left) * 60 / self.rate)
 
 
 @dataclass(frozen=True)
@@ -19,74 +68,162 @@ class Key:
     """What a client may do.
 
     Args:
-        tenant: whose it is; None where nobody has keys.
+        tenant: whose it is; None: of the server's token, or of everybody where there are no keys.
         names: patterns of the adapters that it sees, as in a shell; of others it does not learn that they exist.
         may_change: whether it may put and delete those.
+        requests, tokens: that it may have a minute.
     """
 
     tenant: str | None = None
     names: tuple[str, ...] = ("*",)
     may_change: bool = False
+    requests: Allowance = field(default_factory=Allowance)
+    tokens: Allowance = field(default_factory=Allowance)
 
     def sees(self, name: str | None) -> bool:
         """Whether an adapter exists for it; None is the base."""
         return any(fnmatchcase(BASE if name is None else name, pattern) for pattern in self.names)
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether nothing is hidden from it."""
+        return "*" in self.names
+
     def queue_of(self, name: str | None) -> str:
-        """In which queue its requests wait: its own, or without keys that of the adapter."""
-        return self.tenant if self.tenant is not None else BASE if name is None else name
+        """In which queue its requests wait: its own, or without a tenant that of the adapter."""
+        return f"{BASE if name is None else name}:" if self.tenant is None else self.tenant
+
+    def admit(self) -> None:
+        """Count a request.
+
+        Raises:
+            RefusedError: 429, the tenant's minute is used up.
+        """
+        for what, allowance, needed in (("requests", self.requests, 1), ("tokens", self.tokens, 0)):
+            if seconds := ceil(allowance.seconds(needed)):
+                raise RefusedError(
+                    429,
+                    f"{allowance.rate:,} {what} a minute may be had with this key; try again in {seconds} seconds",
+                    "rate_limit_exceeded",
+                    {"Retry-After": str(seconds)},
+                )
+        self.requests.take(1)
 
     def spend(self, tokens: int) -> None:
         """Count tokens that were read or generated for it."""
+        self.tokens.take(tokens)
+
+    def check_changes(self, name: str) -> None:
+        """Refuse to change an adapter that the key is not for, whether it exists or not.
+
+        Raises:
+            RefusedError: 403.
+        """
+        if not self.sees(name):
+            raise RefusedError(403, f"this key changes adapters of other names than {name[:200]!r}", "forbidden")
 
 
 class Keys:
-    """The keys of a server.
+    """All keys of a server.
 
     Args:
-        token: of whoever may change adapters; None: nobody may.
-    """
-
-    def __init__(self, token: str | None) -> None:
-        self.token = token
-
-    def key_of(self, authorization: str) -> Key:
-        """The key that a request came with.
-
-        Raises:
-            RefusedError: 401, there is none of that.
-        """
-        is_admin = self.token is not None and _equal(authorization, f"Bearer {self.token}")
-        return Key(may_change=is_admin)
-
-
-def asking(request: Request) -> Key:
-    """A dependency of every route that answers with what adapters say, or what there is."""
-    keys: Keys = request.app.state.server.keys
-    return keys.key_of(request.headers.get("authorization", ""))
-
-
-def changing(request: Request) -> Key:
-    """A dependency of every route that changes adapters.
+        token: of whoever may change all adapters; None: nobody has one.
+        file: of the tenants' keys, without which nothing is answered then; None: everybody may ask.
 
     Raises:
-        RefusedError: 403, nobody may; 401, this client may not.
+        ValueError: the token is too short or not ASCII, or the file is damaged.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, token: str | None = None, file: Path | None = None) -> None:
+        self._everybody = Key() if file is None else None
+        self._keys = {} if file is None else _read(file)
+        if token is not None:
+            if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
+                raise ValueError(
+                    f"the token must have {SHORTEST_TOKEN} or more letters of ASCII, such as those of "
+                    f"`openssl rand -hex 16`; it has {len(token)}, and others are sent in several encodings"
+                )
+            self._keys[hashlib.sha256(token.encode()).hexdigest()] = Key(may_change=True)
+        self.may_change = any(key.may_change for key in self._keys.values())
+
+    def key_of(self, authorization: bytes) -> Key:
+        """The key of a request.
+
+        Args:
+            authorization: its header.
+
+        Raises:
+            RefusedError: 401, it has none, and there are keys.
+        """
+        scheme, _, secret = authorization.partition(b" ")
+        # Compared by their hashes, which take a time that says nothing of the secret.
+        digest = hashlib.sha256(secret.strip()).hexdigest() if scheme.lower() == b"bearer" else ""
+        if (key := self._keys.get(digest, self._everybody)) is None:
+            raise _unauthorized("this server answers with a key only")
+        return key
+
+
+async def asking(request: Request) -> Key:
+    """The key of a request that asks, counted in its minute.
+
+    Raises:
+        RefusedError: 401, there is no such key; 429, it has used up its minute.
     """
     keys: Keys = request.app.state.server.keys
-    if keys.token is None:
-        raise RefusedError(
-            403, "adapters cannot be changed over HTTP here: the server was started without a token", "forbidden"
-        )
-    if not (key := asking(request)).may_change:
-        raise RefusedError(
-            401,
-            "changing adapters needs the header 'Authorization: Bearer TOKEN' with the server's token",
-            "unauthorized",
-            {"WWW-Authenticate": "Bearer"},
-        )
+    headers: list[bytes] = [value for name, value in request.headers.raw if name == b"authorization"]
+    key = keys.key_of(headers[0] if len(headers) == 1 else b"")
+    key.admit()
     return key
 
 
-def _equal(first: str, second: str) -> bool:
-    """Whether texts are equal, in a time that does not tell where they differ."""
-    return hmac.compare_digest(first.encode(errors="replace"), second.encode())
+Asking = Annotated[Key, Depends(asking)]
+
+
+async def changing(request: Request, key: Asking) -> Key:
+    """The key of a request that changes adapters.
+
+    Raises:
+        RefusedError: 403, nobody may, or a tenant may not; 401, there is no such key.
+    """
+    keys: Keys = request.app.state.server.keys
+    if not keys.may_change:
+        raise RefusedError(
+            403, "adapters cannot be changed over HTTP here: the server was started without a token", "forbidden"
+        )
+    if key.may_change:
+        return key
+    if key.tenant is not None:
+        raise RefusedError(403, "this key may ask, and change nothing", "forbidden")
+    raise _unauthorized("changing adapters needs the server's token")
+
+
+Changing = Annotated[Key, Depends(changing)]
+
+
+def _unauthorized(message: str) -> RefusedError:
+    advice = "send it as the header 'Authorization: Bearer KEY'"
+    return RefusedError(401, f"{message}; {advice}", "unauthorized", {"WWW-Authenticate": "Bearer"})
+
+
+def _read(file: Path) -> dict[str, Key]:
+    """The keys of a file, by the hashes of their secrets.
+
+    Raises:
+        ValueError: it is damaged, or two tenants have one key.
+        OSError: it cannot be read.
+    """
+    try:
+        tenants = TypeAdapter(dict[str, Tenant]).validate_python(tomllib.loads(read_small(file, LARGEST_FILE)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"--keys {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--keys {file}: {error}") from None
+    keys = {
+        one.sha256: Key(name, tuple(one.adapters), one.change, Allowance(one.requests), Allowance(one.tokens))
+        for name, one in tenants.items()
+    }
+    if len(keys) < len(tenants):
+        raise ValueError(f"--keys {file}: two tenants have the same key; give each its own")
+    return keys

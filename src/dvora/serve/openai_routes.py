@@ -140,7 +140,8 @@ async def models(call: Here) -> Response:
     server, key = call.server, call.key
     base = [_card(server, None)] if key.sees(None) else []
     cards = [_card(server, version) for version in server.registry.versions() if key.sees(version.name)]
-    return Response(to_json({"object": "list", "data": [*base, *cards]}), media_type="application/json")
+    content = {"object": "list", "data": [*base, *cards], "left_out": server.registry.left_out(key)}
+    return Response(to_json(content), media_type="application/json")
 
 
 @router.get("/v1/models/{model}")

@@ -15,7 +15,7 @@ from .registry import Registry
 from .scheduler import Limits
 from .server import Server, Settings
 
-TOKEN, SHORTEST_TOKEN = "DVORA_SERVE_TOKEN", 8
+TOKEN = "DVORA_SERVE_TOKEN"
 NOTED_NAMES = 1024
 """Adapters of a replica that Ray knows of at a time. Forgetting one unloads nothing."""
 
@@ -33,30 +33,25 @@ class Args(BaseModel):
     batch_rows: PositiveInt = 32
     batch_tokens: PositiveInt = 8192
     queue: PositiveInt = 1024
+    keys: Path | None = None
     timeout: PositiveFloat = 120.0
     upload: PositiveInt = 2**26
     download: bool = False
 
     def settings(self) -> Settings:
-        """Of the server in each replica; whoever changes adapters has the token of the replica's environment.
-
-        Raises:
-            ValueError: the token is too short.
-        """
-        token = os.environ.get(TOKEN)
-        if token is not None and len(token) < SHORTEST_TOKEN:
-            raise ValueError(f"{TOKEN} has {len(token)} letters; take {SHORTEST_TOKEN} or more, or unset it")
+        """Of the server in each replica; whoever changes all adapters has the token of the replica's environment."""
         return Settings(
             self.base,
             self.adapters,
             Limits(self.batch_tokens, self.batch_rows, self.queue, self.slots),
-            int(self.host_memory * 2**30),
-            self.dtype,
-            self.max_length,
-            token,
-            self.timeout,
-            self.upload,
-            Trust(download=self.download),
+            host_bytes=int(self.host_memory * 2**30),
+            dtype=self.dtype,
+            max_length=self.max_length,
+            token=os.environ.get(TOKEN),
+            keys=self.keys,
+            timeout=self.timeout,
+            largest_upload=self.upload,
+            trust=Trust(download=self.download),
             is_shared=True,
         )
 
@@ -135,5 +130,9 @@ def app(args: Args) -> serve.Application:
         args: as on the command line, relative paths from where the command runs.
     """
     base = Path(args.base)
-    paths = {"base": str(base.resolve()) if base.is_dir() else args.base, "adapters": args.adapters.resolve()}
+    paths = {
+        "base": str(base.resolve()) if base.is_dir() else args.base,
+        "adapters": args.adapters.resolve(),
+        "keys": args.keys and args.keys.resolve(),
+    }
     return replica.bind(args.model_copy(update=paths))

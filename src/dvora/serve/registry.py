@@ -7,22 +7,27 @@ leaves the bank, and its upload the disk.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..bank import AdapterBank
+from ..bank.adapters import Description, FolderSource
 from ..whole_files import remove
-from .keys import Key
+from .keys import BASE, Key
 from .requests import RefusedError
-from .store import Entry, Store
+from .store import Store, Stored
+from .uploads import Upload
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
+LONGEST_REASON = 1000
+"""Letters of an error; some quote what is damaged."""
+_log = logging.getLogger("dvora.serve")
 
 
 @dataclass(eq=False)
@@ -32,18 +37,26 @@ class Version:
     Args:
         name: what clients call it.
         key: what the bank calls it.
-        labels: names of the classes, in the order of the head's outputs; empty where nobody said.
-        upload: the folder that an upload made; None for what was there before.
+        stored: where it is on the disk.
     """
 
     name: str
     key: str
-    labels: tuple[str, ...] = ()
-    upload: Path | None = None
+    stored: Stored
     digest: str | None = None
     """Of its content; None until it is first used."""
     holds: int = 1
     """Of its name, and of every request that uses it."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the head's outputs; empty where nobody said."""
+        return self.stored.labels
+
+    @property
+    def description(self) -> Description:
+        """Its settings, names and shapes."""
+        return self.stored.source.description
 
 
 @dataclass(eq=False)
@@ -54,11 +67,15 @@ class Registry:
         bank: which serves them.
         store: their files.
         base: the name of the base model.
+        between_passes: gives a context in which no pass of the base runs; layers are hooked within it.
     """
 
     bank: AdapterBank
     store: Store
     base: str
+    between_passes: Callable[[], AbstractContextManager[object]] = nullcontext
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Why what has these names was left out when the server started."""
     _versions: dict[str, Version] = field(default_factory=dict)
     _loads: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -66,29 +83,29 @@ class Registry:
     _changing: threading.Lock = field(default_factory=threading.Lock)
     """Held during a load, so that loads come one after another."""
 
-    def open(self) -> None:
+    def open(self, opened: dict[str, Stored], damaged: dict[str, str]) -> None:
         """Take what is on disk: the adapters that the server was given, and what clients loaded and deleted later.
 
+        What cannot be served is left out.
+
+        Args:
+            opened, damaged: of the store.
+
         Raises:
-            ValueError: an adapter is damaged, of another base or kind, or has a name that no client could say.
+            ValueError: there are adapters, and none can be served.
         """
-        for name in self.store.names():
-            check_name(name)
-        if self.store.pack is not None:
-            self.bank.add_pack(self.store.pack)
-            names: list[str] = list(self.bank)
-        else:
-            names = self.bank.add_folder(self.store.root) if self.store.given_folders() else []
-        index = self.store.index
-        for name in names:
-            if name in index:
-                # Replaced or deleted since.
-                self.bank.remove(name)
-            else:
-                self._versions[name] = Version(name, name, self.store.labels_of(name))
-        for name, entry in index.items():
-            if entry is not None:
-                self._versions[name] = self._opened(name, entry)
+        self.damaged = dict(damaged)
+        for name, stored in opened.items():
+            try:
+                self._check_name(name)
+                self._versions[name] = self._opened(name, stored)
+            except (RefusedError, ValueError, TypeError, OSError) as error:
+                self.damaged[name] = self._reason(error)
+        for name, reason in self.damaged.items():
+            _log.warning("%s is left out: %s", name, reason)
+        if self.damaged and not self._versions and not self.store.index:
+            name, reason = next(iter(self.damaged.items()))
+            raise ValueError(f"none of the {len(self.damaged)} adapters can be served; {name}: {reason}")
         self.store.sweep()
 
     def follow(self) -> None:
@@ -106,23 +123,38 @@ class Registry:
         try:
             with self.store.catching_up() as changed:
                 for name, entry in changed.items():
-                    version = None if entry is None else self._opened(name, entry)
-                    with self._lock:
-                        before = self._versions.get(name)
-                        if version is not None:
-                            self._versions[name] = version
-                        elif before is not None:
-                            del self._versions[name]
-                    if before is not None:
-                        self._release(before)
+                    self._point(name, None if entry is None else self._opened(name, self.store.stored(entry)))
         except (ValueError, TypeError, OSError) as error:
-            raise RefusedError(503, f"what other servers changed cannot be read: {error}", "unavailable") from error
+            raise RefusedError(
+                503, f"what other servers changed cannot be read: {self._reason(error)}", "unavailable"
+            ) from error
 
-    def _opened(self, name: str, entry: Entry) -> Version:
-        """A version of what the index names."""
-        folder = self.store.root / entry.folder
-        self.bank.add(key := self._new_key(name), folder, allow_unchanged=True)
-        return Version(name, key, entry.labels, folder if entry.is_upload else None, self.bank.digest(key))
+    def _opened(self, name: str, stored: Stored) -> Version:
+        """A version of what is on the disk; what was put is read now, and must be what was put.
+
+        Raises:
+            ValueError: it is damaged, or of another base or kind.
+        """
+        is_given = stored.digest is None
+        key = name if is_given else self._new_key(name)
+        with nullcontext() if self.bank.serves else self.between_passes():
+            self.bank.add(key, stored.source, allow_unchanged=True, read=not is_given)
+        digest = None if is_given else self.bank.digest(key)
+        if digest != stored.digest:
+            self.bank.remove(key)
+            raise ValueError("its files are other ones than were put; put it again")
+        return Version(name, key, stored, digest)
+
+    def _point(self, name: str, version: Version | None) -> Version | None:
+        """Have a name answered by a version from now on; gives the one before."""
+        with self._lock:
+            before = self._versions.pop(name, None)
+            if version is not None:
+                self._versions[name] = version
+            self.damaged.pop(name, None)
+        if before is not None:
+            self._release(before)
+        return before
 
     def __len__(self) -> int:
         return len(self._versions)
@@ -139,13 +171,37 @@ class Registry:
         """The adapter that a client's `model` names: an adapter, `base:adapter`, or the base, which is None.
 
         Raises:
-            RefusedError: 404, there is no such model, or none that the key sees.
+            RefusedError: 404, there is no such model, or none for this key; 422, it was left out as it is damaged.
         """
         name = model.removeprefix(f"{self.base}:")
-        adapter = None if name == self.base and name not in self._versions else name
-        if not key.sees(adapter) or (adapter is not None and adapter not in self._versions):
-            raise _unknown(model)
-        return adapter
+        if name != self.base:
+            return self.adapter(name, key)
+        if not key.sees(None):
+            raise _unknown(name)
+        return None
+
+    def adapter(self, name: str, key: Key) -> str:
+        """The name of an adapter, if there is one of that.
+
+        Raises:
+            RefusedError: as `named`.
+        """
+        if not key.sees(name) or (name not in self._versions and name not in self.damaged):
+            raise _unknown(name)
+        if name not in self._versions:
+            raise RefusedError(422, f"the adapter {name!r} cannot be served: {self.damaged[name]}", "adapter_error")
+        return name
+
+    def left_out(self, key: Key) -> list[dict[str, str]]:
+        """What is damaged, and why, as far as a key sees it."""
+        return [{"name": name, "reason": reason} for name, reason in self.damaged.items() if key.sees(name)]
+
+    def like(self, name: str | None, key: Key) -> Description | None:
+        """What a vector has to be like: of an adapter, or of the first that the key sees."""
+        with self._lock:
+            if name in self._versions:
+                return self._versions[name].description
+            return next((version.description for version in self.versions() if key.sees(version.name)), None)
 
     def is_cold(self, name: str | None) -> bool:
         """Whether the adapter of a name was never read."""
@@ -180,77 +236,112 @@ class Registry:
                 try:
                     version.digest = self.bank.digest(version.key)
                 except (ValueError, TypeError, OSError) as error:
-                    raise RefusedError(422, f"the adapter {name!r} cannot be read: {error}", "adapter_error") from error
+                    reason = self._reason(error)
+                    raise RefusedError(
+                        422, f"the adapter {name!r} cannot be read: {reason}", "adapter_error"
+                    ) from error
             yield version
         finally:
             self._release(version)
 
-    def load(
-        self, name: str, folder: Path, labels: tuple[str, ...] = (), *, is_upload: bool, replaces: bool = True
-    ) -> tuple[Version, bool]:
-        """Serve the adapter of a folder under a name from now on, and after a restart.
-
-        Args:
-            name: new, or that of an adapter which is replaced.
-            folder: below the store's; it must not change while it is served.
-            labels: names of the classes.
-            is_upload: whether the folder is removed when the version is no longer used.
-            replaces: False: refuse a name that is taken.
+    def put(self, name: str, upload: Upload) -> tuple[Version, bool]:
+        """Serve what a client sent under a name from now on, and after a restart.
 
         Returns:
             The version, and whether it replaced another one.
 
         Raises:
-            RefusedError: 400, the name cannot be one or is taken; 422, the adapter is damaged, of another base or kind.
+            RefusedError: 400, the name cannot be one; 422, the adapter is damaged, of another base or kind, or has
+                another number of classes than labels; 507, it cannot be written.
         """
-        check_name(name)
-        with self._changing, self.store.changing():
-            self._follow()
+        with self._change(name):
+            before = self._versions.get(name)
+            files = upload.files(self.like(name, Key()), before is None)
+            folder = self.store.write(files)
+            try:
+                labels = upload.labels or (before.labels if before is not None else ())
+                stored = Stored(FolderSource(folder), labels, folder)
+                if len(labels) not in (0, outputs := stored.label_count):
+                    if upload.labels:
+                        raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
+                    # Those of the version before name other classes.
+                    stored = stored._replace(labels=())
+                return self._load(name, stored)
+            except BaseException:
+                remove(folder)
+                raise
+
+    def load(self, name: str, path: str, *, replaces: bool) -> Version:
+        """Serve the adapter of a folder under a name from now on, and after a restart.
+
+        Args:
+            name: new, or that of an adapter which is replaced.
+            path: of the folder, below the store's; it must not change while it is served.
+            replaces: False: refuse a name that is taken.
+
+        Raises:
+            RefusedError: 400, the name cannot be one or is taken, or the path leads out of the folder; 422, as `put`.
+        """
+        with self._change(name):
             if name in self and not replaces:
                 raise RefusedError(
                     400,
                     f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first",
                     "InvalidUserInput",
                 )
-            if name == self.base:
-                raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
-            key = self._new_key(name)
-            try:
-                # Read, checked and made ready here, not in the engine's thread.
-                self.bank.add(key, folder, allow_unchanged=True)
-                labels = labels or self._labels_before(name)
-                digest = self.bank.digest(key)
-            except (ValueError, TypeError, OSError) as error:
-                if key in self.bank:
-                    self.bank.remove(key)
-                raise RefusedError(422, f"the adapter cannot be served: {error}", "adapter_error") from error
-            self.store.keep(name, folder, labels, is_upload, digest)
-            version = Version(name, key, labels, folder if is_upload else None, digest)
-            with self._lock:
-                before = self._versions.get(name)
-                self._versions[name] = version
-            if before is not None:
-                self._release(before)
-            return version, before is not None
-
-    def delete(self, name: str) -> Version:
-        """Serve an adapter no longer, also after a restart; requests that use it end with it.
-
-        Raises:
-            RefusedError: 404, there is no such adapter.
-        """
-        with self._changing, self.store.changing():
-            self._follow()
-            with self._lock:
-                if (version := self._versions.pop(name, None)) is None:
-                    raise _unknown(name)
-            self.store.forget(name)
-            self._release(version)
+            version, _ = self._load(name, self.store.given_in(self.store.below(path)))
             return version
 
-    def _labels_before(self, name: str) -> tuple[str, ...]:
-        """Of the adapter that is replaced; where the new head has another number of outputs they are not used."""
-        return self._versions[name].labels if name in self._versions else ()
+    def delete(self, name: str) -> Version | None:
+        """Serve an adapter no longer, also after a restart; requests that use it end with it.
+
+        Returns:
+            What was served; None where it was damaged.
+
+        Raises:
+            RefusedError: 404, there is no such adapter; 507, the index cannot be written.
+        """
+        with self._change(None):
+            if name not in self._versions and name not in self.damaged:
+                raise _unknown(name)
+            # First: after an error it is served still.
+            self.store.forget(name)
+            return self._point(name, None)
+
+    @contextmanager
+    def _change(self, name: str | None) -> Iterator[None]:
+        """One change after another, of what all servers have that share the files; errors as clients read them."""
+        if name is not None:
+            self._check_name(name)
+        with self._changing, self.store.changing():
+            self._follow()
+            try:
+                yield
+            except (ValueError, TypeError) as error:
+                raise RefusedError(
+                    422, f"the adapter cannot be served: {self._reason(error)}", "adapter_error"
+                ) from error
+            except OSError as error:
+                _log.exception("a change was not made")
+                raise RefusedError(
+                    507,
+                    f"nothing was changed: the server's files cannot be written ({error.strerror})",
+                    "storage_error",
+                ) from error
+
+    def _load(self, name: str, stored: Stored) -> tuple[Version, bool]:
+        """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread."""
+        key = self._new_key(name)
+        with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
+            self.bank.add(key, stored.source, allow_unchanged=True)
+        try:
+            digest = self.bank.digest(key)
+            self.store.keep(name, stored, digest)
+        except BaseException:
+            self.bank.remove(key)
+            raise
+        version = Version(name, key, stored, digest)
+        return version, self._point(name, version) is not None
 
     def _new_key(self, name: str) -> str:
         """No name has a colon, so no two versions have one key."""
@@ -263,8 +354,10 @@ class Registry:
             is_unused = not version.holds
         if is_unused:
             self.bank.remove(version.key)
-            if version.upload is not None and not self.store.is_shared:
-                remove(version.upload)
+            if version.stored.upload is not None and not self.store.is_shared:
+                # What stays is swept when the server starts again.
+                with suppress(OSError):
+                    remove(version.stored.upload)
 
     def card(self, version: Version) -> dict[str, Any]:
         """What clients are told of an adapter."""
@@ -274,23 +367,29 @@ class Registry:
             "digest": version.digest,
             "labels": list(version.labels),
             "in_flight": version.holds - (self._versions.get(version.name) is version),
-            "uploaded": version.upload is not None,
+            "uploaded": version.stored.upload is not None,
         }
 
+    def _check_name(self, name: str) -> None:
+        """Refuse what cannot name an adapter.
 
-def check_name(name: str) -> None:
-    """Refuse what cannot name an adapter.
+        Raises:
+            RefusedError: 400.
+        """
+        if not NAME.fullmatch(name):
+            raise RefusedError(
+                400,
+                f"{name[:200]!r} cannot name an adapter; use letters, digits, dots, hyphens and underscores, at most "
+                "128, with a letter or a digit first",
+                "InvalidUserInput",
+            )
+        if name in (BASE, self.base):
+            raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
 
-    Raises:
-        RefusedError: 400.
-    """
-    if not NAME.fullmatch(name):
-        raise RefusedError(
-            400,
-            f"{name[:200]!r} cannot name an adapter; use letters, digits, dots, hyphens and underscores, at most 128, "
-            "with a letter or a digit first",
-            "InvalidUserInput",
-        )
+    def _reason(self, error: Exception) -> str:
+        """What clients may read of an error."""
+        message = error.message if isinstance(error, RefusedError) else self.store.told(error)
+        return message[:LONGEST_REASON]
 
 
 def _unknown(name: str) -> RefusedError:

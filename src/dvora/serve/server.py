@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,13 @@ class Settings:
         host_bytes: of adapters in memory.
         dtype: of the base's weights: auto, float32, bfloat16 or float16.
         max_length: tokens of a text; None: what the model takes.
-        token: of whoever may change adapters; None: nobody may.
+        token: of whoever may change all adapters; None: nobody may, unless his key says so.
+        keys: the file of the tenants' keys; None: everybody may ask.
         timeout: seconds that a request may take.
         largest_upload: bytes of an adapter in a request.
         trust: whether the base may be fetched.
+        body_memory: bytes of all bodies and answers that are under way.
+        allow_hosts: names, or patterns as in a shell, that requests may be for, beside localhost and addresses.
         is_shared: whether other servers have the same adapters, which change for all of them.
     """
 
@@ -51,9 +55,12 @@ class Settings:
     dtype: str = "auto"
     max_length: int | None = None
     token: str | None = None
+    keys: Path | None = None
     timeout: float = 120.0
     largest_upload: int = 2**26
     trust: Trust = NAMED
+    body_memory: int = 2**28
+    allow_hosts: tuple[str, ...] = ()
     is_shared: bool = False
 
 
@@ -113,22 +120,25 @@ class Server:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics, self.keys = settings, Metrics(), Keys(settings.token)
+        self.settings, self.metrics = settings, Metrics()
+        self.keys = Keys(settings.token, settings.keys)
         self.store = Store(settings.adapters, settings.is_shared)
         try:
+            opened, damaged = self.store.open()
             self.base = open_base(
                 settings.base,
-                self.store.description_of(),
+                next((stored.source.description for stored in opened.values()), None),
                 settings.limits.slots,
                 settings.host_bytes,
                 settings.dtype,
                 settings.trust,
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name)
-            self.registry.open()
+            self.registry.open(opened, damaged)
             limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
             self.longest = min(limit for limit in limits if limit is not None)
             self.texts = Texts(self.base, self.longest)
+            self._changes = ThreadPoolExecutor(1, "dvora-changes")
             self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -136,6 +146,7 @@ class Server:
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what has been taken, for some seconds, and free everything."""
+        self._changes.shutdown()
         self.engine.close(seconds)
         self.texts.close()
         self.base.bank.close()
@@ -156,6 +167,10 @@ class Server:
         """
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
+
+    async def changed(self, change: Callable[[], T]) -> T:
+        """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._changes, change)
 
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.

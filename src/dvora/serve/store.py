@@ -1,8 +1,10 @@
 """The files behind a server's adapters: what it was given, what clients uploaded, and an index that survives a kill.
 
 Beside the given folder or pack stands `.served` with a folder for each upload and `index.json`: for every name that a
-client loaded where its adapter is, for every name that one deleted null. An upload is written before the index names
-it, and the index is replaced in one step, so a killed server starts again with either the old adapter or the new one.
+client loaded where its adapter is, for every name that one deleted null. An upload is on the disk before the index
+names it, and the index is replaced in one step, so a killed server starts again with either the old adapter or the new
+one. What stands there may come from a stranger with the folder: nothing is followed, read or removed by a name that a
+server could not have given.
 
 Files are one server's, or shared by several: then the index is what they tell each other by. Each changes it while it
 holds a lock, and the others read it again before their next request (see `Registry.follow`).
@@ -12,24 +14,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from pydantic import TypeAdapter, ValidationError
 
-from ..bank.adapters import SETTINGS, VALUES, Description, FolderSource, adapters_in, folder_of
-from ..bank.packs import Pack
-from ..recipes.files import read_json
+from ..bank.adapters import IN_RUN, SETTINGS, FolderSource, adapters_in, folder_of
+from ..bank.packs import Pack, PackedSource
+from ..recipes.files import check_no_links, read_json
+from ..recipes.models.adapter_folder import Adapter
 from ..recipes.run_folder import RECORD, checked_labels
 from ..whole_files import new_folder, remove, write_atomically
 from .requests import RefusedError
@@ -40,6 +43,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 INDEX, LARGEST_INDEX = "index.json", 2**26
+UPLOAD = re.compile(r"[0-9a-f]{16}")
+"""What the folders of uploads are called."""
+UNFINISHED = re.compile(r"\.([0-9a-f]{16}\.unfinished|index\.json\.[a-z0-9_]{8})")
+"""What a server leaves that is killed while it writes."""
 ABSENT = object()
 CHANGING_SECONDS = 30.0
 """For which a change waits for those of other servers."""
@@ -64,6 +71,34 @@ class Entry:
     digest: str
 
 
+class Stored(NamedTuple):
+    """An adapter on the disk."""
+
+    source: FolderSource | PackedSource
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where somebody said them."""
+    upload: Path | None = None
+    """The folder that an upload made; None for what was there before."""
+    digest: str | None = None
+    """Of its content when it was put, in this process or an earlier one."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What adapters of one bank have in common."""
+        return self.source.description.content.settings, self.source.description.content.layers
+
+    @property
+    def label_count(self) -> int | None:
+        """Outputs of its head, if it has one.
+
+        Raises:
+            ValueError: it lacks the head that its settings name.
+        """
+        description = self.source.description
+        shapes = {name: shape for name, (_, shape) in description.entries.items()}
+        return Adapter(Path(), json.loads(description.settings), shapes, ()).label_count
+
+
 class Store:
     """The files of a server.
 
@@ -72,7 +107,7 @@ class Store:
         is_shared: whether other servers have the same files, each of them sharing them.
 
     Raises:
-        ValueError: it is neither, another server has it for itself, or its index is damaged.
+        ValueError: it is neither, another server has it for itself, or its index is damaged or a link.
     """
 
     def __init__(self, source: Path, is_shared: bool = False) -> None:
@@ -81,58 +116,103 @@ class Store:
         self.pack = None if source.is_dir() else source
         self.root = source if source.is_dir() else source.parent
         self.folder = source / ".served" if source.is_dir() else source.with_name(f".{source.name}.served")
+        lock, changes = self.folder / "lock", self.folder / "changes"
+        for path in (self.folder, lock, changes, self.folder / INDEX):
+            if path.is_symlink():
+                raise ValueError(f"--adapters {source}: {path} is a link, which no server makes; remove it")
         self.folder.mkdir(exist_ok=True)
         self.is_shared = is_shared
         self._held = ExitStack()
-        lock = self.folder / "lock"
         if not (_shared_lock(lock, self._held) if is_shared else _lock(lock, self._held)):
             raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder")
-        self._changes = filelock.FileLock(self.folder / "changes", timeout=CHANGING_SECONDS, thread_local=False)
+        self._changes = filelock.FileLock(changes, timeout=CHANGING_SECONDS, thread_local=False)
         self.index, self._last_read = self._read_index()
 
     def close(self) -> None:
         """Let other servers have the files."""
         self._held.close()
 
-    def names(self) -> list[str]:
-        """Of the adapters that were given, and of those that clients loaded."""
-        given = list(Pack.open(self.pack).entries) if self.pack is not None else list(self.given_folders())
-        return given + [name for name, entry in self.index.items() if entry is not None]
+    def open(self) -> tuple[dict[str, Stored], dict[str, str]]:
+        """All adapters whose settings and names can be read, and why others cannot.
 
-    def given_folders(self) -> dict[str, Path]:
-        """The folders of adapters in the root, by name; none if it is empty."""
-        return adapters_in(self.root) if any(path.name[0] != "." for path in self.root.iterdir()) else {}
-
-    def labels_of(self, name: str) -> tuple[str, ...]:
-        """Names of the classes of an adapter that was given as a run of `dvora train`."""
-        record = self.root / name / RECORD
-        if self.pack is not None or not record.is_file():
-            return ()
-        return checked_labels(read_json(record).get("labels") or [], record)
-
-    def below(self, path: str) -> Path:
-        """A folder that a client names, in the root.
+        The first one says which layers are served, so those of the most frequent kind come first.
 
         Raises:
-            RefusedError: 400, it leads elsewhere; 404, it is not there.
+            ValueError: the pack is none.
         """
-        folder = (self.root / path).resolve()
-        if not folder.is_relative_to(self.root.resolve()) or self.folder.resolve() in (folder, *folder.parents):
-            raise RefusedError(400, "lora_path leads out of the folder of adapters; name one in it", "InvalidUserInput")
-        folder = folder_of(folder)
-        if not (folder / SETTINGS).is_file():
-            raise RefusedError(404, f"lora_path: there is no adapter in {path[:200]!r}", "NotFoundError")
+        opened: dict[str, Stored] = {}
+        damaged: dict[str, str] = {}
+        given = {name: read for name, read in self.given().items() if name not in self.index}
+        entries = {name: partial(self.stored, entry) for name, entry in self.index.items() if entry is not None}
+        reads: dict[str, Callable[[], Stored]] = {**given, **entries}
+        for name, read in reads.items():
+            try:
+                opened[name] = read()
+            except (ValueError, TypeError, OSError) as error:
+                damaged[name] = self.told(error)
+        frequency = Counter(stored.kind for stored in opened.values())
+        return dict(sorted(opened.items(), key=lambda item: -frequency[item[1].kind])), damaged
+
+    def given(self) -> dict[str, Callable[[], Stored]]:
+        """What the server was given, by name; the functions read it."""
+        if self.pack is not None:
+            pack = Pack.open(self.pack)
+            return {name: partial(_packed, pack, name) for name in pack.entries}
+        is_empty = all(path.name[0] == "." for path in self.root.iterdir())
+        folders = {} if is_empty else adapters_in(self.root)
+        return {name: partial(self.given_in, folder) for name, folder in folders.items()}
+
+    def given_in(self, folder: Path) -> Stored:
+        """An adapter in a folder that the server was given; where that is in a run, with the names of its classes.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        record = folder.parent / RECORD
+        labels: tuple[str, ...] = ()
+        if folder.name == IN_RUN and record.is_file():
+            labels = checked_labels(read_json(record).get("labels") or [], record)
+        return Stored(FolderSource(folder), labels)
+
+    def stored(self, entry: Entry) -> Stored:
+        """What the index names.
+
+        Raises:
+            ValueError: it is damaged, or no server can have written it there.
+        """
+        if not entry.is_upload:
+            return self.given_in(self.below(entry.folder))._replace(labels=entry.labels, digest=entry.digest)
+        parent, _, name = entry.folder.rpartition("/")
+        folder = self.folder / name
+        if parent != self.folder.name or not UPLOAD.fullmatch(name) or folder.is_symlink():
+            raise ValueError("the index names a folder that no upload made")
+        check_no_links(folder, lambda _: False)
+        return Stored(FolderSource(folder), entry.labels, folder, entry.digest)
+
+    def below(self, path: str) -> Path:
+        """A folder of an adapter in the root, by a name from outside.
+
+        Raises:
+            ValueError: it leads elsewhere, or there is no adapter.
+        """
+        try:
+            folder = (self.root / path).resolve()
+            inside = folder.is_relative_to(self.root.resolve())
+            if not inside or self.folder.resolve() in (folder, *folder.parents):
+                raise ValueError(f"{path[:200]!r} leads out of the folder of adapters; name one in it")
+            folder = folder_of(folder)
+            if not (folder / SETTINGS).is_file():
+                raise ValueError(f"there is no adapter in {path[:200]!r}")
+        except OSError as error:
+            raise ValueError(f"{path[:200]!r} is no path: {error.strerror}") from None
         return folder
 
-    def description_of(self, name: str | None = None) -> Description | None:
-        """Settings, names and shapes of an adapter, or of any other if there is none of that name."""
-        loaded = {other: self.root / entry.folder for other, entry in self.index.items() if entry is not None}
-        if self.pack is not None and name not in loaded:
-            with Pack.open(self.pack) as pack:
-                return pack.source(name if name and name in pack.entries else next(iter(pack.entries))).description
-        folders = {**({} if self.pack is not None else self.given_folders()), **loaded}
-        folder = folders.get(name or "", next(iter(folders.values()), None))
-        return None if folder is None else FolderSource(folder).description
+    def told(self, error: BaseException) -> str:
+        """What clients may read of an error: without the server's paths."""
+        message = str(error)
+        for path in (self.folder, self.root):
+            message = re.sub(rf"{re.escape(str(path))}[^:\s]*(: )?", "", message)
+        return message
 
     def write(self, content: Mapping[str, bytes]) -> Path:
         """Write an upload into a folder of its own.
@@ -149,28 +229,36 @@ class Store:
                 (filling / name).write_bytes(data)
         return folder
 
-    def keep(self, name: str, folder: Path, labels: tuple[str, ...], is_upload: bool, digest: str) -> None:
-        """Serve an adapter after a restart too."""
-        relative = folder.resolve().relative_to(self.root.resolve()).as_posix()
-        self._write_index({**self.index, name: Entry(relative, labels, is_upload, digest)})
+    def keep(self, name: str, stored: Stored, digest: str) -> None:
+        """Serve an adapter after a restart too; it is on the disk when this returns.
+
+        Raises:
+            OSError: the index cannot be written, and is as it was.
+        """
+        assert isinstance(stored.source, FolderSource)
+        folder = stored.source.folder.resolve().relative_to(self.root.resolve()).as_posix()
+        self._write_index({**self.index, name: Entry(folder, stored.labels, stored.upload is not None, digest)})
         if self.is_shared:
             self.sweep()
 
     def forget(self, name: str) -> None:
-        """Serve an adapter no longer after a restart; of what was given the files stay."""
-        given = self.pack is not None and name in Pack.open(self.pack).entries
-        given = given or (self.pack is None and name in self.given_folders())
+        """Serve an adapter no longer after a restart; of what was given the files stay.
+
+        Raises:
+            OSError: the index cannot be written, and is as it was.
+        """
         index = {other: entry for other, entry in self.index.items() if other != name}
-        self._write_index({**index, name: None} if given else index)
+        self._write_index({**index, name: None} if name in self.given() else index)
 
     def sweep(self) -> None:
-        """Remove uploads that the index does not name, as a killed server leaves them; of shared ones only old ones."""
-        used = {(self.root / entry.folder).resolve() for entry in self.index.values() if entry is not None}
-        unused = [path for path in self.folder.iterdir() if path.is_dir() and path.resolve() not in used]
-        for path in unused:
+        """Remove what killed servers left: uploads that the index does not name, and half of one; shared ones later."""
+        used = {self.root / entry.folder for entry in self.index.values() if entry is not None}
+        for path in self.folder.iterdir():
+            if not (UNFINISHED.fullmatch(path.name) or (UPLOAD.fullmatch(path.name) and path not in used)):
+                continue
             # What another server is writing takes its own name at any moment.
             with suppress(FileNotFoundError):
-                if not self.is_shared or path.stat().st_mtime < time.time() - LINGERING_SECONDS:
+                if not self.is_shared or path.lstat().st_mtime < time.time() - LINGERING_SECONDS:
                     remove(path)
 
     @contextmanager
@@ -216,15 +304,10 @@ class Store:
             return {}, None
         read = _ReadFile(file) if self.is_shared else None
         try:
-            saved = read_json(file, LARGEST_INDEX)
-            index = {
-                name: None if entry is None else Entry(**{**entry, "labels": tuple(entry["labels"])})
-                for name, entry in saved.items()
-            }
-            return index, read
-        except (TypeError, LookupError, AttributeError) as error:
+            return _Index.validate_python(read_json(file, LARGEST_INDEX)), read
+        except ValidationError as error:
             raise ValueError(
-                f"{file} is damaged ({error!r:.200}); remove it to start with the given adapters"
+                f"{file} is damaged ({str(error)[:200]}); remove it to start with the given adapters"
             ) from error
 
     def _write_index(self, index: dict[str, Entry | None]) -> None:
@@ -236,6 +319,13 @@ class Store:
                     os.utime(self.root / entry.folder)
         write_atomically(self.folder / INDEX, json.dumps(saved).encode())
         self.index = index
+
+
+def _packed(pack: Pack, name: str) -> Stored:
+    return Stored(pack.source(name))
+
+
+_Index = TypeAdapter(dict[str, Entry | None])
 
 
 class _ReadFile:
@@ -267,46 +357,3 @@ def _shared_lock(file: Path, held: ExitStack) -> bool:
         held.close()
         return False
     return True
-
-
-def files_of_vector(vector: Tensor, like: Description) -> dict[str, bytes]:
-    """The files of an adapter whose values are a flat vector, with the settings of another one.
-
-    Args:
-        vector: float32, in the order of `dvora.flat.Layout`, (S,).
-        like: of the same layers and heads.
-
-    Raises:
-        ValueError: it is of another length.
-    """
-    shapes = {key: like.entries[key][1] for key in like.names.values()}
-    lengths = [prod(shape) for shape in shapes.values()]
-    if vector.shape != (sum(lengths),):
-        raise ValueError(
-            f"the vector has {len(vector):,} values, expected {sum(lengths):,}; was its layout another one?"
-        )
-    parts = vector.split(lengths)
-    tensors = {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
-    return {SETTINGS: like.settings, VALUES: save(tensors, metadata={"format": "pt"})}
-
-
-def files_of_upload(data: bytes, like: Description | None) -> dict[str, bytes]:
-    """The files of an adapter from one file: an adapter_model.safetensors, with the settings of another one.
-
-    Raises:
-        ValueError: there is no other one to take the settings of.
-    """
-    if like is None:
-        raise ValueError("there is no adapter yet whose settings a file of values could have; put a folder there first")
-    return {SETTINGS: like.settings, VALUES: data}
-
-
-def vector_of(data: bytes) -> Tensor:
-    """The values of a flat vector that was sent as little-endian float32.
-
-    Raises:
-        ValueError: its bytes are no multiple of four.
-    """
-    if len(data) % 4 or not data:
-        raise ValueError(f"a flat vector is float32, so a multiple of four bytes; got {len(data):,}")
-    return torch.frombuffer(bytearray(data), dtype=torch.float32)

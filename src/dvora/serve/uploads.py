@@ -1,0 +1,97 @@
+"""What clients send of an adapter (a file of values, a pack of one, a flat vector), as the two files of one."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from math import prod
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from ..bank.adapters import SETTINGS, VALUES, Description, header_length
+from ..bank.packs import FORMAT, Pack
+from ..sync import vector_digest
+
+LARGEST_HEADER = 2**21
+"""Bytes of a header in a request: those of some 20,000 tensors. They are parsed while others wait for the processor."""
+
+
+class Upload(NamedTuple):
+    """An adapter in a request.
+
+    Args:
+        body: its bytes.
+        is_vector: whether these are a flat vector.
+        layout, digest: that the vector has to have, where the client says so.
+        labels: names of the classes.
+    """
+
+    body: bytes
+    is_vector: bool = False
+    layout: str | None = None
+    digest: str | None = None
+    labels: tuple[str, ...] = ()
+
+    def files(self, like: Description | None, is_new: bool) -> dict[str, bytes]:
+        """The files of the adapter.
+
+        Args:
+            like: of the adapter that it replaces, or of another one of the bank.
+            is_new: whether it replaces none: then its strength is one, and not that of another adapter.
+
+        Raises:
+            ValueError: it is no adapter, or another one than was sent.
+        """
+        if not self.is_vector and f'"{FORMAT}"'.encode() in self.body[:200]:
+            return _of_pack(self.body)
+        if like is None:
+            raise ValueError(
+                "there is no adapter yet whose settings a vector or a file of values could have; send a pack of one "
+                "(`dvora bank pack`)"
+            )
+        settings = like.settings
+        if is_new:
+            settings = json.dumps({**json.loads(settings), "strength": 1.0}).encode()
+        return {SETTINGS: settings, VALUES: self._values(like)}
+
+    def _values(self, like: Description) -> bytes:
+        if not self.is_vector:
+            if (length := header_length(self.body, len(self.body))) > LARGEST_HEADER:
+                raise ValueError(f"its header has {length:,} bytes, expected at most {LARGEST_HEADER:,}")
+            return self.body
+        expected = like.content.digest
+        if self.layout not in (None, expected):
+            raise ValueError(f"the vector's layout is {self.layout!r:.80}, expected {expected!r}")
+        if self.digest is not None and self.digest != (arrived := vector_digest(expected, self.body)):
+            raise ValueError(f"the vector's digest is {self.digest[:80]!r}, and that of what arrived {arrived!r}")
+        return _of_vector(self.body, like)
+
+
+def _of_pack(body: bytes) -> dict[str, bytes]:
+    """The files of the one adapter in a pack."""
+    # Of no name, so that it is gone with the process, however that ends.
+    with tempfile.TemporaryFile() as file:
+        file.write(body)
+        file.seek(0)
+        with Pack.of(file, "the pack", LARGEST_HEADER) as pack:
+            if len(pack.entries) != 1:
+                raise ValueError(f"the pack has {len(pack.entries)} adapters, expected one; send them one by one")
+            source = pack.source(next(iter(pack.entries)))
+            data, _ = source.data()
+            return {SETTINGS: source.description.settings, VALUES: source.description.header + data}
+
+
+def _of_vector(body: bytes, like: Description) -> bytes:
+    """The file of values whose flat vector this is, in the order of `dvora.flat.Layout`."""
+    shapes = {key: like.entries[key][1] for key in like.names.values()}
+    lengths = [prod(shape) for shape in shapes.values()]
+    if len(body) != 4 * sum(lengths):
+        raise ValueError(
+            f"a flat vector is float32 and has {4 * sum(lengths):,} bytes here, got {len(body):,}; was its layout "
+            "another one?"
+        )
+    parts = torch.frombuffer(bytearray(body), dtype=torch.float32).split(lengths)
+    tensors = {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+    return save(tensors, metadata={"format": "pt"})
