@@ -93,8 +93,8 @@ def test_openais_client(llama: Path, language_adapters: Path, tmp_path: Path) ->
             client.completions.create(model="a9", prompt="the ")
         with pytest.raises(BadRequestError, match="takes 64 in all"):
             client.completions.create(model="a2", prompt="the ", max_tokens=61)
-        with pytest.raises(BadRequestError, match="logprobs"):
-            client.completions.create(model="a2", prompt="the ", logprobs=2)
+        with pytest.raises(BadRequestError, match="echo"):
+            client.completions.create(model="a2", prompt="the ", echo=True)
 
 
 def test_sampling_is_the_seeds(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

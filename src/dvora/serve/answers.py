@@ -1,27 +1,119 @@
-"""What the routes have in common: schema of bodies, rows for texts, headers that name what answered, who hung up."""
+"""What the routes have in common: bodies and what is wrong with them, rows for texts, answers and who gave them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict
+from fastapi import Depends, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, to_json
 
-from .keys import BASE, asking
+from .keys import BASE, Asking
 from .registry import Version
 from .requests import RefusedError, Work
-from .server import Gone, Row, Server
+from .server import Client, Row, Server
+from .texts import Input
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
+MOST_BRACKETS = 2**17
+"""Of a body: each may begin a list or an object, and so many take a tenth of a second."""
+MOST_PROBLEMS = 3
+"""That an answer tells."""
+ANYTHING = None
+"""In place of the neutral values of a field: nothing comes of any."""
+B = TypeVar("B", bound="Body")
+Switch = Annotated[bool, Field(description="true or false")]
+# Of a list that is wrong the first problem is enough.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Inputs = Annotated[
+    str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)],
+    Field(description="a text, a list of texts, a list of tokens, or a list of such lists"),
+]
 
 
 class Body(BaseModel):
-    """Of a request; fields that are not kept are errors, not ignored."""
+    """Of a request. A null is as if the field was left out; what is not kept is an error, unless it changes nothing."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    neutral: ClassVar[dict[str, tuple[Any, ...] | None]] = {}
+    """Fields that are not kept, with the values by which nothing changes: an argument of each class."""
+
+    def __init_subclass__(cls, neutral: Mapping[str, tuple[Any, ...] | None] | None = None) -> None:
+        super().__init_subclass__()
+        cls.neutral = {**cls.neutral, **(neutral or {})}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept(cls, values: Any) -> Any:
+        """Only what is kept. Names that are not are one problem, however many there are."""
+        if not isinstance(values, dict):
+            return values
+        kept, problems = {}, list[str]()
+        for name, value in values.items():
+            allowed = cls.neutral.get(name, ())
+            # By type as well, since True is 1.
+            if value is None or allowed is None or any(type(value) is type(one) and value == one for one in allowed):
+                continue
+            kept[name] = value
+            if name not in cls.model_fields and len(problems) < MOST_PROBLEMS:
+                neutral = " or ".join([*(to_json(one).decode() for one in allowed), "null"])
+                advice = f"send {neutral}, or leave it out" if allowed else f"expected {', '.join(cls.model_fields)}"
+                problems.append(f"{name[:40]} is not kept here; {advice}")
+        if problems:
+            raise PydanticCustomError("kept", "{problems}", {"problems": "; ".join(problems)})
+        return kept
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body of a request.
+
+    Raises:
+        RefusedError: 415, it does not say that it is JSON; 400, it is none, or not of this kind.
+    """
+    # A page of another site can send anything but this without asking.
+    if not request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
+        raise RefusedError(415, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
+    body = await request.body()
+    if (brackets := body.count(b"[") + body.count(b"{")) > MOST_BRACKETS:
+        raise RefusedError(400, f"the body has {brackets:,} brackets, and at most {MOST_BRACKETS:,} are read")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise RefusedError(400, _problems(error, kind)) from None
+
+
+def sent(kind: type[B]) -> Any:
+    """A dependency: the body. Unlike FastAPI's it is read after the key, and what is wrong is told in a few words."""
+
+    async def body(request: Request, _: Asking) -> B:
+        return await read(request, kind)
+
+    return Depends(body)
+
+
+def takes(kind: type[Body]) -> dict[str, Any]:
+    """What the documentation of a route says of its body."""
+    schema = {**kind.model_json_schema(), "$id": f"/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _problems(error: ValidationError, kind: type[Body]) -> str:
+    """What is wrong with a body, by the descriptions of its fields; nothing of the body is repeated."""
+    problems: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        # After a field and the place in its list come names of Python's types.
+        path = [*problem["loc"][:1], *(part for part in problem["loc"][1:2] if isinstance(part, int))]
+        said, is_kept = problem["msg"], problem["type"] == "kept"
+        if path and not is_kept:
+            said = f"expected {kind.model_fields[str(path[0])].description}"
+        place = ".".join(map(str, path)) or ("" if is_kept else "the body")
+        problems.setdefault(place, f"{place}: {said}" if place else said)
+    return "; ".join([*problems.values()][:MOST_PROBLEMS])
 
 
 def server_of(request: Request) -> Server:
@@ -30,45 +122,91 @@ def server_of(request: Request) -> Server:
     return server
 
 
-@asynccontextmanager
-async def listening(request: Request) -> AsyncIterator[Gone]:
-    """A future that is done when the client hangs up."""
-    hung_up = asyncio.ensure_future(_until_gone(request))
-    try:
-        yield hung_up
-    finally:
-        hung_up.cancel()
+def inputs_of(inputs: Any) -> list[Input]:
+    """The rows of `Inputs`."""
+    return [inputs] if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)) else inputs
 
 
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class Call:
+    """A request whose body has been read: a dependency of routes that work on texts."""
+
+    def __init__(self, request: Request, key: Asking) -> None:
+        self.request, self.key, self.server = request, key, server_of(request)
+
+    def named(self, model: str | None) -> str | None:
+        """The adapter of a name that a client gives; none is the base.
+
+        Raises:
+            RefusedError: 404, the key sees no such model.
+        """
+        return self.server.registry.named(self.server.base.name if model is None else model, self.key)
+
+    def check(self, rows: int) -> None:
+        """Refuse more rows than may wait.
+
+        Raises:
+            RefusedError: 400.
+        """
+        most = self.server.settings.limits.queue
+        if not 0 < rows <= most:
+            raise RefusedError(400, f"the request has {rows:,} rows (texts times models), expected 1 to {most:,}")
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        """Who waits: until its time is over, or it hangs up."""
+        hung_up = asyncio.ensure_future(self._until_gone())
+        try:
+            yield Client(self.key, self.request.state.deadline, hung_up)
+        finally:
+            hung_up.cancel()
+
+    async def _until_gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def rows(
+        self, work: Work, models: Sequence[str | None], texts: Sequence[Input], truncate: bool = False
+    ) -> list[Row]:
+        """What comes out for texts, one after another, each by all models.
+
+        Raises:
+            RefusedError: there are too many, a model is unknown, or a text too long.
+        """
+        self.server.require(work)
+        self.check(len(models) * len(texts))
+        names = [self.named(model) for model in models]
+        async with self.client() as client:
+            tokens = await client.wait(self.server.texts.read(texts, truncate=truncate))
+            return await self.server.rows(work, [(name, text) for text in tokens for name in names], client)
+
+    async def answer(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
+        """An answer with an item for each row, written in a thread, where others take turns with it.
+
+        Args:
+            rows: with what came out.
+            item: of a row and its number, called in the thread.
+            frame: what stands beside `data`; without it the items are all.
+        """
+        size = sum(row.values.numel() for row in rows)
+        run = self.server.texts.run
+        content = await run(size, lambda _: b",".join(to_json(item(*row)) for row in enumerate(rows)))
+        before, after = (to_json(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
+        headers = headers_of(row.version for row in rows)
+        return Response(before + content + after, media_type="application/json", headers=headers)
 
 
-async def rows_of(
-    request: Request, work: Work, models: Sequence[str | None], texts: Sequence[Any], truncate: bool = False
-) -> list[Row]:
-    """What comes out for texts, one after another, each by all models; no model is the base.
+Here = Annotated[Call, Depends()]
 
-    Raises:
-        RefusedError: there are too many, a model is unknown, or a text too long.
-    """
-    server = server_of(request)
-    server.require(work)
-    most, count = server.settings.limits.queue, len(models) * len(texts)
-    if not 0 < count <= most:
-        raise RefusedError(400, f"the request has {count:,} rows (texts times models), expected 1 to {most:,}")
-    key = await asking(request)
-    names = [None if model is None else server.registry.named(model, key) for model in models]
-    tokens = await asyncio.to_thread(lambda: [server.text(text, truncate=truncate) for text in texts])
-    async with listening(request) as gone:
-        return await server.rows(work, [(name, text) for text in tokens for name in names], gone)
+
+def whose(version: Version | None) -> dict[str, str]:
+    """The fields of a row that say which version gave it."""
+    return {"adapter": BASE if version is None else version.name, "digest": digest_of(version)}
 
 
 def headers_of(versions: Iterable[Version | None]) -> dict[str, str]:
-    """The headers that say whose answer it is: names and digests, once each, in the order of the rows."""
-    names = {BASE if version is None else version.name: digest_of(version) for version in versions}
-    return {ADAPTER: ",".join(names), DIGEST: ",".join(names.values())}
+    """The headers that say which version answered, if it was one; of several the rows say it."""
+    distinct = {*versions}
+    return dict(zip((ADAPTER, DIGEST), whose(distinct.pop()).values(), strict=True)) if len(distinct) == 1 else {}
 
 
 def digest_of(version: Version | None) -> str:

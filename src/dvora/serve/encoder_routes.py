@@ -3,100 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
+from pydantic_core import to_json
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, digest_of, headers_of, rows_of, server_of
-from .keys import BASE
+from .answers import Body, Call, Here, Inputs, Switch, Texts, headers_of, inputs_of, read, sent, takes, whose
 from .registry import Version
 from .requests import RefusedError
 from .server import Row, Server
+from .texts import Input
 
 router = APIRouter(tags=["encoders"])
-Pair = Annotated[list[str], Field(min_length=1, max_length=2)]
+Pair = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
+Pairs = Annotated[list[Pair], Field(fail_fast=True)]
+Text = Annotated[str, Field(description="a text")]
 
 
 class Classify(Body):
     """Of /v1/classify."""
 
-    model: str | Annotated[list[str], Field(min_length=1)]
-    input: str | list[str] | list[Pair]
-    truncate: bool = False
+    model: str | Texts = Field(description="the name of an adapter, or a list of such names")
+    input: str | Texts | Pairs = Field(description="a text, a list of texts, or a list of lists of one text or two")
+    truncate: Switch = False
 
 
-class Predict(Body):
+class _Inputs(Body, neutral={"truncation_direction": ("Right", "right"), "auto_truncate": (False,)}):
+    """What the routes of text-embeddings-inference have in common; the adapter may stand in the query instead."""
+
+    model: str | None = Field(None, description="the name of an adapter")
+    truncate: Switch = False
+
+
+class Parameters(Body):
+    """As the pipelines of transformers have them."""
+
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+    top_k: int | None = Field(default=None, ge=1)
+
+
+class Predict(_Inputs):
     """Of /predict; two texts are a pair, several rows are lists of one text or two."""
 
-    inputs: str | Pair | list[Pair]
-    model: str | None = None
-    truncate: bool = False
-    raw_scores: bool = False
+    inputs: str | Pair | Pairs = Field(description="a text, a pair of texts, or a list of lists of one text or two")
+    raw_scores: Switch = False
+    parameters: Parameters | None = Field(
+        None, description='an object with "function_to_apply" ("sigmoid", "softmax" or "none") and "top_k", 1 or more'
+    )
 
 
-class Embed(Body):
+class Embed(_Inputs, neutral={"normalize": (True,), "encoding_format": ("float",)}):
     """Of /embed."""
 
-    inputs: str | list[str]
-    model: str | None = None
-    truncate: bool = False
+    inputs: Inputs
 
 
-class Rerank(Body):
+class Rerank(_Inputs):
     """Of /rerank."""
 
-    query: str
-    texts: list[str] = Field(min_length=1)
-    model: str | None = None
-    truncate: bool = False
-    raw_scores: bool = False
-    return_text: bool = False
+    query: Text
+    texts: Texts = Field(description="a list of texts")
+    raw_scores: Switch = False
+    return_text: Switch = False
 
 
-@router.post("/v1/classify")
-async def classify(body: Classify, request: Request) -> Response:
+@router.post("/v1/classify", openapi_extra=takes(Classify))
+async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
-    server = server_of(request)
     models = [body.model] if isinstance(body.model, str) else body.model
-    inputs: Sequence[Any] = [body.input] if isinstance(body.input, str) else body.input
-    rows = await rows_of(request, "classify", models, inputs, body.truncate)
-    data = [
-        {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, server)}
-        for index, row in enumerate(rows)
-    ]
-    content = {"object": "list", "model": body.model, "data": data}
-    return JSONResponse(content, headers=headers_of(row.version for row in rows))
+    inputs: Sequence[Input] = [body.input] if isinstance(body.input, str) else body.input
+    rows = await call.rows("classify", models, inputs, body.truncate)
+
+    def item(index: int, row: Row) -> dict[str, Any]:
+        return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
+
+    return await call.answer(rows, item, object="list", model=body.model)
 
 
-@router.post("/predict")
-async def predict(body: Predict, request: Request) -> Response:
-    """Classes with their scores, the likeliest first."""
-    server = server_of(request)
-    is_one = isinstance(body.inputs, str) or all(isinstance(text, str) for text in body.inputs)
+@router.post("/predict", openapi_extra=takes(Predict))
+async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Response:
+    """Classes with their scores, the likeliest first; of one text with `parameters` in a list, as pipelines do."""
+    is_one = isinstance(body.inputs, str) or isinstance(body.inputs[0], str)
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
-    rows = await rows_of(request, "classify", [body.model], inputs, body.truncate)
-    answers = [_scores(row, server, body.raw_scores) for row in rows]
-    return JSONResponse(answers[0] if is_one else answers, headers=headers_of(row.version for row in rows))
+    rows = await call.rows("classify", [_model(body, call)], inputs, body.truncate)
+    if is_one and body.parameters is None:
+        return JSONResponse(_scores(rows[0], call.server, body), headers=headers_of([rows[0].version]))
+    return await call.answer(rows, lambda _, row: _scores(row, call.server, body))
 
 
-@router.post("/embed")
-async def embed(body: Embed, request: Request) -> Response:
+@router.post("/embed", openapi_extra=takes(Embed))
+async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
     """Vectors of length one."""
-    inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    rows = await rows_of(request, "embed", [body.model], inputs, body.truncate)
-    return JSONResponse([row.values.tolist() for row in rows], headers=headers_of(row.version for row in rows))
+    rows = await call.rows("embed", [_model(body, call)], inputs_of(body.inputs), body.truncate)
+    return await call.answer(rows, lambda _, row: row.values.tolist())
 
 
-@router.post("/rerank")
-async def rerank(body: Rerank, request: Request) -> Response:
+@router.post("/", openapi_extra=takes(Predict))
+async def root(call: Here) -> Response:
+    """`/predict` where the base or adapters classify, else `/embed`."""
+    if "classify" in call.server.works:
+        return await predict(await read(call.request, Predict), call)
+    return await embed(await read(call.request, Embed), call)
+
+
+@router.post("/rerank", openapi_extra=takes(Rerank))
+async def rerank(body: Annotated[Rerank, sent(Rerank)], call: Here) -> Response:
     """Texts by how well they fit a query, where the adapter's head gives one score."""
     pairs = [[body.query, text] for text in body.texts]
-    rows = await rows_of(request, "classify", [body.model], pairs, body.truncate)
+    rows = await call.rows("classify", [_model(body, call)], pairs, body.truncate)
     if rows[0].values.numel() != 1:
         raise RefusedError(
             400, f"the head has {rows[0].values.numel()} outputs, and texts are ranked by one; use /predict"
@@ -107,19 +126,19 @@ async def rerank(body: Rerank, request: Request) -> Response:
         {"index": index, "score": float(scores[index]), **({"text": body.texts[index]} if body.return_text else {})}
         for index in scores.argsort(descending=True).tolist()
     ]
-    return JSONResponse(answers, headers=headers_of(row.version for row in rows))
+    headers = headers_of(row.version for row in rows)
+    return Response(to_json(answers), media_type="application/json", headers=headers)
 
 
 @router.get("/info")
-async def info(request: Request) -> dict[str, Any]:
+async def info(call: Here) -> dict[str, Any]:
     """What is served, and its limits."""
-    server = server_of(request)
-    limits = server.settings.limits
+    server, limits = call.server, call.server.settings.limits
     return {
         "model_id": server.base.name,
         "model_dtype": str(server.base.model.dtype).removeprefix("torch."),
         "works": list(server.works),
-        "adapters": len(server.registry),
+        "adapters": sum(call.key.sees(version.name) for version in server.registry.versions()),
         "slots": limits.slots,
         "max_input_length": server.longest,
         "max_batch_tokens": limits.batch_tokens,
@@ -129,9 +148,14 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
+def _model(body: _Inputs, call: Call) -> str | None:
+    """The adapter, which stands in the query for clients that can name none in the body."""
+    return body.model or call.request.query_params.get("model")
+
+
 def classes_of(row: Row, server: Server) -> dict[str, Any]:
     """The likeliest class of a row with all probabilities, or the number that a head of one output gives."""
-    common = {"adapter": BASE if row.version is None else row.version.name, "digest": digest_of(row.version)}
+    common = whose(row.version)
     if row.values.numel() == 1:
         return {**common, "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
     probabilities, labels = row.values.softmax(-1), _labels(row.version, row.values, server)
@@ -156,9 +180,14 @@ def _labels(version: Version | None, values: Tensor, server: Server) -> list[str
     return [f"LABEL_{index}" for index in range(count)]
 
 
-def _scores(row: Row, server: Server, is_raw: bool) -> list[dict[str, Any]]:
-    one = row.values.numel() == 1
-    scores = row.values if is_raw else row.values.sigmoid() if one else row.values.softmax(-1)
+def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
+    """The classes of a row, the likeliest first."""
+    parameters = body.parameters or Parameters()
+    default = "none" if body.raw_scores else "sigmoid" if row.values.numel() == 1 else "softmax"
+    scores = _FUNCTIONS[parameters.function_to_apply or default](row.values)
     labels = _labels(row.version, row.values, server)
-    order = scores.argsort(descending=True).tolist()
+    order = scores.argsort(descending=True)[: parameters.top_k].tolist()
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
+
+
+_FUNCTIONS = {"none": Tensor.float, "sigmoid": Tensor.sigmoid, "softmax": lambda values: values.softmax(-1)}

@@ -3,67 +3,81 @@
 from __future__ import annotations
 
 import base64
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from itertools import starmap
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from .answers import Body, digest_of, error_body, headers_of, listening, rows_of, server_of
-from .keys import asking
-from .requests import Answer, Piece, RefusedError, Sampling
-from .server import Server, Text
+from .answers import (
+    ANYTHING,
+    Body,
+    Call,
+    Here,
+    Inputs,
+    Switch,
+    digest_of,
+    error_body,
+    headers_of,
+    inputs_of,
+    sent,
+    takes,
+    whose,
+)
+from .registry import Version
+from .requests import Answer, Chance, Piece, RefusedError, Sampling
+from .server import Row, Server
+from .texts import Text
 
 router = APIRouter(tags=["OpenAI's interface"])
-MOST_STOPS = 4
+MOST_MESSAGES = 1024
+NEUTRAL = dict.fromkeys(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), ANYTHING
+)
+PLAIN = {"n": (1,), "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
+Model = Annotated[str, Field(max_length=512, description="the name of a model, as GET /v1/models has it")]
+Tokens = Annotated[int, Field(ge=1, lt=2**31, description="a number of tokens, 1 or more")]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(Body):
+class StreamOptions(Body, neutral={"include_obfuscation": ANYTHING}):
     """What a stream has besides the text."""
 
     include_usage: bool = False
 
 
-class Generation(Body):
+class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
     """What completions and chats have in common."""
 
-    model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # Of OpenAI's other fields what means nothing.
-    n: Literal[1] | None = 1
-    frequency_penalty: Literal[0] | None = 0
-    presence_penalty: Literal[0] | None = 0
-    logit_bias: None = None
+    model: Model
+    temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] = Field(
+        [], description="at most 4 texts of 1 to 256 characters, or one"
+    )
+    stream: Switch = False
+    stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true} or false')
 
-    def sampling(self, max_tokens: int) -> Sampling:
+    def sampling(self, max_tokens: int, chances: int | None) -> Sampling:
         """How tokens are chosen."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(stops):
-            raise RefusedError(400, "stop has an empty text; leave it out")
-        return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stops)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, chances)
 
 
-class Completion(Generation):
+class Completion(Generation, neutral={"best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,)}):
     """Of /v1/completions."""
 
-    prompt: str | list[int]
-    max_tokens: int = Field(16, ge=1)
-    best_of: Literal[1] | None = 1
-    echo: Literal[False] | None = False
-    logprobs: None = None
-    suffix: None = None
+    prompt: Inputs
+    max_tokens: Tokens = 16
+    logprobs: int | None = Field(None, ge=0, le=5, description="a number of tokens from 0 to 5")
 
 
 class Part(Body):
@@ -73,144 +87,138 @@ class Part(Body):
     text: str
 
 
-class Message(Body):
-    """Of a chat."""
+class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],)}):
+    """Of a chat; an answer of ours can be sent back as it is."""
 
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """As templates read it."""
+        """As templates read it, which know no developers."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
-class Chat(Generation):
+class Chat(
+    Generation,
+    neutral={
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "parallel_tool_calls": (True,),
+        "modalities": (["text"],),
+        "reasoning_effort": ("none",),
+    },
+):
     """Of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = False
-    top_logprobs: None = None
-    response_format: None = None
-    tools: None = None
-    tool_choice: None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] = Field(
+        description=f"1 to {MOST_MESSAGES:,} objects with role (system, developer, user, assistant or tool), content "
+        '(a text, or a list of {"type": "text", "text": ...}) and perhaps name'
+    )
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: Switch = False
+    top_logprobs: int = Field(0, ge=0, le=20, description="a number of tokens from 0 to 20")
 
 
-class Embeddings(Body):
+class Embeddings(Body, neutral=NEUTRAL):
     """Of /v1/embeddings."""
 
-    model: str
-    input: str | list[str] | list[int] | list[list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = None
+    model: Model
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = Field("float", description="'float' or 'base64'")
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
+async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    server = server_of(request)
-    base = _card(server.base.name, server.base.source, None)
-    adapters = [_card(version.name, version.digest, server.base.name) for version in server.registry.versions()]
-    return {"object": "list", "data": [base, *adapters]}
+    server, key = call.server, call.key
+    base = [_card(server, None)] if key.sees(None) else []
+    cards = [_card(server, version) for version in server.registry.versions() if key.sees(version.name)]
+    content = {"object": "list", "data": [*base, *cards], "left_out": server.registry.left_out(key)}
+    return Response(to_json(content), media_type="application/json")
 
 
 @router.get("/v1/models/{model}")
-async def model_card(model: str, request: Request) -> dict[str, Any]:
+async def model_card(model: str, call: Here) -> Response:
     """One model."""
-    server = server_of(request)
-    if (name := server.registry.named(model, await asking(request))) is None:
-        return _card(server.base.name, server.base.source, None)
-    version = next(version for version in server.registry.versions() if version.name == name)
-    return _card(version.name, version.digest, server.base.name)
+    name = call.named(model)
+    async with call.server.versions([name]) as versions:
+        return JSONResponse(_card(call.server, versions[name]))
 
 
-@router.post("/v1/completions")
-async def completions(body: Completion, request: Request) -> Response:
-    """Continue a text."""
-    server = server_of(request)
-    server.require("generate")
-    text = server.text(body.prompt, room=1)
-    return await _generate(request, body, text, _room(server, text, body.max_tokens), is_chat=False)
+@router.post("/v1/completions", openapi_extra=takes(Completion))
+async def completions(body: Annotated[Completion, sent(Completion)], call: Here) -> Response:
+    """Continue a text, or each of several."""
+    call.check(len(prompts := inputs_of(body.prompt)))
+    return await _generate(call, body, lambda: call.server.texts.read(prompts), body.max_tokens, body.logprobs)
 
 
-@router.post("/v1/chat/completions")
-async def chat_completions(body: Chat, request: Request) -> Response:
+@router.post("/v1/chat/completions", openapi_extra=takes(Chat))
+async def chat_completions(body: Annotated[Chat, sent(Chat)], call: Here) -> Response:
     """Answer a chat, written with the tokenizer's template."""
-    server = server_of(request)
-    server.require("generate")
-    tokenizer = server.base.tokenizer
-    if not tokenizer.chat_template:
-        raise RefusedError(400, f"the tokenizer of {server.base.name} has no chat template; use /v1/completions")
-    messages = [message.plain() for message in body.messages]
-    try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of the template, which is the model's and raises what it likes
-        raise RefusedError(400, f"the chat template refuses these messages: {error}") from error
-    text = server.text(prompt, room=1, is_template=True)
-    most = body.max_completion_tokens or body.max_tokens or server.longest - len(text.tokens)
-    return await _generate(request, body, text, _room(server, text, most), is_chat=True)
+    if body.top_logprobs and not body.logprobs:
+        raise RefusedError(400, "top_logprobs stand beside those of the text; send logprobs: true too")
+    messages, most = [message.plain() for message in body.messages], body.max_completion_tokens or body.max_tokens
+    chances = body.top_logprobs if body.logprobs else None
+    return await _generate(call, body, lambda: call.server.texts.chat(messages), most, chances)
 
 
-@router.post("/v1/embeddings")
-async def embeddings(body: Embeddings, request: Request) -> Response:
+@router.post("/v1/embeddings", openapi_extra=takes(Embeddings))
+async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) -> Response:
     """Vectors of length one for texts."""
-    is_one = isinstance(body.input, str) or all(isinstance(token, int) for token in body.input)
-    rows = await rows_of(request, "embed", [body.model], [body.input] if is_one else body.input)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(row.values.numpy(), body.encoding_format)}
-        for index, row in enumerate(rows)
-    ]
+    rows = await call.rows("embed", [body.model], inputs_of(body.input))
+
+    def item(index: int, row: Row) -> dict[str, Any]:
+        vector = row.values.numpy()
+        is_base64 = body.encoding_format == "base64"
+        values = base64.b64encode(vector.astype("<f4").tobytes()).decode() if is_base64 else vector.tolist()
+        return {"object": "embedding", "index": index, "embedding": values, **whose(row.version)}
+
     count = sum(row.tokens for row in rows)
     usage = {"prompt_tokens": count, "total_tokens": count}
-    content = {"object": "list", "model": body.model, "data": data, "usage": usage}
-    return JSONResponse(content, headers=headers_of(row.version for row in rows))
+    return await call.answer(rows, item, object="list", model=body.model, usage=usage)
 
 
-def _room(server: Server, text: Text, wanted: int) -> int:
-    """How many tokens may follow a prompt.
-
-    Raises:
-        RefusedError: 400, there is no room for as many as are asked for.
-    """
-    room = server.longest - len(text.tokens)
-    if wanted > room:
-        raise RefusedError(
-            400,
-            f"the prompt has {len(text.tokens):,} tokens and {wanted:,} are to follow, and {server.base.name} takes "
-            f"{server.longest:,} in all; ask for {room:,} or fewer",
-        )
-    return wanted
-
-
-async def _generate(request: Request, body: Generation, text: Text, max_tokens: int, *, is_chat: bool) -> Response:
-    server = server_of(request)
-    name = server.registry.named(body.model, await asking(request))
+async def _generate(
+    call: Call,
+    body: Generation,
+    read: Callable[[], Awaitable[list[Text]]],
+    most: int | None,
+    chances: int | None,
+) -> Response:
+    """Continue texts that are read when it is clear that they may be, by at most so many tokens."""
+    server = call.server
+    server.require("generate")
+    name = call.named(body.model)
     async with AsyncExitStack() as held:
-        gone = await held.enter_async_context(listening(request))
-        version, parts = await held.enter_async_context(server.generation(name, text, body.sampling(max_tokens), gone))
-        headers = headers_of([version])
-        shape = _Shape(body.model, is_chat, len(text.tokens), digest_of(version))
+        client = await held.enter_async_context(call.client())
+        texts = await client.wait(read())
+        room = server.longest - max(len(text.tokens) for text in texts)
+        if (most or 0) > room:
+            raise RefusedError(
+                400,
+                f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
+                f"takes {server.longest:,} in all; ask for {room:,} or fewer",
+            )
+        rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
+        versions, parts = await held.enter_async_context(server.asking("generate", rows, client, sampling))
+        shape, headers = _Shape(body, texts, versions[0], server, chances is not None), headers_of(versions)
         if not body.stream:
-            texts, tokens, finish = [], 0, None
-            async for part in parts:
-                if isinstance(part, Piece):
-                    texts.append(part.text)
-                    tokens = part.tokens
-                else:
-                    finish = part.finish
-            return JSONResponse(shape.whole("".join(texts), finish, tokens), headers=headers)
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return JSONResponse(await shape.whole(parts), headers=headers)
         # Held until the last piece is sent.
-        return _Stream(_events(shape, parts, with_usage), held.pop_all(), headers)
+        return _Stream(shape.events(parts, body.stream_options.include_usage), held.pop_all(), headers)
 
 
 class _Stream(StreamingResponse):
     """Events, and what is held until they are sent, or nobody wants them."""
 
-    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._held = held
 
@@ -221,65 +229,101 @@ class _Stream(StreamingResponse):
 
 
 class _Shape:
-    """The JSON of one completion, whole or in pieces."""
+    """The JSON of the continuations that a request gets, whole or in pieces."""
 
-    def __init__(self, model: str, is_chat: bool, prompt_tokens: int, digest: str) -> None:
-        self.is_chat, self.prompt_tokens = is_chat, prompt_tokens
+    def __init__(
+        self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server, has_chances: bool
+    ) -> None:
+        self.is_chat, self.has_chances, self.token = isinstance(body, Chat), has_chances, server.texts.token
+        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), [0] * len(texts)
+        self.offsets = [0] * len(texts)
+        """Where the next token of each text begins."""
+        self.kind = "chat.completion" if self.is_chat else "text_completion"
         self.common = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": digest,
+            "model": body.model,
+            "system_fingerprint": digest_of(version),
         }
 
-    def whole(self, text: str, finish: str | None, tokens: int) -> dict[str, Any]:
+    async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
         """All of it."""
-        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self.common, "object": kind, "choices": [choice], "usage": self.usage(tokens)}
-
-    def piece(self, text: str, finish: str | None = None, *, is_first: bool = False) -> dict[str, Any]:
-        """A part of it."""
-        delta = {**({"role": "assistant"} if is_first else {}), **({"content": text} if text or is_first else {})}
-        content = {"delta": delta} if self.is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self.common, "object": kind, "choices": [choice]}
-
-    def usage(self, tokens: int) -> dict[str, int]:
-        """How many tokens it took."""
-        total = self.prompt_tokens + tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
-
-
-async def _events(shape: _Shape, parts: AsyncIterator[Piece | Answer], with_usage: bool) -> AsyncIterator[str]:
-    """A completion as events; an error that comes after the first one is an event too."""
-    tokens, is_first = 0, True
-    try:
-        async for part in parts:
+        texts, chances = [""] * len(self.generated), [list[Chance]() for _ in self.generated]
+        choices = [dict[str, Any]() for _ in self.generated]
+        async for index, part in parts:
             if isinstance(part, Piece):
-                tokens = part.tokens
-                if part.text or is_first:
-                    yield _event(shape.piece(part.text, is_first=is_first))
-                    is_first = False
+                texts[index] += part.text
+                chances[index] += part.chances
+                self.generated[index] = part.tokens
             else:
-                yield _event(shape.piece("", part.finish))
-    except RefusedError as refusal:
-        yield _event(error_body(refusal.message, refusal.kind))
-        return
-    if with_usage:
-        yield _event({**shape.piece(""), "choices": [], "usage": shape.usage(tokens)})
-    yield "data: [DONE]\n\n"
+                text = texts[index]
+                content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+                choices[index] = self.choice(index, content, chances[index], part.finish)
+        return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
+
+    async def events(self, parts: AsyncIterator[tuple[int, Piece | Answer]], with_usage: bool) -> AsyncIterator[bytes]:
+        """As it comes; an error that comes after the first event is one too."""
+        common = {**self.common, "object": "chat.completion.chunk" if self.is_chat else self.kind}
+        begun = set[int]()
+        try:
+            async for index, part in parts:
+                text, chances, finish = "", tuple[Chance, ...](), None
+                if isinstance(part, Piece):
+                    text, self.generated[index], chances = part
+                    if not text and not chances and index in begun:
+                        continue
+                else:
+                    finish = part.finish
+                role = {} if index in begun else {"role": "assistant"}
+                delta = {**role, **({"content": text} if text or role else {})}
+                begun.add(index)
+                content = {"delta": delta} if self.is_chat else {"text": text}
+                yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
+        except RefusedError as refusal:
+            yield _event(error_body(refusal.message, refusal.kind))
+            return
+        if with_usage:
+            yield _event({**common, "choices": [], "usage": self.usage()})
+        yield b"data: [DONE]\n\n"
+
+    def choice(self, index: int, content: dict[str, Any], chances: Sequence[Chance], finish: str | None) -> Any:
+        """One text, or a piece of it."""
+        logarithms: dict[str, Any] | None = None
+        if self.has_chances and self.is_chat:
+            tokens = [
+                {**self.entry(chance.token, chance.logarithm), "top_logprobs": [*starmap(self.entry, chance.likeliest)]}
+                for chance in chances
+            ]
+            logarithms = {"content": tokens, "refusal": None}
+        elif self.has_chances:
+            columns: list[list[Any]] = [[], [], [], []]
+            for chance in chances:
+                token = self.token(chance.token)
+                likeliest = [*chance.likeliest, (chance.token, chance.logarithm)]
+                row = (token, chance.logarithm, {self.token(other): value for other, value in likeliest})
+                for column, value in zip(columns, (*row, self.offsets[index]), strict=True):
+                    column.append(value)
+                self.offsets[index] += len(token)
+            logarithms = dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), columns, strict=True))
+        return {"index": index, **content, "logprobs": logarithms, "finish_reason": finish}
+
+    def entry(self, token: int, logarithm: float) -> dict[str, Any]:
+        """A token of a chat; one that is a part of a letter has no bytes of its own."""
+        text = self.token(token)
+        return {"token": text, "logprob": logarithm, "bytes": None if "\ufffd" in text else [*text.encode()]}
+
+    def usage(self) -> dict[str, int]:
+        """How many tokens it took."""
+        read, generated = self.prompt_tokens, sum(self.generated)
+        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"
 
 
-def _encoded(vector: Any, encoding: str) -> Any:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
-
-
-def _card(name: str, root: str | None, parent: str | None) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "dvora", "root": root or name, "parent": parent}
+def _card(server: Server, version: Version | None) -> dict[str, Any]:
+    base, common = server.base.name, {"object": "model", "created": 0, "owned_by": "dvora"}
+    if version is None:
+        return {"id": base, **common, "root": server.base.source, "parent": None}
+    return {"id": version.name, **common, "root": version.digest or version.name, "parent": base}

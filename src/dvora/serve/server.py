@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,16 +16,15 @@ from torch import Tensor
 from ..recipes.settings import NAMED, Trust
 from .base import open_base
 from .engine import Engine
-from .keys import Keys
+from .keys import Key, Keys
 from .metrics import Metrics
 from .registry import Registry, Version
 from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
 from .scheduler import Limits
 from .store import Store
+from .texts import Text, Texts
 
-_Changed = TypeVar("_Changed")
-Gone = asyncio.Future[None]
-"""Is done when the client has hung up."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,39 @@ class Settings:
     is_shared: bool = False
 
 
-class Text(NamedTuple):
-    """A text, or a pair of them, as tokens."""
+@dataclass(frozen=True)
+class Client:
+    """Who waits for an answer.
 
-    tokens: Sequence[int]
-    types: Sequence[int] | None = None
+    Args:
+        key: what it may ask for.
+        deadline: of the whole request, by `time.monotonic`.
+        gone: is done when the client has hung up.
+    """
+
+    key: Key
+    deadline: float
+    gone: asyncio.Future[None]
+
+    async def wait(self, wanted: Awaitable[T]) -> T:
+        """What comes before the deadline, unless the client hangs up.
+
+        Raises:
+            RefusedError: 504, the time is over; 499, nobody listens.
+        """
+        task = asyncio.ensure_future(wanted)
+        try:
+            left = self.deadline - time.monotonic()
+            if left > 0:
+                either: set[asyncio.Future[Any]] = {task, self.gone}
+                await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if self.gone.done():
+                raise RefusedError(499, "the client has gone", "client_closed_request")
+            if not task.done():
+                raise RefusedError(504, "no answer came in the time that a request may take here", "timeout")
+            return task.result()
+        finally:
+            task.cancel()
 
 
 class Row(NamedTuple):
@@ -109,10 +135,9 @@ class Server:
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name)
             self.registry.open(opened, damaged)
-            # Of its own: a tokenizer that truncates is changed by that, and the engine decodes with the other one.
-            self._tokenizer, self._tokenizing = copy.deepcopy(self.base.tokenizer), threading.Lock()
             limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
             self.longest = min(limit for limit in limits if limit is not None)
+            self.texts = Texts(self.base, self.longest)
             self._changes = ThreadPoolExecutor(1, "dvora-changes")
             self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
         except BaseException:
@@ -123,6 +148,7 @@ class Server:
         """Answer what has been taken, for some seconds, and free everything."""
         self._changes.shutdown()
         self.engine.close(seconds)
+        self.texts.close()
         self.base.bank.close()
         self.store.close()
 
@@ -142,47 +168,7 @@ class Server:
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
-    def text(
-        self,
-        text: str | Sequence[str] | Sequence[int],
-        *,
-        truncate: bool = False,
-        room: int = 0,
-        is_template: bool = False,
-    ) -> Text:
-        """A text, a pair, or tokens, as the model reads them.
-
-        Args:
-            text: as a client sent it.
-            truncate: cut what is longer than the model reads, in place of a refusal.
-            room: tokens that are left for a continuation.
-            is_template: whether the text has the special tokens of a chat's template already.
-
-        Raises:
-            RefusedError: 400, it is empty or too long.
-        """
-        most = self.longest - room
-        if not isinstance(text, str) and all(isinstance(token, int) for token in text):
-            vocabulary = self.base.model.get_input_embeddings().num_embeddings
-            tokens: Sequence[int] = [int(token) for token in text]
-            if any(not 0 <= token < vocabulary for token in tokens):
-                raise RefusedError(400, f"a token is not from 0 to {vocabulary - 1}; use the base's tokenizer")
-            types = None
-        else:
-            parts = (text,) if isinstance(text, str) else tuple(map(str, text))
-            with self._tokenizing:
-                encoded = self._tokenizer(*parts, verbose=False, add_special_tokens=not is_template)
-                if len(encoded["input_ids"]) > most and truncate:
-                    encoded = self._tokenizer(*parts, truncation=True, max_length=most)
-            tokens, types = encoded["input_ids"], encoded.get("token_type_ids")
-        if not tokens:
-            raise RefusedError(400, "the input has no tokens; send a text")
-        if len(tokens) > most:
-            advice = "send a shorter one" if self.base.generates else "send a shorter one, or truncate: true"
-            raise RefusedError(400, f"the input has {len(tokens):,} tokens, and at most {most:,} are read; {advice}")
-        return Text(tokens, types)
-
-    async def changed(self, change: Callable[[], _Changed]) -> _Changed:
+    async def changed(self, change: Callable[[], T]) -> T:
         """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for."""
         return await asyncio.get_running_loop().run_in_executor(self._changes, change)
 
@@ -202,94 +188,73 @@ class Server:
         An adapter that was never used is read beside the engine, so that no batch waits for a disk.
         """
         distinct = dict.fromkeys(names)
-        for name in distinct:
-            if self.registry.is_cold(name):
-                await asyncio.to_thread(self.registry.warm, name)
+        await self._warm(distinct)
         with ExitStack() as held:
             yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
 
-    async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], gone: Gone) -> list[Row]:
+    async def _warm(self, names: Iterable[str | None]) -> None:
+        for name in names:
+            if self.registry.is_cold(name):
+                await asyncio.to_thread(self.registry.warm, name)
+
+    async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client) -> list[Row]:
         """Classify or embed texts, each by an adapter, in as few batches as they fit.
 
         Args:
             work: classify or embed.
             rows: the name of an adapter, None for the base, and its text.
-            gone: see `Gone`.
+            client: who waits.
+
+        Raises:
+            RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
+        """
+        if work == "classify" and not self.base.has_own_head and any(name is None for name, _ in rows):
+            raise RefusedError(
+                400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
+            )
+        async with self.asking(work, rows, client, Sampling()) as (versions, parts):
+            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
+        return [
+            Row(version, answers[number].values, len(text.tokens))
+            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
+        ]
+
+    @asynccontextmanager
+    async def asking(
+        self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client, sampling: Sampling
+    ) -> AsyncIterator[tuple[list[Version | None], AsyncIterator[tuple[int, Piece | Answer]]]]:
+        """Have the engine work on rows while this is open: their versions, and what comes, with the row's number.
+
+        Args:
+            work: of all rows.
+            rows: the name of an adapter, None for the base, and its text.
+            client: who waits.
+            sampling: of generated texts.
 
         Raises:
             RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
         """
         self.require(work)
-        if work == "classify" and not self.base.has_own_head and any(name is None for name, _ in rows):
-            raise RefusedError(
-                400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
-            )
-        loop = asyncio.get_running_loop()
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Answer]]()
+        place: dict[Request, int] = {}
+
+        def hear(request: Request, part: Piece | Answer) -> None:
+            _tell(loop, heard.put_nowait, (place[request], part))
+
+        # Adapters are read within the client's time.
+        await client.wait(self._warm(dict.fromkeys(name for name, _ in rows)))
         async with self.versions(name for name, _ in rows) as versions:
-            answers: list[asyncio.Future[Answer]] = [loop.create_future() for _ in rows]
-            place: dict[Request, int] = {}
-
-            def hear(request: Request, answer: Piece | Answer) -> None:
-                _tell(loop, _set, answers[place[request]], answer)
-
             for number, (name, text) in enumerate(rows):
-                version = versions[name]
-                key = None if version is None else version.key
-                place[Request(work, key, text.tokens, hear, token_types=text.types)] = number
+                version, queue = versions[name], client.key.queue_of(name)
+                adapter = None if version is None else version.key
+                request = Request(work, adapter, text.tokens, hear, sampling, text.types, queue, client.deadline)
+                place[request] = number
             self.engine.submit([*place])
             try:
-                values = await self._in_time(asyncio.gather(*answers), gone)
+                client.key.spend(sum(len(text.tokens) for _, text in rows))
+                yield [versions[name] for name, _ in rows], _parts(len(rows), heard, client)
             finally:
                 self.engine.cancel([*place])
-        for answer in values:
-            if answer.error is not None:
-                raise _failed(answer.error)
-        return [
-            Row(versions[name], answer.values, len(text.tokens))
-            for (name, text), answer in zip(rows, values, strict=True)
-        ]
-
-    @asynccontextmanager
-    async def generation(
-        self, name: str | None, text: Text, sampling: Sampling, gone: Gone
-    ) -> AsyncIterator[tuple[Version | None, AsyncIterator[Piece | Answer]]]:
-        """Generate a text: its adapter's version, and its pieces with the answer as the last one.
-
-        Raises:
-            RefusedError: the adapter is unknown or damaged, the queue is full, or it took too long.
-        """
-        self.require("generate")
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | Answer]()
-
-        def hear(_: Request, part: Piece | Answer) -> None:
-            _tell(loop, heard.put_nowait, part)
-
-        async with self.versions([name]) as versions:
-            version = versions[name]
-            request = Request("generate", None if version is None else version.key, text.tokens, hear, sampling)
-            self.engine.submit([request])
-            try:
-                yield version, self._pieces(heard, gone)
-            finally:
-                self.engine.cancel([request])
-
-    async def _pieces(self, heard: asyncio.Queue[Piece | Answer], gone: Gone) -> AsyncIterator[Piece | Answer]:
-        while True:
-            part = await self._in_time(asyncio.ensure_future(heard.get()), gone)
-            if isinstance(part, Answer) and part.error is not None:
-                raise _failed(part.error)
-            yield part
-            if isinstance(part, Answer):
-                return
-
-    async def _in_time(self, wanted: asyncio.Future[Any], gone: Gone) -> Any:
-        done, _ = await asyncio.wait({wanted, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
-        if wanted in done:
-            return wanted.result()
-        wanted.cancel()
-        if gone in done:
-            raise RefusedError(499, "the client has gone", "client_closed_request")
-        raise RefusedError(504, f"no answer came in {self.settings.timeout:g} seconds", "timeout")
 
     def metrics_text(self) -> bytes:
         """What Prometheus reads."""
@@ -321,9 +286,21 @@ def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *argumen
         loop.call_soon_threadsafe(call, *arguments)
 
 
-def _set(future: asyncio.Future[Any], answer: Piece | Answer) -> None:
-    if not future.done():
-        future.set_result(answer)
+async def _parts(
+    rows: int, heard: asyncio.Queue[tuple[int, Piece | Answer]], client: Client
+) -> AsyncIterator[tuple[int, Piece | Answer]]:
+    """What is heard of rows until all have their answers; what they generate is the client's to pay."""
+    generated, answered = [0] * rows, 0
+    while answered < rows:
+        number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
+        if isinstance(part, Piece):
+            client.key.spend(part.tokens - generated[number])
+            generated[number] = part.tokens
+        else:
+            answered += 1
+            if part.error is not None:
+                raise _failed(part.error)
+        yield number, part
 
 
 def _failed(error: BaseException) -> RefusedError:

@@ -1,0 +1,164 @@
+"""Texts as tokens, beside the loop: one text at a time, so that clients take turns; short ones do not wait for long."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar, cast
+
+from jinja2 import TemplateError
+
+from .base import Base
+from .requests import RefusedError
+
+PORTION, SHORT = 2**12, 2**14
+"""Characters of texts that are read at once, and of one that is read in milliseconds."""
+MANY = 2**16
+"""Characters of a text that are read whatever the model takes: of spaces and unknown words few tokens may be left."""
+MOST = 2**22
+"""Characters of all texts of a request, of which a route may read one more than once."""
+T = TypeVar("T")
+Input = str | Sequence[str] | Sequence[int]
+"""A text, a pair, or tokens."""
+
+
+class Text(NamedTuple):
+    """A text, or a pair of them, as tokens."""
+
+    tokens: Sequence[int]
+    types: Sequence[int] | None = None
+
+
+class _Lane:
+    """A thread with a tokenizer that nothing else uses: to truncate changes it, and the engine has its own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.thread = ThreadPoolExecutor(1, "dvora-texts")
+
+
+class Texts:
+    """Reads texts for a model.
+
+    Args:
+        base: with its tokenizer.
+        longest: tokens of a text, and of what follows it.
+    """
+
+    def __init__(self, base: Base, longest: int) -> None:
+        self.name, self.generates, self.longest = base.name, base.generates, longest
+        self.vocabulary = base.model.get_input_embeddings().num_embeddings
+        # A space between words is of no piece in many vocabularies.
+        self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
+        self._short, self._long = _Lane(base.tokenizer), _Lane(base.tokenizer)
+        self.token = lru_cache(2**16)(partial(_token, base.tokenizer))
+        """The text of one token."""
+
+    def close(self) -> None:
+        """End the threads."""
+        for lane in (self._short, self._long):
+            lane.thread.shutdown(cancel_futures=True)
+
+    async def run(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function gives that is called with a tokenizer, after others of its kind.
+
+        Args:
+            size: how many characters or numbers there are: what is short does not wait for what is long.
+            function: called in a thread.
+            arguments: behind the tokenizer.
+        """
+        lane = self._short if size <= SHORT else self._long
+        return await asyncio.get_running_loop().run_in_executor(lane.thread, function, lane.tokenizer, *arguments)
+
+    async def read(self, texts: Sequence[Input], *, truncate: bool = False, is_template: bool = False) -> list[Text]:
+        """Texts, pairs, or tokens, as the model reads them.
+
+        Args:
+            texts: as a client sent them.
+            truncate: cut what is longer than the model reads, in place of a refusal.
+            is_template: whether they have the special tokens of a chat's template already.
+
+        Raises:
+            RefusedError: 400, one is empty or too long, or all together are.
+        """
+        read, sizes = list[Text](), [_size(text) for text in texts]
+        if (size := sum(sizes)) > MOST:
+            raise RefusedError(400, f"the texts have {size:,} characters, and at most {MOST:,} are read; send fewer")
+        while (first := len(read)) < len(texts):
+            last = first + 1
+            while last < len(texts) and sum(sizes[first : last + 1]) <= PORTION:
+                last += 1
+            portion, size = texts[first:last], sum(sizes[first:last])
+            read += await self.run(size, self._read, portion, truncate, is_template)
+        return read
+
+    def _read(self, tokenizer: Any, texts: Sequence[Input], truncate: bool, is_template: bool) -> list[Text]:
+        return [self._text(tokenizer, text, truncate, is_template) for text in texts]
+
+    def _text(self, tokenizer: Any, text: Input, truncate: bool, is_template: bool) -> Text:
+        most = self.longest - self.generates  # At least one token follows a prompt.
+        if not isinstance(text, str) and text and isinstance(text[0], int):
+            ids = cast(Sequence[int], text[:most] if truncate else text)
+            if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+                raise RefusedError(400, f"a token is not from 0 to {self.vocabulary - 1}; use the base's tokenizer")
+            read = Text(ids)
+        else:
+            parts = [text] if isinstance(text, str) else [str(part) for part in text]
+            if truncate:
+                parts = [part[: self.most_characters] for part in parts]
+            self.check(max(map(len, parts), default=0))
+            cut = {"truncation": True, "max_length": most} if truncate else {}
+            encoded = tokenizer(*parts, verbose=False, add_special_tokens=not is_template, **cut)
+            read = Text(encoded["input_ids"], encoded.get("token_type_ids"))
+        if not read.tokens:
+            raise RefusedError(400, "the input has no tokens; send a text")
+        if (count := len(read.tokens)) > most:
+            advice = "send a shorter one" if self.generates else "send a shorter one, or truncate: true"
+            raise RefusedError(400, f"the input has {count:,} tokens, and at most {most:,} are read; {advice}")
+        return read
+
+    def check(self, characters: int) -> None:
+        """Refuse, unread, a text of more characters than the tokens that the model takes can have.
+
+        Raises:
+            RefusedError: 400.
+        """
+        if characters > self.most_characters:
+            raise RefusedError(
+                400,
+                f"the input has {characters:,} characters, and at most {self.most_characters:,} are read, since "
+                f"{self.name} takes {self.longest:,} tokens; send a shorter one",
+            )
+
+    async def chat(self, messages: Sequence[Mapping[str, str]]) -> list[Text]:
+        """The prompt of a chat, written with the tokenizer's template.
+
+        Raises:
+            RefusedError: 400, there is none, it refuses these messages, or they are too long.
+        """
+        self.check(size := sum(len(message["content"]) for message in messages))
+        prompt = await self.run(size + SHORT // 64 * len(messages), self._written, messages)
+        return await self.read([prompt], is_template=True)
+
+    def _written(self, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+        if not tokenizer.chat_template:
+            raise RefusedError(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions")
+        try:
+            text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of the template, which is the model's and raises what it likes
+            # Only what the template says itself is for clients: other errors are of Python.
+            said = f": {str(error)[:200]}" if type(error) is TemplateError else ""
+            raise RefusedError(400, f"the chat template refuses these messages{said}") from error
+        return text
+
+
+def _size(text: Input) -> int:
+    return len(text) if isinstance(text, str) or (text and isinstance(text[0], int)) else sum(map(len, map(str, text)))
+
+
+def _token(tokenizer: Any, token: int) -> str:
+    text: str = tokenizer.decode([token])
+    return text
