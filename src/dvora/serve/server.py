@@ -133,7 +133,7 @@ class Server:
                 settings.dtype,
                 settings.trust,
             )
-            self.registry = Registry(self.base.bank, self.store, self.base.name)
+            self.registry = Registry(self.base.bank, self.store, self.base.name, self.base.between_passes)
             self.registry.open(opened, damaged)
             limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
             self.longest = min(limit for limit in limits if limit is not None)
