@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -61,6 +62,13 @@ def compiler() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def inductor(compiler: None) -> None:
+    """PyTorch's own backend, which writes C++."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
 
 
 @pytest.fixture
