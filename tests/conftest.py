@@ -5,8 +5,10 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,9 +68,9 @@ def compiler() -> Iterator[None]:
 
 @pytest.fixture
 def inductor(compiler: None) -> None:
-    """PyTorch's own backend, which writes C++."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
+    """PyTorch's own backend, which writes C++ that includes Python's headers."""
+    if shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("g++ or Python's headers (python3-dev) are not installed")
 
 
 @pytest.fixture
