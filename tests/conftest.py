@@ -2,10 +2,13 @@
 
 import gc
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +64,13 @@ def compiler() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def inductor(compiler: None) -> None:
+    """PyTorch's own backend, which writes C++ that includes Python's headers."""
+    if shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("g++ or Python's headers (python3-dev) are not installed")
 
 
 @pytest.fixture

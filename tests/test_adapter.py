@@ -784,7 +784,7 @@ def test_a_layer_runs_on_tensors_without_values() -> None:
     torch.testing.assert_close(layer(X), fresh_copy(layer)(X))
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("inductor")
 def test_compiled_gradients_equal_eager_ones() -> None:
     layer = trained_layer(IN, OUT, RANK, freeze_base_layer=False, dtype=torch.float64)
     graph, x, d = torch.compile(layer, fullgraph=True), X.double(), D.double()

@@ -57,6 +57,7 @@ def test_one_graph_serves_every_mix_set_of_slots_and_thread(
     assert len(graphs.made) == 1
 
 
+@pytest.mark.usefixtures("inductor")
 def test_inductor_gives_the_same(tmp_path: Path) -> None:
     these = tenants(HEADED, tmp_path, 2, projection_init="structured")
     with these.bank() as served:
