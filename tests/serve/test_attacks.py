@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 from dvora.bank.packs import write_pack
-from dvora.serve import guard
+from dvora.serve import connections, guard
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
 
@@ -98,7 +98,10 @@ def test_names_that_no_adapter_can_have(name: str, llama: Path, language_adapter
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "llama"]
 
 
-def test_bodies_that_are_too_large_or_no_json(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_bodies_that_are_too_large_or_no_json(
+    llama: Path, language_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
     adapters = copied(language_adapters, tmp_path / "adapters")
     with serving(llama, adapters, largest_upload=10_000) as (client, _):
         assert client.put("/v1/adapters/x", content=bytes(10_001), headers=ADMIN).status_code == 413

@@ -1,6 +1,7 @@
 """The process of a server: where it listens, what it logs."""
 
 import logging
+import resource
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,11 @@ def test_records_are_lines() -> None:
     record = logging.LogRecord("dvora.serve", logging.INFO, "", 0, content, None, None)
     assert JsonLines().format(record).isprintable()
     assert JsonLines().format(record).isascii()
+
+
+def test_more_connections_than_files(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("the system lets a process open any number of files")
+    with pytest.raises(ValueError, match=rf"--connections is {hard:,}.*ulimit"):
+        serve(Settings("none", tmp_path), "127.0.0.1", 0, hard, None)

@@ -16,6 +16,8 @@ from .connections import HEAD_SECONDS, LARGEST_HEAD, Connection
 from .server import Server, Settings
 
 DRAINING_SECONDS = 30
+OTHER_FILES = 256
+"""That may be open beside connections."""
 
 
 class JsonLines(logging.Formatter):
@@ -39,10 +41,11 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
         tell: called with what whoever started it should know; None logs nothing.
 
     Raises:
-        ValueError: the base or an adapter cannot be served, or the host is none.
+        ValueError: the base or an adapter cannot be served, the host is none, or there are too many connections.
         OSError: the port is taken.
     """
     # Before the model is loaded, which takes seconds.
+    _allow_files(connections + OTHER_FILES)
     with _listening(host, port) as listening:
         if tell is not None:
             handler = logging.StreamHandler()
@@ -89,3 +92,19 @@ def _listening(host: str, port: int) -> socket.socket:
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(f"--host is {host!r}, expected an address or a name of this machine") from error
     return socket.create_server(address[:2], family=family)
+
+
+def _allow_files(count: int) -> None:
+    """Open more than a shell allows at first, often 1,024: who is refused a file cannot take another's place."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard):
+        if count > hard:
+            raise ValueError(
+                f"--connections is {count - OTHER_FILES:,}, and this process may open {hard:,} files (ulimit -Hn); "
+                f"expected at most {hard - OTHER_FILES:,}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
