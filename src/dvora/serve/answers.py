@@ -108,10 +108,11 @@ def _problems(error: ValidationError, kind: type[Body]) -> str:
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
         # After a field and the place in its list come names of Python's types.
         path = [*problem["loc"][:1], *(part for part in problem["loc"][1:2] if isinstance(part, int))]
-        said, is_kept = problem["msg"], problem["type"] == "kept"
-        if path and not is_kept:
-            said = f"expected {kind.model_fields[str(path[0])].description}"
-        place = ".".join(map(str, path)) or ("" if is_kept else "the body")
+        place, said = ".".join(map(str, path)), problem["msg"]
+        if problem["type"] == "json_invalid":
+            said = f"the body is no JSON: {said}"
+        elif problem["type"] != "kept":
+            said = f"expected {kind.model_fields[str(path[0])].description if path else 'a JSON object'}"
         problems.setdefault(place, f"{place}: {said}" if place else said)
     return "; ".join([*problems.values()][:MOST_PROBLEMS])
 

@@ -137,10 +137,10 @@ class Embeddings(Body, neutral=NEUTRAL):
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    server, key = call.server, call.key
-    base = [_card(server, None)] if key.sees(None) else []
-    cards = [_card(server, version) for version in server.registry.versions() if key.sees(version.name)]
-    content = {"object": "list", "data": [*base, *cards], "left_out": server.registry.left_out(key)}
+    server, base = call.server, call.server.base.name
+    versions: list[Version | None] = [version for version in server.registry.versions() if call.key.sees(version.name)]
+    cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
+    content = {"object": "list", "data": cards, "left_out": server.registry.left_out(call.key)}
     return Response(to_json(content), media_type="application/json")
 
 
@@ -149,7 +149,7 @@ async def model_card(model: str, call: Here) -> Response:
     """One model."""
     name = call.named(model)
     async with call.server.versions([name]) as versions:
-        return JSONResponse(_card(call.server, versions[name]))
+        return JSONResponse(_card(call.server.base.name, versions[name]))
 
 
 @router.post("/v1/completions", openapi_extra=takes(Completion))
@@ -322,8 +322,6 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
 
-def _card(server: Server, version: Version | None) -> dict[str, Any]:
-    base, common = server.base.name, {"object": "model", "created": 0, "owned_by": "dvora"}
-    if version is None:
-        return {"id": base, **common, "root": server.base.source, "parent": None}
-    return {"id": version.name, **common, "root": version.digest or version.name, "parent": base}
+def _card(base: str, version: Version | None) -> dict[str, Any]:
+    name, root, parent = (base, base, None) if version is None else (version.name, version.digest or version.name, base)
+    return {"id": name, "object": "model", "created": 0, "owned_by": "dvora", "root": root, "parent": parent}

@@ -100,9 +100,9 @@ class Texts:
 
     def _text(self, tokenizer: Any, text: Input, truncate: bool, is_template: bool) -> Text:
         most = self.longest - self.generates  # At least one token follows a prompt.
-        if not isinstance(text, str) and text and isinstance(text[0], int):
+        if not isinstance(text, str) and (not text or isinstance(text[0], int)):
             ids = cast(Sequence[int], text[:most] if truncate else text)
-            if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
                 raise RefusedError(400, f"a token is not from 0 to {self.vocabulary - 1}; use the base's tokenizer")
             read = Text(ids)
         else:
