@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import InferenceClient
 from openai import OpenAI
 from transformers import AutoModel
 
@@ -106,3 +107,68 @@ def test_more_rows_than_may_wait_are_refused_before_they_are_made(
         assert client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1025}).status_code == 400
         answer = client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1024})
         assert len(answer.json()["data"]) == client.get("/info").json()["max_client_batch_size"] == 1024
+
+
+def test_hugging_faces_client(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    """It names no adapter in the body, so the address does; `POST /` is what text-embeddings-inference has there."""
+    alone = Alone(bert)
+    logits = alone.logits(classifiers / "three", 3, TEXTS[0])
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (http, _):
+        for path in ("/predict", "/"):
+            client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}{path}?model=three")
+            rows = client.text_classification(TEXTS[0])
+            assert [row.label for row in rows] == [f"LABEL_{index}" for index in logits.argsort(descending=True)]
+            assert [row.score for row in rows] == pytest.approx(
+                sorted(logits.softmax(-1).tolist(), reverse=True), abs=1e-5
+            )
+            for function, scores in (("sigmoid", logits.sigmoid()), ("none", logits)):
+                (best,) = client.text_classification(TEXTS[0], top_k=1, function_to_apply=function)  # type: ignore[arg-type]
+                assert best.score == pytest.approx(float(scores.max()), abs=1e-5)
+        client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}/embed?model=three")
+        options: dict[str, object] = {"normalize": True, "truncate": False, "truncation_direction": "right"}
+        vectors = client.feature_extraction(TEXTS, **options, encoding_format="float")  # type: ignore[arg-type]
+        expected = http.post("/v1/embeddings", json={"model": "three", "input": TEXTS}).json()["data"]
+        np.testing.assert_allclose(vectors, [row["embedding"] for row in expected], atol=1e-6)
+        assert http.get("/").headers["content-type"].startswith("text/html")
+
+
+def test_fields_of_text_embeddings_inference_at_their_defaults(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    neutral: dict[str, object] = {"truncate": False, "truncation_direction": "Right", "auto_truncate": False}
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        for path, body, others in [
+            ("/predict", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
+            ("/", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
+            ("/embed", {"inputs": "good"}, {"normalize": True, "prompt_name": None, "dimensions": None}),
+            (
+                "/rerank",
+                {"model": "one", "query": "good", "texts": ["bad"]},
+                {"return_text": False, "raw_scores": False},
+            ),
+        ]:
+            expected = client.post(path, json=body)
+            assert expected.status_code == 200, expected.text
+            for name, value in {**neutral, **others}.items():
+                for sent in (value, None):
+                    answer = client.post(path, json={**body, name: sent})
+                    assert answer.json() == expected.json(), (path, name, sent)
+        for name, value in (("normalize", False), ("truncation_direction", "Left"), ("prompt_name", "query")):
+            answer = client.post("/embed", json={"inputs": "good", name: value})
+            assert answer.status_code == 400
+            assert f"{name} is not kept here" in answer.json()["error"]["message"]
+        assert (
+            client.post("/embed", json={"inputs": [4, 5]}).json()
+            == client.post("/embed", json={"inputs": [[4, 5]]}).json()
+        )
+
+
+def test_headers_name_the_version_if_it_is_one(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        one = client.post("/v1/classify", json={"model": ["two", "two"], "input": "good"})
+        several = client.post("/v1/classify", json={"model": [*CLASSES], "input": "good"})
+        embedded = client.post("/v1/embeddings", json={"model": "two", "input": "good"})
+    digest = one.json()["data"][0]["digest"]
+    for answer in (one, embedded):
+        assert (answer.headers["x-dvora-adapter"], answer.headers["x-dvora-digest"]) == ("two", digest)
+    assert not [name for name in several.headers if name.startswith("x-dvora")]
+    assert [row["adapter"] for row in several.json()["data"]] == [*CLASSES]
+    assert embedded.json()["data"][0]["digest"] == digest

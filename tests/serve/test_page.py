@@ -1,5 +1,6 @@
 """The page at /, in a browser: adapters are chosen, a text is sent, answers stand side by side."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,23 @@ def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         page.click("#ask")
         page.wait_for_selector(".error")
         assert "at most" in page.locator(".error").inner_text()
+
+
+def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[shop]\nsha256 = "{hashlib.sha256(b"a secret").hexdigest()}"\nadapters = ["a1"]\n')
+    with (
+        serving(llama, copied(language_adapters, tmp_path / "adapters"), keys=keys) as (client, _),
+        seen(str(client.base_url)) as found,
+    ):
+        page = found.page
+        page.wait_for_selector(".error")
+        assert "with a key only" in page.locator(".error").inner_text()
+        page.fill("#key", "a secret")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#adapters button")
+        assert page.locator("#adapters button").all_inner_texts() == ["a1"]
+        page.fill("#text", "a")
+        page.click("#ask")
+        page.wait_for_selector("article code")
+        assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]

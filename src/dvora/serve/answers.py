@@ -23,8 +23,6 @@ MOST_BRACKETS = 2**17
 """Of a body: each may begin a list or an object, and so many take a tenth of a second."""
 MOST_PROBLEMS = 3
 """That an answer tells."""
-ANYTHING = None
-"""In place of the neutral values of a field: nothing comes of any."""
 B = TypeVar("B", bound="Body")
 Switch = Annotated[bool, Field(description="true or false")]
 # Of a list that is wrong the first problem is enough.
@@ -41,7 +39,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     neutral: ClassVar[dict[str, tuple[Any, ...] | None]] = {}
-    """Fields that are not kept, with the values by which nothing changes: an argument of each class."""
+    """Fields that are not kept, with the values by which nothing changes, None for any: an argument of each class."""
 
     def __init_subclass__(cls, neutral: Mapping[str, tuple[Any, ...] | None] | None = None) -> None:
         super().__init_subclass__()
@@ -108,10 +106,11 @@ def _problems(error: ValidationError, kind: type[Body]) -> str:
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
         # After a field and the place in its list come names of Python's types.
         path = [*problem["loc"][:1], *(part for part in problem["loc"][1:2] if isinstance(part, int))]
-        said, is_kept = problem["msg"], problem["type"] == "kept"
-        if path and not is_kept:
-            said = f"expected {kind.model_fields[str(path[0])].description}"
-        place = ".".join(map(str, path)) or ("" if is_kept else "the body")
+        place, said = ".".join(map(str, path)), problem["msg"]
+        if problem["type"] == "json_invalid":
+            said = f"the body is no JSON: {said}"
+        elif problem["type"] != "kept":
+            said = f"expected {kind.model_fields[str(path[0])].description if path else 'a JSON object'}"
         problems.setdefault(place, f"{place}: {said}" if place else said)
     return "; ".join([*problems.values()][:MOST_PROBLEMS])
 
@@ -179,7 +178,7 @@ class Call:
             tokens = await client.wait(self.server.texts.read(texts, truncate=truncate))
             return await self.server.rows(work, [(name, text) for text in tokens for name in names], client)
 
-    async def answer(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
+    async def answer_rows(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
         """An answer with an item for each row, written in a thread, where others take turns with it.
 
         Args:
@@ -187,12 +186,10 @@ class Call:
             item: of a row and its number, called in the thread.
             frame: what stands beside `data`; without it the items are all.
         """
-        size = sum(row.values.numel() for row in rows)
-        run = self.server.texts.run
-        content = await run(size, lambda _: b",".join(to_json(item(*row)) for row in enumerate(rows)))
-        before, after = (to_json(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
-        headers = headers_of(row.version for row in rows)
-        return Response(before + content + after, media_type="application/json", headers=headers)
+        size, run = sum(row.values.numel() for row in rows), self.server.texts.run
+        content = await run(size, lambda _: b",".join(_json(item(*row)) for row in enumerate(rows)))
+        before, after = (_json(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
+        return _response(before + content + after, [row.version for row in rows])
 
 
 Here = Annotated[Call, Depends()]
@@ -207,6 +204,19 @@ def headers_of(versions: Iterable[Version | None]) -> dict[str, str]:
     """The headers that say which version answered, if it was one; of several the rows say it."""
     distinct = {*versions}
     return dict(zip((ADAPTER, DIGEST), whose(distinct.pop()).values(), strict=True)) if len(distinct) == 1 else {}
+
+
+def answer(content: Any, versions: Iterable[Version | None] = ()) -> Response:
+    """An answer, by the versions that gave it."""
+    return _response(_json(content), versions)
+
+
+def _response(content: bytes, versions: Iterable[Version | None]) -> Response:
+    return Response(content, media_type="application/json", headers=headers_of(versions))
+
+
+def _json(content: Any) -> bytes:
+    return to_json(content, inf_nan_mode="null")
 
 
 def digest_of(version: Version | None) -> str:

@@ -7,13 +7,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
-from pydantic_core import to_json
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, Call, Here, Inputs, Switch, Texts, headers_of, inputs_of, read, sent, takes, whose
+from .answers import Body, Call, Here, Inputs, Switch, Texts, answer, inputs_of, read, sent, takes, whose
 from .registry import Version
 from .requests import RefusedError
 from .server import Row, Server
@@ -82,7 +81,7 @@ async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Res
     def item(index: int, row: Row) -> dict[str, Any]:
         return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
 
-    return await call.answer(rows, item, object="list", model=body.model)
+    return await call.answer_rows(rows, item, object="list", model=body.model)
 
 
 @router.post("/predict", openapi_extra=takes(Predict))
@@ -92,15 +91,15 @@ async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Respon
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
     rows = await call.rows("classify", [_model(body, call)], inputs, body.truncate)
     if is_one and body.parameters is None:
-        return JSONResponse(_scores(rows[0], call.server, body), headers=headers_of([rows[0].version]))
-    return await call.answer(rows, lambda _, row: _scores(row, call.server, body))
+        return answer(_scores(rows[0], call.server, body), [rows[0].version])
+    return await call.answer_rows(rows, lambda _, row: _scores(row, call.server, body))
 
 
 @router.post("/embed", openapi_extra=takes(Embed))
 async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
     """Vectors of length one."""
     rows = await call.rows("embed", [_model(body, call)], inputs_of(body.inputs), body.truncate)
-    return await call.answer(rows, lambda _, row: row.values.tolist())
+    return await call.answer_rows(rows, lambda _, row: row.values.tolist())
 
 
 @router.post("/", openapi_extra=takes(Predict))
@@ -122,12 +121,10 @@ async def rerank(body: Annotated[Rerank, sent(Rerank)], call: Here) -> Response:
         )
     scores = torch.cat([row.values for row in rows])
     scores = scores if body.raw_scores else scores.sigmoid()
-    answers = [
-        {"index": index, "score": float(scores[index]), **({"text": body.texts[index]} if body.return_text else {})}
-        for index in scores.argsort(descending=True).tolist()
-    ]
-    headers = headers_of(row.version for row in rows)
-    return Response(to_json(answers), media_type="application/json", headers=headers)
+    order = scores.argsort(descending=True).tolist()
+    texts = body.texts if body.return_text else None
+    ranks = [{"index": row, "score": float(scores[row]), **({"text": texts[row]} if texts else {})} for row in order]
+    return answer(ranks, [row.version for row in rows])
 
 
 @router.get("/info")

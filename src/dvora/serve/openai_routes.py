@@ -11,18 +11,18 @@ from itertools import starmap
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from .answers import (
-    ANYTHING,
     Body,
     Call,
     Here,
     Inputs,
     Switch,
+    answer,
     digest_of,
     error_body,
     headers_of,
@@ -38,16 +38,14 @@ from .texts import Text
 
 router = APIRouter(tags=["OpenAI's interface"])
 MOST_MESSAGES = 1024
-NEUTRAL = dict.fromkeys(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), ANYTHING
-)
+NEUTRAL = dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
 PLAIN = {"n": (1,), "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
 Model = Annotated[str, Field(max_length=512, description="the name of a model, as GET /v1/models has it")]
 Tokens = Annotated[int, Field(ge=1, lt=2**31, description="a number of tokens, 1 or more")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(Body, neutral={"include_obfuscation": ANYTHING}):
+class StreamOptions(Body, neutral={"include_obfuscation": None}):
     """What a stream has besides the text."""
 
     include_usage: bool = False
@@ -137,11 +135,10 @@ class Embeddings(Body, neutral=NEUTRAL):
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    server, key = call.server, call.key
-    base = [_card(server, None)] if key.sees(None) else []
-    cards = [_card(server, version) for version in server.registry.versions() if key.sees(version.name)]
-    content = {"object": "list", "data": [*base, *cards], "left_out": server.registry.left_out(key)}
-    return Response(to_json(content), media_type="application/json")
+    server, base = call.server, call.server.base.name
+    versions: list[Version | None] = [version for version in server.registry.versions() if call.key.sees(version.name)]
+    cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
+    return answer({"object": "list", "data": cards, "left_out": server.registry.left_out(call.key)})
 
 
 @router.get("/v1/models/{model}")
@@ -149,7 +146,7 @@ async def model_card(model: str, call: Here) -> Response:
     """One model."""
     name = call.named(model)
     async with call.server.versions([name]) as versions:
-        return JSONResponse(_card(call.server, versions[name]))
+        return answer(_card(call.server.base.name, versions[name]))
 
 
 @router.post("/v1/completions", openapi_extra=takes(Completion))
@@ -182,7 +179,7 @@ async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) 
 
     count = sum(row.tokens for row in rows)
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return await call.answer(rows, item, object="list", model=body.model, usage=usage)
+    return await call.answer_rows(rows, item, object="list", model=body.model, usage=usage)
 
 
 async def _generate(
@@ -208,11 +205,11 @@ async def _generate(
             )
         rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
         versions, parts = await held.enter_async_context(server.asking("generate", rows, client, sampling))
-        shape, headers = _Shape(body, texts, versions[0], server, chances is not None), headers_of(versions)
+        shape = _Shape(body, texts, versions[0], server, chances is not None)
         if not body.stream:
-            return JSONResponse(await shape.whole(parts), headers=headers)
+            return answer(await shape.whole(parts), versions)
         # Held until the last piece is sent.
-        return _Stream(shape.events(parts, body.stream_options.include_usage), held.pop_all(), headers)
+        return _Stream(shape.events(parts, body.stream_options.include_usage), held.pop_all(), headers_of(versions))
 
 
 class _Stream(StreamingResponse):
@@ -322,8 +319,6 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
 
-def _card(server: Server, version: Version | None) -> dict[str, Any]:
-    base, common = server.base.name, {"object": "model", "created": 0, "owned_by": "dvora"}
-    if version is None:
-        return {"id": base, **common, "root": server.base.source, "parent": None}
-    return {"id": version.name, **common, "root": version.digest or version.name, "parent": base}
+def _card(base: str, version: Version | None) -> dict[str, Any]:
+    name, root, parent = (base, base, None) if version is None else (version.name, version.digest or version.name, base)
+    return {"id": name, "object": "model", "created": 0, "owned_by": "dvora", "root": root, "parent": parent}

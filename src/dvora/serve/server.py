@@ -90,11 +90,11 @@ class Client:
             if left > 0:
                 either: set[asyncio.Future[Any]] = {task, self.gone}
                 await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
             if self.gone.done():
                 raise RefusedError(499, "the client has gone", "client_closed_request")
-            if not task.done():
-                raise RefusedError(504, "no answer came in the time that a request may take here", "timeout")
-            return task.result()
+            raise RefusedError(504, "no answer came in the time that a request may take here", "timeout")
         finally:
             task.cancel()
 

@@ -6,7 +6,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
 from jinja2 import TemplateError
@@ -32,14 +32,6 @@ class Text(NamedTuple):
     types: Sequence[int] | None = None
 
 
-class _Lane:
-    """A thread with a tokenizer that nothing else uses: to truncate changes it, and the engine has its own."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.thread = ThreadPoolExecutor(1, "dvora-texts")
-
-
 class Texts:
     """Reads texts for a model.
 
@@ -53,14 +45,15 @@ class Texts:
         self.vocabulary = base.model.get_input_embeddings().num_embeddings
         # A space between words is of no piece in many vocabularies.
         self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
-        self._short, self._long = _Lane(base.tokenizer), _Lane(base.tokenizer)
-        self.token = lru_cache(2**16)(partial(_token, base.tokenizer))
+        # To truncate changes a tokenizer, so each thread has one, and the engine decodes with its own.
+        self._lanes = [(ThreadPoolExecutor(1, "dvora-texts"), copy.deepcopy(base.tokenizer)) for _ in range(2)]
+        self.token = lru_cache(2**16)(lambda token: str(base.tokenizer.decode([token])))
         """The text of one token."""
 
     def close(self) -> None:
         """End the threads."""
-        for lane in (self._short, self._long):
-            lane.thread.shutdown(cancel_futures=True)
+        for thread, _ in self._lanes:
+            thread.shutdown(cancel_futures=True)
 
     async def run(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
         """What a function gives that is called with a tokenizer, after others of its kind.
@@ -70,8 +63,8 @@ class Texts:
             function: called in a thread.
             arguments: behind the tokenizer.
         """
-        lane = self._short if size <= SHORT else self._long
-        return await asyncio.get_running_loop().run_in_executor(lane.thread, function, lane.tokenizer, *arguments)
+        thread, tokenizer = self._lanes[size > SHORT]
+        return await asyncio.get_running_loop().run_in_executor(thread, function, tokenizer, *arguments)
 
     async def read(self, texts: Sequence[Input], *, truncate: bool = False, is_template: bool = False) -> list[Text]:
         """Texts, pairs, or tokens, as the model reads them.
@@ -88,11 +81,10 @@ class Texts:
         if (size := sum(sizes)) > MOST:
             raise RefusedError(400, f"the texts have {size:,} characters, and at most {MOST:,} are read; send fewer")
         while (first := len(read)) < len(texts):
-            last = first + 1
-            while last < len(texts) and sum(sizes[first : last + 1]) <= PORTION:
-                last += 1
-            portion, size = texts[first:last], sum(sizes[first:last])
-            read += await self.run(size, self._read, portion, truncate, is_template)
+            last, size = first + 1, sizes[first]
+            while last < len(texts) and size + sizes[last] <= PORTION:
+                last, size = last + 1, size + sizes[last]
+            read += await self.run(size, self._read, texts[first:last], truncate, is_template)
         return read
 
     def _read(self, tokenizer: Any, texts: Sequence[Input], truncate: bool, is_template: bool) -> list[Text]:
@@ -100,9 +92,9 @@ class Texts:
 
     def _text(self, tokenizer: Any, text: Input, truncate: bool, is_template: bool) -> Text:
         most = self.longest - self.generates  # At least one token follows a prompt.
-        if not isinstance(text, str) and text and isinstance(text[0], int):
+        if not isinstance(text, str) and (not text or isinstance(text[0], int)):
             ids = cast(Sequence[int], text[:most] if truncate else text)
-            if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
                 raise RefusedError(400, f"a token is not from 0 to {self.vocabulary - 1}; use the base's tokenizer")
             read = Text(ids)
         else:
@@ -157,8 +149,3 @@ class Texts:
 
 def _size(text: Input) -> int:
     return len(text) if isinstance(text, str) or (text and isinstance(text[0], int)) else sum(map(len, map(str, text)))
-
-
-def _token(tokenizer: Any, token: int) -> str:
-    text: str = tokenizer.decode([token])
-    return text
