@@ -1,5 +1,6 @@
 """One batch, many clients: what one of them sends or uploads changes nobody else's answer."""
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -246,3 +247,66 @@ def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_ada
     assert [piece.tokens for piece in listed.pieces] == [*range(1, 13)]
     assert (ended.pieces[-1].tokens, ended.answer.finish) == (5, "stop")
     assert (stopped.pieces[-1].tokens, stopped.text, stopped.answer.finish) == (6, expected[:3], "stop")
+
+
+@pytest.fixture(scope="module")
+def long_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with room for longer texts."""
+    base = copied(llama, tmp_path_factory.mktemp("long") / "llama")
+    for name, setting in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, setting: 512}))
+    return base
+
+
+def test_texts_that_lose_their_rows_go_on_where_they_were(
+    long_llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    alone = Alone(long_llama)
+    sampled: Mapping[str, Any] = {"adapter": "a5", "sampling": {"max_tokens": 200, "temperature": 1.0, "seed": 5}}
+    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), cache_tokens=512) as server:
+        (expected,) = ask(server, sampled)
+        before = batches(server, "prefill")
+        names = ("a0", "a3", "a0", "a3", "a0")
+        *greedy, last = ask(server, *({"adapter": name, "sampling": {"max_tokens": 200}} for name in names), sampled)
+        assert batches(server, "prefill") > before + 2
+        decoder = server.engine._decoder
+        assert decoder is not None
+        assert decoder.cache.rows * decoder.cache.room <= 512
+    for name, text in zip(names, greedy, strict=True):
+        assert text.text == alone.continued(language_adapters / name, "the ", 200)
+        assert [piece.tokens for piece in text.pieces] == [*range(1, 201)]
+    assert (last.text, last.answer) == (expected.text, expected.answer)
+
+
+def test_a_short_text_does_not_wait_for_the_long_ones_of_another_queue(
+    long_llama: Path, language_adapters: Path, tmp_path: Path
+) -> None:
+    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4, queue=8) as server:
+        long = Asked(server, [{"adapter": "a0", "queue": "many", "sampling": {"max_tokens": 150}}] * 8)
+        for number in range(1, 6):
+            (text,) = ask(server, {"adapter": f"a{number}", "queue": "single", "sampling": {"max_tokens": 3}})
+            assert text.answer == Answer(finish="length")
+        assert not long._ended.is_set()
+        expected = Alone(long_llama).continued(language_adapters / "a0", "the ", 150)
+        assert all(text.text == expected for text in long.texts())
+
+
+def test_a_flood_is_told_of_itself_and_others_get_in(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    with started(bert, copied(classifiers, tmp_path / "adapters"), batch_rows=1, queue=10) as server:
+        refused: list[RefusedError] = []
+        with server.base.passing:
+            floods = [Asked(server, [{"adapter": "two", "queue": "flood"}]) for _ in range(10)]
+            while len(floods) < 20:
+                try:
+                    floods.append(Asked(server, [{"adapter": "two", "queue": "flood"}]))
+                except RefusedError as error:
+                    refused.append(error)
+                    break
+            others = [Asked(server, [{"adapter": "three", "queue": "other"}]) for _ in range(3)]
+        assert refused[0].status == 429
+        assert refused[0].headers == {"Retry-After": "1"}
+        assert "10 requests" in refused[0].message
+        assert all(text.answer.error is None for other in others for text in other.texts())
+        errors = [text.answer.error for flood in floods for text in flood.texts()]
+        assert [error.status for error in errors if isinstance(error, RefusedError)] == [429] * 3

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from .scheduler import BLOCK
+
 
 class RowCache(Cache):
     """The cache of one model.
@@ -38,8 +40,10 @@ class RowCache(Cache):
         What is there is kept where this leaves room for it: texts come and go without their keys and values moving.
         """
         if rows > self.rows or room > self.room:
+            # By a part of what there is, so that growing texts are not copied again and again.
+            more = self.room if room <= self.room else room + max(BLOCK, self.room // 2)
             rows = max(rows, min(self.rows, self.tokens // room))
-            room = max(room, min(self.room, self.tokens // rows))
+            room = max(room, min(more, self.tokens // rows))
             for layer in self.of_layers:
                 layer.resize(rows, room)
             # Only now: what fails, for want of memory, is tried again by the next ones.

@@ -140,13 +140,14 @@ class Decoder:
         return [text.request for text in self.texts]
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[list[_Text], Tensor]:
-        lengths = [len(request.tokens) for request in requests]
+        lengths = [request.length for request in requests]
         ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
         for row, request in zip(ids, requests, strict=True):
-            row[: len(request.tokens)] = torch.tensor(request.tokens)
-        everyone = [*self.running, *requests]
-        self.cache.reserve(len(everyone), max(request.room for request in everyone))
-        texts = [self._text(request) for request in requests]
+            row[: request.length] = torch.tensor([*request.tokens, *request.generated])
+        self.cache.reserve(len(self.texts) + len(requests), max(lengths + [text.length for text in self.texts]))
+        texts = [request.state or self._text(request) for request in requests]
+        for text in texts:
+            text.length = text.request.length
         # Before the pass: if it fails they are dropped with what it has written.
         self.texts += texts
         positions = torch.arange(max(lengths)).expand(len(texts), -1)
@@ -156,6 +157,7 @@ class Decoder:
         texts = list(self.texts)
         ids = torch.tensor([[text.next] for text in texts])
         positions = torch.tensor([[text.length] for text in texts])
+        self.cache.reserve(len(texts), int(positions.max()) + 1)
         for text in texts:
             text.length += 1
         return texts, self._pass(texts, ids, 0, positions, torch.zeros(len(ids), dtype=torch.long))
@@ -181,7 +183,9 @@ class Decoder:
         seed = request.sampling.seed
         generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         stream = TextStream(self.base.tokenizer, request.sampling.stop)
-        return _Text(request, stream, generator, len(request.tokens))
+        request.generated = stream.tokens
+        request.state = text = _Text(request, stream, generator, request.length)
+        return text
 
     def _take(self, text: _Text, logits: Tensor) -> None:
         """Choose the next token, tell the client of it, and see whether the text ends with it."""

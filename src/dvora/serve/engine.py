@@ -47,7 +47,8 @@ class Engine:
         with self._changed:
             if not self.takes_requests:
                 raise RefusedError(503, "the server is stopping; send the request elsewhere", "unavailable")
-            self._scheduler.add(requests)
+            for request in self._scheduler.add(requests):
+                request.answer(Answer(error=self._scheduler.overloaded(request.queue)))
             self._changed.notify()
 
     def cancel(self, requests: Sequence[Request]) -> None:
@@ -55,17 +56,18 @@ class Engine:
         with self._changed:
             for request in requests:
                 request.is_cancelled = True
+            self._scheduler.remove(requests)
             self._changed.notify()
 
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._scheduler.waiting)
+        return self._scheduler.waiting
 
     def adapters(self) -> tuple[set[str], set[str]]:
         """What the bank calls the adapters of texts that are generated, and of requests that wait."""
         with self._changed:
             running = {request.adapter for request in self._scheduler.running}
-            waiting = {request.adapter for request in self._scheduler.waiting}
+            waiting = {request.adapter for request in self._scheduler.all_waiting()}
         return {name for name in running if name}, {name for name in waiting if name}
 
     @property
@@ -86,7 +88,7 @@ class Engine:
         self._thread.join(seconds)
         if self._thread.is_alive():
             with self._changed:
-                left = [*self._scheduler.waiting, *self._scheduler.running]
+                left = [*self._scheduler.all_waiting(), *self._scheduler.running]
                 for request in left:
                     request.answer(Answer(error=RefusedError(503, "the server has stopped", "unavailable")))
                     request.is_cancelled = True
@@ -124,7 +126,10 @@ class Engine:
             now = time.monotonic()
             self._decoder.drop([request for request in self._decoder.running if not request.is_wanted(now)])
             self._scheduler.running = self._decoder.running
-        return self._scheduler.schedule()
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self._runner.drop(batch.paused)
+        return batch
 
     def _run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """The answers of a batch. Nothing runs twice: where the model fails, all of the batch are told."""

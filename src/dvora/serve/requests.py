@@ -109,6 +109,10 @@ class Request:
     queue: str = ""
     deadline: float = inf
     arrived: float = field(default_factory=time.monotonic)
+    generated: list[int] = field(default_factory=list)
+    """Tokens so far, which are read again where a text has lost its row."""
+    state: Any = None
+    """What the decoder keeps of a text."""
     is_cancelled: bool = False
     """Nobody listens any more."""
 
@@ -117,9 +121,15 @@ class Request:
         return not self.is_cancelled and now < self.deadline
 
     @property
-    def room(self) -> int:
-        """Tokens of the prompt, and of its continuation if it is as long as it may be."""
-        return len(self.tokens) + (self.sampling.max_tokens if self.work == "generate" else 0)
+    def length(self) -> int:
+        """Tokens that a pass over it reads."""
+        return len(self.tokens) + len(self.generated)
+
+    def cached(self, spare: int) -> int:
+        """Tokens of a text in the cache, and up to so many more, if it may still get them."""
+        if self.work != "generate":
+            return 0
+        return min(self.length + spare, len(self.tokens) + self.sampling.max_tokens)
 
     def answer(self, answer: Answer) -> None:
         """Tell the answer, unless nobody listens."""

@@ -1,16 +1,25 @@
-"""What runs next: the request that has waited longest, with others for which it is cheap to run beside it.
+"""What runs next: queues of clients take turns by what they have cost, and what is cheap to run beside comes along.
+
+A queue's time is what it has cost, in padded tokens of prompts and generated tokens, and the queue with the smallest
+time is next. Who was idle has saved up nothing, and owes no more than others who wait. So a flood in one queue lets a
+request of another one wait for the batch that runs, and for one more at most.
 
 A batch is padded to its longest text, so short and long ones run apart where the padding would cost more than another
 pass. It is bounded by its padded tokens, its rows, and the slots of the bank. After every batch of new prompts the
 texts that are generated get a step, so that neither waits for ever.
+
+Texts take room in the cache as they grow. Where it is full, and where a queue with fewer texts gets its turn, the
+youngest text of the queue with the most of them waits again, and its tokens are read anew later.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain, count, islice, zip_longest
 from typing import Literal
 
 from .requests import RefusedError, Request
@@ -19,6 +28,8 @@ Kind = Literal["classify", "embed", "prefill", "decode"]
 
 PASS_ON_CPU, PASS_ON_ACCELERATOR = 64, 2048
 """Padded tokens that take about as long as what every pass takes: of small models; only the first was measured."""
+BLOCK = 64
+"""Tokens by which all texts can grow when a new one comes, so that it does not push one out at once."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Limits:
     Args:
         batch_tokens: padded tokens of a batch.
         batch_rows: rows of a batch, and texts that are generated at a time.
-        queue: requests that wait; more are refused.
+        queue: requests that wait; those of the longest queues go first when there are more.
         slots: different adapters of a batch, and of the texts that are generated.
         cache_tokens: of the texts that are generated, as if all were as long as the longest.
     """
@@ -42,13 +53,30 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs at once."""
+    """What runs at once.
+
+    Args:
+        kind: of the pass.
+        requests: its rows.
+        paused: texts that lose their rows before it, and wait again.
+    """
 
     kind: Kind
     requests: Sequence[Request]
+    paused: Sequence[Request] = ()
 
 
-@dataclass
+@dataclass(eq=False)
+class _Queue:
+    """The requests of one client that wait."""
+
+    requests: OrderedDict[Request, None] = field(default_factory=OrderedDict)
+    """The oldest first."""
+    time: float = 0.0
+    has_turn: bool = False
+    """Whether it is among the turns."""
+
+
 class Scheduler:
     """The requests that wait and those that run; used by one thread at a time.
 
@@ -57,60 +85,193 @@ class Scheduler:
         pass_tokens: padded tokens that cost as much as another pass.
     """
 
-    limits: Limits
-    pass_tokens: int = PASS_ON_CPU
-    waiting: deque[Request] = field(default_factory=deque)
-    running: list[Request] = field(default_factory=list)
-    """Texts that are generated, by their rows in the cache."""
-    _prompts_were_last: bool = False
+    def __init__(self, limits: Limits, pass_tokens: int = PASS_ON_CPU) -> None:
+        self.limits, self.pass_tokens = limits, pass_tokens
+        self.running: list[Request] = []
+        """Texts that are generated."""
+        self.waiting = 0
+        """How many requests wait."""
+        self._queues: dict[str, _Queue] = {}
+        self._turns: list[tuple[float, int, _Queue]] = []
+        """A heap of the queues in which somebody waits, by their times."""
+        self._pushes = count()
+        self._time = 0.0
+        """Of the queue whose turn was last, before its batch."""
+        self._prompts_were_last = False
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[Request]) -> list[Request]:
         """Let requests wait: all of them, or none.
 
+        Returns:
+            Those of the longest queues, that have to go for them.
+
         Raises:
-            RefusedError: 429, the queue is full.
+            RefusedError: 429, too many wait, and no queue is longer.
         """
-        if len(self.waiting) + len(requests) > self.limits.queue:
-            raise RefusedError(
-                429,
-                f"{len(self.waiting)} requests wait, and at most {self.limits.queue} may; try again in a second",
-                "overloaded",
-                {"Retry-After": "1"},
-            )
-        self.waiting.extend(requests)
+        displaced = self._displaced(requests)
+        self.remove(displaced)
+        self._join(requests)
+        return displaced
+
+    def remove(self, requests: Sequence[Request]) -> None:
+        """Let those of the requests that wait do so no longer."""
+        for request in requests:
+            queue = self._queues.get(request.queue)
+            if queue is not None and request in queue.requests:
+                del queue.requests[request]
+                self.waiting -= 1
+
+    def overloaded(self, queue: str) -> RefusedError:
+        """What is told to those for whom a queue has no room; it tells nothing of other queues."""
+        waiting = len(self._queues[queue].requests) if queue in self._queues else 0
+        message = f"{waiting} requests of this key or adapter wait, and no more may now; try again in a second"
+        return RefusedError(429, message, "overloaded", {"Retry-After": "1"})
+
+    def all_waiting(self) -> Iterator[Request]:
+        """The requests that wait."""
+        return chain.from_iterable(queue.requests for queue in self._queues.values())
 
     def schedule(self) -> Batch | None:
         """The next batch, of requests that somebody still waits for; None if there are none."""
-        self.waiting = deque(request for request in self.waiting if not request.is_cancelled)
-        new = [] if self.running and self._prompts_were_last else self._next()
-        if new:
-            for request in new:
-                self.waiting.remove(request)
-            work = new[0].work
-            self._prompts_were_last = work == "generate"
-            return Batch("prefill" if work == "generate" else work, new)
-        self._prompts_were_last = False
-        return Batch("decode", list(self.running)) if self.running else None
+        batch = None if self.running and self._prompts_were_last else self._prompts()
+        self._prompts_were_last = batch is not None and batch.kind == "prefill"
+        return batch or self._step()
 
-    def _next(self) -> list[Request]:
-        """The first waiting request, and of those that are cheap to run with it as many as fit, in their order."""
-        if not self.waiting:
-            return []
-        same = (request for request in self.waiting if request.work == self.waiting[0].work)
-        near = _cheap_together(list(islice(same, 2 * self.limits.batch_rows)), self.limits, self.pass_tokens)
-        # Texts hold their row, their adapter and their cache until they end.
-        held = self.running if self.waiting[0].work == "generate" else []
-        adapters = {request.adapter for request in self.running}
-        room = max((request.room for request in held), default=0)
-        new: list[Request] = []
-        for request in near:
-            rows, room = len(held) + len(new) + 1, max(room, request.room)
-            adapters.add(request.adapter)
-            no_cache = request.work == "generate" and rows > 1 and rows * room > self.limits.cache_tokens
-            if no_cache or rows > self.limits.batch_rows or len(adapters - {None}) > self.limits.slots:
+    def _step(self) -> Batch | None:
+        """A step of as many texts as have room for another token."""
+        running, paused = list(self.running), list[Request]()
+        while not self._is_room_for(running, spare=0):
+            paused.append(_youngest(running))
+            running.remove(paused[-1])
+        self._wait_again(paused)
+        for request in running:
+            self._queues.setdefault(request.queue, _Queue()).time += 1
+        return Batch("decode", running, paused) if running else None
+
+    def _prompts(self) -> Batch | None:
+        """The oldest request of the queue whose turn it is, and others that are cheap to run beside it."""
+        turns, batch = self._next_turns(), None
+        for queue in turns:
+            first = next(iter(queue.requests))
+            paused = self._making_room(first)
+            if paused is not None:
+                requests = self._with(first, turns, [text for text in self.running if text not in paused])
+                batch = Batch("prefill" if first.work == "generate" else first.work, requests, paused)
+                self.remove(requests)
+                self._wait_again(paused)
+                cost = max(request.length for request in requests) + self.pass_tokens / len(requests)
+                for request in requests:
+                    self._queues[request.queue].time += cost
                 break
-            new.append(request)
-        return new
+            if all(text.queue != first.queue for text in self.running):
+                # Its client has nothing yet: nobody comes in before it.
+                break
+        for queue in turns:
+            self._give_turn(queue)
+        return batch
+
+    def _next_turns(self) -> list[_Queue]:
+        """The next queues in their order, as many as there could be batches of."""
+        turns, now = list[_Queue](), time.monotonic()
+        while self._turns and len(turns) < 2 * self.limits.batch_rows:
+            at, _, queue = heappop(self._turns)
+            while queue.requests and not (first := next(iter(queue.requests))).is_wanted(now):
+                self.remove([first])
+            if queue.requests and at == queue.time:
+                turns.append(queue)
+            else:
+                # Nobody waits in it any more, or its texts have got steps meanwhile.
+                self._give_turn(queue)
+        if turns:
+            self._time = max(self._time, turns[0].time)
+        return turns
+
+    def _give_turn(self, queue: _Queue) -> None:
+        queue.has_turn = bool(queue.requests)
+        if queue.has_turn:
+            heappush(self._turns, (queue.time, next(self._pushes), queue))
+
+    def _join(self, requests: Sequence[Request]) -> None:
+        """Let requests wait in their queues, as the last ones."""
+        if len(self._queues) > 2 * self.limits.queue:
+            self._queues = {name: queue for name, queue in self._queues.items() if queue.has_turn}
+        latest = max((queue.time for *_, queue in self._turns), default=self._time)
+        for request in requests:
+            queue = self._queues.setdefault(request.queue, _Queue())
+            queue.requests[request] = None
+            self.waiting += 1
+            if not queue.has_turn:
+                queue.time = max(self._time, min(queue.time, latest))
+                self._give_turn(queue)
+
+    def _wait_again(self, paused: Sequence[Request]) -> None:
+        """Let texts that lose their rows wait before all others of their queues.
+
+        Args:
+            paused: the youngest first.
+        """
+        self._join(paused)
+        for request in paused:
+            self._queues[request.queue].requests.move_to_end(request, last=False)
+
+    def _displaced(self, requests: Sequence[Request]) -> list[Request]:
+        """The youngest of the longest queues, without whom others fit; of queues that stay as long as the others'."""
+        if self.waiting + len(requests) <= self.limits.queue:
+            return []
+        joining = Counter(request.queue for request in requests)
+        sizes = {name: len(queue.requests) for name, queue in self._queues.items() if queue.requests}
+        own = max(sizes.get(name, 0) + more for name, more in joining.items())
+        longest = [(-size, name) for name, size in sizes.items()]
+        heapify(longest)
+        going = Counter[str]()
+        for _ in range(self.waiting + len(requests) - self.limits.queue):
+            if not longest or -longest[0][0] <= own:
+                raise self.overloaded(requests[0].queue)
+            size, name = longest[0]
+            heapreplace(longest, (size + 1, name))
+            going[name] += 1
+        return [request for name in going for request in islice(reversed(self._queues[name].requests), going[name])]
+
+    def _is_room_for(self, requests: Sequence[Request], spare: int) -> bool:
+        """Whether requests may run together, if all texts grow by some tokens; one alone always may."""
+        rows, room = len(requests), max((request.cached(spare) for request in requests), default=0)
+        adapters = {request.adapter for request in requests} - {None}
+        if rows > self.limits.batch_rows or len(adapters) > self.limits.slots:
+            return False
+        return rows <= 1 or rows * room <= self.limits.cache_tokens
+
+    def _making_room(self, new: Request) -> list[Request] | None:
+        """The texts that wait again for a new one, if any; None: it has to wait itself.
+
+        Only those of queues that have more texts even then, so that no two push each other out in turns.
+        """
+        running, paused = list(self.running), list[Request]()
+        while not self._is_room_for([*running, new], BLOCK):
+            texts = Counter(request.queue for request in running)
+            youngest = _youngest(running)
+            if texts[youngest.queue] < texts[new.queue] + 2:
+                return None
+            running.remove(youngest)
+            paused.append(youngest)
+        return paused
+
+    def _with(self, first: Request, turns: Sequence[_Queue], running: Sequence[Request]) -> list[Request]:
+        """A request, and of the next ones of all queues those that are cheap to run with it, as many as fit."""
+        window, now = 2 * self.limits.batch_rows, time.monotonic()
+        of_queues = [
+            (r for r in islice(queue.requests, window) if r.work == first.work and r.is_wanted(now)) for queue in turns
+        ]
+        next_ones = (request for level in zip_longest(*of_queues) for request in level if request not in (None, first))
+        near = _cheap_together([first, *islice(next_ones, window - 1)], self.limits, self.pass_tokens)
+        while not self._is_room_for([*running, *near], BLOCK):
+            near.pop()
+        return near
+
+
+def _youngest(running: Sequence[Request]) -> Request:
+    """Of the texts that run the last of the client that has the most of them."""
+    texts = Counter(request.queue for request in running)
+    return max(running, key=lambda request: (texts[request.queue], request.arrived))
 
 
 def _cheap_together(requests: Sequence[Request], limits: Limits, pass_tokens: int) -> list[Request]:
@@ -118,12 +279,12 @@ def _cheap_together(requests: Sequence[Request], limits: Limits, pass_tokens: in
 
     Sorted by length they are cut into batches, of which each costs its padded tokens and a pass.
     """
-    longest_first = sorted(requests, key=lambda request: -len(request.tokens))
+    longest_first = sorted(requests, key=lambda request: -request.length)
     costs, starts = [0], list[int]()
     for end in range(1, len(requests) + 1):
         batches = []
         for start in range(max(0, end - limits.batch_rows), end):
-            padded = len(longest_first[start].tokens) * (end - start)
+            padded = longest_first[start].length * (end - start)
             if padded <= limits.batch_tokens or end - start == 1:
                 batches.append((costs[start] + padded + pass_tokens, start))
         cost, start = min(batches)
