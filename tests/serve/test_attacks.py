@@ -117,7 +117,9 @@ def test_bodies_that_are_too_large_or_no_json(
             answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             assert answer.status_code == 400, content[:20]
             assert "error" in answer.json()
-        assert client.post("/v1/completions", content=bytes(guard.LARGEST_JSON + 1)).status_code == 413
+        json_body = {"content-type": "application/json"}
+        too_large = client.post("/v1/completions", content=bytes(guard.LARGEST_JSON + 1), headers=json_body)
+        assert too_large.status_code == 413
         assert complete(client, "a0", "the ").status_code == 200
 
 
@@ -128,7 +130,9 @@ def test_slow_and_endless_clients(
     with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
         place = (client.base_url.host, client.base_url.port)
         with socket.create_connection(place) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            )
             slow.settimeout(10)
             assert b" 408 " in slow.recv(1000)
         with socket.create_connection(place) as endless:

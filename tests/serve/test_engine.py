@@ -1,5 +1,6 @@
 """One batch, many clients: what one of them sends or uploads changes nobody else's answer."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ def started(base: Path, adapters: Path, host_bytes: int = 2**30, **limits: int) 
         server.close()
 
 
+def tokens_of(server: Server, text: str) -> Sequence[int]:
+    (read,) = asyncio.run(server.texts.read([text]))
+    return read.tokens
+
+
 class Asked:
     """Requests that were sent at once, so that they are one batch where they fit."""
 
@@ -53,7 +59,7 @@ class Asked:
         self._ended = threading.Event()
         for one in requests:
             work = server.works[0]
-            tokens = server.text(one.get("text", "the ")).tokens
+            tokens = tokens_of(server, one.get("text", "the "))
             sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **one.get("sampling", {})})
             request = Request(work, one["adapter"], tokens, self._hear, sampling, queue=one.get("queue", ""))
             self._pieces[request] = []
@@ -151,7 +157,7 @@ def test_a_row_of_an_encoder_that_is_not_finite_fails_alone(
             if len(answers) == 2:
                 ended.set()
 
-        tokens = server.text("good movie").tokens
+        tokens = tokens_of(server, "good movie")
         bad, good = (Request(work, name, tokens, hear) for name in ("two", "other"))  # type: ignore[arg-type]
         server.engine.submit([bad, good])
         assert ended.wait(60)

@@ -72,6 +72,9 @@ def test_without_a_key_nothing_is_answered(client: httpx.Client) -> None:
     for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": SECRETS["shop"]}):
         for route in routes:
             for method in ("GET", "POST", "PUT", "DELETE"):
+                if (method, route) == ("GET", "/"):
+                    # The page, which is the same for all.
+                    continue
                 answer = client.request(method, route.replace("{", "").replace("}", ""), headers=wrong, content=b"{}")
                 assert answer.status_code in (400, 401, 405), (method, route)
                 assert "a0" not in answer.text
