@@ -130,9 +130,8 @@ def test_slow_and_endless_clients(
     with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
         place = (client.base_url.host, client.base_url.port)
         with socket.create_connection(place) as slow:
-            slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-            )
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(head + b"Content-Length: 100\r\n\r\n{")
             slow.settimeout(10)
             assert b" 408 " in slow.recv(1000)
         with socket.create_connection(place) as endless:
