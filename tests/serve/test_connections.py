@@ -32,6 +32,7 @@ NO_HTTP = {
     "a chunk of no size": CHUNKED + b"0x5\r\n00000\r\n0\r\n\r\n" + SECOND,
     "a chunk with a long size": CHUNKED + b"0" * 30_000 + b"5\r\n00000\r\n0\r\n\r\n",
     "a chunk that ends elsewhere": CHUNKED + b"5\r\n00000XX0\r\n\r\n" + SECOND,
+    "a body in crumbs": CHUNKED + b"1\r\nx\r\n" * 2000,
     "a long header": b"GET / HTTP/1.1\r\n" + HEAD + b"X: " + b"x" * 30_000,
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
     "HTTP/0.9": b"GET /\r\n\r\n",

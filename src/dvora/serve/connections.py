@@ -14,6 +14,25 @@ HEAD_SECONDS = 10
 UNREAD_SECONDS = 30
 """In which a client has to read so much that more can be written."""
 
+SMALL, MOST_SMALL = 64, 1000
+"""Bytes of a part of a body that costs more to find than to read, and how many of those one may have."""
+
+
+class Parser(h11.Connection):
+    """One of h11's that takes no body in crumbs, by which one client would hold up all others."""
+
+    _small = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What has come."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._small = 0
+        self._small += isinstance(event, h11.Data) and len(event.data) < SMALL
+        if self._small > MOST_SMALL:
+            raise h11.RemoteProtocolError("a body in too many small parts")
+        return event
+
 
 class Connection(H11Protocol):
     """One of uvicorn's with a timer, which runs while its client is to send a head or to read.
@@ -27,6 +46,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
         super().connection_made(transport)
+        self.conn = Parser(h11.SERVER, LARGEST_HEAD)
         self._wait(HEAD_SECONDS)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
             others = [other for other in self.connections - {self} if isinstance(other, Connection) and other._waits]

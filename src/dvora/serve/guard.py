@@ -46,8 +46,10 @@ class Budget:
             RefusedError: 503, there are too many.
         """
         for oldest in [*self.exchanges] if self.used + count > self.most else ():
-            if oldest.held and oldest.pending is not None and self.used + count > self.most:
-                oldest.pending.cancel()
+            if self.used + count <= self.most:
+                break
+            # What has just come is waited for no longer, and cannot be cancelled.
+            if oldest.held and oldest.pending is not None and oldest.pending.cancel():
                 self.give(oldest)
         if self.used + count > self.most:
             raise _busy()

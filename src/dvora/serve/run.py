@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from .app import make_app
-from .connections import HEAD_SECONDS, LARGEST_HEAD, Connection
+from .connections import HEAD_SECONDS, Connection
 from .server import Server, Settings
 
 DRAINING_SECONDS = 30
@@ -75,7 +75,6 @@ def config_of(app: ASGIApp, connections: int) -> uvicorn.Config:
         server_header=False,
         # It refuses requests already when there are as many.
         limit_concurrency=connections + 1,
-        h11_max_incomplete_event_size=LARGEST_HEAD,
         timeout_keep_alive=HEAD_SECONDS,
         timeout_graceful_shutdown=DRAINING_SECONDS,
         http=Connection,
