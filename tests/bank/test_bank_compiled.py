@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import dvora
 from tests.bank.tenants import HEADED, LLAMA, Served, row_by_row, tenants
+from tests.bank.test_heads import kind
 from tests.bank.versions import in_threads
-from tests.peft.kinds import Kind
+from tests.peft.kinds import Kind, saved
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import outputs
 
@@ -91,3 +93,17 @@ def test_a_graph_asks_whose_batch_it_runs_in(tmp_path: Path) -> None:
             served.bank.rows(["a", "b", "a"]),
         ):
             outputs(model)
+
+
+def test_a_graph_serves_heads_of_its_own_number_of_outputs(graphs: Graphs, tmp_path: Path) -> None:
+    saved(kind(2).trained(0), tmp_path / "two")
+    saved(kind(5).trained(0), tmp_path / "five")
+    model = kind(2).base()
+    with dvora.AdapterBank(model, like=tmp_path / "two") as bank:
+        bank.add_folder(tmp_path)
+        compiled = Served(torch.compile(model, backend=graphs, fullgraph=True, dynamic=False), bank)
+        for _ in range(2):
+            compiled(["two", "two"])
+            with pytest.raises(ValueError, match="several numbers of outputs run without"):
+                compiled(["two", "five"])
+    assert len(graphs.made) == 1

@@ -85,6 +85,7 @@ class AdapterBank:
         model: the frozen base, without adapters, whole and in memory; it may be quantised.
         slots: how many adapters are on the device at a time, at least as many as one batch has.
         host_bytes: of factor rows in memory, at least those of one adapter.
+        head_bytes: of heads on the device, for which every slot has an equal part, or as much as the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
         like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
 
@@ -98,17 +99,18 @@ class AdapterBank:
         *,
         slots: int = 256,
         host_bytes: int = 2**30,
+        head_bytes: int = 2**30,
         dtype: torch.dtype = torch.float32,
         like: str | os.PathLike[str] | None = None,
     ) -> None:
-        for setting, value in (("slots", slots), ("host_bytes", host_bytes)):
+        for setting, value in (("slots", slots), ("host_bytes", host_bytes), ("head_bytes", head_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{setting} must be a positive integer, got {value!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch module, got {model!r:.200}")
         check_dtype(dtype)
         check_without_bank(model)
-        self._model, self._slot_count, self._dtype = model, slots, dtype
+        self._model, self._slot_count, self._head_bytes, self._dtype = model, slots, head_bytes, dtype
         self._host, self._reads = HostRows(host_bytes), 0
         self._batches = Batches()
         self._fitted: _Fitted | None = None
@@ -461,7 +463,15 @@ class AdapterBank:
 
     def _check_fits(self, adapter: _Adapter, allow_partial: bool) -> None:
         with _of_adapter(adapter):
-            self._required().served.check_fits(adapter.source.content, adapter.source.beside, allow_partial)
+            served, content = self._required().served, adapter.source.content
+            served.check_fits(content, adapter.source.beside, allow_partial)
+            size, own = served.head_bytes(content), served.head_bytes(served.content)
+            if size > (most := max(own, self._head_bytes // self._slot_count)):
+                raise ValueError(
+                    f"its head takes {size:,} bytes on the device, and the bank has room for {most:,} in each of "
+                    f"{self._slot_count} slots (head_bytes={self._head_bytes}); train a smaller head, or make a bank "
+                    "with more head_bytes or fewer slots"
+                )
 
     def _check_new(self, names: Collection[str]) -> None:
         self._batches.check_open()

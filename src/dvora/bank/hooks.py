@@ -239,6 +239,17 @@ def _(key: int, rows: int, device: torch.device) -> Tensor:
     return torch.empty(rows, dtype=torch.long, device=device)
 
 
+@torch.library.custom_op("dvora::heads_of_rows", mutates_args=())
+def heads_of_rows(key: int, part: str, rows: int, of_base: Tensor) -> Tensor:
+    """A part of the head of each row, of the base's shape, asked for as `slots_of_rows` is."""
+    return _of_key[key].required().rows.part(part, rows, of_base.shape)
+
+
+@heads_of_rows.register_fake
+def _(key: int, part: str, rows: int, of_base: Tensor) -> Tensor:
+    return of_base.new_empty(rows, *of_base.shape)
+
+
 class ServedLayer(NamedTuple):
     """One layer, with the frozen side of all adapters."""
 
@@ -387,17 +398,16 @@ class HeadHook(_Hook):
         return output.squeeze(0)
 
     def _traced(self, args: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
-        if not self.slots.are_alike:
-            raise ValueError(f"{self.head.name}: heads of several numbers of outputs run without torch.compile only")
-        factors = self.slots.factors
-        index = torch.ops.dvora.slots_of_rows(self.batches.key, len(args[0]), factors.device)
+        factors, key, rows = self.slots.factors, self.batches.key, len(args[0])
+        index = torch.ops.dvora.slots_of_rows(key, rows, factors.device)
+        of_base = self.slots.heads[-1]
         parameters = {
-            part.name.removeprefix(f"{self.head.name}."): self.slots.heads[part.name].index_select(0, index)
-            for part in self.head.parts
+            name.removeprefix(f"{self.head.name}."): torch.ops.dvora.heads_of_rows(key, name, rows, of_base[name])
+            for name in (part.name for part in self.head.parts)
         }
         outputs = self._outputs(HeadGroup(None, parameters), args)
-        of_base = index == len(factors) - 1
-        return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), base_output, outputs)
+        is_base = (index == len(factors) - 1).view(-1, *(1,) * (outputs.dim() - 1))
+        return torch.where(is_base, base_output, outputs)
 
 
 def _padded(outputs: Tensor, width: int) -> Tensor:

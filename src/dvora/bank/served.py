@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -149,6 +150,10 @@ class ServedModel:
                     f"the adapter has values in its head, {name}, that {values.dtype}, the base's, cannot hold"
                 )
         return heads
+
+    def head_bytes(self, content: Content) -> int:
+        """Bytes of an adapter's heads in the model's dtype."""
+        return sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
 
     def _shapes(self) -> dict[str, Shape]:
         """Shapes of all that a file may have of the model, by the names in it."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Factors, saved_here
-from ..peft.config import Shape
 from ..peft.content import SavedWhole
 from ..tensors import Float
 
@@ -132,13 +131,8 @@ class Slots:
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
             self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
-            self.heads = {
-                name: part.new_zeros(count + 1, *part.shape, device=device) for name, part in base.heads.items()
-            }
-        self.are_alike = True
-        """Whether all heads so far have the base's shapes."""
-        self.shapes: list[Mapping[str, Shape]] = [{}] * (count + 1)
-        """Of the heads in each slot."""
+        self.heads: list[Mapping[str, Tensor]] = [{}] * (count + 1)
+        """Parts of the head in each slot, by their full names: of any number of outputs."""
         self._changed = threading.Condition()
         self._slot_of: OrderedDict[str, int] = OrderedDict()
         """By digest; the least recently used first."""
@@ -197,9 +191,8 @@ class Slots:
             return {digest: self._slot_of[digest] for digest in digests}
 
     def rows(self, index: RowIndex) -> GatheredRows:
-        """The rows of a batch, as the slots are now: larger heads that come later go into other matrices."""
-        factors, heads = self.factors, (dict(self.heads), list(self.shapes))
-        return GatheredRows(index, self._lengths, lambda: factors, lambda: heads, base=self.count)
+        """The rows of a batch."""
+        return GatheredRows(index, self._lengths, lambda: self.factors, lambda: self.heads, base=self.count)
 
     def release(self, batch: object) -> None:
         """Give the slots of a batch back, if it has any; its adapters stay in them until others need the room."""
@@ -222,7 +215,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.factors.nbytes + sum(heads.nbytes for heads in self.heads.values())
+        return self.factors.nbytes + sum(part.nbytes for head in self.heads for part in head.values())
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._slot_of
@@ -264,26 +257,7 @@ class Slots:
     def _put(self, slot: int, row: AdapterRow) -> None:
         with torch.inference_mode(False):
             self.factors[slot].copy_(row.factors)
-            for name, values in row.heads.items():
-                self._make_room(name, values.shape)
-                self.heads[name][slot][within(values.shape)].copy_(values)
-            self.shapes[slot] = {name: tuple(values.shape) for name, values in row.heads.items()}
-            self.are_alike = self.are_alike and self.shapes[slot] == self.shapes[-1]
-
-    def _make_room(self, name: str, shape: torch.Size) -> None:
-        """A larger matrix for a part of a head, if one is needed; running batches keep the one before."""
-        before = self.heads[name]
-        largest = [max(sizes) for sizes in zip(before.shape[1:], shape, strict=True)]
-        if largest != list(before.shape[1:]):
-            after = before.new_zeros(self.count + 1, *largest)
-            after[within(before.shape)] = before
-            # Only now: a batch that begins in another thread may take it at once.
-            self.heads[name] = after
-
-
-def within(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Where a tensor of this shape stands in one that is filled up."""
-    return tuple(slice(size) for size in shape)
+            self.heads[slot] = {name: values.to(self.factors.device) for name, values in row.heads.items()}
 
 
 class RowIndex:
@@ -335,13 +309,13 @@ def check_names(names: Sequence[str | None], repeats: int) -> None:
 
 
 class GatheredRows:
-    """The adapters of a batch: factors and heads of all in one matrix each, gathered by its rows once for all layers.
+    """The adapters of a batch: factors in one matrix, gathered by its rows once for all layers, and heads.
 
     Args:
         rows: the place of each row's adapter.
         lengths: of `g - 1`, scale and lambda_d of every layer.
         factors: gives the factor rows of all, (S, F); gathered anew when that is another tensor.
-        heads: gives the parts of heads of all, each (S, ...), and their shapes by adapter.
+        heads: gives the parts of the heads of all, by place and name.
         base: the place of the base, or None where no row can be its.
         dropout: of the inputs of updates.
     """
@@ -351,12 +325,12 @@ class GatheredRows:
         rows: RowIndex,
         lengths: Sequence[int],
         factors: Callable[[], Tensor],
-        heads: Callable[[], tuple[Mapping[str, Tensor], Sequence[Mapping[str, Shape]]]],
+        heads: Callable[[], Sequence[Mapping[str, Tensor]]],
         base: int | None = None,
         dropout: nn.Module | None = None,
     ) -> None:
         self.rows, self.dropout = rows, dropout
-        self._lengths, self._matrix, self._parts, self._base = lengths, factors, heads, base
+        self._lengths, self._matrix, self._heads, self._base = lengths, factors, heads, base
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
@@ -384,23 +358,32 @@ class GatheredRows:
 
     def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
         """The parameters of a head, by groups of rows with heads of the same shapes."""
-        (matrices, shapes), index = self._parts(), self.rows.of(rows)
+        heads, index = self._heads(), self.rows.of(rows)
         places = self.rows.places if index is self.rows.once else index.tolist()
-        of_shapes: dict[tuple[Shape, ...], list[int]] = {}
+        of_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
         for row, place in enumerate(places):
-            of_shapes.setdefault(tuple(shapes[place][part.name] for part in head.parts), []).append(row)
+            of_shapes.setdefault(tuple(heads[place][part.name].shape for part in head.parts), []).append(row)
         groups = []
-        for head_shapes, members in of_shapes.items():
-            who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
-            chosen = index if who is None else index.index_select(0, who)
+        for members in of_shapes.values():
             parameters = {
-                part.name.removeprefix(f"{head.name}."): matrices[part.name].index_select(0, chosen)[
-                    within((len(chosen), *shape))
-                ]
-                for part, shape in zip(head.parts, head_shapes, strict=True)
+                part.name.removeprefix(f"{head.name}."): torch.stack([heads[places[row]][part.name] for row in members])
+                for part in head.parts
             }
+            who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
             groups.append(HeadGroup(who, parameters))
         return groups
+
+    def part(self, name: str, rows: int, shape: torch.Size) -> Tensor:
+        """One part of the heads of all rows, for a compiled graph.
+
+        Raises:
+            ValueError: a head has another shape than the graph was made for.
+        """
+        heads = self._heads()
+        parts = [heads[place][name] for place in self.rows.of(rows).tolist()]
+        if any(part.shape != shape for part in parts):
+            raise ValueError(f"{name}: heads of several numbers of outputs run without torch.compile only")
+        return torch.stack(parts)
 
     def of_base(self, rows: int) -> Tensor | None:
         """Which rows are the base's; None where none can be."""

@@ -24,7 +24,7 @@ from ..tensors import Float
 from .adapters import AdapterValues
 from .factor_rows import FactorRows
 from .hooks import Batches, check_unchanged
-from .slots import GatheredRows, RowIndex, check_names, within
+from .slots import GatheredRows, RowIndex, check_names
 
 _SHARED = ("train", "dvora_dropout", "detach_norm")
 """Settings that all adapters trained together have in common."""
@@ -109,7 +109,7 @@ class TrainableAdapters:
         """An adapter as a flat vector in the order of `dvora.flat.Layout`, on the CPU: its vectors, then its heads."""
         place = self.place(name)
         heads = self.split_heads(self.heads[place])
-        parts = [heads[part][within(shape)].flatten() for part, shape in self.head_shapes[place].items()]
+        parts = [_within(heads[part], shape).flatten() for part, shape in self.head_shapes[place].items()]
         return torch.cat([self.vectors[place].cpu(), *(values.to("cpu", torch.float32) for values in parts)])
 
     def parameters(self) -> list[nn.Parameter]:
@@ -169,7 +169,7 @@ class TrainableAdapters:
         rows = []
         for name, values in heads.items():
             filled = values.new_zeros(self._largest[name])
-            filled[within(values.shape)] = values
+            _within(filled, tuple(values.shape)).copy_(values)
             rows.append(filled.flatten())
         return torch.cat(rows)
 
@@ -204,6 +204,11 @@ class TrainableAdapters:
                     f"model: {name} requires a gradient, and all adapters share the base; call "
                     "model.requires_grad_(False)"
                 )
+
+
+def _within(filled: Tensor, shape: Shape) -> Tensor:
+    """A tensor of a shape in the one that it was filled up to."""
+    return filled if filled.shape == shape else filled[tuple(slice(size) for size in shape)]
 
 
 class TrainedRows:
@@ -244,10 +249,14 @@ class TrainedRows:
         totals = torch.where(totals == 0, 1, totals)
         return (losses * weights / totals.index_select(0, index)).sum()
 
-    def _heads(self) -> tuple[dict[str, Tensor], list[dict[str, Shape]]]:
+    def _heads(self) -> list[dict[str, Tensor]]:
         adapters = self._adapters
         heads = adapters.split_heads(adapters.gathered(adapters.heads, self._present))
-        return heads, [adapters.head_shapes[place] for place in self._present]
+        parts = {name: part.unbind() for name, part in heads.items()}
+        return [
+            {name: _within(parts[name][position], shape) for name, shape in adapters.head_shapes[place].items()}
+            for position, place in enumerate(self._present)
+        ]
 
     def _matrix(self) -> Tensor:
         """The factor rows of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""

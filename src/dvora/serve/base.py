@@ -98,22 +98,18 @@ class Base:
         self._entered.close()
 
     def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, Exception]:
-        """Enter a batch, or say which of its adapters cannot be read any more; no pass is run for that."""
+        """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
         try:
             self.enter(adapters)
             return {}
-        except Exception:
-            _log.exception("the adapters of a batch cannot be read")
-        errors: dict[str | None, Exception] = {}
-        for adapter in dict.fromkeys(adapters):
-            try:
-                self.enter([adapter])
-            except (ValueError, OSError):
+        except Exception as error:
+            _log.warning("the adapters of a batch cannot be read: %s", error)
+            if len({*adapters}) == 1:
                 message = "the adapter's files were changed or removed since it was loaded; load it again"
-                errors[adapter] = RefusedError(422, message, "adapter_error")
-            except Exception as error:
-                errors[adapter] = error
-        return errors
+                is_of_files = isinstance(error, ValueError | OSError)
+                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else error}
+        alone = [self.unreadable([adapter]) for adapter in dict.fromkeys(adapters)]
+        return {adapter: error for errors in alone for adapter, error in errors.items()}
 
     @contextmanager
     def between_passes(self) -> Iterator[None]:

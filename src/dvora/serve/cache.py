@@ -44,9 +44,10 @@ class RowCache(Cache):
             more = self.room if room <= self.room else room + max(BLOCK, self.room // 2)
             rows = max(rows, min(self.rows, self.tokens // room))
             room = max(room, min(more, self.tokens // rows))
+            # Nothing, if it fails half-way for want of memory, so that the next ones do it again.
+            self.rows = self.room = 0
             for layer in self.of_layers:
                 layer.resize(rows, room)
-            # Only now: what fails, for want of memory, is tried again by the next ones.
             self.rows, self.room = rows, room
 
     def begin(self, first: int, positions: Tensor, lengths: Tensor) -> None:
@@ -63,11 +64,7 @@ class RowCache(Cache):
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the attention of a pass: every token sees its row up to itself, (rows, 1, tokens, seen)."""
         hidden = torch.arange(self.seen, device=self.positions.device) > self.positions.unsqueeze(-1)
-        return (
-            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            .masked_fill_(hidden, torch.finfo(dtype).min)
-            .unsqueeze(1)
-        )
+        return hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
     def free(self, row: int, length: int, last: int, last_length: int) -> None:
         """Forget the tokens of a row, whose place the last row takes."""
@@ -77,11 +74,6 @@ class RowCache(Cache):
                 if row != last:
                     held[row, :, :last_length] = held[last, :, :last_length]
                     held[last, :, :last_length] = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(held.nbytes for layer in self.of_layers for held in layer.held)
 
 
 class _Layer(CacheLayerMixin):
@@ -94,11 +86,9 @@ class _Layer(CacheLayerMixin):
         """Keys and values of all rows, (rows, heads, room, width) each; none before the first pass."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room."""
-        self.held = [
-            states.new_zeros(self.cache.rows, states.shape[1], self.cache.room, states.shape[3])
-            for states in (key_states, value_states)
-        ]
+        """Make room, now that heads and widths are known."""
+        self.held = [states[:0] for states in (key_states, value_states)]
+        self.resize(self.cache.rows, self.cache.room)
         self.is_initialized = True
 
     def resize(self, rows: int, room: int) -> None:

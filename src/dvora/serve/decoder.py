@@ -16,7 +16,7 @@ from torch import Tensor
 from ..export.graph import cache_argument
 from .base import Base
 from .cache import RowCache, check_cacheable
-from .requests import Answer, Chance, Finish, Piece, RefusedError, Request, not_finite
+from .requests import Answer, Chance, Piece, Request, not_finite
 from .scheduler import Batch, Limits
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -86,8 +86,8 @@ class _Text:
     """Tokens in the cache."""
     next: int = 0
     """The token that the next step reads."""
-    finish: Finish | None = None
-    error: RefusedError | None = None
+    answer: Answer | None = None
+    """Once it has ended."""
 
 
 @dataclass(eq=False)
@@ -121,10 +121,10 @@ class Decoder:
             if is_finite:
                 self._take(text, row)
             else:
-                text.error = not_finite()
-        ended = [text for text in texts if text.finish or text.error]
-        self.drop([text.request for text in ended])
-        return [(text.request, Answer(finish=text.finish, error=text.error)) for text in ended]
+                text.answer = Answer(error=not_finite())
+        ended = [(text.request, text.answer) for text in texts if text.answer is not None]
+        self.drop([request for request, _ in ended])
+        return ended
 
     def drop(self, requests: Sequence[Request]) -> None:
         """Free the rows of those that have one; the last rows take their places."""
@@ -193,15 +193,15 @@ class Decoder:
         text.next = chosen(logits, text)
         tokens = len(stream.tokens) + 1
         if text.next in self.ends:
-            text.finish = "stop"
+            text.answer = Answer(finish="stop")
             piece = stream.rest()
         else:
             piece = stream.add(text.next)
             full = tokens >= sampling.max_tokens or text.length >= self.longest
             if stream.is_stopped:
-                text.finish = "stop"
+                text.answer = Answer(finish="stop")
             elif full:
-                text.finish = "length"
+                text.answer = Answer(finish="length")
                 piece += stream.rest()
         chances = () if sampling.chances is None else (chance_of(logits, text.next, sampling.chances),)
         text.request.hear(text.request, Piece(piece, tokens, chances))

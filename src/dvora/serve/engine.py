@@ -48,7 +48,7 @@ class Engine:
             if not self.takes_requests:
                 raise RefusedError(503, "the server is stopping; send the request elsewhere", "unavailable")
             for request in self._scheduler.add(requests):
-                request.answer(Answer(error=self._scheduler.overloaded(request.queue)))
+                request.answer(Answer(error=self._scheduler.overloaded(request)))
             self._changed.notify()
 
     def cancel(self, requests: Sequence[Request]) -> None:

@@ -121,9 +121,9 @@ class Scheduler:
                 del queue.requests[request]
                 self.waiting -= 1
 
-    def overloaded(self, queue: str) -> RefusedError:
-        """What is told to those for whom a queue has no room; it tells nothing of other queues."""
-        waiting = len(self._queues[queue].requests) if queue in self._queues else 0
+    def overloaded(self, request: Request) -> RefusedError:
+        """What is told to those for whom there is no room; it tells nothing of other queues."""
+        waiting = len(self._queues[request.queue].requests) if request.queue in self._queues else 0
         message = f"{waiting} requests of this key or adapter wait, and no more may now; try again in a second"
         return RefusedError(429, message, "overloaded", {"Retry-After": "1"})
 
@@ -182,8 +182,7 @@ class Scheduler:
             else:
                 # Nobody waits in it any more, or its texts have got steps meanwhile.
                 self._give_turn(queue)
-        if turns:
-            self._time = max(self._time, turns[0].time)
+        self._time = max([self._time, *(queue.time for queue in turns[:1])])
         return turns
 
     def _give_turn(self, queue: _Queue) -> None:
@@ -205,11 +204,7 @@ class Scheduler:
                 self._give_turn(queue)
 
     def _wait_again(self, paused: Sequence[Request]) -> None:
-        """Let texts that lose their rows wait before all others of their queues.
-
-        Args:
-            paused: the youngest first.
-        """
+        """Let texts that lose their rows, the youngest first, wait before all others of their queues."""
         self._join(paused)
         for request in paused:
             self._queues[request.queue].requests.move_to_end(request, last=False)
@@ -226,7 +221,7 @@ class Scheduler:
         going = Counter[str]()
         for _ in range(self.waiting + len(requests) - self.limits.queue):
             if not longest or -longest[0][0] <= own:
-                raise self.overloaded(requests[0].queue)
+                raise self.overloaded(requests[0])
             size, name = longest[0]
             heapreplace(longest, (size + 1, name))
             going[name] += 1
