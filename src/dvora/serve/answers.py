@@ -71,12 +71,12 @@ async def read(request: Request, kind: type[B]) -> B:
     """The body of a request.
 
     Raises:
-        RefusedError: 415, it does not say that it is JSON; 400, it is none, or not of this kind.
+        RefusedError: 400, it does not say that it is JSON, is none, or not of this kind.
     """
+    body = await request.body()
     # A page of another site can send anything but this without asking.
     if not request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
-        raise RefusedError(415, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
-    body = await request.body()
+        raise RefusedError(400, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
     if (brackets := body.count(b"[") + body.count(b"{")) > MOST_BRACKETS:
         raise RefusedError(400, f"the body has {brackets:,} brackets, and at most {MOST_BRACKETS:,} are read")
     try:
