@@ -106,8 +106,8 @@ class Factors(NamedTuple):
             rank: R.
             dimensions: of the tokens.
         """
-        # Not len(), which would make a traced size a constant.
-        rows = values.view(values.shape[0], *(1,) * (dimensions - 2), values.shape[1])
+        # Not len(), which would make a traced size a constant; nor the size itself: one row serves all in a graph.
+        rows = values.view(-1, *(1,) * (dimensions - 2), values.shape[1])
         out_features = (values.shape[1] - rank) // 2
         gain_minus_one, scale, lambda_d = rows.split([out_features, out_features, rank], -1)
         return cls(gain_minus_one, scale, lambda_d)

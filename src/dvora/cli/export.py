@@ -49,5 +49,6 @@ def export_command(
         check_there(source)
         from ..recipes.adapters.exporting import export
 
-        values = export(source, output, to, model, text or (), int8)
-        Output(as_json, quiet).result(values, f"Exported to {output}")
+        shown = Output(as_json, quiet)
+        values = export(source, output, to, model, text or (), int8, shown.note)
+        shown.result(values, f"Exported to {output}")

@@ -59,7 +59,7 @@ def to_executorch(
 
 
 def _lowered(ready: Prepared, sample: Sample, sizes: Sequence[Any]) -> bytes:
-    graph = AdaptedGraph(ready.packing, sample.call, is_table=False)
+    graph = AdaptedGraph(ready.packing, sample.call, by_row=False)
     shapes = tuple({place: sizes[place] for place in sample.dynamic[name]} for name in sample.inputs)
     inputs = (next(iter(ready.vectors.values())), *sample.inputs.values())
     try:

@@ -3,7 +3,7 @@
 The layers compute what `dvora.functional` defines. A and B are constants of the graph, in the small factors that they
 have there.
 
-Dimensions: N adapters, P values of a packed adapter, B rows of a batch.
+Dimensions: P values of a packed adapter, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class AdaptedGraph(nn.Module):
-    """The base model; its forward takes an adapter, or a table of them with an index, and then the model's inputs.
+    """The base model; its forward takes an adapter, or one for each row of the batch, and then the model's inputs.
 
     Args:
         packing: of the adapters, with the base model, to which hooks are added while `hooked`.
         call: how the model is called.
-        is_table: whether each row of a batch has its adapter.
+        by_row: whether each row of a batch has its adapter.
     """
 
-    def __init__(self, packing: Packing, call: Call, is_table: bool) -> None:
+    def __init__(self, packing: Packing, call: Call, by_row: bool) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.call, self.is_table = call, is_table
+        self.call, self.by_row = call, by_row
         self.packing, self._given = packing, _Given()
         self.eval()
 
@@ -82,11 +82,11 @@ class AdaptedGraph(nn.Module):
         """The outputs.
 
         Args:
-            tensors: the adapter (P); or adapters (N, P) and the index of each row (B); then what `call` takes.
+            tensors: the adapter (P), or those of all rows (B, P); then what `call` takes.
         """
         # One row serves all rows of the batch.
-        self._given.rows = tensors[0].index_select(0, tensors[1]) if self.is_table else tensors[0].unsqueeze(0)
-        return self.call(self.model, tensors[2 if self.is_table else 1 :])
+        self._given.rows = tensors[0] if self.by_row else tensors[0].unsqueeze(0)
+        return self.call(self.model, tensors[1:])
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -146,7 +146,7 @@ class _HeadHook:
             start = self.offsets[part.name]
             values = self.graph.values(start, start + prod(part.shape))
             parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
-        if not self.graph.is_table:
+        if not self.graph.by_row:
             one = {name: values[0] for name, values in parameters.items()}
             output: Tensor = functional_call(self.skeleton, one, args)
             return output

@@ -1,13 +1,13 @@
 """ONNX graphs whose adapter is an input: one a call, one a row out of a table, or one of onnxruntime's adapter files.
 
-The three graphs share one file of weights.
+The three are one graph behind different first nodes, and share one file of weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +15,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes import Sequential, common
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
 from torch import Tensor, nn
 
 from .graph import AdaptedGraph
@@ -26,7 +31,7 @@ from .packed import TENSOR, Packing
 from .verified import ADAPTERS, NULL, OUTPUT, Compared, Sample, check, prepared, write_adapters
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
-WEIGHTS, INDEX = "weights.bin", "index"
+WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
 SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
 """Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""
 
@@ -39,6 +44,7 @@ def to_onnx(
     *,
     labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
     int8: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Compared]:
     """Write the graphs, the adapters packed, and how far each graph is from PyTorch.
 
@@ -49,51 +55,49 @@ def to_onnx(
         output: an empty folder; after an error it is not as it was.
         labels: names of the classes of adapters.
         int8: write a graph with int8 weights of the base too; adapters stay in float32.
+        note: called with what is done next.
 
     Raises:
         TypeError, ValueError: an adapter does not fit, the model cannot be exported, or a graph gives other outputs
             than PyTorch.
     """
     packing, vectors, expected = ready = prepared(model, adapters, sample)
-    one = _traced(AdaptedGraph(packing, sample.call, is_table=False), vectors, sample)
-    table = _traced(AdaptedGraph(packing, sample.call, is_table=True), vectors, sample)
+    note(f"PyTorch traces the model and {len(packing.served.layers)} adapted layers; nothing takes longer")
+    graph = _traced(AdaptedGraph(packing, sample.call, by_row=True), vectors, sample)
+    note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
     if int8:
-        _quantise(one, output / INT8, packing)
-    with_default = onnx.ModelProto()
-    with_default.CopyFrom(one)
-    with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+        _quantise(_one(graph), output / INT8, packing)
     with (output / WEIGHTS).open("wb") as file:
-        weights = _Weights(file)
-        for name, graph in ((ONE, one), (TABLE, table), (FILES, with_default)):
-            weights.take(graph)
-            onnx.save(graph, output / name)
+        _move_weights(graph, file)
+    one, with_default = _one(graph), _one(graph)
+    with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+    for name, written in ((ONE, one), (TABLE, _table(graph)), (FILES, with_default)):
+        onnx.save(written, output / name)
     write_adapters(output, ready, labels)
     for name, vector in vectors.items():
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
+    note("onnxruntime runs the graphs, whose outputs are compared with PyTorch's")
     compared = [*_compared(output, vectors, expected, sample, int8)]
     check(row for row in compared if row.graph != INT8)
     return compared
 
 
 def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
-    """The graph as ONNX."""
+    """The graph as ONNX; its first input are the adapters of the rows."""
     shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
-    if graph.is_table:
-        index = torch.arange(len(next(iter(sample.inputs.values())))) % len(vectors)
-        given, names = [torch.stack([*vectors.values()]), index], [f"{TENSOR}s", INDEX]
-        shapes = [{0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}, *shapes]
-    else:
-        given, names, shapes = [next(iter(vectors.values()))], [TENSOR], [None, *shapes]
+    rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
     try:
         with graph.hooked(), torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 graph,
-                (*given, *sample.inputs.values()),
+                (rows, *sample.inputs.values()),
                 dynamo=True,
-                input_names=[*names, *sample.inputs],
+                input_names=[ROWS, *sample.inputs],
                 output_names=[*sample.outputs],
-                dynamic_shapes=(tuple(shapes),),
+                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}, *shapes),),
                 verbose=False,
+                # By `_simplify`: this looks at every pair of slices, 30 minutes for 30 layers.
+                optimize=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(
@@ -101,12 +105,68 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
             "PyTorch, or merge the adapter and export the merged model"
         ) from error
     assert program is not None
-    written: onnx.ModelProto = program.model_proto
-    for node in written.graph.node:
+    _simplify(program.model)
+    for node in program.model.graph:
         # Where in PyTorch's sources it came from: megabytes.
-        node.ClearField("metadata_props")
+        node.metadata_props.clear()
+        for value in node.outputs:
+            if not value.is_graph_output():
+                # No input's name.
+                value.name = f"{value.name}_"
+    written: onnx.ModelProto = program.model_proto
     written.graph.ClearField("value_info")
     return written
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Compute what is constant, and what several operations compute once, in a time that grows with the operations."""
+    fold_constants(model, onnx_shape_inference=True)
+    # A shape that names no batch: one row is broadcast where a row for each of the batch was traced.
+    rewriter.rewrite(model, [materialize_reshape_shape_rule])
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+    )(model)
+
+
+def _one(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """One adapter for all rows: its one row is broadcast."""
+    _, size = _sizes(graph)
+    return _behind(
+        f"one (float[{size}] {TENSOR}) => (float[1, {size}] {ROWS}) <int64[1] axis = {{0}}>"
+        f"{{ {ROWS} = Unsqueeze ({TENSOR}, axis) }}",
+        graph,
+    )
+
+
+def _table(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """A row of a table for each row of the batch."""
+    batch, size = _sizes(graph)
+    return _behind(
+        f"table (float[adapters, {size}] {TENSOR}s, int64[{batch}] {INDEX}) => (float[{batch}, {size}] {ROWS})"
+        f"{{ {ROWS} = Gather ({TENSOR}s, {INDEX}) }}",
+        graph,
+    )
+
+
+def _sizes(graph: onnx.ModelProto) -> tuple[str, int]:
+    """The name of the batch's size, and the values of an adapter."""
+    batch, size = graph.graph.input[0].type.tensor_type.shape.dim
+    return batch.dim_param, size.dim_value
+
+
+def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph behind another, which gives its first input."""
+    source = onnx.parser.parse_graph(first)
+    joined = onnx.ModelProto()
+    joined.CopyFrom(graph)
+    del joined.graph.input[:], joined.graph.node[:]
+    joined.graph.input.extend([*source.input, *graph.graph.input[1:]])
+    joined.graph.node.extend([*source.node, *graph.graph.node])
+    joined.graph.initializer.extend(source.initializer)
+    return joined
 
 
 @contextmanager
@@ -120,28 +180,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-class _Weights:
-    """The file of what graphs have in common: a tensor that several have stands there once."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._places: dict[bytes, int] = {}
-
-    def take(self, graph: onnx.ModelProto) -> None:
-        """Move the large tensors of a graph into the file."""
-        for tensor in graph.graph.initializer:
-            data = tensor.raw_data
-            if len(data) < SMALLEST_OUTSIDE or tensor.name == TENSOR:
-                continue
-            if (digest := _digest(data)) not in self._places:
-                self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-                self._places[digest] = self._file.tell()
-                self._file.write(data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            place = {"location": WEIGHTS, "offset": str(self._places[digest]), "length": str(len(data))}
-            for key, value in place.items():
-                tensor.external_data.add(key=key, value=value)
+def _move_weights(graph: onnx.ModelProto, file: BinaryIO) -> None:
+    """Write the large tensors of a graph into the file of weights."""
+    for tensor in graph.graph.initializer:
+        if len(data := tensor.raw_data) < SMALLEST_OUTSIDE:
+            continue
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        place = {"location": WEIGHTS, "offset": str(file.tell()), "length": str(len(data))}
+        file.write(data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=value)
 
 
 def _digest(data: bytes) -> bytes:

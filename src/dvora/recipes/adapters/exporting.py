@@ -11,6 +11,7 @@ import torch
 from ...bank.adapters import adapters_in, folder_of
 from ...bank.packs import check_folder_names
 from ...whole_files import check_new_folder, new_folder
+from ..data.tables import Note
 from ..models.adapter_folder import SETTINGS, Adapter, read_adapter
 from ..models.adapters import base_class, of_base
 from ..models.bases import heads_of, load_model, load_tokenizer, quiet_transformers
@@ -33,6 +34,7 @@ def export(
     model: str | None = None,
     texts: Sequence[str] = (),
     int8: bool = False,
+    note: Note = lambda _: None,
 ) -> dict[str, Any]:
     """Write a base model once with any number of adapters, which a runtime switches, into a new folder.
 
@@ -43,6 +45,7 @@ def export(
         model: the base, a folder or a name on the hub; None takes the one that the first adapter names.
         texts: with which graphs are compared with PyTorch, two or more of different lengths.
         int8: write a graph with int8 weights of the base too, for onnxruntime.
+        note: called with what is done next.
 
     Returns:
         base_model, output: where they are.
@@ -66,6 +69,7 @@ def export(
     first = next(iter(adapters.values()))
     base = first.base(model)
     trust = of_base(model, NOTHING)
+    note(f"{base} and {len(adapters)} adapters are read")
     loaded, _ = load_model(base, *base_class(first, base, trust), torch.float32, trust=trust)
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
@@ -74,11 +78,12 @@ def export(
             from ...export.executorch import PROGRAM as WEIGHTS
             from ...export.executorch import to_executorch
 
+            note("the program is traced, lowered and compared with PyTorch")
             compared = to_executorch(loaded, folders, sample, folder, labels=labels)
         else:
             from ...export.onnx import WEIGHTS, to_onnx
 
-            compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8)
+            compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8, note=note)
         if runtime == "web":
             _write_page(folder, loaded, adapters)
         values = {
