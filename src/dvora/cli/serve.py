@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import Dtype
-from .errors import check_there, one_line, wrong_input
+from .errors import UsageError, check_there, one_line, wrong_input
 from .output import Debug, Download, Quiet, print_line
 
 TOKEN = "DVORA_SERVE_TOKEN"
@@ -50,7 +50,11 @@ def serve(
     ] = 1.0,
     body_memory: Annotated[
         int,
-        typer.Option(help="MiB of requests and answers under way; more are 503.", min=1, rich_help_panel=_MEMORY),
+        typer.Option(
+            help="MiB of bodies and answers under way; over it slow clients are given up, and new ones are 503.",
+            min=1,
+            rich_help_panel=_MEMORY,
+        ),
     ] = 256,
     cache_tokens: Annotated[
         int,
@@ -81,7 +85,12 @@ def serve(
     upload: Annotated[int, typer.Option(help="Bytes of an adapter in a request.", min=1, rich_help_panel=_LIMITS)] = 2
     ** 26,
     connections: Annotated[
-        int, typer.Option(help="Open connections; more are refused with 503.", min=1, rich_help_panel=_LIMITS)
+        int,
+        typer.Option(
+            help="Open connections; a new one takes the place of the longest silent one.",
+            min=1,
+            rich_help_panel=_LIMITS,
+        ),
     ] = 2048,
     download: Download = False,
     quiet: Quiet = False,
@@ -103,6 +112,8 @@ def serve(
     """
     with one_line(debug), wrong_input():
         check_there(adapters)
+        if body_memory * 2**20 < upload:
+            raise UsageError(f"--body-memory is {body_memory} MiB, less than --upload, {upload:,} bytes; raise it")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from ..recipes.settings import Trust
         from ..serve.run import serve as run_server
@@ -114,6 +125,7 @@ def serve(
             adapters,
             Limits(batch_tokens, batch_rows, queue, slots, cache_tokens),
             host_bytes=int(host_memory * 2**30),
+            head_bytes=int(head_memory * 2**30),
             dtype=dtype,
             max_length=max_length,
             token=token,

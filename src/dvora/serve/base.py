@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..bank import AdapterBank
 from ..bank.adapters import Description
@@ -119,13 +120,15 @@ class Base:
             yield
 
 
-def open_base(source: str, first: Description | None, slots: int, host_bytes: int, dtype: str, trust: Trust) -> Base:
+def open_base(
+    source: str, first: Description | None, bank: Callable[[nn.Module], AdapterBank], dtype: str, trust: Trust
+) -> Base:
     """Load a base model for the kind of adapters that it will have.
 
     Args:
         source: a folder, or a name on the hub.
         first: of one of the adapters, whose task decides on the class and the head; None: as the model was saved.
-        slots, host_bytes: of the bank.
+        bank: makes the bank of a model.
         dtype: of the base's weights: auto, float32, bfloat16 or float16.
         trust: whether it may be fetched.
 
@@ -145,4 +148,4 @@ def open_base(source: str, first: Description | None, slots: int, host_bytes: in
     tokenizer = load_tokenizer(source, trust)
     heads = heads_of(model)
     has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
-    return Base(source, model, tokenizer, AdapterBank(model, slots=slots, host_bytes=host_bytes), has_own_head)
+    return Base(source, model, tokenizer, bank(model), has_own_head)

@@ -34,7 +34,8 @@ class Args(BaseModel):
     batch_tokens: PositiveInt = 8192
     queue: PositiveInt = 1024
     keys: Path | None = None
-    allow_hosts: tuple[str, ...] = ()
+    # Ray's proxy is asked by whatever name it has.
+    allow_hosts: tuple[str, ...] = ("*",)
     body_memory: PositiveInt = 256
     head_memory: PositiveFloat = 1.0
     timeout: PositiveFloat = 120.0
@@ -48,6 +49,7 @@ class Args(BaseModel):
             self.adapters,
             Limits(self.batch_tokens, self.batch_rows, self.queue, self.slots),
             host_bytes=int(self.host_memory * 2**30),
+            head_bytes=int(self.head_memory * 2**30),
             dtype=self.dtype,
             max_length=self.max_length,
             token=os.environ.get(TOKEN),

@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ..bank import AdapterBank
 from ..recipes.settings import NAMED, Trust
 from .base import open_base
 from .engine import Engine
@@ -36,6 +38,7 @@ class Settings:
         adapters: a folder of adapters or runs, or a pack.
         limits: of batches and of the queue.
         host_bytes: of adapters in memory.
+        head_bytes: of heads on the device; each of the slots has an equal part.
         dtype: of the base's weights: auto, float32, bfloat16 or float16.
         max_length: tokens of a text; None: what the model takes.
         token: of whoever may change all adapters; None: nobody may, unless his key says so.
@@ -52,6 +55,7 @@ class Settings:
     adapters: Path
     limits: Limits = field(default_factory=Limits)
     host_bytes: int = 2**30
+    head_bytes: int = 2**30
     dtype: str = "auto"
     max_length: int | None = None
     token: str | None = None
@@ -128,8 +132,12 @@ class Server:
             self.base = open_base(
                 settings.base,
                 next((stored.source.description for stored in opened.values()), None),
-                settings.limits.slots,
-                settings.host_bytes,
+                partial(
+                    AdapterBank,
+                    slots=settings.limits.slots,
+                    host_bytes=settings.host_bytes,
+                    head_bytes=settings.head_bytes,
+                ),
                 settings.dtype,
                 settings.trust,
             )
