@@ -87,7 +87,7 @@ def serve(
     connections: Annotated[
         int,
         typer.Option(
-            help="Open connections; a new one takes the place of the longest silent one.",
+            help="Open connections; a new one takes the oldest silent one's place.",
             min=1,
             rich_help_panel=_LIMITS,
         ),

@@ -34,8 +34,7 @@ class Args(BaseModel):
     batch_tokens: PositiveInt = 8192
     queue: PositiveInt = 1024
     keys: Path | None = None
-    # Ray's proxy is asked by whatever name it has.
-    allow_hosts: tuple[str, ...] = ("*",)
+    allow_hosts: tuple[str, ...] = ()
     body_memory: PositiveInt = 256
     head_memory: PositiveFloat = 1.0
     timeout: PositiveFloat = 120.0
