@@ -88,6 +88,7 @@ class AdapterBank:
         head_bytes: of heads on the device, for which every slot has an equal part, or as much as the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
         like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
+        own_heads: whether rows of the base are meant to have the model's own head, of which nobody is warned then.
 
     Raises:
         TypeError, ValueError: a setting is out of range, or a layer cannot be served; the message names it.
@@ -102,6 +103,7 @@ class AdapterBank:
         head_bytes: int = 2**30,
         dtype: torch.dtype = torch.float32,
         like: str | os.PathLike[str] | None = None,
+        own_heads: bool = False,
     ) -> None:
         for setting, value in (("slots", slots), ("host_bytes", host_bytes), ("head_bytes", head_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -119,7 +121,7 @@ class AdapterBank:
         """Held while names change."""
         self._reading = threading.RLock()
         """Held while adapters are read, so that none is read twice."""
-        self._has_warned = False
+        self._has_warned = own_heads
         if like is not None:
             path = _as_path(like, "like")
             source: Source

@@ -137,6 +137,8 @@ class Server:
                     slots=settings.limits.slots,
                     host_bytes=settings.host_bytes,
                     head_bytes=settings.head_bytes,
+                    # Rows that would get an untrained one are refused in `rows`.
+                    own_heads=True,
                 ),
                 settings.dtype,
                 settings.trust,
