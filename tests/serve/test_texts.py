@@ -115,6 +115,16 @@ def test_what_is_wrong_with_a_body_is_said(writers: Serving, content: str, words
     assert not any(word in answer.text for word in NO_WORDS_OF_HTTP), answer.text
 
 
+def test_only_what_is_no_text_is_counted(writers: Serving) -> None:
+    client, _ = writers
+    text = '{"a": [1, "\\\\"], ' * 50_000
+    for prompt, words in ((text, "characters"), ([text[:60_000]] * 60, "tokens"), ([["x"]] * 40_000, "parts")):
+        answer = client.post("/v1/completions", json={"model": "a0", "prompt": prompt})
+        assert words in answer.json()["error"]["message"]
+    started = time.process_time()
+    check_problem(post(client, "/v1/completions", '"' + '\\"[' * 1_300_000), time.process_time() - started)
+
+
 def test_a_page_of_another_site_cannot_send_a_body(writers: Serving) -> None:
     client, _ = writers
     body = '{"model": "a0", "prompt": "a", "max_tokens": 1}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -19,10 +20,12 @@ from .server import Client, Row, Server
 from .texts import Input
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
-MOST_BRACKETS = 2**17
-"""Of a body: each may begin a list or an object, and so many take a tenth of a second."""
+MOST_PARTS, MOST_VALUES = 2**15, 2**20
+"""Lists, objects and names of a body, and values: what takes a tenth of a second to read, in which nobody is served."""
 MOST_PROBLEMS = 3
 """That an answer tells."""
+# Ends with the body if the string does not, and so never looks at a letter twice.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 B = TypeVar("B", bound="Body")
 Switch = Annotated[bool, Field(description="true or false")]
 # Of a list that is wrong the first problem is enough.
@@ -58,10 +61,12 @@ class Body(BaseModel):
             if value is None or allowed is None or any(type(value) is type(one) and value == one for one in allowed):
                 continue
             kept[name] = value
-            if name not in cls.model_fields and len(problems) < MOST_PROBLEMS:
+            if name not in cls.model_fields:
                 neutral = " or ".join([*(to_json(one).decode() for one in allowed), "null"])
                 advice = f"send {neutral}, or leave it out" if allowed else f"expected {', '.join(cls.model_fields)}"
                 problems.append(f"{name[:40]} is not kept here; {advice}")
+                if len(problems) == MOST_PROBLEMS:
+                    break
         if problems:
             raise PydanticCustomError("kept", "{problems}", {"problems": "; ".join(problems)})
         return kept
@@ -77,12 +82,20 @@ async def read(request: Request, kind: type[B]) -> B:
     # A page of another site can send anything but this without asking.
     if not request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
         raise RefusedError(400, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
-    if (brackets := body.count(b"[") + body.count(b"{")) > MOST_BRACKETS:
-        raise RefusedError(400, f"the body has {brackets:,} brackets, and at most {MOST_BRACKETS:,} are read")
+    if _has_too_much(body) and _has_too_much(_STRING.sub(b"", body)):
+        raise RefusedError(
+            400,
+            f"the body has too many parts; at most {MOST_PARTS:,} lists, objects and names and {MOST_VALUES:,} values "
+            "are read, so send less at a time",
+        )
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise RefusedError(400, _problems(error, kind)) from None
+
+
+def _has_too_much(body: bytes) -> bool:
+    return sum(map(body.count, (b"[", b"{", b":"))) > MOST_PARTS or body.count(b",") > MOST_VALUES
 
 
 def sent(kind: type[B]) -> Any:
