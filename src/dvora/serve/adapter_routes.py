@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic_core import to_json
 
 from ..flat import Layout
 from .answers import Body, headers_of, server_of
 from .keys import Asking, Changing, Key
+from .registry import Version
 from .requests import RefusedError
 from .server import Server
 from .uploads import Upload
@@ -37,11 +40,14 @@ class Unload(Body):
 @router.get("/v1/adapters")
 async def adapters(request: Request, key: Asking) -> Response:
     """All adapters, and what a flat vector has to be like."""
-    server = server_of(request)
-    versions = [version for version in server.registry.versions() if key.sees(version.name)]
-    cards = [server.registry.card(version) for version in versions]
-    content = {"base": server.base.name, "layout": _layout(server, key), "adapters": cards}
-    return JSONResponse({**content, "left_out": server.registry.left_out(key)})
+    server, registry = server_of(request), server_of(request).registry
+
+    def write(versions: Sequence[Version]) -> bytes:
+        cards = [registry.card(version) for version in versions]
+        content = {"base": server.base.name, "layout": _layout(server, key), "adapters": cards}
+        return to_json({**content, "left_out": registry.left_out(key)})
+
+    return Response(registry.listed("adapters", key, write), media_type="application/json")
 
 
 @router.get("/v1/adapters/{name}")

@@ -135,10 +135,13 @@ class Embeddings(Body, neutral=NEUTRAL):
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    server, base = call.server, call.server.base.name
-    versions: list[Version | None] = [version for version in server.registry.versions() if call.key.sees(version.name)]
-    cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
-    return answer({"object": "list", "data": cards, "left_out": server.registry.left_out(call.key)})
+    registry, base = call.server.registry, call.server.base.name
+
+    def write(versions: Sequence[Version]) -> bytes:
+        cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
+        return to_json({"object": "list", "data": cards, "left_out": registry.left_out(call.key)})
+
+    return Response(registry.listed("models", call.key, write), media_type="application/json")
 
 
 @router.get("/v1/models/{model}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,10 @@ class Registry:
     damaged: dict[str, str] = field(default_factory=dict)
     """Why what has these names was left out when the server started."""
     _versions: dict[str, Version] = field(default_factory=dict)
+    _changes: int = 0
+    """Of what lists say."""
+    _lists: dict[tuple[str, tuple[str, ...]], tuple[int, bytes]] = field(default_factory=dict)
+    """With the number of changes before them."""
     _loads: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while names change."""
@@ -152,6 +156,7 @@ class Registry:
             if version is not None:
                 self._versions[name] = version
             self.damaged.pop(name, None)
+            self._changes += 1
         if before is not None:
             self._release(before)
         return before
@@ -196,6 +201,19 @@ class Registry:
         """What is damaged, and why, as far as a key sees it."""
         return [{"name": name, "reason": reason} for name, reason in self.damaged.items() if key.sees(name)]
 
+    def listed(self, what: str, key: Key, write: Callable[[Sequence[Version]], bytes]) -> bytes:
+        """A list of all versions that a key sees, written once until something changes.
+
+        Args:
+            what: is listed.
+            key: of the client.
+            write: gives the list of versions.
+        """
+        place, changes = (what, key.names), self._changes
+        if place not in self._lists or self._lists[place][0] != changes:
+            self._lists[place] = changes, write([version for version in self.versions() if key.sees(version.name)])
+        return self._lists[place][1]
+
     def like(self, name: str | None, key: Key) -> Description | None:
         """What a vector has to be like: of an adapter, or of the first that the key sees."""
         with self._lock:
@@ -235,6 +253,7 @@ class Registry:
             if version.digest is None:
                 try:
                     version.digest = self.bank.digest(version.key)
+                    self._changes += 1
                 except (ValueError, TypeError, OSError) as error:
                     reason = self._reason(error)
                     raise RefusedError(
@@ -366,7 +385,6 @@ class Registry:
             "base": self.base,
             "digest": version.digest,
             "labels": list(version.labels),
-            "in_flight": version.holds - (self._versions.get(version.name) is version),
             "uploaded": version.stored.upload is not None,
         }
 
