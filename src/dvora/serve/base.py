@@ -86,7 +86,7 @@ class Base:
             The batch; None where no adapter has ever been, so that rows can only be the base's.
         """
         names = list(adapters)
-        if names != self._names:
+        if names != self._names or self.bank.serves != (self._batch is not None):
             self.leave()
             if self.bank.serves:
                 self._batch = self._entered.enter_context(self.bank.rows(names))
@@ -101,6 +101,10 @@ class Base:
     def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, Exception]:
         """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
         try:
+            self.enter(adapters)
+            return {}
+        except UserWarning:
+            # Where warnings are errors: once, of rows of the base, which only classify where it has a head of its own.
             self.enter(adapters)
             return {}
         except Exception as error:
