@@ -43,6 +43,8 @@ def package(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Artef
     for name, text in {"DEBIAN/control": control, "usr/share/thing/wanted": "content", "usr/share/doc": ""}.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text, encoding="ascii")
+    # Of this folder dpkg-deb demands it.
+    (tree / "DEBIAN").chmod(0o755)
     file = source / "thing_2.0-1_all.deb"
     subprocess.run(["dpkg-deb", "--build", "--root-owner-group", str(tree), str(file)], check=True)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
