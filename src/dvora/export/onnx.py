@@ -28,10 +28,14 @@ from torch import Tensor, nn
 
 from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
+from .products import few_operations
 from .verified import ADAPTERS, NULL, OUTPUT, Compared, Sample, check, prepared, write_adapters
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
 WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
+_FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
+_FROM_TABLE = "g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) { rows = Gather (adapters, index) }"
+"""What makes of an input the first one of the traced graph, the adapters of rows: one row is broadcast to all."""
 SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
 """Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""
 
@@ -66,13 +70,13 @@ def to_onnx(
     graph = _traced(AdaptedGraph(packing, sample.call, by_row=True), vectors, sample)
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
     if int8:
-        _quantise(_one(graph), output / INT8, packing)
+        _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
     with (output / WEIGHTS).open("wb") as file:
         _move_weights(graph, file)
-    one, with_default = _one(graph), _one(graph)
-    with_default.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
-    for name, written in ((ONE, one), (TABLE, _table(graph)), (FILES, with_default)):
-        onnx.save(written, output / name)
+    onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
+    one.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
+    onnx.save(one, output / FILES)
+    onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
     write_adapters(output, ready, labels)
     for name, vector in vectors.items():
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
@@ -87,7 +91,7 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
     shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
     rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
     try:
-        with graph.hooked(), torch.no_grad(), _quiet():
+        with graph.hooked(), few_operations(graph.packing.served), torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 graph,
                 (rows, *sample.inputs.values()),
@@ -131,35 +135,10 @@ def _simplify(model: onnx_ir.Model) -> None:
     )(model)
 
 
-def _one(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """One adapter for all rows: its one row is broadcast."""
-    _, size = _sizes(graph)
-    return _behind(
-        f"one (float[{size}] {TENSOR}) => (float[1, {size}] {ROWS}) <int64[1] axis = {{0}}>"
-        f"{{ {ROWS} = Unsqueeze ({TENSOR}, axis) }}",
-        graph,
-    )
-
-
-def _table(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A row of a table for each row of the batch."""
-    batch, size = _sizes(graph)
-    return _behind(
-        f"table (float[adapters, {size}] {TENSOR}s, int64[{batch}] {INDEX}) => (float[{batch}, {size}] {ROWS})"
-        f"{{ {ROWS} = Gather ({TENSOR}s, {INDEX}) }}",
-        graph,
-    )
-
-
-def _sizes(graph: onnx.ModelProto) -> tuple[str, int]:
-    """The name of the batch's size, and the values of an adapter."""
-    batch, size = graph.graph.input[0].type.tensor_type.shape.dim
-    return batch.dim_param, size.dim_value
-
-
 def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph behind another, which gives its first input."""
-    source = onnx.parser.parse_graph(first)
+    """The graph behind a node that gives the rows their adapters, of values P, and of rows B."""
+    batch, size = graph.graph.input[0].type.tensor_type.shape.dim
+    source = onnx.parser.parse_graph(first.replace("P", str(size.dim_value)).replace("B", batch.dim_param))
     joined = onnx.ModelProto()
     joined.CopyFrom(graph)
     del joined.graph.input[:], joined.graph.node[:]
