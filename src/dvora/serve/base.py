@@ -103,10 +103,6 @@ class Base:
         try:
             self.enter(adapters)
             return {}
-        except UserWarning:
-            # Where warnings are errors: once, of rows of the base, which only classify where it has a head of its own.
-            self.enter(adapters)
-            return {}
         except Exception as error:
             _log.warning("the adapters of a batch cannot be read: %s", error)
             if len({*adapters}) == 1:
