@@ -7,34 +7,36 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import Field
 from pydantic_core import to_json
 
 from ..flat import Layout
-from .answers import Body, headers_of, server_of
-from .keys import Asking, Changing, Key
+from .answers import Body, Switch, headers_of, sent, server_of, takes
+from .keys import Asking, Changing, Key, changing
 from .registry import Version
 from .requests import RefusedError
 from .server import Server
 from .uploads import Upload
 
 router = APIRouter(tags=["adapters"])
+changes = APIRouter(tags=["adapters"], dependencies=[Depends(changing)])
+"""Of what changes adapters: a client that may not is refused before its body is read."""
 
 
 class Load(Body):
     """Of /v1/load_lora_adapter, as vLLM has it."""
 
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
+    lora_name: str = Field(description="a name for the adapter")
+    lora_path: str = Field(description="the folder of an adapter, relative to that of all")
+    load_inplace: Switch = False
 
 
-class Unload(Body):
+class Unload(Body, neutral={"lora_int_id": None}):
     """Of /v1/unload_lora_adapter, as vLLM has it."""
 
-    lora_name: str
-    lora_int_id: int | None = None
+    lora_name: str = Field(description="the name of an adapter")
 
 
 @router.get("/v1/adapters")
@@ -62,7 +64,7 @@ async def adapter(name: str, request: Request, key: Asking) -> Response:
         return JSONResponse(card, headers=headers_of([version]))
 
 
-@router.put("/v1/adapters/{name}")
+@changes.put("/v1/adapters/{name}")
 async def put_adapter(
     name: str,
     request: Request,
@@ -92,7 +94,7 @@ async def put_adapter(
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
 
-@router.delete("/v1/adapters/{name}")
+@changes.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, request: Request, key: Changing) -> Response:
     """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
     server = server_of(request)
@@ -101,8 +103,8 @@ async def delete_adapter(name: str, request: Request, key: Changing) -> Response
     return JSONResponse({"name": name} if version is None else server.registry.card(version))
 
 
-@router.post("/v1/load_lora_adapter")
-async def load(body: Load, request: Request, key: Changing) -> Response:
+@changes.post("/v1/load_lora_adapter", openapi_extra=takes(Load))
+async def load(body: Annotated[Load, sent(Load)], request: Request, key: Changing) -> Response:
     """Serve an adapter in the folder of adapters, named relative to it."""
     server = server_of(request)
     key.check_changes(body.lora_name)
@@ -115,8 +117,8 @@ async def load(body: Load, request: Request, key: Changing) -> Response:
     return PlainTextResponse(message, headers=headers_of([version]))
 
 
-@router.post("/v1/unload_lora_adapter")
-async def unload(body: Unload, request: Request, key: Changing) -> Response:
+@changes.post("/v1/unload_lora_adapter", openapi_extra=takes(Unload))
+async def unload(body: Annotated[Unload, sent(Unload)], request: Request, key: Changing) -> Response:
     """Serve an adapter no longer."""
     server = server_of(request)
     key.check_changes(body.lora_name)

@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from . import adapter_routes, encoder_routes, openai_routes
@@ -42,9 +43,11 @@ def make_app(server: Server) -> FastAPI:
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _not_there)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_middleware(Guard, server=server)
     for routes in (openai_routes, encoder_routes, adapter_routes):
         app.include_router(routes.router, dependencies=[Depends(asking)])
+    app.include_router(adapter_routes.changes)
 
     @app.get("/healthz", include_in_schema=False)
     @app.get("/health", tags=["the server"])
@@ -81,12 +84,14 @@ async def _refused(_: Request, refusal: Any) -> Response:
     return answer_of(refusal)
 
 
+async def _gone(_: Request, __: Any) -> Response:
+    """Nobody reads it, but the log has its status."""
+    return Response(status_code=499)
+
+
 async def _invalid(_: Request, error: Any) -> Response:
-    """What does not fit the schema of a route, in one sentence; the input is not repeated."""
-    problems = [
-        f"{'.'.join(str(part) for part in problem['loc'] if part != 'body') or 'the body'}: {problem['msg']}"
-        for problem in error.errors()
-    ]
+    """What does not fit the parameters of a route, in one sentence; the input is not repeated."""
+    problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]
     return JSONResponse(error_body("; ".join(dict.fromkeys(problems)), "invalid_request_error"), 400)
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Base:
         device: torch.device = self.model.device
         return device
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What clients call it."""
         path = Path(self.source)

@@ -46,7 +46,7 @@ def _fields(route: dict[str, Any], schemas: dict[str, Any]) -> str:
         for parameter in route.get("parameters", ())
     ]
     for content in route.get("requestBody", {"content": {}})["content"].values():
-        body = schemas.get(_type(content["schema"]), {"properties": {}})
+        body = schemas.get(_type(content["schema"]), content["schema"])
         required = body.get("required", ())
         fields += [(name, "body", field, name in required) for name, field in body["properties"].items()]
     return "\n".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -54,6 +55,8 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
             for name in ("dvora.serve", "uvicorn.error"):
                 logging.getLogger(name).addHandler(handler)
         server = Server(replace(settings, allow_hosts=(host, *settings.allow_hosts)))
+        # What is loaded by now stays, so that no collection of garbage goes through it.
+        gc.freeze()
         if tell is not None:
             name = f"[{host}]" if ":" in host else host
             address = f"http://{name}:{listening.getsockname()[1]}"
