@@ -215,12 +215,12 @@ class Scheduler:
             return []
         joining = Counter(request.queue for request in requests)
         sizes = {name: len(queue.requests) for name, queue in self._queues.items() if queue.requests}
-        own = max(sizes.get(name, 0) + more for name, more in joining.items())
+        joined = max(sizes.get(name, 0) + more for name, more in joining.items())
         longest = [(-size, name) for name, size in sizes.items()]
         heapify(longest)
         going = Counter[str]()
         for _ in range(self.waiting + len(requests) - self.limits.queue):
-            if not longest or -longest[0][0] <= own:
+            if not longest or -longest[0][0] <= joined:
                 raise self.overloaded(requests[0])
             size, name = longest[0]
             heapreplace(longest, (size + 1, name))
