@@ -50,7 +50,7 @@ def tokens_of(server: Server, text: str) -> Sequence[int]:
     return read.tokens
 
 
-class Asked:
+class Sent:
     """Requests that were sent at once, so that they are one batch where they fit."""
 
     def __init__(self, server: Server, requests: Sequence[Mapping[str, Any]]) -> None:
@@ -79,7 +79,7 @@ class Asked:
 
 
 def ask(server: Server, *requests: Mapping[str, Any]) -> list[Text]:
-    return Asked(server, requests).texts()
+    return Sent(server, requests).texts()
 
 
 def batches(server: Server, kind: str) -> float:
@@ -198,7 +198,7 @@ def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
                 raise MemoryError("no room for nine tokens")
 
         handle = last.register_forward_pre_hook(fail)
-        first = Asked(server, [{"adapter": "a1", "sampling": {"max_tokens": 40}}])
+        first = Sent(server, [{"adapter": "a1", "sampling": {"max_tokens": 40}}])
         failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
         assert all(isinstance(text.answer.error, MemoryError) for text in failed)
         (text,) = first.texts()
@@ -214,7 +214,7 @@ def test_texts_of_the_base_go_on_when_the_first_adapter_comes(
     adapters = tmp_path / "adapters"
     adapters.mkdir()
     with started(llama, adapters) as server:
-        texts = Asked(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
+        texts = Sent(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
         while not texts._pieces[next(iter(texts._pieces))]:
             pass
         with server.base.between_passes():
@@ -289,7 +289,7 @@ def test_a_short_text_does_not_wait_for_the_long_ones_of_another_queue(
     long_llama: Path, language_adapters: Path, tmp_path: Path
 ) -> None:
     with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4, queue=8) as server:
-        long = Asked(server, [{"adapter": "a0", "queue": "many", "sampling": {"max_tokens": 150}}] * 8)
+        long = Sent(server, [{"adapter": "a0", "queue": "many", "sampling": {"max_tokens": 150}}] * 8)
         for number in range(1, 6):
             (text,) = ask(server, {"adapter": f"a{number}", "queue": "single", "sampling": {"max_tokens": 3}})
             assert text.answer == Answer(finish="length")
@@ -302,14 +302,14 @@ def test_a_flood_is_told_of_itself_and_others_get_in(bert: Path, classifiers: Pa
     with started(bert, copied(classifiers, tmp_path / "adapters"), batch_rows=1, queue=10) as server:
         refused: list[RefusedError] = []
         with server.base.passing:
-            floods = [Asked(server, [{"adapter": "two", "queue": "flood"}]) for _ in range(10)]
+            floods = [Sent(server, [{"adapter": "two", "queue": "flood"}]) for _ in range(10)]
             while len(floods) < 20:
                 try:
-                    floods.append(Asked(server, [{"adapter": "two", "queue": "flood"}]))
+                    floods.append(Sent(server, [{"adapter": "two", "queue": "flood"}]))
                 except RefusedError as error:
                     refused.append(error)
                     break
-            others = [Asked(server, [{"adapter": "three", "queue": "other"}]) for _ in range(3)]
+            others = [Sent(server, [{"adapter": "three", "queue": "other"}]) for _ in range(3)]
         assert refused[0].status == 429
         assert refused[0].headers == {"Retry-After": "1"}
         assert "10 requests" in refused[0].message

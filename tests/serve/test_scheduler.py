@@ -82,8 +82,9 @@ def test_everything_runs_once_the_oldest_of_a_queue_next_and_within_the_limits(
             assert {*batch.requests} == {*scheduler.running} - {*batch.paused}
         else:
             first = batch.requests[0]
-            # Texts that have lost their rows are older than all that wait in their queue.
-            assert first is min((one for one in waiting if one.queue == first.queue), key=lambda one: one.arrived)
+            # Texts that have lost their rows go before those that never had one.
+            of_queue = [one for one in waiting if one.queue == first.queue]
+            assert first is min(of_queue, key=lambda one: (not one.generated, one.arrived))
             assert {one.work for one in batch.requests} == {first.work}
             assert batch.kind == ("prefill" if first.work == "generate" else first.work)
             assert len(batch.requests) == 1 or max(one.length for one in batch.requests) * len(batch.requests) <= tokens

@@ -467,8 +467,8 @@ class AdapterBank:
         with _of_adapter(adapter):
             served, content = self._required().served, adapter.source.content
             served.check_fits(content, adapter.source.beside, allow_partial)
-            size, own = served.head_bytes(content), served.head_bytes(served.content)
-            if size > (most := max(own, self._head_bytes // self._slot_count)):
+            size, of_base = served.head_bytes(content), served.head_bytes(served.content)
+            if size > (most := max(of_base, self._head_bytes // self._slot_count)):
                 raise ValueError(
                     f"its head takes {size:,} bytes on the device, and the bank has room for {most:,} in each of "
                     f"{self._slot_count} slots (head_bytes={self._head_bytes}); train a smaller head, or make a bank "

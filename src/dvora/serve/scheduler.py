@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain, count, islice, zip_longest
+from itertools import chain, count, islice, takewhile, zip_longest
 from typing import Literal
 
 from .requests import RefusedError, Request
@@ -204,10 +204,14 @@ class Scheduler:
                 self._give_turn(queue)
 
     def _wait_again(self, paused: Sequence[Request]) -> None:
-        """Let texts that lose their rows, the youngest first, wait before all others of their queues."""
-        self._join(paused)
-        for request in paused:
-            self._queues[request.queue].requests.move_to_end(request, last=False)
+        """Let texts that lose their rows wait before all others of their queues, the oldest of them first."""
+        for name in {request.queue for request in paused}:
+            requests = self._queues[name].requests
+            of_queue = [text for text in paused if text.queue == name]
+            earlier = [*takewhile(lambda text: text.generated, requests)]
+            self._join(of_queue)
+            for text in sorted(earlier + of_queue, key=lambda text: -text.arrived):
+                requests.move_to_end(text, last=False)
 
     def _displaced(self, requests: Sequence[Request]) -> list[Request]:
         """The youngest of the longest queues, without whom others fit; of queues that stay as long as the others'."""
@@ -215,12 +219,12 @@ class Scheduler:
             return []
         joining = Counter(request.queue for request in requests)
         sizes = {name: len(queue.requests) for name, queue in self._queues.items() if queue.requests}
-        own = max(sizes.get(name, 0) + more for name, more in joining.items())
+        joined = max(sizes.get(name, 0) + more for name, more in joining.items())
         longest = [(-size, name) for name, size in sizes.items()]
         heapify(longest)
         going = Counter[str]()
         for _ in range(self.waiting + len(requests) - self.limits.queue):
-            if not longest or -longest[0][0] <= own:
+            if not longest or -longest[0][0] <= joined:
                 raise self.overloaded(requests[0])
             size, name = longest[0]
             heapreplace(longest, (size + 1, name))
