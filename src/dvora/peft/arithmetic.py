@@ -52,8 +52,7 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
             key = layer.name if layer.name in by_layer else first_match(by_layer, layer.name)
             if key in by_layer:
                 layer.set_strength(adapter_name, float(by_layer[key]))
-        by_name = {layer.name: float(layer.strength(adapter_name)) for layer in layers}
-        config.strength = by_name if isinstance(strength, dict) else float(strength)
+        config.strength = _strengths(layers, adapter_name) if isinstance(strength, dict) else float(strength)
     except BaseException:
         restore()
         raise
@@ -61,14 +60,19 @@ def set_strength(model: nn.Module, config: DVoRAConfig, adapter_name: str, stren
 
 def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, adapter_name: str) -> Callable[[], None]:
     """A function that restores the present strengths of an adapter and of its configuration."""
-    numbers, in_config = [float(layer.strength(adapter_name)) for layer in layers], config.strength
+    numbers, in_config = _strengths(layers, adapter_name), config.strength
 
     def restore() -> None:
         config.strength = in_config
-        for layer, number in zip(layers, numbers, strict=True):
-            layer.set_strength(adapter_name, number)
+        for layer in layers:
+            layer.set_strength(adapter_name, numbers[layer.name])
 
     return restore
+
+
+def _strengths(layers: Sequence[DVoRALayer], adapter_name: str) -> dict[str, float]:
+    # A function of its own: from Python 3.12 on, what a trace raises in a comprehension misses the handlers around it.
+    return {layer.name: float(layer.strength(adapter_name)) for layer in layers}
 
 
 def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Sequence[str], new: str) -> DVoRAConfig:
