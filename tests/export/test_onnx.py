@@ -104,6 +104,17 @@ def test_the_base_has_int8_weights_and_the_adapter_none(exported: Path, bert: Pa
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
+def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None:
+    """PyTorch traces the model once: all that takes long is done once."""
+    import onnx
+
+    names = ("one.onnx", "table.onnx", "files.onnx")
+    one, table, files = ([*onnx.load(exported / name, load_external_data=False).graph.node] for name in names)
+    assert (one[0].op_type, table[0].op_type) == ("Unsqueeze", "Gather")
+    assert one == files
+    assert one[1:] == table[1:]
+
+
 def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: Path, bert: Path) -> None:
     base = sum(parameter.nbytes for parameter in AutoModel.from_pretrained(bert).parameters())
     assert (exported / "weights.bin").stat().st_size < 3 * base

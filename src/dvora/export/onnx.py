@@ -100,7 +100,7 @@ def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) 
                 output_names=[*sample.outputs],
                 dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}, *shapes),),
                 verbose=False,
-                # By `_simplify`: this looks at every pair of slices, 30 minutes for 30 layers.
+                # `_simplify` does it: the exporter looks at every pair of slices, half an hour for 210 adapted layers.
                 optimize=False,
             )
     except torch.onnx.OnnxExporterError as error:
