@@ -46,6 +46,9 @@ class Metrics:
         self._compute.labels(batch.kind).inc(seconds)
         if batch.kind != "decode":
             for request in batch.requests:
+                if len(request.generated) > 1:
+                    # A text that had lost its row.
+                    continue
                 self._queued.observe(max(0.0, started - request.arrived))
 
     def text(self, values: dict[str, float], running: list[str], waiting: list[str], slots: int) -> bytes:
