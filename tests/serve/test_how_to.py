@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dvora
+from dvora.serve.keys import Keys
 from tests.serve.served import copied
 
 PAGE = Path(dvora.__file__).parents[2] / "docs" / "how-to" / "serve.md"
@@ -52,7 +53,14 @@ def test_the_page(bert: Path, llama: Path, classifiers: Path, language_adapters:
             server.wait()
     assert '"digest"' in outputs_of[0]
     assert outputs_of[1].count('"probs"') == 2
-    assert len(outputs_of) == 5
+    assert "score=" in outputs_of[2]
+    assert len(outputs_of) == 6
+
+
+def test_the_keys_on_the_page(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "keys.toml").write_text(block)
+    assert Keys(file=tmp_path / "keys.toml").may_change
 
 
 def wait_for(address: str) -> None:
