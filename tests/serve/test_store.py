@@ -88,6 +88,30 @@ def test_links_where_a_server_writes_are_refused(name: str, llama: Path, adapter
     assert victim.read_text() == "{}" if name else (victim / ("0" * 16)).is_dir()
 
 
+def test_what_a_strangers_folder_has_besides_adapters_is_left_out(
+    llama: Path, language_adapters: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """Links that lead out of it, names that are no text, an adapter for another class of the base."""
+    (adapters / "link").symlink_to(language_adapters / "a1")
+    copied(adapters / "a1", adapters / "file")
+    (adapters / "file" / VALUES).unlink()
+    (adapters / "file" / VALUES).symlink_to(language_adapters / "a1" / VALUES)
+    copied(adapters / "a1", Path(os.fsdecode(os.fsencode(adapters) + b"/name-\xff")))
+    shutil.copytree(adapters / "a1", adapters / "run" / "adapter")
+    (adapters / "run" / "run.json").write_text(json.dumps({"labels": ["\ud800", "b"]}))
+    change_settings(copied(adapters / "a1", adapters / "a"), task_type="FEATURE_EXTRACTION")
+    with serving(llama, adapters) as (client, _):
+        assert client.get("/readyz").json()["left_out"] == 4
+        assert {card["name"] for card in client.get("/v1/models").json()["left_out"]} == {
+            "link",
+            "file",
+            "name-?",
+            "run",
+        }
+        assert names_of(client) == ["a", *OTHERS]
+        assert text_of(client, "a1") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+
+
 def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import filelock
 from pydantic import TypeAdapter, ValidationError
 
-from ..bank.adapters import IN_RUN, SETTINGS, FolderSource, adapters_in, folder_of
+from ..bank.adapters import IN_RUN, SETTINGS, VALUES, FolderSource, adapters_in, folder_of
 from ..bank.packs import Pack, PackedSource
 from ..recipes.files import check_no_links, read_json
 from ..recipes.models.adapter_folder import Adapter
@@ -84,8 +84,9 @@ class Stored(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What adapters of one bank have in common."""
-        return self.source.description.content.settings, self.source.description.content.layers
+        """What adapters of one bank and one class of the base have in common."""
+        config, content = self.source.description.config, self.source.description.content
+        return content.settings, content.layers, config.task_type, json.dumps(config.auto_mapping)
 
     @property
     def label_count(self) -> int | None:
@@ -166,12 +167,16 @@ class Store:
         """An adapter in a folder that the server was given; where that is in a run, with the names of its classes.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or a link leads out of what the server was given.
         """
-        record = folder.parent / RECORD
-        labels: tuple[str, ...] = ()
-        if folder.name == IN_RUN and record.is_file():
-            labels = checked_labels(read_json(record).get("labels") or [], record)
+        record, root = folder.parent / RECORD, self.root.resolve()
+        has_record = folder.name == IN_RUN and record.is_file()
+        for path in (folder, folder / SETTINGS, folder / VALUES, *([record] if has_record else [])):
+            if not path.resolve().is_relative_to(root):
+                raise ValueError(f"{path.name} is a link that leads out of the folder of adapters; copy what is there")
+        labels = checked_labels(read_json(record).get("labels") or [], record) if has_record else ()
+        # Half a letter of two, which JSON can have and no answer: an error that is a ValueError.
+        "".join(labels).encode()
         return Stored(FolderSource(folder), labels)
 
     def stored(self, entry: Entry) -> Stored:
@@ -213,8 +218,8 @@ class Store:
         return folder
 
     def told(self, error: BaseException) -> str:
-        """What clients may read of an error: without the server's paths."""
-        message = str(error)
+        """What clients may read of an error: without the server's paths, and without letters that no JSON has."""
+        message = str(error).encode(errors="replace").decode()
         for path in (self.folder, self.root):
             message = re.sub(rf"{re.escape(str(path))}[^:\s]*(: )?", "", message)
         return message
