@@ -117,17 +117,18 @@ def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
 @directions
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained base"])
 @given(ratio=st.sampled_from([0.3, 1e-2]), tokens=st.sampled_from([4, 600]))
-def test_outputs_of_nearly_cancelled_layers_are_right_to_a_hundred_thousandth_or_two(
+def test_outputs_of_nearly_cancelled_layers_are_right_to_some_hundred_thousandths(
     frozen: bool, direction: str, ratio: float, tokens: int
 ) -> None:
     layer = nearly_cancelled(trained_layer(24, 10, 4, direction=direction, freeze_base_layer=frozen), ratio)
     assert DenseDVoRA.of(layer).norm_ratio().max() < 3 * ratio
     x = randn(tokens, 24, seed=8)
     expected = DenseDVoRA.of(layer)(x)
-    # The terms are g = w / n times larger than their sum, each with its rounding.
-    assert worst_error(layer(x), expected) < 2e-5
+    # The terms are g = w / n times larger than their sum, each with its rounding: of 24 terms and g = 100, what one
+    # processor's order of summing makes 1.9e-5 and another's 2.5e-5.
+    assert worst_error(layer(x), expected) < 4e-5
     with torch.no_grad():
-        assert worst_error(layer.eval()(x), expected) < 2e-5
+        assert worst_error(layer.eval()(x), expected) < 4e-5
 
 
 @dtypes

@@ -161,7 +161,7 @@ class Keys:
         # Compared by their hashes, which take a time that says nothing of the secret.
         digest = hashlib.sha256(secret.strip()).hexdigest() if scheme.lower() == b"bearer" else ""
         if (key := self._keys.get(digest, self._everybody)) is None:
-            raise _unauthorized("this server answers with a key only")
+            raise _unauthorized("asking needs the header 'Authorization: Bearer KEY' with one of the server's keys")
         return key
 
 
@@ -196,15 +196,14 @@ async def changing(request: Request, key: Asking) -> Key:
         return key
     if key.tenant is not None:
         raise RefusedError(403, "this key may ask, and change nothing", "forbidden")
-    raise _unauthorized("changing adapters needs the server's token")
+    raise _unauthorized("changing adapters needs the header 'Authorization: Bearer TOKEN' with the server's token")
 
 
 Changing = Annotated[Key, Depends(changing)]
 
 
 def _unauthorized(message: str) -> RefusedError:
-    advice = "send it as the header 'Authorization: Bearer KEY'"
-    return RefusedError(401, f"{message}; {advice}", "unauthorized", {"WWW-Authenticate": "Bearer"})
+    return RefusedError(401, message, "unauthorized", {"WWW-Authenticate": "Bearer"})
 
 
 def _read(file: Path) -> dict[str, Key]:
