@@ -48,8 +48,8 @@ class Upload(NamedTuple):
             return _of_pack(self.body)
         if like is None:
             raise ValueError(
-                "there is no adapter yet whose layout a vector could have, or a file of values its settings; send a pack "
-                "of one (`dvora bank pack`)"
+                "there is no adapter yet whose layout a vector could have, or a file of values its settings; send a "
+                "pack of one (`dvora bank pack`)"
             )
         settings = like.settings
         if is_new:
