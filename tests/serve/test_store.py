@@ -318,6 +318,15 @@ def test_an_upload_is_on_the_disk_before_it_is_answered(
     assert synced[upload + 3] == ".served"
 
 
+def test_reasons_say_what_is_wrong_and_not_where(llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truncated(adapters / "a0" / VALUES)
+    monkeypatch.chdir(adapters.parent)
+    adapters.rename("a")
+    with serving(llama, Path("a")) as (client, _):
+        (left_out,) = client.get("/v1/models").json()["left_out"]
+    assert left_out["reason"].startswith("adapter_model.safetensors has")
+
+
 @pytest.mark.parametrize("path", ["x\0y", "x" * 5000, "/" * 3000, "..", "."])
 def test_paths_that_are_none(path: str, llama: Path, adapters: Path) -> None:
     with serving(llama, adapters) as (client, _):

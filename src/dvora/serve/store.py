@@ -114,6 +114,8 @@ class Store:
     def __init__(self, source: Path, is_shared: bool = False) -> None:
         if not source.exists():
             raise ValueError(f"--adapters {source}: there is no such file or folder; make the folder if it is new")
+        # So that `told` finds it in messages.
+        source = source.absolute()
         self.pack = None if source.is_dir() else source
         self.root = source if source.is_dir() else source.parent
         self.folder = source / ".served" if source.is_dir() else source.with_name(f".{source.name}.served")
