@@ -199,12 +199,7 @@ class Registry:
 
     def left_out(self, key: Key) -> list[dict[str, str]]:
         """What is damaged, and why, as far as a key sees it."""
-        return [
-            # Names of folders need not be UTF-8.
-            {"name": name.encode(errors="replace").decode(), "reason": reason}
-            for name, reason in self.damaged.items()
-            if key.sees(name)
-        ]
+        return [{"name": name, "reason": reason} for name, reason in self.damaged.items() if key.sees(name)]
 
     def listed(self, what: str, key: Key, write: Callable[[Sequence[Version]], bytes]) -> bytes:
         """A list of all versions that a key sees, written once until something changes.

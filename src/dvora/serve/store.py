@@ -150,9 +150,11 @@ class Store:
         reads: dict[str, Callable[[], Stored]] = {**given, **entries}
         for name, read in reads.items():
             try:
+                # Names of folders need not be UTF-8, and the error is a ValueError.
+                name.encode()
                 opened[name] = read()
             except (ValueError, TypeError, OSError) as error:
-                damaged[name] = self.told(error)
+                damaged[name.encode(errors="replace").decode()] = self.told(error)
         frequency = Counter(stored.kind for stored in opened.values())
         return dict(sorted(opened.items(), key=lambda item: -frequency[item[1].kind])), damaged
 
