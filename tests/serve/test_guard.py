@@ -110,4 +110,5 @@ def test_a_request_is_one_line_of_the_log(server_of_names: httpx.Client, caplog:
     line = JsonLines().format(records[0])
     assert len(line) < 300
     assert line.isprintable()
-    assert json.loads(line)["status"] == 405
+    # By the version of Starlette.
+    assert json.loads(line)["status"] in (400, 405)
