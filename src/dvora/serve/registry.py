@@ -141,13 +141,17 @@ class Registry:
         """
         is_given = stored.digest is None
         key = name if is_given else self._new_key(name)
-        with nullcontext() if self.bank.serves else self.between_passes():
-            self.bank.add(key, stored.source, allow_unchanged=True, read=not is_given)
+        self._add(key, stored, read=not is_given)
         digest = None if is_given else self.bank.digest(key)
         if digest != stored.digest:
             self.bank.remove(key)
             raise ValueError("its files are other ones than were put; put it again")
         return Version(name, key, stored, digest)
+
+    def _add(self, key: str, stored: Stored, *, read: bool = True) -> None:
+        """Give the bank an adapter; its first one says which layers are hooked, which happens between passes."""
+        with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
+            self.bank.add(key, stored.source, allow_unchanged=True, read=read)
 
     def _point(self, name: str, version: Version | None) -> Version | None:
         """Have a name answered by a version from now on; gives the one before."""
@@ -351,8 +355,7 @@ class Registry:
     def _load(self, name: str, stored: Stored) -> tuple[Version, bool]:
         """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread."""
         key = self._new_key(name)
-        with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
-            self.bank.add(key, stored.source, allow_unchanged=True)
+        self._add(key, stored)
         try:
             digest = self.bank.digest(key)
             self.store.keep(name, stored, digest)
