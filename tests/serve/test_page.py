@@ -65,7 +65,7 @@ def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
     ):
         page = found.page
         page.wait_for_selector(".error")
-        assert "with a key only" in page.locator(".error").inner_text()
+        assert "one of the server's keys" in page.locator(".error").inner_text()
         page.fill("#key", "a secret")
         page.keyboard.press("Tab")
         page.wait_for_selector("#adapters button")
