@@ -86,7 +86,7 @@ async def put_adapter(
     key.check_changes(name)
     if format != "vector" and (layout or digest):
         raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
-    request.state.incoming.most = server.settings.largest_upload
+    request.state.incoming.most = server.settings.upload
     if not (body := await request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
