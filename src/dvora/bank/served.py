@@ -55,7 +55,7 @@ class ServedModel:
         _check_plain(model)
         if content.settings.tokens:
             raise ValueError(
-                "the adapter trains tokens (trainable_token_indices), which a bank does not hold; merge it"
+                "the adapter trains tokens (trainable_token_indices), which is no vector of a layer; merge it"
             )
         self.model, self.config = model, copy.deepcopy(config)
         if not allow_partial:
@@ -108,14 +108,14 @@ class ServedModel:
         absent = sorted(_names(expected) - names)
         if absent and not allow_partial:
             raise ValueError(
-                f"the adapter lacks {absent[0]}, and {len(absent)} of the bank's layers and heads in all; pass "
-                "allow_partial=True to serve the base's there"
+                f"the adapter lacks {absent[0]}, and {len(absent)} of the others' layers and heads in all; only a bank "
+                "serves the base's there (AdapterBank.add, allow_partial=True)"
             )
         layers = tuple(layer for layer in expected.layers if layer.name in names)
         heads = tuple(part for part in expected.whole if part.name in names)
         comparable = content._replace(whole=self._with_own_outputs(content.whole))
         if difference := expected._replace(layers=layers, whole=heads).difference(comparable):
-            raise ValueError(f"the adapter is another one than the bank is for: {difference}")
+            raise ValueError(f"the adapter is another one than those beside it: {difference}")
         here = self._shapes() if beside else {}
         for key, shape in beside.items():
             if here.get(name := plain_key(key)) != shape:
@@ -190,8 +190,8 @@ def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content) -> 
     for target in targets:
         if target.name not in names and not any(head in f".{target.name}." for head in heads):
             raise ValueError(
-                f"the adapter lacks {target.name}, which its settings name; save it again, or pass allow_partial=True "
-                "to serve the base's there"
+                f"the adapter lacks {target.name}, which its settings name; save it again (only a bank serves the "
+                "base's there: AdapterBank.add, allow_partial=True)"
             )
 
 
@@ -232,8 +232,8 @@ def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Serv
         head = next((m for m in modules if any(m.endswith(n) for n in config.modules_to_save or ())), None)
         if head is None:
             raise ValueError(
-                f"the adapter saves {part.name} (bias={config.bias!r}), and a bank holds vectors and heads "
-                "(modules_to_save) only; merge it, or train with bias='none'"
+                f"the adapter saves {part.name} (bias={config.bias!r}), and only vectors and heads (modules_to_save) "
+                "switch here; merge it, or train with bias='none'"
             )
         if part.name not in values or tuple(values[part.name].shape)[1:] != part.shape[1:]:
             shape = tuple(values[part.name].shape) if part.name in values else None

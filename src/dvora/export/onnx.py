@@ -34,7 +34,10 @@ from .verified import ADAPTERS, NULL, OUTPUT, Compared, Sample, check, prepared,
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
 WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
 _FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
-_FROM_TABLE = "g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) { rows = Gather (adapters, index) }"
+_FROM_TABLE = """g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) <int64 zero = {0}> {
+    end = Shape <end = 1> (adapters) counted_from_the_end = Less (index, zero)
+    row = Where (counted_from_the_end, end, index) rows = Gather (adapters, row)
+}"""
 """What makes of an input the first one of the traced graph, the adapters of rows: one row is broadcast to all."""
 SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
 """Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""

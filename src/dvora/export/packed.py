@@ -60,6 +60,11 @@ class Packing:
     def __init__(self, model: nn.Module, adapter: Path) -> None:
         description = FolderSource(adapter).description
         self.served = ServedModel(model, description.config, description.content)
+        if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
+            raise ValueError(
+                f"it saves the embeddings {table} whole, which would be most of every vector; merge it, or train without "
+                "them"
+            )
         self.rows = FactorRows(self.served, torch.float32)
 
     @cached_property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -66,18 +67,16 @@ def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
         mask: 1 for their tokens.
     """
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    config: Any = model.config
-    text = config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    empty = torch.zeros(len(ids), text.num_key_value_heads, 0, width)
-    names = [f"{layer}.{part}" for layer in range(text.num_hidden_layers) for part in ("key", "value")]
+    # Keys and values of one token say what the cache of this model is like.
+    empty = [states[:, :, :0] for states in with_cache(model, [ids[:, :1], mask[:, :1], positions[:, :1]])[1:]]
+    names = [f"{layer}.{part}" for layer in range(len(empty) // 2) for part in ("key", "value")]
     past, present = [f"past_key_values.{name}" for name in names], [f"present.{name}" for name in names]
 
     def inputs(start: int, stop: int, cache: Sequence[Tensor]) -> dict[str, Tensor]:
         tokens = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
         return {**tokens, "position_ids": positions[:, start:stop], **dict(zip(past, cache, strict=True))}
 
-    first = inputs(0, ids.shape[1] - 2, [empty] * len(past))
+    first = inputs(0, ids.shape[1] - 2, empty)
     _, *cache = with_cache(model, [*first.values()])
     then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
     return Sample(then, {name: (0, 2 if name in past else 1) for name in then}, (OUTPUT, *present), with_cache, [first])
@@ -115,12 +114,25 @@ def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> 
     Raises:
         TypeError, ValueError: an adapter does not fit.
     """
-    if NULL in adapters:
-        raise ValueError(f"adapters: {NULL!r} is the base; give that adapter another name")
+    if taken := next((name for name in adapters if name.casefold() == NULL), None):
+        raise ValueError(f"adapter {taken!r}: {NULL!r} is the base, in files of that name; rename the adapter")
     model.eval()
-    packing = Packing(model, next(iter(adapters.values())))
-    vectors = {NULL: packing.null(), **{name: packing.pack(folder) for name, folder in adapters.items()}}
+    with _naming(first := next(iter(adapters))):
+        packing = Packing(model, adapters[first])
+    vectors = {NULL: packing.null()}
+    for name, folder in adapters.items():
+        with _naming(name):
+            vectors[name] = packing.pack(folder)
     return Prepared(packing, vectors, {n: _of_pytorch(model, adapters.get(n), sample) for n in [*vectors][:3]})
+
+
+@contextmanager
+def _naming(adapter: str) -> Iterator[None]:
+    """Say of errors which adapter they are of."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"adapter {adapter!r}: {error}") from error
 
 
 def write_adapters(output: Path, ready: Prepared, labels: Mapping[str, Sequence[str]]) -> None:

@@ -70,7 +70,13 @@ def export(
     base = first.base(model)
     trust = of_base(model, NOTHING)
     note(f"{base} and {len(adapters)} adapters are read")
-    loaded, _ = load_model(base, *base_class(first, base, trust), torch.float32, trust=trust)
+    kind, config = base_class(first, base, trust)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{base} is quantised, and graphs have its weights in float32. Export with the unquantised model (--model); "
+            "an adapter that was trained on a quantised one loads onto it, with a warning that says how far they differ"
+        )
+    loaded, _ = load_model(base, kind, config, torch.float32, trust=trust)
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
         sample = _sample(loaded, base, texts, folder, trust)
