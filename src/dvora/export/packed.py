@@ -62,8 +62,8 @@ class Packing:
         self.served = ServedModel(model, description.config, description.content)
         if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
             raise ValueError(
-                f"it saves the embeddings {table} whole, which would be most of every vector; merge it, or train without "
-                "them"
+                f"it saves the embeddings {table} whole, which would be most of every vector; merge it, or train "
+                "without them"
             )
         self.rows = FactorRows(self.served, torch.float32)
 

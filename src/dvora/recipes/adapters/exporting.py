@@ -73,8 +73,8 @@ def export(
     kind, config = base_class(first, base, trust)
     if getattr(config, "quantization_config", None):
         raise ValueError(
-            f"{base} is quantised, and graphs have its weights in float32. Export with the unquantised model (--model); "
-            "an adapter that was trained on a quantised one loads onto it, with a warning that says how far they differ"
+            f"{base} is quantised, and graphs have its weights in float32. Export with the unquantised model "
+            "(--model); an adapter that was trained on a quantised one fits it, with a warning that says how closely"
         )
     loaded, _ = load_model(base, kind, config, torch.float32, trust=trust)
     labels = {name: adapter.labels for name, adapter in adapters.items()}
