@@ -292,7 +292,7 @@ def test_texts_that_lose_their_rows_go_on_where_they_were(
 def test_a_short_text_does_not_wait_for_the_long_ones_of_another_queue(
     long_llama: Path, language_adapters: Path, tmp_path: Path
 ) -> None:
-    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4, queue=8) as server:
+    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4) as server:
         long = Sent(server, [{"adapter": "a0", "queue": "many", "sampling": {"max_tokens": 150}}] * 8)
         for number in range(1, 6):
             (text,) = ask(server, {"adapter": f"a{number}", "queue": "single", "sampling": {"max_tokens": 3}})
