@@ -5,6 +5,7 @@ Dimensions: N vectors, S values, L layers of one shape, O out, R rank.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,17 @@ from .peft.saving import VECTOR_PREFIX, check_layer_factors
 from .tensors import Float, is_dtensor, weight_in_memory
 from .weight import AdaptedWeight
 
-__all__ = ["LayerFactors", "Layout"]
+__all__ = ["LayerFactors", "Layout", "vector_digest"]
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
+
+
+def vector_digest(layout_digest: str, data: bytes | memoryview) -> str:
+    """32 hexadecimal digits that name a flat vector: of what layout it is, and its bytes, little-endian float32."""
+    digest = hashlib.sha256(layout_digest.encode())
+    digest.update(data)
+    return digest.hexdigest()[:32]
 
 
 class LayerFactors(NamedTuple):

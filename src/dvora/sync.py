@@ -8,7 +8,6 @@ where it is on a file system in memory), or `dvora serve`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import urllib.error
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from .bank.adapters import as_bytes
 from .bank.bank import AdapterBank
-from .flat import Layout
+from .flat import Layout, vector_digest
 from .peft.layer import layers_of
 from .tensors import Float
 from .whole_files import write_atomically
@@ -145,13 +144,6 @@ def newest(adapter: str, names: Iterable[str]) -> str | None:
     """The name of an adapter's newest version among the names of a target; None if there is no version of it."""
     numbers = _numbers(adapter, names)
     return f"{adapter}-v{numbers[-1]}" if numbers else None
-
-
-def vector_digest(layout_digest: str, data: bytes | memoryview) -> str:
-    """32 hexadecimal digits that name a flat vector: of what layout it is, and its bytes, little-endian float32."""
-    digest = hashlib.sha256(layout_digest.encode())
-    digest.update(data)
-    return digest.hexdigest()[:32]
 
 
 class ModelTarget:

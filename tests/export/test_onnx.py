@@ -1,6 +1,7 @@
 """ONNX graphs whose adapter is an input, run by onnxruntime: what the adapted PyTorch model gives."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from dvora.export.packed import read_packed
+from dvora.flat import vector_digest
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
@@ -57,13 +61,18 @@ def vector(folder: Path, name: str) -> np.ndarray:
     return values
 
 
+def file_of(folder: Path, graph: str) -> Path:
+    """The file that the layout names."""
+    return folder / str(json.loads((folder / "layout.json").read_text())["graphs"][graph]["file"])
+
+
 def session(folder: Path, graph: str) -> "onnxruntime.InferenceSession":
-    return onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file_of(folder, graph), providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[2:], TEXTS * 3], ids=len)
 def test_an_adapter_a_call(texts: list[str], exported: Path, bert: Path, classifiers: Path) -> None:
-    one = session(exported, "one.onnx")
+    one = session(exported, "one")
     for name in "abcd":
         logits = one.run(["output"], {"adapter": vector(exported, name), **inputs_of(bert, texts)})[0]
         np.testing.assert_allclose(logits, logits_of(bert, classifiers / name, texts), atol=1e-4)
@@ -72,20 +81,20 @@ def test_an_adapter_a_call(texts: list[str], exported: Path, bert: Path, classif
 def test_a_row_of_a_table_for_each_row_of_a_batch(exported: Path, bert: Path, classifiers: Path) -> None:
     table = np.stack([vector(exported, name) for name in ("c", "a", "d")] * 300)
     given = {"adapters": table, "index": np.array([899, 0, 1]), **inputs_of(bert, TEXTS)}
-    logits = session(exported, "table.onnx").run(["output"], given)[0]
+    logits = session(exported, "table").run(["output"], given)[0]
     for row, (name, text) in enumerate(zip("dca", TEXTS, strict=True)):
         expected = logits_of(bert, classifiers / name, TEXTS)[TEXTS.index(text)]
         np.testing.assert_allclose(logits[row], expected, atol=1e-4)
 
 
 def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path) -> None:
-    files, adapter, options = session(exported, "files.onnx"), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    files, adapter, options = session(exported, "files"), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     adapter.Load(str(exported / "adapters" / "b.onnx_adapter"))
     options.add_active_adapter(adapter)
     logits = files.run(["output"], inputs_of(bert, TEXTS), options)[0]
     np.testing.assert_allclose(logits, logits_of(bert, classifiers / "b", TEXTS), atol=1e-4)
     # Without one it is the base.
-    null = session(exported, "one.onnx").run(
+    null = session(exported, "one").run(
         ["output"], {"adapter": vector(exported, "null"), **inputs_of(bert, TEXTS)}
     )
     np.testing.assert_array_equal(files.run(["output"], inputs_of(bert, TEXTS))[0], null[0])
@@ -94,12 +103,12 @@ def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path) -> 
 def test_the_base_has_int8_weights_and_the_adapter_none(exported: Path, bert: Path, classifiers: Path) -> None:
     import onnx
 
-    graph = onnx.load(exported / "one-int8.onnx").graph
+    graph = onnx.load(file_of(exported, "one-int8")).graph
     # Unsigned: signed ones overflow on processors without VNNI, and are off by half of the largest logit there.
     kinds = [tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 2]
     assert (kinds.count(onnx.TensorProto.UINT8), kinds.count(onnx.TensorProto.INT8)) == (7, 0)
     given = {"adapter": vector(exported, "a"), **inputs_of(bert, TEXTS)}
-    logits = session(exported, "one-int8.onnx").run(["output"], given)[0]
+    logits = session(exported, "one-int8").run(["output"], given)[0]
     exact = logits_of(bert, classifiers / "a", TEXTS)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -108,8 +117,10 @@ def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None
     """PyTorch traces the model once: all that takes long is done once."""
     import onnx
 
-    names = ("one.onnx", "table.onnx", "files.onnx")
-    one, table, files = ([*onnx.load(exported / name, load_external_data=False).graph.node] for name in names)
+    names = ("one", "table", "files")
+    one, table, files = (
+        [*onnx.load(file_of(exported, name), load_external_data=False).graph.node] for name in names
+    )
     assert (one[0].op_type, table[0].op_type) == ("Unsqueeze", "Gather")
     assert one == files
     assert one[1:] == table[1:]
@@ -117,13 +128,90 @@ def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None
 
 def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: Path, bert: Path) -> None:
     base = sum(parameter.nbytes for parameter in AutoModel.from_pretrained(bert).parameters())
-    assert (exported / "weights.bin").stat().st_size < 3 * base
-    assert all((exported / graph).stat().st_size < 200_000 for graph in ("one.onnx", "table.onnx", "files.onnx"))
     layout = json.loads((exported / "layout.json").read_text())
+    (weights,) = exported.glob("weights-*.bin")
+    assert weights.stat().st_size < 3 * base
+    assert all(file_of(exported, graph).stat().st_size < 200_000 for graph in ("one", "table", "files"))
     assert layout["size"] == len(vector(exported, "a"))
     ends = [entry["offset"] + int(np.prod(entry["shape"])) for entry in layout["entries"]]
     assert [entry["offset"] for entry in layout["entries"]] == [0, *ends[:-1]]
     assert ends[-1] == layout["size"]
+
+
+def test_files_are_named_by_their_content_in_the_layout(exported: Path) -> None:
+    graphs = json.loads((exported / "layout.json").read_text())["graphs"]
+    # The int8 graph needs no other weights.
+    assert [name for name, graph in graphs.items() if "weights" not in graph] == ["one-int8"]
+    named = [*graphs.values(), *(graph["weights"] for graph in graphs.values() if "weights" in graph)]
+    for about in named:
+        content = (exported / about["file"]).read_bytes()
+        assert about["sha256"] == sha256(content).hexdigest()
+        assert about["bytes"] == len(content)
+        assert f"-{about['sha256'][:16]}." in about["file"]
+    others = {file.name for file in exported.iterdir() if file.suffix in (".onnx", ".bin")}
+    assert others == {about["file"] for about in named}
+
+
+def test_the_layout_says_what_a_runtime_has_to_know(exported: Path, bert: Path) -> None:
+    layout = json.loads((exported / "layout.json").read_text())
+    assert layout["model"] == "BertForSequenceClassification"
+    assert [about["is"] for about in layout["outputs"]] == ["logits"]
+    for graph, about in layout["graphs"].items():
+        inputs = session(exported, graph).get_inputs()
+        listed = [*about["adapter_inputs"], *layout["inputs"]]
+        assert [each.name for each in inputs] == [each["name"] for each in listed]
+        for actual, said in zip(inputs, listed, strict=True):
+            assert actual.type == {"float32": "tensor(float)", "int64": "tensor(int64)"}[said["dtype"]]
+            sizes = [size if isinstance(size, int) else None for size in said["dimensions"]]
+            assert [size if isinstance(size, int) else None for size in actual.shape] == sizes
+    # As the exported tokenizer cuts and pads, also where no one asks it to.
+    texts = ["good " * 40, "it"]
+    tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    long, short = (encoding.ids for encoding in tokenizer.encode_batch(texts))
+    expected = AutoTokenizer.from_pretrained(bert)(texts, padding=True, truncation=True)["input_ids"]
+    assert [long, short] == expected
+    assert len(long) == layout["tokenizer"]["longest"] == 32
+    assert layout["tokenizer"]["padding"] == {"direction": "right", "pad_id": 0, "pad_token": "[PAD]"}
+    assert short[-1] == 0
+
+
+def test_nothing_names_a_folder_of_this_machine(exported: Path, bert: Path) -> None:
+    for file in exported.rglob("*.json"):
+        assert str(bert.parent) not in file.read_text()
+        assert str(exported.parent) not in file.read_text()
+    assert json.loads((exported / "export.json").read_text())["base_model"] == bert.name
+
+
+def test_a_packed_adapter_is_read_whole_or_refused(exported: Path, tmp_path: Path) -> None:
+    layout = json.loads((exported / "layout.json").read_text())
+    listed = {about["name"]: about for about in json.loads((exported / "adapters" / "index.json").read_text())}
+    assert [*listed] == ["null", *"abcd"]
+    source = exported / "adapters" / listed["a"]["file"]
+    read, content = read_packed(source, layout), source.read_bytes()
+    np.testing.assert_array_equal(read.vector, vector(exported, "a"))
+    assert read.labels == listed["a"]["labels"]
+    assert listed["a"]["bytes"] == len(content)
+    # Of these values in this layout.
+    values = content[-4 * layout["size"] :]
+    assert vector_digest(layout["digest"], values) == listed["a"]["digest"]
+    infinite = np.frombuffer(values, np.float32).copy()
+    infinite[3] = np.nan
+    hidden = content[: -len(values)].replace(
+        listed["a"]["digest"].encode(), vector_digest(layout["digest"], infinite.tobytes()).encode()
+    )
+    flipped = bytes([*content[:-1], content[-1] ^ 1])
+    for damaged, message in (
+        (flipped, "digest of its values"),
+        (content[: -len(values)] + infinite.tobytes(), "digest of its values"),
+        (hidden + infinite.tobytes(), "not finite"),
+        (content.replace(layout["digest"].encode(), b"0" * 32), "its layout is '0000"),
+        (content.replace(b'"version":"2"', b'"version":"1"'), "its version is '1', expected '2'"),
+        (content[:-4], "damaged"),
+        (b"", "damaged"),
+    ):
+        (tmp_path / "a.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            read_packed(tmp_path / "a.safetensors", layout)
 
 
 def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
@@ -132,7 +220,14 @@ def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         save_trained(llama, tmp_path / "adapters" / name, seed, task_type="CAUSAL_LM")
     export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(llama))
-    table, alone = session(tmp_path / "exported", "table.onnx"), Alone(llama)
+    table, alone = session(tmp_path / "exported", "table"), Alone(llama)
+    layout = json.loads((tmp_path / "exported" / "layout.json").read_text())
+    listed = [about["name"] for about in (*layout["graphs"]["table"]["adapter_inputs"], *layout["inputs"])]
+    assert listed == [inputs.name for inputs in table.get_inputs()]
+    assert [about["name"] for about in layout["outputs"]] == [output.name for output in table.get_outputs()]
+    assert layout["inputs"][3]["dimensions"] == ["rows", 1, "past", 8]
+    assert layout["outputs"][1] == {"name": "present.0.key", "dtype": "float32", "is": "the next past_key_values.0.key"}
+    assert layout["tokenizer"]["padding"]["direction"] == "left"
     alone.tokenizer.pad_token = alone.tokenizer.eos_token
     prompts = ["the ", "a good day"]
     read = alone.tokenizer(prompts, padding=True, padding_side="left", return_tensors="np")

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from .execution import INSTEAD, execute
 from .graph import AdaptedGraph, with_cache
-from .verified import Compared, Prepared, Sample, check, prepared, write_adapters
+from .packed import TENSOR
+from .verified import Compared, Prepared, Sample, check, described, prepared, tensor_like, write_adapters
 
 PROGRAM = "one.pte"
 ROWS, TOKENS = 8, 128
@@ -52,7 +53,12 @@ def to_executorch(
     # the structured matrices' view of it fails.
     model.set_attn_implementation("eager")
     (output / PROGRAM).write_bytes(_lowered(ready, sample, sizes))
-    write_adapters(output, ready, labels)
+    graph = {
+        "adapter_inputs": [tensor_like(TENSOR, torch.float32, [ready.packing.size])],
+        "at_most": {size.__name__: size.max for size in sizes},
+        **described(output / PROGRAM),
+    }
+    write_adapters(output, ready, sample, {Path(PROGRAM).stem: graph}, labels)
     compared = _compared(output / PROGRAM, ready, sample)
     check(compared)
     return compared

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,9 +29,21 @@ from torch import Tensor, nn
 from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
 from .products import few_operations
-from .verified import ADAPTERS, NULL, OUTPUT, Compared, Sample, check, prepared, write_adapters
+from .verified import (
+    ADAPTERS,
+    NULL,
+    OUTPUT,
+    Compared,
+    Sample,
+    check,
+    named_by_content,
+    prepared,
+    tensor_like,
+    write_adapters,
+)
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
+"""To which names the digest of the content is added."""
 WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
 _FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
 _FROM_TABLE = """g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) <int64 zero = {0}> {
@@ -74,17 +86,29 @@ def to_onnx(
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
     if int8:
         _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
-    with (output / WEIGHTS).open("wb") as file:
-        _move_weights(graph, file)
+    weights = _move_weights(graph, output / WEIGHTS)
     onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
     one.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
     onnx.save(one, output / FILES)
     onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
-    write_adapters(output, ready, labels)
+    one_of_all = [tensor_like(TENSOR, torch.float32, [packing.size])]
+    of_rows = [
+        tensor_like(f"{TENSOR}s", torch.float32, [f"{TENSOR}s", packing.size]),
+        tensor_like(INDEX, torch.int64, ["rows"]),
+    ]
+    takes = {ONE: one_of_all, TABLE: of_rows, FILES: []}
+    graphs = {
+        Path(name).stem: {"adapter_inputs": inputs, **named_by_content(output / name), "weights": weights}
+        for name, inputs in takes.items()
+    }
+    if int8:
+        graphs[Path(INT8).stem] = {"adapter_inputs": one_of_all, **named_by_content(output / INT8)}
+    write_adapters(output, ready, sample, graphs, labels)
     for name, vector in vectors.items():
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
     note("onnxruntime runs the graphs, whose outputs are compared with PyTorch's")
-    compared = [*_compared(output, vectors, expected, sample, int8)]
+    files = {f"{name}.onnx": output / str(about["file"]) for name, about in graphs.items()}
+    compared = [*_compared(files, vectors, expected, sample)]
     check(row for row in compared if row.graph != INT8)
     return compared
 
@@ -162,18 +186,20 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _move_weights(graph: onnx.ModelProto, file: BinaryIO) -> None:
-    """Write the large tensors of a graph into the file of weights."""
-    for tensor in graph.graph.initializer:
-        if len(data := tensor.raw_data) < SMALLEST_OUTSIDE:
-            continue
-        file.write(bytes(-file.tell() % ALIGNMENT))
-        place = {"location": WEIGHTS, "offset": str(file.tell()), "length": str(len(data))}
-        file.write(data)
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=value)
+def _move_weights(graph: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """Write the large tensors of a graph into the file of weights, which is named by its content then."""
+    moved = [tensor for tensor in graph.graph.initializer if len(tensor.raw_data) >= SMALLEST_OUTSIDE]
+    with path.open("wb") as file:
+        for tensor in moved:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            tensor.external_data.add(key="offset", value=str(file.tell()))
+            tensor.external_data.add(key="length", value=str(file.write(tensor.raw_data)))
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+    about = named_by_content(path)
+    for tensor in moved:
+        tensor.external_data.add(key="location", value=about["file"])
+    return about
 
 
 def _digest(data: bytes) -> bytes:
@@ -209,20 +235,19 @@ def _write_adapter_file(file: Path, vector: Tensor) -> None:
 
 
 def _compared(
-    folder: Path,
+    files: Mapping[str, Path],
     vectors: Mapping[str, Tensor],
     expected: Mapping[str, list[NDArray[np.float32]]],
     sample: Sample,
-    int8: bool,
 ) -> Iterator[Compared]:
     """Every graph with every adapter whose outputs are known."""
     names = [*vectors]
     table = np.stack([vector.numpy() for vector in vectors.values()])
-    for graph in (ONE, TABLE, FILES, *((INT8,) if int8 else ())):
+    for graph, file in files.items():
         options = onnxruntime.SessionOptions()
         # That a default adapter can be replaced is what it is for.
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(folder / graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         for name, of_inputs in expected.items():
             differences, largest = [0.0], [0.0]
             for tensors, wanted in zip([sample.inputs, *sample.others], of_inputs, strict=True):
@@ -234,7 +259,7 @@ def _compared(
                     given = {f"{TENSOR}s": table, INDEX: np.full(rows, names.index(name))}
                 elif graph == FILES:
                     given, adapter = {}, onnxruntime.LoraAdapter()
-                    adapter.Load(str(folder / ADAPTERS / f"{name}.onnx_adapter"))
+                    adapter.Load(str(file.parent / ADAPTERS / f"{name}.onnx_adapter"))
                     running.add_active_adapter(adapter)
                 output = session.run([OUTPUT], {**given, **inputs}, running)[0]
                 differences.append(float(np.abs(output - wanted).max()))

@@ -12,22 +12,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors import safe_open  # type: ignore[attr-defined]
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..bank.adapters import FolderSource
+from ..bank.adapters import FolderSource, as_bytes, is_finite
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
+from ..flat import vector_digest
 from ..tensors import Float
 from ..whole_files import write_atomically
 
 FORMAT = "dvora-packed"
-VERSION = 1
+VERSION = 2
 TENSOR = "adapter"
 """Of a file with a packed adapter, and of a graph's inputs."""
+SUFFIX = ".safetensors"
 PARTS = ("gain_minus_one", "scale", "lambda_d")
 
 
@@ -44,6 +48,47 @@ class Entry:
     name: str
     offset: int
     shape: tuple[int, ...]
+
+
+class PackedAdapter(NamedTuple):
+    """What a packed adapter's file has."""
+
+    vector: Float[Tensor, "P"]
+    labels: list[str]
+    """Names of the classes, if it has some."""
+
+
+def read_packed(file: Path, layout: Mapping[str, Any]) -> PackedAdapter:
+    """A packed adapter, checked.
+
+    Args:
+        file: in an export's `adapters/`.
+        layout: what the export's `layout.json` says.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, of another version or another layout, or has values that are not finite.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            about, vector = opened.metadata() or {}, opened.get_tensor(TENSOR)
+        for key, expected in _metadata(layout["digest"]).items():
+            if (actual := about.get(key)) != expected:
+                raise ValueError(f"its {key} is {actual!r:.100}, expected {expected!r}; export it with this base")
+        if vector.dtype != torch.float32 or vector.shape != (layout["size"],):
+            raise ValueError(f"it has {vector.dtype} of shape {(*vector.shape,)}, expected float32 of {layout['size']}")
+        if (digest := vector_digest(layout["digest"], as_bytes(vector))) != about.get("digest"):
+            raise ValueError(f"the digest of its values is {digest}, and it says {about.get('digest')!r:.100}")
+        if not is_finite(vector):
+            raise ValueError("some of its values are not finite")
+        return PackedAdapter(vector, json.loads(about["labels"]))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is no packed adapter of this export, or damaged: {error}") from error
+
+
+def _metadata(layout_digest: str) -> dict[str, str]:
+    """What every packed adapter of a layout has."""
+    return {"format": FORMAT, "version": str(VERSION), "layout": layout_digest}
 
 
 class Packing:
@@ -122,16 +167,23 @@ class Packing:
                 )
         return self._vector(row.factors, row.heads)
 
-    def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> None:
-        """Write a packed adapter as safetensors: what it is of stands in the metadata.
+    def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> dict[str, Any]:
+        """Write a packed adapter as safetensors: what it is of, and the digest of its values, stand in the metadata.
 
         Args:
             file: to write.
             vector: of `pack`.
             labels: names of the classes.
+
+        Returns:
+            What an index says of it: name, labels, digest, file, bytes.
         """
-        metadata = {"format": FORMAT, "layout": self.layout()["digest"], "labels": json.dumps([*labels])}
-        write_atomically(file, save({TENSOR: vector}, metadata))
+        layout = self.layout()["digest"]
+        digest = vector_digest(layout, as_bytes(vector))
+        about = {**_metadata(layout), "digest": digest, "labels": json.dumps([*labels])}
+        write_atomically(file, content := save({TENSOR: vector}, about))
+        name = file.name.removesuffix(SUFFIX)
+        return {"name": name, "labels": [*labels], "digest": digest, "file": file.name, "bytes": len(content)}
 
     def _vector(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> Float[Tensor, "P"]:
         parts = [factors, *(heads[name] for name in self.served.own_heads)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .graph import Call, once, with_cache
-from .packed import Packing
+from .packed import SUFFIX, Packing
 
-LAYOUT, ADAPTERS = "layout.json", "adapters"
+LAYOUT, ADAPTERS, LISTED = "layout.json", "adapters", "index.json"
 OUTPUT = "output"
 NULL = "null"
 """The base itself, among the names of adapters."""
@@ -33,17 +34,19 @@ class Sample:
 
     Args:
         inputs: by name.
-        dynamic: which dimensions of an input may have another size.
-        outputs: names of what `call` gives.
+        dynamic: which dimensions of an input may have another size, and what they count.
+        outputs: names of what `call` gives, and what that is in the model.
         call: how the model is called with the inputs, in their order.
         others: more inputs, which are compared too.
+        tokenizer: how texts become its inputs, for `layout.json`.
     """
 
     inputs: Mapping[str, Tensor]
-    dynamic: Mapping[str, Sequence[int]]
-    outputs: Sequence[str]
+    dynamic: Mapping[str, Mapping[int, str]]
+    outputs: Mapping[str, str]
     call: Call
     others: Sequence[Mapping[str, Tensor]] = ()
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sample_of_encoder(inputs: Mapping[str, Tensor], output: str) -> Sample:
@@ -53,8 +56,9 @@ def sample_of_encoder(inputs: Mapping[str, Tensor], output: str) -> Sample:
         inputs: by the model's names: of two texts of different lengths or more, padded, or of images.
         output: name of what of its outputs the graph gives.
     """
-    dynamic = {name: (0, 1) if tensor.dim() == 2 else (0,) for name, tensor in inputs.items()}
-    return Sample(inputs, dynamic, (OUTPUT,), once([*inputs], output))
+    texts = {0: "rows", 1: "tokens"}
+    dynamic = {name: texts if tensor.dim() == 2 else {0: "rows"} for name, tensor in inputs.items()}
+    return Sample(inputs, dynamic, {OUTPUT: output}, once([*inputs], output))
 
 
 @torch.no_grad()
@@ -79,7 +83,10 @@ def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
     first = inputs(0, ids.shape[1] - 2, empty)
     _, *cache = with_cache(model, [*first.values()])
     then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
-    return Sample(then, {name: (0, 2 if name in past else 1) for name in then}, (OUTPUT, *present), with_cache, [first])
+    dynamic = {name: {0: "rows", 2: "past"} if name in past else {0: "rows", 1: "tokens"} for name in then}
+    dynamic["attention_mask"] = {0: "rows", 1: "past + tokens"}
+    outputs = {OUTPUT: "logits of the last token", **{new: f"the next {old}" for new, old in zip(present, past, strict=True)}}
+    return Sample(then, dynamic, outputs, with_cache, [first])
 
 
 class Compared(NamedTuple):
@@ -135,18 +142,63 @@ def _naming(adapter: str) -> Iterator[None]:
         raise type(error)(f"adapter {adapter!r}: {error}") from error
 
 
-def write_adapters(output: Path, ready: Prepared, labels: Mapping[str, Sequence[str]]) -> None:
-    """Write the layout, and each adapter packed.
+def write_adapters(
+    output: Path,
+    ready: Prepared,
+    sample: Sample,
+    graphs: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the layout with what a runtime has to know, and each adapter packed, with a list of them.
 
     Args:
         output: a folder.
         ready: of `prepared`.
+        sample: of which the graphs were traced.
+        graphs: by name, what they take of an adapter and their files: `described`.
         labels: names of the classes of adapters.
     """
-    (output / LAYOUT).write_text(json.dumps(ready.packing.layout(), indent=1))
+    layout = {
+        **ready.packing.layout(),
+        "model": type(ready.packing.served.model).__name__,
+        "graphs": graphs,
+        "inputs": [
+            tensor_like(
+                name, tensor.dtype, (sample.dynamic[name].get(place, size) for place, size in enumerate(tensor.shape))
+            )
+            for name, tensor in sample.inputs.items()
+        ],
+        "outputs": [{"name": name, "dtype": "float32", "is": what} for name, what in sample.outputs.items()],
+        "tokenizer": sample.tokenizer,
+    }
+    (output / LAYOUT).write_text(json.dumps(layout, indent=1))
     (output / ADAPTERS).mkdir()
-    for name, vector in ready.vectors.items():
-        ready.packing.write(output / ADAPTERS / f"{name}.safetensors", vector, labels.get(name, ()))
+    listed = [
+        ready.packing.write(output / ADAPTERS / f"{name}{SUFFIX}", vector, labels.get(name, ()))
+        for name, vector in ready.vectors.items()
+    ]
+    (output / ADAPTERS / LISTED).write_text(json.dumps(listed, indent=1))
+
+
+def tensor_like(name: str, dtype: torch.dtype, dimensions: Iterable[int | str]) -> dict[str, Any]:
+    """An input as `layout.json` has it; a dimension that may have any size has a name."""
+    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "dimensions": [*dimensions]}
+
+
+def described(file: Path) -> dict[str, Any]:
+    """A file as `layout.json` has it."""
+    hashed = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            hashed.update(part)
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": hashed.hexdigest()}
+
+
+def named_by_content(file: Path) -> dict[str, Any]:
+    """Put a file's digest into its name, so that a cache never gives another one for it; `described`."""
+    about = described(file)
+    moved = file.rename(file.with_stem(f"{file.stem}-{about['sha256'][:16]}"))
+    return {**about, "file": moved.name}
 
 
 def check(compared: Iterable[Compared]) -> None:

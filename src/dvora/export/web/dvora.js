@@ -1,68 +1,129 @@
-/** A base model with adapters that are handed to it as vectors, in a browser or in Node; see layout.json. */
+/** A base model with adapters that are handed to it as vectors: in a page, a worker or Node. Types: dvora.d.ts. */
 
-const FORMAT = "dvora-packed", VERSION = 1, TENSOR = "adapter";
+const FORMAT = "dvora-packed", VERSION = 2, TENSOR = "adapter";
+// Not imported by name, which bundlers for browsers refuse.
+const node = globalThis.process?.getBuiltinModule;
 
-async function fetched(address) {
-  // Asked for again each time, so that no old adapter comes from the browser's cache.
-  const answer = await fetch(address, { cache: "no-cache" });
-  if (!answer.ok) throw new Error(`${address}: ${answer.status} ${answer.statusText}`);
-  return answer;
+/** An exported folder, whose errors name the file and what to do. */
+export class Folder {
+  constructor(place = "./") {
+    const ended = `${place}`.replace(/\/?$/, "/");
+    if (/^(https?|file):/.test(ended)) this.address = new URL(ended);
+    else this.address = node ? node("node:url").pathToFileURL(ended) : new URL(ended, globalThis.document?.baseURI ?? location.href);
+  }
+
+  async bytes(name, { signal, cache = "no-cache", progress = () => {} } = {}) {
+    const address = new URL(name.split("/").map(encodeURIComponent).join("/"), this.address);
+    try {
+      if (node && address.protocol === "file:") {
+        const content = await node("node:fs/promises").readFile(address, { signal });
+        progress(content.length);
+        return content;
+      }
+      const answer = await fetch(address, { cache, signal });
+      if (!answer.ok) throw Object.assign(new Error(`the server answers ${answer.status} ${answer.statusText}`), { status: answer.status });
+      const count = new TransformStream({ transform: (part, stream) => { progress(part.length); stream.enqueue(part); } });
+      return new Uint8Array(await new Response(answer.body.pipeThrough(count)).arrayBuffer());
+    } catch (error) {
+      signal?.throwIfAborted();
+      const missing = error.status === 404 || error.code === "ENOENT";
+      const why = missing ? `is not in ${this.address}; put the whole exported folder there`
+        : error instanceof TypeError ? "could not be fetched; see that the network and the server are up, then try again"
+        : `could not be read: ${error.message}`;
+      throw new Error(`${name} ${why}`, { cause: error });
+    }
+  }
+
+  async json(name, options) {
+    const text = new TextDecoder().decode(await this.bytes(name, options));
+    try {
+      return JSON.parse(text);
+    } catch {
+      throw new Error(`${name} is no JSON, it starts with ${JSON.stringify(text.slice(0, 20))}; put the exported file there (some servers answer with a page where a file is missing)`);
+    }
+  }
+
+  /** A file that layout.json names. */
+  async checked({ file, bytes, sha256 }, options) {
+    // Its name has its digest, so a cache has the right one.
+    const content = await this.bytes(file, { cache: "default", ...options });
+    if (await digest(content) !== sha256)
+      throw new Error(`${file} is damaged: ${content.length} bytes, not the ${bytes} that layout.json names; put the exported file there again, and empty the browser's cache`);
+    return content;
+  }
+}
+
+async function digest(bytes) {
+  const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(hash, byte => byte.toString(16).padStart(2, "0")).join("");
 }
 
 export class Model {
   /**
-   * @param ort the module of onnxruntime-web.
-   * @param folder the address of the exported folder, with a slash at its end.
-   * @param graph the file in it.
+   * @param ort the module of onnxruntime-web or onnxruntime-node.
+   * @param folder its address; in Node a path, too.
+   * @param options graph: "one", or "one-int8"; providers: of onnxruntime; signal: to stop; progress: (bytes, of bytes).
    */
-  static async load(ort, folder = "./", graph = "one.onnx") {
+  static async load(ort, folder = "./", { graph = "one", providers, signal, progress = () => {} } = {}) {
     if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, which the model runs in");
-    const layout = await (await fetched(`${folder}layout.json`)).json();
+    if (!globalThis.crypto?.subtle) throw new Error("files cannot be checked, since browsers have crypto.subtle in secure pages only: serve this one by https, or from localhost");
+    const from = new Folder(folder), layout = await from.json("layout.json", { signal });
     if (layout.format !== FORMAT || layout.version !== VERSION)
       throw new Error(`layout.json is of ${layout.format} ${layout.version}, expected ${FORMAT} ${VERSION}; export the model again`);
-    const weights = { path: "weights.bin", data: `${folder}weights.bin` };
-    const session = await ort.InferenceSession.create(`${folder}${graph}`, { executionProviders: ["wasm"], externalData: [weights] });
-    return new Model(ort, folder, layout, session);
+    const graphs = Object.keys(layout.graphs).filter(name => layout.graphs[name].adapter_inputs[0]?.name === TENSOR);
+    if (!graphs.includes(graph)) throw new Error(`there is no graph ${graph} here, but ${graphs.join(" and ")}; for int8 export with --int8`);
+    const adapters = await from.json("adapters/index.json", { signal });
+    const { weights, ...program } = layout.graphs[graph], total = program.bytes + (weights?.bytes ?? 0);
+    let done = 0;
+    const options = { signal, progress: bytes => progress(done += bytes, total) };
+    const code = await from.checked(program, options);
+    const externalData = weights && [{ path: weights.file, data: await from.checked(weights, options) }];
+    const session = await ort.InferenceSession.create(code, { ...(providers && { executionProviders: providers }), ...(externalData && { externalData }) });
+    return new Model(ort, from, layout, session, adapters);
   }
 
-  constructor(ort, folder, layout, session) {
-    Object.assign(this, { ort, folder, layout, session });
-    this.adapters = new Map();
+  #read = new Map();
+  #last = Promise.resolve();
+
+  constructor(ort, folder, layout, session, adapters) {
+    Object.assign(this, { ort, folder, layout, session, adapters });
   }
 
   /** An adapter by its name, fetched once; "null" is the base itself. */
-  adapter(name) {
-    if (!this.adapters.has(name)) {
-      const read = fetched(`${this.folder}adapters/${encodeURIComponent(name)}.safetensors`)
-        .then(answer => answer.arrayBuffer()).then(bytes => unpacked(bytes, this.layout, name));
-      // One that could not be read may be tried again.
-      read.catch(() => this.adapters.delete(name));
-      this.adapters.set(name, read);
-    }
-    return this.adapters.get(name);
+  async adapter(name, { signal } = {}) {
+    if (this.#read.has(name)) return this.#read.get(name);
+    const listed = this.adapters.find(each => each.name === name);
+    if (!listed) throw new Error(`there is no adapter ${name} in adapters/index.json, which has ${this.adapters.length}`);
+    const adapter = await unpacked(await this.folder.bytes(`adapters/${listed.file}`, { signal }), this.layout, name);
+    if (adapter.digest !== listed.digest)
+      throw new Error(`adapter ${name} has other values than adapters/index.json says; load the page again, or put the whole export there again`);
+    this.#read.set(name, adapter);
+    return adapter;
   }
 
-  /** An adapter as an input of the graph. */
-  tensor({ vector }) {
-    return new this.ort.Tensor("float32", vector, [vector.length]);
+  /** The outputs for a graph's inputs with an adapter, one call after another: a session runs once at a time. */
+  call(inputs, { vector }) {
+    const run = () => this.session.run({ ...inputs, [TENSOR]: new this.ort.Tensor("float32", vector, [vector.length]) });
+    const outputs = this.#last.then(run);
+    this.#last = outputs.catch(() => {});
+    return outputs;
   }
 
   /**
-   * The output of one text.
+   * The output for one text.
    *
-   * @param ids of its tokens.
+   * @param ids of its tokens, see `encode`.
    * @param adapter what `adapter` gave.
    */
   async run(ids, adapter) {
-    const size = [1, ids.length], whole = values => new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), size);
-    const given = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) };
-    const inputs = { [TENSOR]: this.tensor(adapter) };
-    for (const name of this.session.inputNames) {
-      if (name === TENSOR) continue;
-      if (!(name in given)) throw new Error(`the graph has the input ${name}, which this page does not know`);
-      inputs[name] = whole(given[name]);
+    const { longest } = this.layout.tokenizer;
+    if (longest && ids.length > longest) throw new Error(`the text has ${ids.length} tokens, and the model reads ${longest}; cut it, see encode`);
+    const given = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: ids.map(() => 0) }, inputs = {};
+    for (const { name } of this.layout.inputs) {
+      if (!(name in given)) throw new Error(`the graph has the input ${name}, which Model.run does not know; use Model.call`);
+      inputs[name] = new this.ort.Tensor("int64", BigInt64Array.from(given[name], BigInt), [1, ids.length]);
     }
-    return (await this.session.run(inputs)).output;
+    return (await this.call(inputs, adapter)).output;
   }
 }
 
@@ -71,19 +132,27 @@ export class Pipelines {
   /**
    * @param ort the module of onnxruntime-web, the same one that transformers.js imports.
    * @param transformers the module of transformers.js.
-   * @param folder and graph as of Model.load.
+   * @param folder and options as of Model.load.
    */
-  static async load(ort, transformers, folder = "./", graph = "one.onnx") {
+  static async load(ort, transformers, folder = "./", options = {}) {
     if (!knows(transformers, new ort.Tensor("float32", [0], [1])))
       throw new Error("transformers.js runs with another copy of onnxruntime; let both import one, by an import map");
     // Read here, since transformers.js would keep the files in the browser's cache, also when the model is exported again.
-    const json = async name => (await fetched(`${folder}${name}.json`)).json();
+    const from = new Folder(folder), json = name => from.json(`${name}.json`, { signal: options.signal });
     const config = await json("config"), [architecture] = config.architectures;
     if (!(architecture in transformers)) throw new Error(`transformers.js has no ${architecture}, which the model is`);
-    const [words, settings, model] = await Promise.all([json("tokenizer"), json("tokenizer_config"), Model.load(ort, folder, graph)]);
+    const words = await json("tokenizer"), settings = await json("tokenizer_config"), model = await Model.load(ort, folder, options);
     const Tokenizer = transformers[settings.tokenizer_class] ?? transformers.PreTrainedTokenizer;
     // transformers.js would take spaces before commas out of what is generated, which PyTorch's transformers does not.
     const tokenizer = new Tokenizer(words, { ...settings, clean_up_tokenization_spaces: false });
+    // It would cut off the token that ends a text, too.
+    const whole = tokenizer._encode_plus.bind(tokenizer);
+    tokenizer._encode_plus = (text, asked = {}) => {
+      const encoding = whole(text, asked);
+      if (asked.text_pair || asked.add_special_tokens === false) return encoding;
+      const { ids } = encode(tokenizer, text, model.layout);
+      return { ...Object.fromEntries(Object.entries(encoding).map(([name, values]) => [name, values.slice(0, ids.length)])), input_ids: ids };
+    };
     const generates = model.session.inputNames.some(input => input.startsWith("past_key_values"));
     const configs = generates ? { generation_config: await json("generation_config") } : {};
     const output = generates || architecture.includes("For") ? "logits" : "last_hidden_state";
@@ -100,9 +169,9 @@ export class Pipelines {
    * @param Pipeline a class of transformers.js, such as TextClassificationPipeline.
    * @param name of the adapter; "null" is the base itself.
    */
-  async pipeline(Pipeline, name) {
+  async pipeline(Pipeline, name, options) {
     const { PretrainedConfig, [this.config.architectures[0]]: Adapted } = this.transformers;
-    const adapter = await this.model.adapter(name);
+    const adapter = await this.model.adapter(name, options);
     const config = new PretrainedConfig({ ...this.config, id2label: adapter.labels.length ? adapter.labels : null });
     return new Pipeline({ model: new Adapted(config, { model: this.#session(adapter) }, this.configs), tokenizer: this.tokenizer });
   }
@@ -115,7 +184,7 @@ export class Pipelines {
       // The sizes of the first, empty cache, in which this name stands for the number of rows.
       inputMetadata: session.inputMetadata.map(input => ({ ...input, shape: ["batch_size", ...input.shape.slice(1)] })),
       run: async inputs => {
-        const { output, ...cache } = await session.run({ ...inputs, [TENSOR]: model.tensor(adapter) });
+        const { output, ...cache } = await model.call(inputs, adapter);
         // Of a language model there are those of the last token, without a dimension of tokens.
         const [rows, words] = output.dims, named = "generation_config" in this.configs ? output.reshape([rows, 1, words]) : output;
         return { [this.output]: named, ...cache };
@@ -132,21 +201,43 @@ function knows(transformers, tensor) {
   }
 }
 
-/** A packed adapter (safetensors): its vector and the names of its classes; refused if it is of another graph. */
-export function unpacked(bytes, layout, name) {
-  let header, start;
+/** The tokens of a text, cut to what the model reads as tokenizer.json says: what stands around a text stays. */
+export function encode(tokenizer, text, layout) {
+  const idsOf = options => { const encoding = tokenizer.encode(text, options); return encoding.ids ?? encoding; };
+  const ids = idsOf(), { longest, truncation } = layout.tokenizer;
+  if (!longest || ids.length <= longest) return { ids, tokens: ids.length };
+  const words = idsOf({ add_special_tokens: false }), room = longest - (ids.length - words.length);
+  const kept = truncation.direction === "left" ? words.slice(words.length - room) : words.slice(0, room);
+  let before = 0;
+  while (before < ids.length - words.length && words.some((word, index) => word !== ids[before + index])) before++;
+  return { ids: [...ids.slice(0, before), ...kept, ...ids.slice(before + words.length)], tokens: ids.length };
+}
+
+/** A packed adapter (safetensors), checked: its vector and the names of its classes. */
+export async function unpacked(content, layout, name) {
+  const bytes = new Uint8Array(content);
+  let start, about, range, labels;
   try {
-    start = 8 + Number(new DataView(bytes).getBigUint64(0, true));
-    header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 8, start - 8)));
+    start = 8 + Number(new DataView(bytes.buffer).getBigUint64(0, true));
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes.buffer, 8, start - 8)));
+    about = header.__metadata__ ?? {};
+    range = header[TENSOR]?.data_offsets ?? [0, 0];
+    labels = JSON.parse(about.labels ?? "[]");
   } catch (error) {
-    throw new Error(`adapter ${name} is damaged: ${error.message}`);
+    throw new Error(`adapter ${name} is damaged: ${error.message}; put the exported file there again`);
   }
-  const about = header.__metadata__ ?? {}, [first, last] = header[TENSOR]?.data_offsets ?? [0, 0];
-  if (about.format !== FORMAT || about.layout !== layout.digest)
+  if (about.format !== FORMAT || about.version !== `${VERSION}`)
+    throw new Error(`adapter ${name} is of ${about.format} ${about.version}, expected ${FORMAT} ${VERSION}; export it again`);
+  if (about.layout !== layout.digest)
     throw new Error(`adapter ${name} is of layout ${about.layout}, and this graph of ${layout.digest}: another base or other settings; pack it with this export's base`);
-  if (last - first !== 4 * layout.size || start + last !== bytes.byteLength)
-    throw new Error(`adapter ${name} has ${bytes.byteLength} bytes, expected ${start + 4 * layout.size}; it is truncated`);
-  return { name, vector: new Float32Array(bytes.slice(start + first, start + last)), labels: JSON.parse(about.labels ?? "[]"), bytes: bytes.byteLength };
+  const values = bytes.slice(start + range[0], start + range[1]);
+  if (values.length !== 4 * layout.size || start + range[1] !== bytes.length)
+    throw new Error(`adapter ${name} has ${bytes.length} bytes, expected ${start + 4 * layout.size}; it is truncated`);
+  if ((await digest(await new Blob([layout.digest, values]).arrayBuffer())).slice(0, 32) !== about.digest)
+    throw new Error(`adapter ${name} is damaged: its values have another digest than it says; put the exported file there again`);
+  const vector = new Float32Array(values.buffer);
+  if (!vector.every(Number.isFinite)) throw new Error(`adapter ${name} has values that are not finite; export it again`);
+  return { name, vector, labels, digest: about.digest, bytes: bytes.length };
 }
 
 /** Probabilities from logits. */

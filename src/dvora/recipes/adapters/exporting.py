@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,9 +13,9 @@ from ...bank.adapters import adapters_in, folder_of
 from ...bank.packs import check_folder_names
 from ...whole_files import check_new_folder, new_folder
 from ..data.tables import Note
-from ..models.adapter_folder import SETTINGS, Adapter, read_adapter
+from ..models.adapter_folder import SETTINGS, read_adapter
 from ..models.adapters import base_class, of_base
-from ..models.bases import heads_of, load_model, load_tokenizer, quiet_transformers
+from ..models.bases import NO_LIMIT, heads_of, load_model, load_tokenizer, longest_text, quiet_transformers
 from ..models.inputs import example_inputs
 from ..settings import NOTHING, Trust
 from . import Runtime
@@ -61,7 +62,7 @@ def export(
         raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
     if int8 and runtime == "executorch":
         raise ValueError("int8=True: only onnxruntime's graphs have int8 weights; leave it out, or take runtime='onnx'")
-    from ...export.verified import ADAPTERS, NULL
+    from ...export.verified import ADAPTERS, LAYOUT, NULL
 
     check_new_folder(output)
     folders = _adapters(source)
@@ -77,26 +78,28 @@ def export(
             "(--model); an adapter that was trained on a quantised one fits it, with a warning that says how closely"
         )
     loaded, _ = load_model(base, kind, config, torch.float32, trust=trust)
+    # What is exported is for others, who need no folders of this machine.
+    loaded.config.name_or_path = Path(base).resolve().name if Path(base).is_dir() else base
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
-        sample = _sample(loaded, base, texts, folder, trust)
         if runtime == "executorch":
-            from ...export.executorch import PROGRAM as WEIGHTS
-            from ...export.executorch import to_executorch
+            from ...export.executorch import TOKENS, to_executorch
 
+            sample = _sample(loaded, base, texts, folder, trust, TOKENS)
             note("the program is traced, lowered and compared with PyTorch")
             compared = to_executorch(loaded, folders, sample, folder, labels=labels)
         else:
-            from ...export.onnx import WEIGHTS, to_onnx
+            from ...export.onnx import to_onnx
 
+            sample = _sample(loaded, base, texts, folder, trust)
             compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8, note=note)
         if runtime == "web":
-            _write_page(folder, loaded, adapters)
+            _write_page(folder, loaded)
+        graph = json.loads((folder / LAYOUT).read_text())["graphs"]["one"]
         values = {
-            "base_model": base,
-            "output": str(output),
+            "base_model": loaded.config.name_or_path,
             "adapters": len(adapters),
-            "bytes": (folder / WEIGHTS).stat().st_size,
+            "bytes": graph.get("weights", graph)["bytes"],
             "bytes_an_adapter": (folder / ADAPTERS / f"{NULL}.safetensors").stat().st_size,
             "differences": {
                 graph: max(row.difference for row in compared if row.graph == graph)
@@ -104,7 +107,7 @@ def export(
             },
         }
         (folder / REPORT).write_text(json.dumps(values, indent=1))
-        return values
+        return {**values, "base_model": base, "output": str(output)}
 
 
 def _adapters(source: Path) -> dict[str, Path]:
@@ -115,7 +118,9 @@ def _adapters(source: Path) -> dict[str, Path]:
     return folders
 
 
-def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Trust) -> "Sample":
+def _sample(
+    model: Any, base: str, texts: Sequence[str], folder: Path, trust: Trust, most_tokens: int = NO_LIMIT
+) -> "Sample":
     """Real inputs; the tokenizer is written beside the graphs."""
     from ...export.verified import sample_of_decoder, sample_of_encoder
 
@@ -124,26 +129,40 @@ def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Tr
         return sample_of_encoder(example_inputs(model, rows=2, tokens=0), output)
     tokenizer = load_tokenizer(base, trust)
     generates = model.can_generate() and model.get_output_embeddings() is not None
+    if generates:
+        tokenizer.padding_side = "left"
+    longest = min(most_tokens, longest_text(tokenizer, model.config.get_text_config()))
+    described = _write_tokenizer(tokenizer, longest if longest < NO_LIMIT else None, folder)
+    # Of different lengths: a mask without zeros would be left out of the graph.
+    inputs = tokenizer([*(texts or TEXTS)], padding=True, return_tensors="pt")
+    if generates:
+        sample = sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
+    else:
+        sample = sample_of_encoder(dict(inputs), output)
+    return replace(sample, tokenizer=described)
+
+
+def _write_tokenizer(tokenizer: Any, longest: int | None, folder: Path) -> dict[str, Any]:
+    """Write a tokenizer that cuts texts at what the model reads and pads a batch to its longest one; what that is."""
+    padding = {"direction": tokenizer.padding_side, "pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token}
+    if longest is not None:
+        tokenizer.model_max_length = longest
+    # transformers is told in each call; all others read this file.
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        if longest is not None:
+            tokenizer.backend_tokenizer.enable_truncation(longest, direction=tokenizer.truncation_side)
+        tokenizer.backend_tokenizer.enable_padding(**padding, pad_type_id=tokenizer.pad_token_type_id)
     # With its chat template, which transformers.js does not look for in a file of its own.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    # Of different lengths: a mask without zeros would be left out of the graph.
-    inputs = tokenizer(
-        [*(texts or TEXTS)], padding=True, padding_side="left" if generates else None, return_tensors="pt"
-    )
-    if generates:
-        return sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
-    return sample_of_encoder(dict(inputs), output)
+    return {"longest": longest, "truncation": {"direction": tokenizer.truncation_side}, "padding": padding}
 
 
-def _write_page(folder: Path, model: Any, adapters: Mapping[str, Adapter]) -> None:
-    """The page, the list of adapters, and what transformers.js reads of a model."""
-    from ...export.verified import ADAPTERS
-
+def _write_page(folder: Path, model: Any) -> None:
+    """The page, and what transformers.js reads of a model."""
     for file in WEB.iterdir():
         shutil.copy(file, folder / file.name)
     model.config.architectures = [type(model).__name__]
     (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
     if model.can_generate():
         (folder / "generation_config.json").write_text(model.generation_config.to_json_string())
-    listed = [{"name": name, "labels": adapter.labels} for name, adapter in adapters.items()]
-    (folder / ADAPTERS / "index.json").write_text(json.dumps(listed))

@@ -33,6 +33,8 @@ TASK_TYPES: Mapping[Task, str] = {
     "image-classification": "IMAGE_CLS",
     "causal-lm": "CAUSAL_LM",
 }
+NO_LIMIT = 10**6
+"""Tokenizers without a limit give a number beyond this."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -87,6 +89,17 @@ def load_tokenizer(source: str, trust: Trust) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def longest_text(tokenizer: Any, config: Any) -> int:
+    """Tokens that a tokenizer and a model can take; NO_LIMIT if neither says.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model.
+    """
+    # Absent where positions are not counted.
+    return min(NO_LIMIT, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or NO_LIMIT)
 
 
 def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None, trust: Trust = NOTHING) -> Base:

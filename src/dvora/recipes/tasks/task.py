@@ -11,13 +11,12 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Defaul
 
 from ..data.chats import IGNORED, chat_features
 from ..data.images import opened_image
+from ..models.bases import NO_LIMIT, longest_text
 from ..settings import Settings
 from . import metrics
 
 Rows = Sequence[dict[str, Any]]
 Encoded = dict[str, Any]
-NO_LIMIT = 10**6
-"""Tokenizers without a limit give a number beyond this."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,7 @@ def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Tas
 
 def longest(settings: Settings, processor: Any, model_config: Any) -> int:
     """Tokens beyond which a text is cut: as set, and never more than the tokenizer and the model can take."""
-    limits = [settings.max_length or NO_LIMIT]
-    if processor.model_max_length < NO_LIMIT:
-        limits.append(processor.model_max_length)
-    # Absent where positions are not counted.
-    if positions := getattr(model_config, "max_position_embeddings", None):
-        limits.append(positions)
-    return min(limits)
+    return min(settings.max_length or NO_LIMIT, longest_text(processor, model_config))
 
 
 def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Features:
