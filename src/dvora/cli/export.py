@@ -34,7 +34,7 @@ def export_command(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Compared with PyTorch; two or more of different lengths.", show_default="two sentences"),
+        typer.Option(help="Compared with PyTorch, beside two sentences; may be given again.", show_default="none"),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="A graph with int8 weights of the base too.")] = False,
     as_json: Json = False,

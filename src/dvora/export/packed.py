@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors import safe_open  # type: ignore[attr-defined]
+from safetensors import (
+    SafetensorError,
+    safe_open,  # type: ignore[attr-defined]
+)
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -140,10 +142,19 @@ class Packing:
             "dtype": "float32",
             "size": self.size,
             "settings": settings,
-            "base": hashlib.sha256(json.dumps(content.base).encode()).hexdigest()[:32],
+            "base": self._base_digest,
             "entries": [{"name": e.name, "offset": e.offset, "shape": list(e.shape)} for e in self.entries],
         }
         return {**layout, "digest": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:32]}
+
+    @cached_property
+    def _base_digest(self) -> str:
+        """Of all that a graph has of the base: also of what no adapter changes, such as embeddings."""
+        digest, state = hashlib.sha256(), self.served.model.state_dict()
+        for name in sorted(state.keys() - self.served.own_heads):
+            digest.update(name.encode())
+            digest.update(as_bytes(state[name]))
+        return digest.hexdigest()[:32]
 
     def null(self) -> Float[Tensor, "P"]:
         """The base itself, with its own heads."""

@@ -44,7 +44,7 @@ def export(
         output: that must not exist, or be empty.
         runtime: onnx; web: the same with a page; or executorch.
         model: the base, a folder or a name on the hub; None takes the one that the first adapter names.
-        texts: with which graphs are compared with PyTorch, two or more of different lengths.
+        texts: with which graphs are compared with PyTorch, beside two sentences.
         int8: write a graph with int8 weights of the base too, for onnxruntime.
         note: called with what is done next.
 
@@ -133,13 +133,22 @@ def _sample(
         tokenizer.padding_side = "left"
     longest = min(most_tokens, longest_text(tokenizer, model.config.get_text_config()))
     described = _write_tokenizer(tokenizer, longest if longest < NO_LIMIT else None, folder)
-    # Of different lengths: a mask without zeros would be left out of the graph.
-    inputs = tokenizer([*(texts or TEXTS)], padding=True, return_tensors="pt")
+    inputs = _tokens(tokenizer, texts, longest)
     if generates:
         sample = sample_of_decoder(model, inputs["input_ids"], inputs["attention_mask"])
     else:
         sample = sample_of_encoder(dict(inputs), output)
     return replace(sample, tokenizer=described)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], longest: int) -> Any:
+    """Texts as a model reads them, and two sentences of different lengths, since a graph keeps no mask without zeros."""
+    for text in texts:
+        count = len(tokenizer(text, verbose=False)["input_ids"])
+        if not 0 < count <= longest:
+            raise ValueError(f"the text {text[:40]!r} has {count or 'no'} tokens, expected 1 to {longest:,}")
+    cut = {"truncation": True, "max_length": longest} if longest < NO_LIMIT else {}
+    return tokenizer([*texts, *TEXTS], padding=True, return_tensors="pt", **cut)
 
 
 def _write_tokenizer(tokenizer: Any, longest: int | None, folder: Path) -> dict[str, Any]:

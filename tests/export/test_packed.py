@@ -1,0 +1,26 @@
+"""What a layout's digest is of."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from dvora.export.packed import Packing
+from tests.serve.served import save_classifier
+
+
+def test_a_base_that_differs_in_its_embeddings_only_has_another_layout(bert: Path, tmp_path: Path) -> None:
+    """Its layers are those that the adapter is of, and its graph is another one."""
+    save_classifier(bert, tmp_path / "adapter", 0, 3)
+    digests = []
+    for seed in (0, 1, 0):
+        with torch.random.fork_rng():
+            # Of the head, which is the adapter's.
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+        with torch.no_grad():
+            model.get_input_embeddings().weight[3] += 1
+        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+    assert len({*digests}) == 2
+    assert digests[0] == digests[2] == digests[4]
