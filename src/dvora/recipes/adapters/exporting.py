@@ -142,7 +142,7 @@ def _sample(
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], longest: int) -> Any:
-    """Texts as a model reads them, and two sentences of different lengths, since a graph keeps no mask without zeros."""
+    """Texts as a model reads them, and two of different lengths: a graph keeps no mask without zeros."""
     for text in texts:
         count = len(tokenizer(text, verbose=False)["input_ids"])
         if not 0 < count <= longest:
