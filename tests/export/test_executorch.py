@@ -77,7 +77,10 @@ def method_of(folder: Path) -> "Method":
 
 
 def tensors_of(bert: Path, texts: list[str]) -> list[torch.Tensor]:
-    return [torch.from_numpy(values) for values in inputs_of(bert, texts).values()]
+    """In the order and the dtypes that the layout says."""
+    dtypes = {"attention_mask": torch.bool, "token_type_ids": torch.int32}
+    inputs = {name: torch.from_numpy(values) for name, values in inputs_of(bert, texts).items()}
+    return [tensor.to(dtypes.get(name, torch.int64)) for name, tensor in inputs.items()]
 
 
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[2:], TEXTS[:2] * 4], ids=len)
@@ -96,6 +99,17 @@ def test_the_program_on_the_page(desk: Path) -> None:
 def test_more_rows_than_memory_is_planned_for(exported: Path, bert: Path) -> None:
     with pytest.raises(RuntimeError):
         method_of(exported).execute([torch.from_numpy(vector(exported, "films")), *tensors_of(bert, TEXTS * 3)])
+
+
+def test_inputs_in_another_order_are_refused(exported: Path, bert: Path) -> None:
+    """In PyTorch all are int64, and each is an input of the others' shape."""
+    first, *rest = tensors_of(bert, TEXTS)
+    adapter = torch.from_numpy(vector(exported, "films"))
+    for swapped in ([rest[0], first, rest[1]], [first, rest[1], rest[0]], [tensor.long() for tensor in (first, *rest)]):
+        with pytest.raises(RuntimeError):
+            method_of(exported).execute([adapter, *swapped])
+    described = json.loads((exported / "layout.json").read_text())["inputs"]
+    assert [one["dtype"] for one in described] == ["int64", "int32", "bool"]
 
 
 def test_the_adapters_are_those_of_onnx(exported: Path, bert: Path, classifiers: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
+from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedModel
 
@@ -22,6 +24,8 @@ from .verified import Compared, Prepared, Sample, check, described, prepared, te
 PROGRAM = "one.pte"
 ROWS, TOKENS = 8, 128
 """At most, of a call: ExecuTorch plans its memory for them."""
+DTYPES = {"attention_mask": torch.bool, "token_type_ids": torch.int32}
+"""Of inputs that are all int64 in PyTorch."""
 
 
 def to_executorch(
@@ -47,7 +51,7 @@ def to_executorch(
     """
     if sample.call is with_cache:
         raise ValueError("model: language models are exported for ExecuTorch without a cache only; use --to onnx")
-    sizes = _sizes(model, sample)
+    sizes, sample = _sizes(model, sample), _told_apart(sample)
     ready = prepared(model, adapters, sample)
     # Taken apart, fused attention gives its output with other strides than those that the graph was traced with; then
     # the structured matrices' view of it fails.
@@ -62,6 +66,17 @@ def to_executorch(
     compared = _compared(output / PROGRAM, ready, sample)
     check(compared)
     return compared
+
+
+def _told_apart(sample: Sample) -> Sample:
+    """The sample with inputs of different dtypes, so that the runtime refuses them in another order."""
+
+    def call(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        of_model = (tensor.dtype for tensor in sample.inputs.values())
+        return sample.call(model, [tensor.to(dtype) for tensor, dtype in zip(tensors, of_model, strict=True)])
+
+    inputs = {name: tensor.to(DTYPES.get(name, tensor.dtype)) for name, tensor in sample.inputs.items()}
+    return replace(sample, inputs=inputs, call=call)
 
 
 def _lowered(ready: Prepared, sample: Sample, sizes: Sequence[Any]) -> bytes:
