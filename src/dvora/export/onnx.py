@@ -6,29 +6,20 @@ The three are one graph behind different first nodes, and share one file of weig
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
-import torch
 from numpy.typing import NDArray
-from onnx_ir.passes import Sequential, common
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxscript import rewriter
-from onnxscript.optimizer import fold_constants
-from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
 from torch import Tensor, nn
 
-from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
-from .products import few_operations
+from .tracing import quiet, traced
 from .verified import (
     ADAPTERS,
     NULL,
@@ -44,7 +35,7 @@ from .verified import (
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
 """To which names the digest of the content is added."""
-WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
+WEIGHTS, INDEX = "weights.bin", "index"
 _FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
 _FROM_TABLE = """g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) <int64 zero = {0}> {
     end = Shape <end = 1> (adapters) counted_from_the_end = Less (index, zero)
@@ -82,7 +73,7 @@ def to_onnx(
     """
     packing, vectors, expected = ready = prepared(model, adapters, sample)
     note(f"PyTorch traces the model and {len(packing.served.layers)} adapted layers; nothing takes longer")
-    graph = _traced(AdaptedGraph(packing, sample.call, by_row=True), vectors, sample)
+    graph = traced(packing, vectors, sample)
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
     if int8:
         _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
@@ -113,55 +104,6 @@ def to_onnx(
     return compared
 
 
-def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
-    """The graph as ONNX; its first input are the adapters of the rows."""
-    shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
-    rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
-    try:
-        with graph.hooked(), few_operations(graph.packing.served), torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                graph,
-                (rows, *sample.inputs.values()),
-                dynamo=True,
-                input_names=[ROWS, *sample.inputs],
-                output_names=[*sample.outputs],
-                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}, *shapes),),
-                verbose=False,
-                # `_simplify` does it: the exporter looks at every pair of slices, half an hour for 210 adapted layers.
-                optimize=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ValueError(
-            f"model: PyTorch cannot write it as ONNX: {error}. Try attn_implementation='eager', another version of "
-            "PyTorch, or merge the adapter and export the merged model"
-        ) from error
-    assert program is not None
-    _simplify(program.model)
-    for node in program.model.graph:
-        # Where in PyTorch's sources it came from: megabytes.
-        node.metadata_props.clear()
-        for value in node.outputs:
-            if not value.is_graph_output():
-                # No input's name.
-                value.name = f"{value.name}_"
-    written: onnx.ModelProto = program.model_proto
-    written.graph.ClearField("value_info")
-    return written
-
-
-def _simplify(model: onnx_ir.Model) -> None:
-    """Compute what is constant, and what several operations compute once, in a time that grows with the operations."""
-    fold_constants(model, onnx_shape_inference=True)
-    # A shape that names no batch: one row is broadcast where a row for each of the batch was traced.
-    rewriter.rewrite(model, [materialize_reshape_shape_rule])
-    Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-    )(model)
-
-
 def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     """The graph behind a node that gives the rows their adapters, of values P, and of rows B."""
     batch, size = graph.graph.input[0].type.tensor_type.shape.dim
@@ -173,17 +115,6 @@ def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     joined.graph.node.extend([*source.node, *graph.graph.node])
     joined.graph.initializer.extend(source.initializer)
     return joined
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings: of packages that are not needed, and of a step that changes nothing here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _move_weights(graph: onnx.ModelProto, path: Path) -> dict[str, Any]:
@@ -214,7 +145,7 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     }
     in_base = {tensor.name for tensor in graph.graph.initializer if _digest(tensor.raw_data) in of_base}
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and not in_base & {*node.input}]
-    with _quiet():
+    with quiet():
         quantize_dynamic(
             graph,
             file,
