@@ -102,7 +102,8 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
         of_name = hidden("POST", "/v1/completions", name, json={**body, "model": name})
         assert of_name == hidden("POST", "/v1/completions", "nothing", json={**body, "model": "nothing"})
         assert of_name[0] == 404
-    for method, options in (("PUT", {"content": values}), ("DELETE", {})):
+    kept = {"content": values, "params": {"replace": False}}
+    for method, options in (("PUT", {"content": values}), ("PUT", kept), ("DELETE", {})):
         assert hidden(method, "/v1/adapters/{}", "a0", **options) == hidden(
             method, "/v1/adapters/{}", "nothing", **options
         )
