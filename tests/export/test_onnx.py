@@ -94,9 +94,7 @@ def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path) -> 
     logits = files.run(["output"], inputs_of(bert, TEXTS), options)[0]
     np.testing.assert_allclose(logits, logits_of(bert, classifiers / "b", TEXTS), atol=1e-4)
     # Without one it is the base.
-    null = session(exported, "one").run(
-        ["output"], {"adapter": vector(exported, "null"), **inputs_of(bert, TEXTS)}
-    )
+    null = session(exported, "one").run(["output"], {"adapter": vector(exported, "null"), **inputs_of(bert, TEXTS)})
     np.testing.assert_array_equal(files.run(["output"], inputs_of(bert, TEXTS))[0], null[0])
 
 
@@ -118,9 +116,7 @@ def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None
     import onnx
 
     names = ("one", "table", "files")
-    one, table, files = (
-        [*onnx.load(file_of(exported, name), load_external_data=False).graph.node] for name in names
-    )
+    one, table, files = ([*onnx.load(file_of(exported, name), load_external_data=False).graph.node] for name in names)
     assert (one[0].op_type, table[0].op_type) == ("Unsqueeze", "Gather")
     assert one == files
     assert one[1:] == table[1:]

@@ -290,7 +290,7 @@ def test_what_computes_is_said(site: Path, bert: Path) -> None:
     for headers, args, said in (
         ({}, (), "computed by WebAssembly with 1 thread;"),
         (ISOLATED, (), rf"computed by WebAssembly with {min(4, os.cpu_count() or 1)} threads?;"),
-        ({}, (*SOFTWARE, "--enable-features=Vulkan"), "computed by WebGPU;"),
+        ({}, (*SOFTWARE, "--enable-features=Vulkan"), r"computed by WebGPU \(add \?wasm"),
     ):
         with opened(site, headers=headers, args=args) as (found, _):
             if "WebGPU" in said and not found.page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):

@@ -86,7 +86,10 @@ def sample_of_decoder(model: nn.Module, ids: Tensor, mask: Tensor) -> Sample:
     then = inputs(ids.shape[1] - 2, ids.shape[1], cache)
     dynamic = {name: {0: "rows", 2: "past"} if name in past else {0: "rows", 1: "tokens"} for name in then}
     dynamic["attention_mask"] = {0: "rows", 1: "past + tokens"}
-    outputs = {OUTPUT: "logits of the last token", **{new: f"the next {old}" for new, old in zip(present, past, strict=True)}}
+    outputs = {
+        OUTPUT: "logits of the last token",
+        **{new: f"the next {old}" for new, old in zip(present, past, strict=True)},
+    }
     return Sample(then, dynamic, outputs, with_cache, [first])
 
 
