@@ -56,8 +56,9 @@ ray:  ## two replicas under Ray Serve: adapters they share, a restart, scaling
 	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check httpx2 hypothesis pytest
 	.venv-ray/bin/python -m pytest tests/serve/test_ray.py
 
-web: setup  ## the exported page in a browser, with packages from npm
-	mkdir -p .web && cp src/dvora/export/web/package.json .web && cd .web && npm install --no-audit --no-fund --silent --ignore-scripts @huggingface/transformers@^4.3
+web: setup  ## the exported page in a browser and its module in Node, with packages from npm
+	mkdir -p .web && cp src/dvora/export/web/package.json src/dvora/export/web/vendor.mjs .web
+	cd .web && npm install --no-audit --no-fund --silent --ignore-scripts @huggingface/transformers@^4.3 && npm run --silent vendor
 	$(PY) -m pytest tests/export/test_web.py
 
 executorch:  ## a program of ExecuTorch, run by its Python runtime

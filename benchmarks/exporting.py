@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,19 @@ ADAPTERS, ROWS, BATCH = 20, 2000, 50
 BROWSER = shutil.which("chromium")
 SENTENCE = "A fine, funny and touching film."
 PACKAGES = Path(__file__).parents[1] / ".web" / "node_modules"
+VENDOR = PACKAGES.with_name("vendor")
+"""What a page fetches of the packages."""
 
 
 def run(folder: Path, *arguments: str) -> None:
     """A command of dvora in a folder."""
     command = [sys.executable, "-m", "dvora.cli", *arguments, "--quiet"]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def graph_of(folder: Path, name: str) -> Path:
+    """A graph of an export."""
+    return folder / str(json.loads((folder / "layout.json").read_text())["graphs"][name]["file"])
 
 
 def logits(graph: Path, inputs: list[Mapping[str, NDArray[Any]]], adapter: NDArray[Any] | None) -> NDArray[Any]:
@@ -69,15 +77,16 @@ def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     inputs = [dict(tokenizer(texts[start : start + BATCH], **padded)) for start in range(0, len(texts), BATCH)]
     packed = folder / "site" / "adapters"
     adapter = load_file(packed / "tenant-0000.safetensors")["adapter"]
-    exact = logits(folder / "site" / "one.onnx", inputs, adapter)
-    merged = folder / "merged-site" / "one.onnx"
+    one = graph_of(folder / "site", "one")
+    exact = logits(one, inputs, adapter)
+    merged = graph_of(folder / "merged-site", "one")
     options = {"per_channel": True, "weight_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul"]}
     quantize_dynamic(merged, folder / "merged-int8.onnx", **options)
     null = load_file(folder / "merged-site" / "adapters" / "null.safetensors")["adapter"]
     rows = {}
     for name, graph, vector in (
-        ("float32", folder / "site" / "one.onnx", adapter),
-        ("int8 base, float adapter", folder / "site" / "one-int8.onnx", adapter),
+        ("float32", one, adapter),
+        ("int8 base, float adapter", graph_of(folder / "site", "one-int8"), adapter),
         ("merged, then int8", folder / "merged-int8.onnx", null),
     ):
         found = logits(graph, inputs, vector)
@@ -86,7 +95,7 @@ def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
             "accuracy": round(100 * float((found.argmax(1) == labels).mean()), 2),
             "same_class": round(100 * float((found.argmax(1) == exact.argmax(1)).mean()), 2),
             "mean_difference": round(float(np.abs(found - exact).mean()), 4),
-            "bytes": (graph.with_name("weights.bin") if name == "float32" else graph).stat().st_size,
+            "bytes": (next(graph.parent.glob("weights-*.bin")) if name == "float32" else graph).stat().st_size,
         }
     return rows
 
@@ -108,7 +117,7 @@ def in_python(site: Path) -> Row:
     """onnxruntime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(site / "one.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph_of(site, "one"), providers=["CPUExecutionProvider"])
     inputs = dict(AutoTokenizer.from_pretrained(site)([SENTENCE], return_tensors="np"))
     return switched(site, lambda adapter: session.run(["output"], {"adapter": adapter, **inputs}))
 
@@ -124,9 +133,9 @@ def in_executorch(phone: Path) -> Row:
 
 
 @contextmanager
-def served(site: Path) -> Iterator[str]:
-    """The address of a folder."""
-    handler = functools.partial(_Quiet, directory=site)
+def served(site: Path, headers: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    """The address of a folder; headers are added to each answer."""
+    handler = functools.partial(_Quiet, headers, directory=site)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -136,6 +145,16 @@ def served(site: Path) -> Iterator[str]:
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, added: Mapping[str, str], *args: Any, **options: Any) -> None:
+        self.added = added
+        super().__init__(*args, **options)
+
+    def end_headers(self) -> None:
+        """With those that are added."""
+        for header in self.added.items():
+            self.send_header(*header)
+        super().end_headers()
+
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
@@ -145,7 +164,7 @@ def in_browser(site: Path) -> Row:
     from playwright.sync_api import sync_playwright
 
     expected = in_python_logits(site)
-    (site / "node_modules").symlink_to(PACKAGES)
+    (site / "vendor").symlink_to(VENDOR)
     with served(site) as address, sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]).new_page()
         page.goto(f"{address}index.html")
@@ -175,7 +194,7 @@ def in_python_logits(site: Path) -> dict[str, NDArray[Any]]:
     inputs = [dict(AutoTokenizer.from_pretrained(site)([SENTENCE], return_tensors="np"))]
     names = [f"tenant-{number:04d}" for number in range(ADAPTERS)]
     vectors = {name: load_file(site / "adapters" / f"{name}.safetensors")["adapter"] for name in names}
-    return {name: logits(site / "one.onnx", inputs, vector)[0] for name, vector in vectors.items()}
+    return {name: logits(graph_of(site, "one"), inputs, vector)[0] for name, vector in vectors.items()}
 
 
 def _median(seconds: list[float]) -> float:
@@ -215,8 +234,8 @@ def of_onnxruntime(folder: Path) -> dict[str, Row]:
     rows = int8(folder, [row["text"] for row in read], labels)
     versions = {"version": version("onnxruntime")}
     rows["runtime: onnxruntime"] = {**versions, **sizes, **in_python(folder / "site")}
-    if PACKAGES.is_dir():
-        package = json.loads((PACKAGES / "onnxruntime-web" / "package.json").read_text())
+    if VENDOR.is_dir():
+        package = json.loads((VENDOR / "onnxruntime-web" / "package.json").read_text())
         rows["runtime: onnxruntime-web"] = {"version": package["version"], **sizes, **in_browser(folder / "site")}
     return rows
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from benchmarks.exporting import BROWSER, PACKAGES, run, served
+from benchmarks.exporting import BROWSER, VENDOR, run, served
 from benchmarks.pictures import FOLDER
 from materials.files import lay_out
 
@@ -34,7 +34,7 @@ def main() -> None:
             how = ("--rank", "64", "--max-steps", "200", "--batch-size", "16", "--output", f"adapters/{name}")
             run(folder, "train", "--task", "text-classification", "--model", "minilm", "--data", f"{name}.csv", *how)
         run(folder, "export", "adapters", "--model", "minilm", "--to", "web", "--output", "site")
-        (folder / "site" / "node_modules").symlink_to(PACKAGES)
+        (folder / "site" / "vendor").symlink_to(VENDOR)
         with served(folder / "site") as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
             for scheme, ending in (("light", ""), ("dark", "-dark")):

@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import (
-    SafetensorError,
-    safe_open,  # type: ignore[attr-defined]
-)
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 

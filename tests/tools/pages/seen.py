@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class Seen:
 
 
 @contextlib.contextmanager
-def seen(file: Path | str, width: int = WIDE, scheme: str = "light", root: Path | None = None) -> Iterator[Seen]:
+def seen(
+    file: Path | str, width: int = WIDE, scheme: str = "light", root: Path | None = None, args: Sequence[str] = ()
+) -> Iterator[Seen]:
     """A file in headless Chromium, which may load nothing but the file, or the files of a site; or a server's page.
 
     Args:
@@ -45,13 +47,14 @@ def seen(file: Path | str, width: int = WIDE, scheme: str = "light", root: Path 
         width: of the window, in pixels.
         scheme: light or dark.
         root: of the site; None: the page is all there is.
+        args: more of the browser's.
     """
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"no browser is installed ({', '.join(PROGRAMS)})")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *args])
         try:
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
             found = Seen(context.new_page())

@@ -99,7 +99,8 @@ def longest_text(tokenizer: Any, config: Any) -> int:
         config: of the model.
     """
     # Absent where positions are not counted.
-    return min(NO_LIMIT, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+    positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    return int(min(NO_LIMIT, tokenizer.model_max_length, positions))
 
 
 def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | None, trust: Trust = NOTHING) -> Base:
