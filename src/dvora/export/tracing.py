@@ -42,7 +42,7 @@ def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> o
     try:
         with graph.hooked(), torch.no_grad(), quiet():
             inputs = {ROWS: rows, **sample.inputs}
-            model = _exported(graph, inputs, sample.outputs, [(0,), *dynamic])
+            model = _exported(graph, inputs, [*sample.outputs], [(0,), *dynamic])
             functions.put_into(model)
     except torch.onnx.OnnxExporterError as error:
         # The exporter's own message is a page with its advice to authors of models.
