@@ -117,9 +117,19 @@ def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None
 
     names = ("one", "table", "files")
     one, table, files = ([*onnx.load(file_of(exported, name), load_external_data=False).graph.node] for name in names)
-    assert (one[0].op_type, table[0].op_type) == ("Unsqueeze", "Gather")
+    # A row before the first is one behind the last, which is refused as others are that are not there.
+    assert [node.op_type for node in table[:4]] == ["Shape", "Less", "Where", "Gather"]
+    assert one[0].op_type == "Unsqueeze"
     assert one == files
-    assert one[1:] == table[1:]
+    assert one[1:] == table[4:]
+
+
+@pytest.mark.parametrize("row", [-1, -2, 4])
+def test_a_row_that_is_not_in_the_table_is_refused(exported: Path, bert: Path, row: int) -> None:
+    table = np.stack([vector(exported, name) for name in "abcd"])
+    given = {"adapters": table, "index": np.array([0, row, 1]), **inputs_of(bert, TEXTS)}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
+        session(exported, "table").run(["output"], given)
 
 
 def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: Path, bert: Path) -> None:
