@@ -270,6 +270,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not a layout": (lambda d: [d], r"format_version None, expected 1"),
     "something missing": (lambda d: {k: v for k, v in d.items() if k != "base"}, r"no layout can be read.*'base'"),
     "a changed size": (lambda d: {**d, "layers": [["lin0", 25, 4, 1.0], *d["layers"][1:]]}, r"was changed on the way"),
+    "a size of text": (lambda d: {**d, "whole": [["w", ["a", 10**12]]]}, r"no layout can be read.*whole numbers"),
+    "a size below zero": (lambda d: {**d, "layers": [["lin0", -1, 4, 1.0]]}, r"no layout can be read.*whole numbers"),
 }
 
 

@@ -4,21 +4,28 @@ What went wrong for others has a test here: rollouts by the base in the adapter'
 after an eviction, a stale version after a restart.
 """
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import dvora
+from dvora import sync
+from dvora.flat import Layout
+from dvora.peft.content import SavedWhole
 from dvora.sync import (
     AdapterVersion,
     BankTarget,
@@ -27,6 +34,7 @@ from dvora.sync import (
     Publisher,
     ServerTarget,
     newest,
+    vector_digest,
 )
 from tests.peft.tiny import same_bits, train_vectors
 from tests.recipes import tiny_models
@@ -254,13 +262,11 @@ def test_a_killed_server_has_the_same_versions_again_and_takes_the_next(
         for name in ("policy-v2", "policy-v3"):
             assert served_text(client, name) == texts[name]
         assert complete(client, "policy-v1", "the ").status_code == 404
-        # What was not served before has another name: of a request without an answer nobody knows whether it came.
-        assert publisher.publish().name == "policy-v5"
-        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v5"
-        assert served_text(client, "policy-v5") not in texts.values()
-        # Dropped though it is not there.
+        assert publisher.publish().name == "policy-v4"
+        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v4"
+        assert served_text(client, "policy-v4") not in texts.values()
         publisher.publish()
-        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v5", "policy-v6", "start"]
+        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v4", "policy-v5", "start"]
 
 
 def test_a_server_that_forgot_everything_answers_by_no_stale_version(
@@ -289,6 +295,227 @@ def test_a_new_publisher_goes_on_after_the_newest_version(trainer: PeftModel, tm
     assert sorted(folder.names()) == ["policy-v3", "policy-v4"]
 
 
+def test_a_publisher_goes_on_after_what_another_one_published_and_dropped(trainer: PeftModel, tmp_path: Path) -> None:
+    """Or a name would come back with other values."""
+    folder = FolderTarget(tmp_path / "shared")
+    one, two = (Publisher(trainer, folder, "policy", keep=1) for _ in range(2))
+    for _ in range(3):
+        one.publish()
+    assert two.publish().name == "policy-v4"
+    assert one.publish().name == "policy-v5"
+    assert folder.names() == ["policy-v5"]
+
+
+# One name, one content.
+
+
+@pytest.mark.parametrize("kind", ["model", "bank", "folder", "server"])
+def test_a_name_that_is_there_gets_no_other_values(
+    llama: Path, trainer: PeftModel, bank: dvora.AdapterBank, adapters: Path, tmp_path: Path, kind: str
+) -> None:
+    layout = Layout.of(trainer)
+    vector = layout.to_vector(trainer)
+    first, other = (AdapterVersion("policy", 1, layout, vector + step) for step in (0, 0.5))
+    with serving(llama, adapters) as (client, _):
+        server = adapted(llama)
+        targets = {
+            "model": lambda: ModelTarget(server),
+            "bank": lambda: BankTarget(bank),
+            "folder": lambda: FolderTarget(tmp_path / "shared"),
+            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
+        }
+        content = {
+            "model": lambda: layout.to_vector(server).tolist(),
+            "bank": lambda: bank.digest("policy-v1"),
+            "folder": lambda: FolderTarget(tmp_path / "shared").read("policy-v1").digest,
+            "server": lambda: client.get("/v1/adapters/policy-v1").json()["digest"],
+        }
+        target = targets[kind]()
+        target.put(first)
+        before = content[kind]()
+        # Whose answer was lost.
+        target.put(first)
+        with pytest.raises(
+            ValueError, match=r"'policy-v1' with another content.* Give each publisher a name of its own"
+        ):
+            target.put(other)
+        assert content[kind]() == before
+        target.drop("policy-v1")
+        assert kind == "model" or "policy-v1" not in target.names()
+
+
+RACING = """
+import os, signal, sys
+from contextlib import suppress
+from dvora import sync, whole_files
+
+folder = sync.FolderTarget(sys.argv[1])
+layout = folder.read("policy-v1").layout
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(2, 102):
+    version = sync.AdapterVersion("policy", number, layout, folder.read("policy-v1").vector * 0 + 2)
+    with suppress(ValueError):
+        folder.put(version)
+        print(number, flush=True)
+sys.stdin.readline()
+whole_files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+folder.put(sync.AdapterVersion("policy", 102, layout, version.vector))
+"""
+
+
+def test_of_two_processes_one_has_the_name_and_what_one_leaves_the_other_removes(
+    trainer: PeftModel, tmp_path: Path
+) -> None:
+    """One is killed while it writes."""
+    folder = FolderTarget(tmp_path)
+    start = Publisher(trainer, folder, "policy").publish()
+    ones, wins = torch.ones_like(start.vector), set[int]()
+    with subprocess.Popen(
+        [sys.executable, "-c", RACING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.stdin.write("go\n")
+        running.stdin.flush()
+        for number in range(2, 102):
+            with suppress(ValueError):
+                folder.put(AdapterVersion("policy", number, start.layout, ones))
+                wins.add(number)
+        running.stdin.write("be killed\n")
+        running.stdin.flush()
+        theirs = {int(line) for line in running.stdout}
+    assert running.returncode == -signal.SIGKILL
+    assert wins | theirs == {*range(2, 102)}
+    assert not wins & theirs
+    for number in range(2, 102):
+        assert (folder.read(f"policy-v{number}").vector == (1 if number in wins else 2)).all()
+    hidden = {path.name[:20] for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {".lock", ".policy-v102.vector."}
+    (tmp_path / ".policy-v102.vector.notes").touch()
+    folder.put(AdapterVersion("policy", 103, start.layout, ones))
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {".lock", ".policy-v102.vector.notes"}
+
+
+def test_what_another_one_is_writing_is_left_alone(
+    trainer: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = FolderTarget(tmp_path)
+    publisher = Publisher(trainer, folder, "policy")
+    (tmp_path / ".policy-v1.vector.abcd1234").touch()
+    monkeypatch.setattr(sync, "WAITING_SECONDS", 0)
+    with FileLock(tmp_path / ".lock"), pytest.raises(TimeoutError, match="another publisher has held the lock"):
+        publisher.publish()
+    assert (tmp_path / ".policy-v1.vector.abcd1234").exists()
+    assert folder.names() == []
+    publisher.publish()
+    assert not (tmp_path / ".policy-v1.vector.abcd1234").exists()
+
+
+# Nothing damaged, and nothing in the place of what is whole.
+
+
+@pytest.mark.parametrize("kind", ["model", "bank", "folder", "server"])
+def test_values_that_are_not_finite_push_out_nothing(
+    llama: Path, trainer: PeftModel, bank: dvora.AdapterBank, adapters: Path, tmp_path: Path, kind: str
+) -> None:
+    with serving(llama, adapters) as (client, _):
+        targets = {
+            "model": lambda: ModelTarget(adapted(llama)),
+            "bank": lambda: BankTarget(bank),
+            "folder": lambda: FolderTarget(tmp_path / "shared"),
+            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
+        }
+        target = targets[kind]()
+        publisher = Publisher(trainer, target, "policy")
+        for _ in range(2):
+            publisher.publish()
+        had = {*target.names()}
+        value = next(p for p in trainer.parameters() if p.requires_grad)
+        for wrong in (torch.nan, torch.inf):
+            with torch.no_grad():
+                value[0] = wrong
+            with pytest.raises(ValueError, match=r"not finite, the first at index \d+ \(\w+ of .*layers"):
+                publisher.publish()
+        assert {*target.names()} == had
+        with torch.no_grad():
+            value[0] = 0.5
+        publisher.publish()
+        assert {*target.names()} - {"start"} == {"policy-v3"} | ({"policy-v2"} if kind != "model" else set())
+
+
+def test_a_version_is_checked_when_it_is_made(trainer: PeftModel) -> None:
+    layout = Layout.of(trainer)
+    vector = layout.to_vector(trainer)
+    for adapter, number, values, message in (
+        ("../policy", 1, vector, "names no version"),
+        ("policy", 0, vector, "names no version"),
+        ("policy", 1, vector[1:], "vector has shape"),
+        ("policy", 1, vector.half(), "vector is torch.float16"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            AdapterVersion(adapter, number, layout, values)
+
+
+def test_damaged_versions_do_not_push_out_whole_ones(trainer: PeftModel, tmp_path: Path) -> None:
+    folder = FolderTarget(tmp_path)
+    before = Publisher(trainer, folder, "policy", keep=4)
+    for number in range(1, 5):
+        before.publish()
+        if number > 2:
+            file = tmp_path / f"policy-v{number}.vector"
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"policy-v4.vector is no version of an adapter, or damaged"):
+        folder.latest("policy")
+    publisher = Publisher(trainer, folder, "policy", keep=2)
+    publisher.publish()
+    assert sorted(folder.names()) == [f"policy-v{number}" for number in (2, 3, 4, 5)]
+    assert folder.latest("policy").name == "policy-v5"
+    publisher.publish()
+    assert sorted(folder.names()) == ["policy-v5", "policy-v6"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda file: file.symlink_to("nowhere"),
+        lambda file: file.symlink_to("policy-v1.vector"),
+        lambda file: file.mkdir(),
+        lambda file: os.mkfifo(file),
+    ],
+    ids=["nowhere", "link", "folder", "pipe"],
+)
+def test_what_is_no_file_is_named(trainer: PeftModel, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A reader neither waits for it nor asks for ever."""
+    folder = FolderTarget(tmp_path)
+    Publisher(trainer, folder, "policy").publish()
+    make(tmp_path / "policy-v2.vector")
+    with pytest.raises(ValueError, match=r"policy-v2.vector is no version .*: it is a link, a folder, a pipe"):
+        folder.latest("policy")
+
+
+def test_a_name_that_is_listed_and_not_there_is_asked_for_twice(
+    trainer: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network, where lists are older than what they list."""
+    folder = FolderTarget(tmp_path)
+    monkeypatch.setattr(folder, "names", lambda: ["policy-v1"])
+    with pytest.raises(FileNotFoundError, match=r"policy-v1.vector"):
+        folder.latest("policy")
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_of_a_file_that_is_too_large_no_more_is_read_than_a_version_has(
+    trainer: PeftModel, tmp_path: Path, has_head: bool
+) -> None:
+    folder = FolderTarget(tmp_path)
+    Publisher(trainer, folder, "policy").publish()
+    os.truncate(tmp_path / "policy-v1.vector", 2**40 if has_head else 0)
+    os.truncate(tmp_path / "policy-v1.vector", 2**40)
+    with pytest.raises(ValueError, match=r"policy-v1.vector is no version of an adapter, or damaged"):
+        folder.latest("policy")
+
+
 # Never half a vector.
 
 PUBLISHING = """
@@ -302,7 +529,7 @@ torch.set_num_threads(1)
 trainer = adapted(Path(sys.argv[1]))
 values = [p for p in trainer.parameters() if p.requires_grad]
 publisher = Publisher(trainer, FolderTarget(sys.argv[2]), "policy")
-for number in range(1, 151):
+for number in range(1, 101):
     with torch.no_grad():
         for value in values:
             value.fill_(number)
@@ -326,7 +553,7 @@ def test_another_process_reads_whole_versions_while_they_come_and_go(llama: Path
 
 
 def test_a_server_refuses_another_vector_than_was_sent(llama: Path, trainer: PeftModel, adapters: Path) -> None:
-    layout = dvora.flat.Layout.of(trainer)
+    layout = Layout.of(trainer)
     version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
     changed = version.vector.clone()
     changed[7] += 1
@@ -340,6 +567,22 @@ def test_a_server_refuses_another_vector_than_was_sent(llama: Path, trainer: Pef
         assert sorted(ServerTarget(f"{client.base_url}").names()) == ["start"]
 
 
+def not_finite(data: bytes) -> bytes:
+    """A version of NaN, as one that checks nothing would write it."""
+    head, _, values = data.partition(b"\n")
+    settings, values = json.loads(head), b"\xff" * len(values)
+    settings["digest"] = vector_digest(settings["layout"]["digest"], values)
+    return json.dumps(settings).encode() + b"\n" + values
+
+
+def without_sizes(data: bytes) -> bytes:
+    """A layout whose one tensor is text, repeated to a million million letters."""
+    head, _, values = data.partition(b"\n")
+    settings = json.loads(head)
+    content = Layout.from_dict(settings["layout"]).content._replace(whole=(SavedWhole("w", ("a", 10**12)),))
+    return json.dumps({**settings, "layout": content.to_dict()}).encode() + b"\n" + values
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -348,16 +591,24 @@ def test_a_server_refuses_another_vector_than_was_sent(llama: Path, trainer: Pef
         lambda data: data.replace(b"digest", b"dogest", 1),
         lambda data: data.partition(b"\n")[0],
         lambda data: b"",
+        lambda data: data + b"\0",
+        lambda data: b"[" * 100_000 + data,
+        lambda data: data.replace(b"policy-v1", b"policy-v2", 1),
+        lambda data: not_finite(data),
+        lambda data: without_sizes(data),
     ],
-    ids=["truncated", "one bit", "settings", "no values", "empty"],
+    ids=["truncated", "one bit", "settings", "no values", "empty", "longer", "nested", "copied", "NaN", "sizes"],
 )
 def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     folder = FolderTarget(tmp_path)
-    Publisher(trainer, folder, "policy").publish()
-    (file,) = tmp_path.iterdir()
+    version = Publisher(trainer, folder, "policy").publish()
+    file = tmp_path / "policy-v1.vector"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match="is no version of an adapter, or damaged"):
+    with pytest.raises(ValueError, match=r"policy-v1.vector is no version of an adapter, or damaged"):
         folder.latest("policy")
+    # It may have been read before the damage.
+    with pytest.raises(ValueError, match="remove it, and publish again"):
+        folder.put(version)
 
 
 # What is refused.
@@ -418,32 +669,34 @@ def test_a_server_says_why_it_refuses(llama: Path, trainer: PeftModel, adapters:
 
 
 def test_a_target_of_ones_own(trainer: PeftModel) -> None:
-    """What a put does with the version is its own; a number whose put failed is not used again."""
+    """A number whose put failed is not used again, and its version counts if it came."""
 
     class Lossy:
         def __init__(self) -> None:
-            self.had: list[str] = []
-            self.dropped: list[str] = []
+            self.has: list[str] = []
 
         def names(self) -> Iterable[str]:
-            return ()
+            return self.has
+
+        def serves(self, name: str) -> bool:
+            return name in self.has
 
         def put(self, version: AdapterVersion) -> None:
-            self.had.append(version.name)
-            if version.number == 2:
+            if version.number not in (3, 4):
+                self.has = [*self.has, version.name]
+            if version.number in (3, 4, 6):
                 raise TimeoutError("no answer")
 
         def drop(self, name: str) -> None:
-            self.dropped.append(name)
+            self.has = [other for other in self.has if other != name]
 
     target = Lossy()
-    publisher = Publisher(trainer, target, "policy", keep=1)
-    publisher.publish()
-    with pytest.raises(TimeoutError):
-        publisher.publish()
-    publisher.publish()
-    assert target.had == ["policy-v1", "policy-v2", "policy-v3"]
-    assert target.dropped == ["policy-v1", "policy-v2"]
+    publisher = Publisher(trainer, target, "policy", keep=2)
+    expected = {1: "1", 2: "12", 3: "12", 4: "12", 5: "25", 6: "256", 7: "67"}
+    for number, there in expected.items():
+        with pytest.raises(TimeoutError) if number in (3, 4, 6) else nullcontext():
+            publisher.publish()
+        assert target.has == [f"policy-v{digit}" for digit in there]
 
 
 # The page.

@@ -1,13 +1,14 @@
 """Files and folders that are whole or not there, and what is no file is left what it is."""
 
 import os
+import re
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
-from dvora.whole_files import new_file, new_folder, write_atomically
+from dvora.whole_files import RANDOM, new_file, new_folder, write_atomically
 
 
 def test_a_file_takes_the_other_s_place_when_it_is_complete(tmp_path: Path) -> None:
@@ -16,6 +17,8 @@ def test_a_file_takes_the_other_s_place_when_it_is_complete(tmp_path: Path) -> N
     with new_file(path) as file:
         file.write(b"after")
         assert path.read_text() == "before"
+        (unfinished,) = {entry.name for entry in tmp_path.iterdir()} - {path.name}
+        assert re.fullmatch(rf"\.a b\.txt\.{RANDOM}", unfinished)
     assert path.read_text() == "after"
     (tmp_path / "plain").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)

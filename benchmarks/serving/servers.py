@@ -27,7 +27,8 @@ from dvora.serve.registry import Version
 from dvora.serve.requests import Answer, Request
 from dvora.serve.run import config_of
 from dvora.serve.scheduler import Batch
-from dvora.serve.server import Server, Settings
+from dvora.serve.server import Server
+from dvora.serve.settings import Settings
 
 TOKEN = "of the benchmark"
 
@@ -143,7 +144,7 @@ def write_lora(base: Path, folder: Path, rank: int, count: int) -> None:
 
 def serve_lora(base: Path, empty: Path, rank: int, count: int, how: str, port: int) -> None:
     """Serve LoRA adapters, of an encoder with heads, through the server's own engine and routes."""
-    server = Server(Settings(str(base), empty))
+    server = Server(Settings(base=str(base), adapters=empty))
     kind = "CAUSAL_LM" if server.base.generates else "SEQ_CLS"
     config = LoraConfig(r=rank, target_modules="all-linear", task_type=kind, init_lora_weights=False)
     adapted = get_peft_model(server.base.model, config, adapter_name="tenant-0000")

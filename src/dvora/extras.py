@@ -1,8 +1,8 @@
 """Which of dvora's extras brings a package that is missing, and how to install it."""
 
 _BROUGHT = {
-    "peft": ("accelerate", "peft", "transformers"),
-    "cli": ("datasets", "filelock", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
+    "peft": ("accelerate", "filelock", "peft", "transformers"),
+    "cli": ("datasets", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "executorch": ("executorch",),

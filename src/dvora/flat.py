@@ -126,7 +126,7 @@ class Layout:
             TypeError, ValueError: the vector or the model is not of this layout, the adapter is merged, or the values
                 would give outputs that are not finite; nothing is written then.
         """
-        self._check_vector(vector, dimensions=1)
+        self.check_vector(vector)
         adapter = self._adapter_in(model)
         check_unmerged(model, self.adapter_name)
         by_name = adapter.tensors()
@@ -152,7 +152,7 @@ class Layout:
             TypeError, ValueError: vectors or model are not of this layout, factors would not be finite, adapters are
                 merged, or a weight is sharded.
         """
-        self._check_vector(vectors, dimensions=2)
+        self.check_vector(vectors, dimensions=2)
         layers = self._adapter_in(model).layers
         weights = [_adapted(layers[layer.name], self.adapter_name, vectors.device) for layer in self.content.layers]
         of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
@@ -169,6 +169,32 @@ class Layout:
                 )
         row = 0 if vectors.dim() == 1 else slice(None)
         return {name: LayerFactors(*(factor[row] for factor in factors[name])) for name in layers}
+
+    def check_vector(self, vector: Float[Tensor, "*N S"], dimensions: int = 1) -> None:
+        """Refuse what is no vector of this layout with finite values.
+
+        Args:
+            vector: float32, (S,); with two dimensions also (N, S).
+            dimensions: that it may have.
+
+        Raises:
+            TypeError, ValueError: it is of another dtype or size, not all in this process, or not finite.
+        """
+        self._check_size(vector, dimensions)
+        if vector.dtype != torch.float32:
+            raise TypeError(
+                f"vector is {vector.dtype}, expected torch.float32: half precision rounds a magnitude by up to 0.4 %. "
+                "Keep vectors in float32 where they are made, sent and averaged"
+            )
+        if vector.is_meta or is_dtensor(vector) or vector.layout != torch.strided:
+            raise ValueError(
+                f"vector is a {type(vector).__name__} of layout {vector.layout} on {vector.device}, expected a dense "
+                "tensor with all its values in this process; gather or load them first"
+            )
+        if not vector.isfinite().all():
+            at = int((~vector.isfinite()).nonzero()[0, -1])
+            part = [name for name, length in self._parts.items() for _ in range(length)][at]
+            raise ValueError(f"vector has values that are not finite, the first at index {at} ({part}); use another")
 
     def views(self, vector: Float[Tensor, "*N S"]) -> dict[str, Vectors]:
         """The three vectors of every layer, by name, as views: writing into them writes into the vector.
@@ -244,24 +270,6 @@ class Layout:
         if not 1 <= vector.dim() <= dimensions or vector.shape[-1] != self.size or not vector.numel():
             batch = f" or (N, {self.size})" if dimensions == 2 else ""
             raise ValueError(f"vector has shape {tuple(vector.shape)}, expected ({self.size},){batch} as {self!r} says")
-
-    def _check_vector(self, vector: Tensor, dimensions: int) -> None:
-        """Refuse what is not one vector, or not some, of finite float32 values."""
-        self._check_size(vector, dimensions)
-        if vector.dtype != torch.float32:
-            raise TypeError(
-                f"vector is {vector.dtype}, expected torch.float32: half precision rounds a magnitude by up to 0.4 %. "
-                "Keep vectors in float32 where they are made, sent and averaged"
-            )
-        if vector.is_meta or is_dtensor(vector) or vector.layout != torch.strided:
-            raise ValueError(
-                f"vector is a {type(vector).__name__} of layout {vector.layout} on {vector.device}, expected a dense "
-                "tensor with all its values in this process; gather or load them first"
-            )
-        if not vector.isfinite().all():
-            at = int((~vector.isfinite()).nonzero()[0, -1])
-            part = [name for name, length in self._parts.items() for _ in range(length)][at]
-            raise ValueError(f"vector has values that are not finite, the first at index {at} ({part}); use another")
 
 
 def _with_zeros(vectors: Vectors) -> Vectors:

@@ -1,19 +1,21 @@
 """From a training model to where its adapter is served: one flat vector a version, whole or not at all.
 
 A `Publisher` takes the vector of an adapter and puts it into a target under a name of its own: `policy-v1`, then
-`policy-v2` and so on. The newest ones stay, so that work which began with one can end with it, and no name ever gets
-other values. A target is a model or a bank of this process, a folder that other processes read (which shares memory
-where it is on a file system in memory), or `dvora serve`.
+`policy-v2` and so on. The newest ones stay, so that work which began with one can end with it, and a name that is
+there never gets other values. A target is a model or a bank of this process, a folder that other processes read (which
+shares memory where it is on a file system in memory), or `dvora serve`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -22,14 +24,15 @@ from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .bank.adapters import as_bytes
+from .bank.adapters import LARGEST_SETTINGS, as_bytes
 from .bank.bank import AdapterBank
 from .flat import Layout, vector_digest
 from .peft.layer import layers_of
 from .tensors import Float
-from .whole_files import write_atomically
+from .whole_files import RANDOM, write_atomically
 
 __all__ = [
     "AdapterVersion",
@@ -46,23 +49,34 @@ __all__ = [
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(rf"({_NAME.pattern})-v([1-9][0-9]{{0,17}})")
 _SUFFIX = ".vector"
+_UNFINISHED = re.compile(rf"\.{_VERSION.pattern}\{_SUFFIX}\.{RANDOM}")
+"""What a publisher leaves in a folder that is killed while it writes."""
+WAITING_SECONDS = 30.0
+"""For which a version waits until others are written to its folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterVersion:
-    """The values of an adapter at one moment of its training.
+    """The values of an adapter at one moment of its training, checked when it is made, so before anything is written.
 
     Args:
         adapter: its name.
         number: of the version, from 1 on.
         layout: of the vector.
         vector: the values, on the CPU; nobody writes to it.
+
+    Raises:
+        TypeError, ValueError: the name is none, or the vector is of another size or dtype, or not finite.
     """
 
     adapter: str
     number: int
     layout: Layout
     vector: Float[Tensor, "S"]
+
+    def __post_init__(self) -> None:
+        _check_version(self.name)
+        self.layout.check_vector(self.vector)
 
     @property
     def name(self) -> str:
@@ -79,10 +93,17 @@ class Target(Protocol):
     """Where versions are served: the ones below, or one of your own."""
 
     def names(self) -> Iterable[str]:
-        """Of what it has, whoever put it there."""
+        """Of what it has, whoever put it there, also of what is damaged."""
+
+    def serves(self, name: str) -> bool:
+        """Whether it has a version of this name that is whole."""
 
     def put(self, version: AdapterVersion) -> None:
-        """Serve a version under its name: all of it, or after an error nothing."""
+        """Serve a version under its name: all of it, or after an error nothing.
+
+        Raises:
+            ValueError: it has the name with another content; a version that it has already it takes again.
+        """
 
     def drop(self, name: str) -> None:
         """Serve a version no longer, if it is there."""
@@ -91,14 +112,14 @@ class Target(Protocol):
 class Publisher:
     """Publishes an adapter of a training model, version after version.
 
-    Numbers go on after the newest version that the target has, so also after a restart of the trainer. A number whose
+    Numbers go on after the newest version that the target has, also after a restart of the trainer. A number whose
     `put` failed is not used again: its values may have arrived.
 
     Args:
         model: with the adapter. Under DistributedDataParallel one process publishes; sharded values are refused.
         target: where the versions go.
         name: of the adapter there: letters, digits, dots, hyphens and underscores. One publisher has it at a time.
-        keep: how many of the newest versions stay, those whose `put` failed counted.
+        keep: how many of the newest versions stay; what is damaged or did not arrive does not count.
         adapter_name: of the adapter in the model.
 
     Raises:
@@ -119,24 +140,35 @@ class Publisher:
         self.layout = Layout.of(model, adapter_name)
         """Of its vectors."""
         self._model, self._target, self._name, self._keep = model, target, name, keep
-        self._numbers = _numbers(name, target.names())
+        self._newest = max(_numbers(name, target.names()), default=0)
+        """Number that was used or seen."""
+        self._whole: set[int] = set()
+        """Numbers that are known to be served."""
 
     def publish(self) -> AdapterVersion:
         """Serve the adapter as it is now under a new name, and drop what is older than the newest versions.
 
         Raises:
-            TypeError, ValueError: the adapter has another strength than one, its values are not all in this process,
-                or the target refuses them.
+            TypeError, ValueError: the adapter has another strength than one, its values are not finite or not all in
+                this process, or the target refuses them.
             OSError: the target cannot be reached.
         """
         _check_strength(self._model, self.layout.adapter_name)
-        number = self._numbers[-1] + 1 if self._numbers else 1
+        before = _numbers(self._name, self._target.names())
+        number = max([self._newest, *before]) + 1
         version = AdapterVersion(self._name, number, self.layout, self.layout.to_vector(self._model).cpu())
-        self._numbers.append(number)
+        self._newest = number
         self._target.put(version)
-        for old in self._numbers[: -self._keep]:
-            self._target.drop(f"{self._name}-v{old}")
-            self._numbers.remove(old)
+        self._whole.add(number)
+        kept = 1
+        for old in reversed(before):
+            name = f"{self._name}-v{old}"
+            if kept == self._keep:
+                self._target.drop(name)
+                self._whole.discard(old)
+            elif old in self._whole or self._target.serves(name):
+                self._whole.add(old)
+                kept += 1
         return version
 
 
@@ -165,20 +197,28 @@ class ModelTarget:
         self._model, self._adapter_name = model, adapter_name
         self.name: str | None = None
         """Of the version that it has."""
+        self._digest: str | None = None
 
     def names(self) -> list[str]:
         """The one version."""
         return [] if self.name is None else [self.name]
 
+    def serves(self, name: str) -> bool:
+        """Whether it is the one version."""
+        return name == self.name
+
     def put(self, version: AdapterVersion) -> None:
         """Give the adapter the values of a version.
 
         Raises:
-            TypeError, ValueError: the adapter has another layout, is merged, or has another strength than one.
+            TypeError, ValueError: the adapter has another layout, is merged, or has another strength than one, or
+                other values had the name.
         """
         _check_strength(self._model, self._adapter_name)
+        if version.name == self.name and version.digest != self._digest:
+            raise _taken(version.name, "the model")
         Layout(version.layout.content, self._adapter_name).from_vector(version.vector, self._model)
-        self.name = version.name
+        self.name, self._digest = version.name, version.digest
 
     def drop(self, name: str) -> None:
         """Nothing is left of a version that another one has replaced."""
@@ -198,19 +238,26 @@ class BankTarget:
         """Of all adapters in the bank."""
         return list(self._bank)
 
+    def serves(self, name: str) -> bool:
+        """Whether there is an adapter of this name."""
+        return name in self._bank
+
     def put(self, version: AdapterVersion) -> None:
         """Add a version.
 
         Raises:
-            ValueError: the bank has another layout, does not know its layers yet, or has the name.
+            ValueError: the bank has another layout, does not know its layers yet, or has the name with other values.
         """
         if difference := self._bank.layout.content.difference(version.layout.content):
             raise ValueError(
                 f"version {version.name!r} is no vector of the bank's layout: {difference}. Make bank and trainer with "
                 "the same configuration on the same base"
             )
-        # Before its first step an adapter changes nothing.
-        self._bank.add(version.name, version.vector, allow_unchanged=True)
+        if version.name not in self._bank:
+            # Before its first step an adapter changes nothing.
+            self._bank.add(version.name, version.vector, allow_unchanged=True)
+        elif self._bank.digest(version.name) != self._bank.digest_of(version.vector):
+            raise _taken(version.name, "the bank")
 
     def drop(self, name: str) -> None:
         """Remove a version."""
@@ -222,7 +269,8 @@ class FolderTarget:
     """A folder with a file for each version, which other processes read.
 
     On a file system in memory, such as /dev/shm, it is memory that the processes of a machine share; on a network those
-    of several machines share it. A file appears whole: one line of JSON with layout and digest, then the values.
+    of several machines share it. A file appears whole: one line of JSON with name, layout and digest, then the values.
+    Publishers write one after another, each while it holds a lock, for which the file system must have locks.
 
     Args:
         folder: made if it is not there.
@@ -233,17 +281,36 @@ class FolderTarget:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
-        """Of all versions."""
+        """Of all versions, also of damaged ones."""
         return [file.name.removesuffix(_SUFFIX) for file in self._folder.glob(f"[!.]*{_SUFFIX}")]
 
+    def serves(self, name: str) -> bool:
+        """Whether there is a version of this name that can be read."""
+        try:
+            self.read(name)
+        except (OSError, ValueError):
+            return False
+        return True
+
     def put(self, version: AdapterVersion) -> None:
-        """Write a version.
+        """Write a version, and remove what killed publishers left.
 
         Raises:
-            OSError: it cannot be written; nothing of it is left.
+            OSError: it cannot be written, and nothing of it is left; others write all the time.
+            ValueError: its name is there with another content, or damaged.
         """
-        head = json.dumps({"digest": version.digest, "layout": version.layout.to_dict()})
-        write_atomically(self._file(version.name), head.encode() + b"\n" + as_bytes(version.vector))
+        head = json.dumps({"name": version.name, "digest": version.digest, "layout": version.layout.to_dict()})
+        with self._locked():
+            for file in self._folder.iterdir():
+                if _UNFINISHED.fullmatch(file.name) and file.is_file():
+                    file.unlink()
+            try:
+                there = self.read(version.name)
+            except FileNotFoundError:
+                write_atomically(self._file(version.name), head.encode() + b"\n" + as_bytes(version.vector))
+            else:
+                if there.digest != version.digest:
+                    raise _taken(version.name, self._folder)
 
     def drop(self, name: str) -> None:
         """Remove a version."""
@@ -257,21 +324,28 @@ class FolderTarget:
             ValueError: its file is damaged, or is none of a version.
         """
         file = self._file(name)
-        # Read at once: whoever opens it again may find it dropped.
-        head, _, values = file.read_bytes().partition(b"\n")
         try:
-            if (match := _VERSION.fullmatch(name)) is None:
-                raise ValueError("the name is none of a version")
-            settings = json.loads(head)
-            layout, vector = (
-                Layout.from_dict(settings["layout"]),
-                torch.frombuffer(bytearray(values), dtype=torch.float32),
-            )
-            version = AdapterVersion(match[1], int(match[2]), layout, vector)
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise ValueError("it is a link, a folder, a pipe or a device, which no publisher makes")
+            # Once: whoever opens it again may find it dropped.
+            with file.open("rb") as opened:
+                head = opened.readline(LARGEST_SETTINGS)
+                settings = json.loads(head)
+                if settings["name"] != name:
+                    raise ValueError(f"it is {settings['name']!r:.120}, copied or renamed")
+                layout = Layout.from_dict(settings["layout"])
+                size, expected = os.fstat(opened.fileno()).st_size, len(head) + 4 * layout.size
+                if size != expected:
+                    raise ValueError(f"it has {size:,} bytes, expected {expected:,}")
+                values = torch.frombuffer(bytearray(opened.read(4 * layout.size)), dtype=torch.float32)
+            adapter, _, number = name.rpartition("-v")
+            version = AdapterVersion(adapter, int(number), layout, values)
             if version.digest != settings["digest"]:
                 raise ValueError(f"its digest is {version.digest}, and it says {settings['digest']!r:.100}")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file} is no version of an adapter, or damaged: {error}; publish it again") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is no version of an adapter, or damaged: {error!s:.300}; remove it, and publish again"
+            ) from error
         return version
 
     def latest(self, adapter: str) -> AdapterVersion | None:
@@ -279,14 +353,38 @@ class FolderTarget:
 
         Raises:
             ValueError: its file is damaged.
+            OSError: its file cannot be read.
         """
+        missing = None
         while (name := newest(adapter, self.names())) is not None:
-            # It may be dropped meanwhile; then there is a newer one.
-            with suppress(FileNotFoundError):
+            try:
                 return self.read(name)
+            except FileNotFoundError:
+                # Dropped since it was listed: then there is a newer one.
+                if name == missing:
+                    raise
+                missing = name
         return None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While a version is written: whatever becomes of the process, the system opens the lock then.
+
+        Raises:
+            TimeoutError: others have it all the time.
+        """
+        try:
+            held = FileLock(self._folder / ".lock").acquire(WAITING_SECONDS)
+        except Timeout:
+            raise TimeoutError(
+                f"{self._folder}: another publisher has held the lock for {WAITING_SECONDS:g} seconds; look whether it "
+                "hangs, or publish to another folder"
+            ) from None
+        with held:
+            yield
+
     def _file(self, name: str) -> Path:
+        _check_version(name)
         return self._folder / f"{name}{_SUFFIX}"
 
 
@@ -307,22 +405,38 @@ class ServerTarget:
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def names(self) -> list[str]:
-        """Of all adapters of the server.
+        """Of all adapters of the server, also of those that it left out.
 
         Raises:
             OSError: it cannot be reached.
         """
-        return [adapter["name"] for adapter in json.loads(self._ask("GET", ""))["adapters"]]
+        listed = json.loads(self._ask("GET", ""))
+        return [adapter["name"] for adapter in [*listed["adapters"], *listed["left_out"]]]
+
+    def serves(self, name: str) -> bool:
+        """Whether the server has an adapter of this name that can be read.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        try:
+            self._ask("GET", f"/{name}")
+        except ValueError:
+            return False
+        return True
 
     def put(self, version: AdapterVersion) -> None:
         """Send a version; when this returns it is served.
 
         Raises:
-            ValueError: the server refuses it, and says why: no token, another layout, no adapter to take settings of.
+            ValueError: the server refuses it, and says why: no token, another layout, no adapter to take settings of,
+                or it has the name with another content.
             OSError: it cannot be reached.
         """
-        query = urlencode({"format": "vector", "layout": version.layout.digest, "digest": version.digest})
-        self._ask("PUT", f"/{version.name}?{query}", as_bytes(version.vector).tobytes())
+        query = {"format": "vector", "layout": version.layout.digest, "digest": version.digest, "replace": "false"}
+        path = f"/{version.name}?{urlencode(query)}"
+        if "error" in json.loads(self._ask("PUT", path, as_bytes(version.vector).tobytes(), allowed=409)):
+            raise _taken(version.name, self._address)
 
     def drop(self, name: str) -> None:
         """Have a version served no longer.
@@ -354,6 +468,19 @@ def _numbers(adapter: str, names: Iterable[str]) -> list[int]:
     """The versions of an adapter among the names, sorted."""
     matches = (_VERSION.fullmatch(name) for name in names)
     return sorted(int(match[2]) for match in matches if match is not None and match[1] == adapter)
+
+
+def _check_version(name: str) -> None:
+    """Refuse what names no version, such as a path out of a folder."""
+    if not _VERSION.fullmatch(name):
+        raise ValueError(f"{name!r:.200} names no version of an adapter; expected such as 'policy-v1'")
+
+
+def _taken(name: str, where: object) -> ValueError:
+    return ValueError(
+        f"{where} has {name!r} with another content, and a name never gets other values: another publisher uses it. "
+        "Give each publisher a name of its own; publishing again takes the next number"
+    )
 
 
 def _check_strength(model: nn.Module, adapter_name: str) -> None:

@@ -15,6 +15,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+RANDOM = r"[a-z0-9_]{8}"
+"""How the names of unfinished files end, after a dot and that of the file: a killed process leaves these."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, or leave what was there before.

@@ -246,6 +246,7 @@ def test_equal_adapters_share_a_slot_and_their_rows(tmp_path: Path) -> None:
     with these.bank(slots=1) as served:
         served.bank.add("again", these.path("a"))
         assert served.bank.digest("again") == served.bank.digest("a") != served.bank.digest("b")
+        assert served.bank.digest_of(these.path("b")) == served.bank.digest("b")
         found = served(["a", "again", None, "a"])
         stats = served.bank.stats()
         assert (stats.adapters, stats.slots_filled, stats.host_adapters) == (3, 1, 2)

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def load_everything() -> None:
 
     used = (accelerate, datasets, peft, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, dvora)
     assert used
-    # Another user may not read the files that these are in.
+    # Another user may not read the files that these are in: some of Typer's, which it imports as it needs them, too.
+    with suppress(SystemExit):
+        command(["train", "--help"])
     for encoding in ("utf-8-sig", "utf-16", "cp1252", "latin-1"):
         codecs.lookup(encoding)
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dvora.serve.app import make_app
 from dvora.serve.run import config_of
-from dvora.serve.scheduler import Limits
-from dvora.serve.server import Server, Settings
+from dvora.serve.server import Server
+from dvora.serve.settings import Settings
 from tests.recipes.saved_adapters import save
 
 TOKEN = "a secret of the tests"
@@ -74,11 +74,17 @@ def save_classifier(base: Path, folder: Path, seed: int, outputs: int) -> Path:
 
 @contextmanager
 def serving(
-    base: Path, adapters: Path, token: str | None = TOKEN, port: int = 0, connections: int = 1000, **settings: Any
+    base: Path,
+    adapters: Path,
+    *,
+    port: int = 0,
+    connections: int = 1000,
+    is_shared: bool = False,
+    **settings: Any,
 ) -> Iterator[tuple[httpx.Client, Server]]:
     """A server, on a free port if none is given, and a client of it."""
-    limits = Limits(**{"batch_rows": 6, "slots": 16, **settings.pop("limits", {})})
-    server = Server(Settings(str(base), adapters, limits, token=token, **settings))
+    settings = {"token": TOKEN, "batch_rows": 6, "slots": 16, **settings}
+    server = Server(Settings(base=str(base), adapters=adapters, **settings), is_shared)
     config = config_of(make_app(server), connections)
     config.port = port
     process = uvicorn.Server(config)

@@ -103,7 +103,7 @@ def test_bodies_that_are_too_large_or_no_json(
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
     adapters = copied(language_adapters, tmp_path / "adapters")
-    with serving(llama, adapters, largest_upload=10_000) as (client, _):
+    with serving(llama, adapters, upload=10_000) as (client, _):
         assert client.put("/v1/adapters/x", content=bytes(10_001), headers=ADMIN).status_code == 413
 
         def endless() -> object:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dvora.serve.requests import Answer, Piece, RefusedError, Request, Sampling
-from dvora.serve.scheduler import Limits
-from dvora.serve.server import Server, Settings
+from dvora.serve.server import Server
+from dvora.serve.settings import Settings
 from tests.serve.served import Alone, copied
 
 VALUES = "adapter_model.safetensors"
@@ -32,10 +32,10 @@ class Text(NamedTuple):
 
 
 @contextmanager
-def started(base: Path, adapters: Path, host_bytes: int = 2**30, **limits: int) -> Iterator[Server]:
+def started(base: Path, adapters: Path, **settings: Any) -> Iterator[Server]:
     """A server without HTTP, whose adapters have been read, and which runs together whatever fits."""
-    limits = {"batch_rows": 8, "slots": 16, **limits}
-    server = Server(Settings(str(base), adapters, Limits(**limits), host_bytes=host_bytes))
+    settings = {"batch_rows": 8, "slots": 16, **settings}
+    server = Server(Settings(base=str(base), adapters=adapters, **settings))
     server.engine._scheduler.pass_tokens = 10**6
     for version in server.registry.versions():
         server.registry.warm(version.name)
@@ -175,7 +175,7 @@ def test_an_adapter_that_cannot_be_read_any_more_fails_alone(
     llama: Path, language_adapters: Path, tmp_path: Path
 ) -> None:
     adapters = copied(language_adapters, tmp_path / "adapters")
-    with started(llama, adapters, host_bytes=5000, slots=2) as server:
+    with started(llama, adapters, host_memory=5e-6, slots=2) as server:
         assert server.base.bank.stats().host_adapters < 3
         # Out of its slot, too.
         ask(server, {"adapter": "a1"}, {"adapter": "a2"})
@@ -292,7 +292,7 @@ def test_texts_that_lose_their_rows_go_on_where_they_were(
 def test_a_short_text_does_not_wait_for_the_long_ones_of_another_queue(
     long_llama: Path, language_adapters: Path, tmp_path: Path
 ) -> None:
-    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4, queue=8) as server:
+    with started(long_llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=4) as server:
         long = Sent(server, [{"adapter": "a0", "queue": "many", "sampling": {"max_tokens": 150}}] * 8)
         for number in range(1, 6):
             (text,) = ask(server, {"adapter": f"a{number}", "queue": "single", "sampling": {"max_tokens": 3}})

@@ -18,7 +18,7 @@ from tests.serve.test_connections import HEAD, POST, connected
 def test_which_bodies_are_read(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
     """None for a client that is not let in, for no route, or that says itself that it is too large."""
     token, waits = f"Authorization: {ADMIN['Authorization']}\r\n".encode(), b"Expect: 100-continue\r\n"
-    with serving(llama, copied(language_adapters, tmp_path / "adapters"), largest_upload=2**23) as (client, _):
+    with serving(llama, copied(language_adapters, tmp_path / "adapters"), upload=2**23) as (client, _):
         for line, length, headers, status in (
             (b"PUT /v1/adapters/a0", 10**6, b"", b"401"),
             (b"POST /v1/nothing", 10**6, token, b"404"),
@@ -38,7 +38,7 @@ def test_slow_bodies_give_way_to_others(llama: Path, language_adapters: Path, tm
     adapters = copied(language_adapters, tmp_path / "adapters")
     slow = POST + b"Content-Length: 400000\r\n\r\n" + b" " * 300_000
     with (
-        serving(llama, adapters, body_memory=10**6) as (client, _),
+        serving(llama, adapters, body_memory=10**6 / 2**20, upload=10**6) as (client, _),
         connected(client, slow) as first,
         connected(client, slow) as second,
         connected(client, slow) as third,
@@ -57,7 +57,7 @@ def test_slow_bodies_give_way_to_others(llama: Path, language_adapters: Path, tm
 
 
 def test_answers_are_counted(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    with serving(bert, copied(classifiers, tmp_path / "adapters"), body_memory=10**5) as (client, _):
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), body_memory=0.1, upload=10**5) as (client, _):
         for count, status in ((500, 503), (10, 200), (500, 503), (200, 200)):
             answer = client.post("/v1/embeddings", json={"model": "two", "input": ["a"] * count})
             assert answer.status_code == status, count
@@ -96,7 +96,7 @@ def server_of_names(
     llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     adapters = copied(language_adapters, tmp_path_factory.mktemp("names") / "adapters")
-    with serving(llama, adapters, allow_hosts=("name.example", "*.Name.example")) as (client, _):
+    with serving(llama, adapters, allow_host=("name.example", "*.Name.example")) as (client, _):
         yield client
 
 

@@ -14,7 +14,8 @@ from dvora.serve import keys
 from dvora.serve.app import make_app
 from dvora.serve.keys import Allowance, Keys
 from dvora.serve.requests import RefusedError
-from dvora.serve.server import Server, Settings
+from dvora.serve.server import Server
+from dvora.serve.settings import Settings
 from tests.serve.served import ADMIN, TOKEN, copied, serving
 
 VALUES = "adapter_model.safetensors"
@@ -101,7 +102,8 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
         of_name = hidden("POST", "/v1/completions", name, json={**body, "model": name})
         assert of_name == hidden("POST", "/v1/completions", "nothing", json={**body, "model": "nothing"})
         assert of_name[0] == 404
-    for method, options in (("PUT", {"content": values}), ("DELETE", {})):
+    kept = {"content": values, "params": {"replace": False}}
+    for method, options in (("PUT", {"content": values}), ("PUT", kept), ("DELETE", {})):
         assert hidden(method, "/v1/adapters/{}", "a0", **options) == hidden(
             method, "/v1/adapters/{}", "nothing", **options
         )
@@ -194,7 +196,7 @@ def test_no_path_leads_around_the_token(
     prefix: str, token: str | None, llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also mounted in another application, or with a `root_path`, as proxies set it."""
-    server = Server(Settings(str(llama), adapters, token=token))
+    server = Server(Settings(base=str(llama), adapters=adapters, token=token))
     app = make_app(server)
     asgi = {"": app, "/mounted": Starlette(routes=[Mount("/mounted", app)]), "/root": app}[prefix]
     try:

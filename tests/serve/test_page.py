@@ -1,4 +1,4 @@
-"""The page at /, in a browser: adapters are chosen, a text is sent, answers stand side by side."""
+"""The pages in a browser: at / adapters are chosen, a text is sent, answers stand side by side; at /docs are routes."""
 
 import hashlib
 from pathlib import Path
@@ -74,3 +74,16 @@ def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         page.click("#ask")
         page.wait_for_selector("article code")
         assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
+
+
+def test_the_page_of_routes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
+        answer = client.get("/docs")
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        with seen(f"{client.base_url}/docs", PHONE) as found:
+            found.page.wait_for_selector("text=PUT /v1/adapters/{name}")
+            text = found.page.inner_text("body")
+            for path, methods in client.get("/openapi.json").json()["paths"].items():
+                assert all(f"{method.upper()} {path}" in text for method in methods)
+            assert found.width() <= PHONE
+            assert all(line.startswith(f"asked for {client.base_url}") for line in found.complaints)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from dvora.serve.run import JsonLines, serve
-from dvora.serve.server import Settings
+from dvora.serve.settings import Settings
 
 
 @pytest.mark.parametrize("host", ["", " ", "no host", "a..b", "127.0.0.1:80", "[::1]"])
 def test_no_host(host: str, tmp_path: Path) -> None:
     """In particular no address at all, which the system takes for all networks."""
     with pytest.raises(ValueError, match=r"--host is .*expected"):
-        serve(Settings("none", tmp_path), host, 0, 1, None)
+        serve(Settings(base="none", adapters=tmp_path), host, 0, 1, None)
 
 
 def test_records_are_lines() -> None:
@@ -29,4 +29,4 @@ def test_more_connections_than_files(tmp_path: Path) -> None:
     if hard == resource.RLIM_INFINITY:
         pytest.skip("the system lets a process open any number of files")
     with pytest.raises(ValueError, match=rf"--connections is {hard:,}.*ulimit"):
-        serve(Settings("none", tmp_path), "127.0.0.1", 0, hard, None)
+        serve(Settings(base="none", adapters=tmp_path), "127.0.0.1", 0, hard, None)

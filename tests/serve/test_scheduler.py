@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dvora.serve.decoder import TextStream
 from dvora.serve.requests import RefusedError, Request, Sampling
-from dvora.serve.scheduler import Batch, Limits, Scheduler
+from dvora.serve.scheduler import Batch, Scheduler
+from dvora.serve.settings import Limits
 
 WORKS = st.sampled_from([("classify", "embed"), ("generate",)])
 """Of an encoder, and of a language model."""
@@ -66,7 +67,10 @@ def test_everything_runs_once_the_oldest_of_a_queue_next_and_within_the_limits(
     cache: int,
     data: st.DataObject,
 ) -> None:
-    scheduler = Scheduler(Limits(tokens, rows, 1000, slots, cache), data.draw(st.integers(0, 100)))
+    scheduler = Scheduler(
+        Limits(batch_tokens=tokens, batch_rows=rows, queue=1000, slots=slots, cache_tokens=cache),
+        data.draw(st.integers(0, 100)),
+    )
     requests = [request(*one[:4], queue=one[4], arrived=float(number)) for number, one in enumerate(asked)]
     scheduler.add(requests)
     gone = [one for one in requests if data.draw(st.booleans())]
@@ -110,7 +114,9 @@ def test_everything_runs_once_the_oldest_of_a_queue_next_and_within_the_limits(
 def test_one_flood_lets_single_requests_of_others_wait_for_three_batches_at_most(
     work: str, data: st.DataObject, rows: int, cache: int, pass_tokens: int
 ) -> None:
-    scheduler = Scheduler(Limits(200, rows, 200, 16, cache), pass_tokens)
+    scheduler = Scheduler(
+        Limits(batch_tokens=200, batch_rows=rows, queue=200, slots=16, cache_tokens=cache), pass_tokens
+    )
     lengths, most = st.integers(1, 100), st.integers(1, 300)
 
     def flood() -> None:
@@ -229,7 +235,7 @@ def cheapest(lengths: Sequence[int], limits: Limits, pass_tokens: int) -> int:
     st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(10, 150), st.integers(3, 6), st.integers(0, 60)
 )
 def test_what_runs_together_costs_least(lengths: list[int], tokens: int, rows: int, pass_tokens: int) -> None:
-    scheduler = Scheduler(limits := Limits(tokens, rows), pass_tokens)
+    scheduler = Scheduler(limits := Limits(batch_tokens=tokens, batch_rows=rows), pass_tokens)
     scheduler.add([request("classify", 0, length) for length in lengths])
     cost = 0
     while (batch := scheduler.schedule()) is not None:

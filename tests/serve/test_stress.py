@@ -23,7 +23,7 @@ def test_adapters_change_under_load(
     jobs = [(draw.choice(tenants), draw.choice(TEXTS), draw.randint(1, 12)) for _ in range(count)]
     is_done = threading.Event()
     with (
-        serving(llama, copied(language_adapters, tmp_path / "adapters"), limits={"slots": 7}) as (client, server),
+        serving(llama, copied(language_adapters, tmp_path / "adapters"), slots=7) as (client, server),
         ThreadPoolExecutor(17) as pool,
     ):
         content_of = {client.get(f"/v1/adapters/{name}").json()["digest"]: name for name in CONTENTS}
@@ -67,7 +67,7 @@ def test_adapters_change_under_load(
 
 def test_who_hangs_up_frees_the_place(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
     body = {"model": "a0", "prompt": "a", "max_tokens": 62, "stream": True}
-    with serving(llama, copied(language_adapters, tmp_path / "adapters"), limits={"batch_rows": 1}) as (client, server):
+    with serving(llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=1) as (client, server):
         for _ in range(20):
             with client.stream("POST", "/v1/completions", json=body) as stream:
                 next(stream.iter_lines())
@@ -96,8 +96,7 @@ def test_a_cancelled_text_gets_no_more_steps(llama: Path, language_adapters: Pat
 
 
 def test_a_full_queue_is_429(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    limits = {"queue": 3, "batch_rows": 1}
-    with serving(bert, copied(classifiers, tmp_path / "adapters"), limits=limits) as (client, _):
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), queue=3, batch_rows=1) as (client, _):
         body = {"model": "two", "input": ["good"] * 3}
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: client.post("/v1/classify", json=body), range(64)))

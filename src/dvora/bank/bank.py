@@ -345,6 +345,17 @@ class AdapterBank:
             self._rows_of([adapter])
         return str(adapter.digest)
 
+    def digest_of(self, source: AdapterSource) -> str:
+        """The `digest` that an adapter has once it is added: nothing is added.
+
+        Args:
+            source: as for `add`.
+
+        Raises:
+            TypeError, ValueError: it is damaged, or the bank does not know its layers yet.
+        """
+        return self._required().rows.identity(self._source(source).read())
+
     def close(self) -> None:
         """Free the model: its layers are the base's again, and the bank cannot be used any longer.
 

@@ -1,10 +1,12 @@
 """How a command ends when it cannot do its work: one line on stderr, and an exit code."""
 
+import _thread
 import errno
 import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -87,6 +89,7 @@ def one_line(debug: bool) -> Iterator[None]:
     Args:
         debug: show the traceback too.
     """
+    before, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         with results_alone(), warnings.catch_warnings():
             # Of one library for the authors of another; nobody at a terminal can do anything about them.
@@ -108,6 +111,17 @@ def one_line(debug: bool) -> Iterator[None]:
         advice = missing(error) if isinstance(error, ImportError) else None
         print_line(f"Error: {advice or _message(error)}")
         raise typer.Exit(WRONG_USE if advice or isinstance(error, UsageError) else FAILED) from None
+    finally:
+        sys.unraisablehook = before
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Of a Ctrl-C that came while an object was freed Python says only that it is ignored, and goes on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Later: in here it would be ignored as well.
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager

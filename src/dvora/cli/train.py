@@ -2,16 +2,14 @@
 
 import gc
 import shlex
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic.fields import FieldInfo
 
-from ..recipes.settings import Settings, commented, default_of, read_settings
+from ..recipes.settings import Settings, commented, read_settings
 from .errors import INTERRUPTED, UsageError, check_there, one_line, wrong_input
+from .options import with_options_of
 from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
 from .progress import shown_progress
 
@@ -23,47 +21,7 @@ EXAMPLE: dict[str, Any] = {"task": "text-classification", "model": "path/to/mode
 SHORT = {"model": "-m", "output": "-o"}
 
 
-def with_an_option_for_each_setting(command: Any) -> Any:
-    """Add the settings to a command's signature, from which Typer makes its options.
-
-    Args:
-        command: takes those that are given as keyword arguments.
-    """
-    own = [each for each in signature(command).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
-    kind = Parameter.POSITIONAL_OR_KEYWORD
-    fields = Settings.model_fields.items()
-    added = [Parameter(name, kind, default=None, annotation=_option(name, field)) for name, field in fields]
-    # In the order of the help text.
-    command.__signature__ = Signature([own[0], *added, *own[1:]])
-    command.__annotations__ = {each.name: each.annotation for each in (*own, *added)}
-    return command
-
-
-def _option(name: str, field: FieldInfo) -> Any:
-    extra, meaning = cast(dict[str, Any], field.json_schema_extra), str(field.description)
-    flag = f"--{name.replace('_', '-')}"
-    option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if field.default is True else flag,
-        *filter(None, [SHORT.get(name)]),
-        help=f"{meaning[0].upper()}{meaning[1:]}.",
-        rich_help_panel=extra["section"],
-        show_default=default_of(field) or False,
-        hidden=extra["rare"],
-    )
-    return Annotated[_typed(field.annotation) | None, option]
-
-
-def _typed(annotation: Any) -> Any:
-    """What is typed for a setting: one of several words and a mapping are text, which `Settings` checks."""
-    origin = get_origin(annotation)
-    if origin is tuple:
-        return list[str]
-    if origin in (Union, UnionType):
-        return _typed(get_args(annotation)[0])
-    return str if origin in (Literal, dict) else annotation
-
-
-@with_an_option_for_each_setting
+@with_options_of(Settings, SHORT)
 def train(
     config: Annotated[
         Path | None, typer.Argument(help="A YAML file of settings, or the folder of a run; options override it.")

@@ -3,7 +3,7 @@
 The layers compute what `dvora.functional` defines. A and B are constants of the graph, in the small factors that they
 have there.
 
-Dimensions: P values of a packed adapter, B rows of a batch.
+Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..tensors import Float, bias_of
 from .packed import Packing
 
+Adapt = Callable[[ServedLayer, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Of a layer, its inputs, the base's outputs, values of the rows' adapters and the bias: the outputs."""
 Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
 """How a model is called with tensors: its outputs."""
 
@@ -62,6 +64,16 @@ def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return outputs.logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
+def adapted(
+    layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None
+) -> Tensor:
+    """The outputs of a layer from those of the base, with the factors of each row's adapter, or of the one of all."""
+    weight = layer.adapted
+    factors = Factors.of_rows(values.to(weight.w.dtype), weight.rank, base_output.dim())
+    adapter = ActiveAdapter(weight, factors, None)
+    return adapted_outputs(layer.module, layer.layer_type, x, base_output, [adapter], bias)
+
+
 class AdaptedGraph(nn.Module):
     """The base model; its forward takes an adapter, or one for each row of the batch, and then the model's inputs.
 
@@ -69,12 +81,13 @@ class AdaptedGraph(nn.Module):
         packing: of the adapters, with the base model, to which hooks are added while `hooked`.
         call: how the model is called.
         by_row: whether each row of a batch has its adapter.
+        adapt: `adapted`, or what stands for it.
     """
 
-    def __init__(self, packing: Packing, call: Call, by_row: bool) -> None:
+    def __init__(self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.call, self.by_row = call, by_row
+        self.call, self.by_row, self.adapt = call, by_row, adapt
         self.packing, self._given = packing, _Given()
         self.eval()
 
@@ -127,12 +140,9 @@ class _LayerHook:
         self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
-        layer, place = self.layer, self.place
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        values = self.graph.values(place.start, place.stop).to(layer.adapted.w.dtype)
-        factors = Factors.of_rows(values, place.rank, base_output.dim())
-        adapter = ActiveAdapter(layer.adapted, factors, None)
-        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], self.bias)
+        values = self.graph.values(self.place.start, self.place.stop)
+        return self.graph.adapt(self.layer, x, base_output, values, self.bias)
 
 
 class _HeadHook:

@@ -6,29 +6,21 @@ The three are one graph behind different first nodes, and share one file of weig
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes import Sequential, common
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxscript import rewriter
-from onnxscript.optimizer import fold_constants
-from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
 from torch import Tensor, nn
 
-from .graph import AdaptedGraph
 from .packed import TENSOR, Packing
-from .products import few_operations
+from .tracing import quiet, traced
 from .verified import (
     ADAPTERS,
     NULL,
@@ -44,7 +36,7 @@ from .verified import (
 
 ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx"
 """To which names the digest of the content is added."""
-WEIGHTS, INDEX, ROWS = "weights.bin", "index", "rows"
+WEIGHTS, INDEX = "weights.bin", "index"
 _FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
 _FROM_TABLE = "g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) { rows = Gather (adapters, index) }"
 """What makes of an input the first one of the traced graph, the adapters of rows: one row is broadcast to all."""
@@ -79,84 +71,38 @@ def to_onnx(
     """
     packing, vectors, expected = ready = prepared(model, adapters, sample)
     note(f"PyTorch traces the model and {len(packing.served.layers)} adapted layers; nothing takes longer")
-    graph = _traced(AdaptedGraph(packing, sample.call, by_row=True), vectors, sample)
+    graph = traced(packing, vectors, sample)
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
-    if int8:
-        _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
-    weights = _move_weights(graph, output / WEIGHTS)
-    onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
-    one.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
-    onnx.save(one, output / FILES)
-    onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
-    one_of_all = [tensor_like(TENSOR, torch.float32, [packing.size])]
-    of_rows = [
-        tensor_like(f"{TENSOR}s", torch.float32, [f"{TENSOR}s", packing.size]),
-        tensor_like(INDEX, torch.int64, ["rows"]),
-    ]
-    takes = {ONE: one_of_all, TABLE: of_rows, FILES: []}
-    graphs = {
-        Path(name).stem: {"adapter_inputs": inputs, **named_by_content(output / name), "weights": weights}
-        for name, inputs in takes.items()
-    }
-    if int8:
-        graphs[Path(INT8).stem] = {"adapter_inputs": one_of_all, **named_by_content(output / INT8)}
-    write_adapters(output, ready, sample, graphs, labels)
+    graphs = _write_graphs(output, graph, packing, vectors[NULL], int8)
+    write_adapters(output, ready, sample, {Path(name).stem: about for name, about in graphs.items()}, labels)
     for name, vector in vectors.items():
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
     note("onnxruntime runs the graphs, whose outputs are compared with PyTorch's")
-    files = {f"{name}.onnx": output / str(about["file"]) for name, about in graphs.items()}
+    files = {name: output / about["file"] for name, about in graphs.items()}
     compared = [*_compared(files, vectors, expected, sample)]
     check(row for row in compared if row.graph != INT8)
     return compared
 
 
-def _traced(graph: AdaptedGraph, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
-    """The graph as ONNX; its first input are the adapters of the rows."""
-    shapes: list[Any] = [dict.fromkeys(sample.dynamic[name], torch.export.Dim.DYNAMIC) for name in sample.inputs]
-    rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
-    try:
-        with graph.hooked(), few_operations(graph.packing.served), torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                graph,
-                (rows, *sample.inputs.values()),
-                dynamo=True,
-                input_names=[ROWS, *sample.inputs],
-                output_names=[*sample.outputs],
-                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}, *shapes),),
-                verbose=False,
-                # `_simplify` does it: the exporter looks at every pair of slices, half an hour for 210 adapted layers.
-                optimize=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ValueError(
-            f"model: PyTorch cannot write it as ONNX: {error}. Try attn_implementation='eager', another version of "
-            "PyTorch, or merge the adapter and export the merged model"
-        ) from error
-    assert program is not None
-    _simplify(program.model)
-    for node in program.model.graph:
-        # Where in PyTorch's sources it came from: megabytes.
-        node.metadata_props.clear()
-        for value in node.outputs:
-            if not value.is_graph_output():
-                # No input's name.
-                value.name = f"{value.name}_"
-    written: onnx.ModelProto = program.model_proto
-    written.graph.ClearField("value_info")
-    return written
-
-
-def _simplify(model: onnx_ir.Model) -> None:
-    """Compute what is constant, and what several operations compute once, in a time that grows with the operations."""
-    fold_constants(model, onnx_shape_inference=True)
-    # A shape that names no batch: one row is broadcast where a row for each of the batch was traced.
-    rewriter.rewrite(model, [materialize_reshape_shape_rule])
-    Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-    )(model)
+def _write_graphs(
+    output: Path, graph: onnx.ModelProto, packing: Packing, null: Tensor, int8: bool
+) -> dict[str, dict[str, Any]]:
+    """The graphs and their weights; what `layout.json` says of each."""
+    vector = tensor_like(TENSOR, torch.float32, [packing.size])
+    vectors = tensor_like(f"{TENSOR}s", torch.float32, [f"{TENSOR}s", packing.size])
+    takes = {ONE: [vector], TABLE: [vectors, tensor_like(INDEX, torch.int64, ["rows"])], FILES: [], INT8: [vector]}
+    if int8:
+        _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
+    weights = {"weights": _move_weights(graph, output / WEIGHTS)}
+    onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
+    one.graph.initializer.append(onnx.numpy_helper.from_array(null.numpy(), TENSOR))
+    onnx.save(one, output / FILES)
+    onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
+    return {
+        name: {"adapter_inputs": inputs, **named_by_content(output / name), **(weights if name != INT8 else {})}
+        for name, inputs in takes.items()
+        if int8 or name != INT8
+    }
 
 
 def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -170,17 +116,6 @@ def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     joined.graph.node.extend([*source.node, *graph.graph.node])
     joined.graph.initializer.extend(source.initializer)
     return joined
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings: of packages that are not needed, and of a step that changes nothing here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _move_weights(graph: onnx.ModelProto, path: Path) -> dict[str, Any]:
@@ -211,7 +146,7 @@ def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     }
     in_base = {tensor.name for tensor in graph.graph.initializer if _digest(tensor.raw_data) in of_base}
     others = [node.name for node in graph.graph.node if node.op_type == "MatMul" and not in_base & {*node.input}]
-    with _quiet():
+    with quiet():
         quantize_dynamic(
             graph,
             file,

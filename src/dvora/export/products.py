@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..bank.served import ServedModel
 from ..matrices.base import Matrices
 from ..tensors import Float
+from ..weight import AdaptedWeight
 
 FEW = 2**17
 """Values of A or B, at most."""
@@ -39,16 +39,14 @@ class _ByValues(Matrices):
 
 
 @contextmanager
-def few_operations(served: ServedModel) -> Iterator[None]:
-    """While a model is traced: products with few values are one operation."""
-    weights = [layer.adapted for layer in served.layers if layer.adapted.rank]
-    before = [weight.matrices for weight in weights]
-    for weight, matrices in zip(weights, before, strict=True):
+def few_operations(weight: AdaptedWeight) -> Iterator[None]:
+    """While a layer is traced: products with few values are one operation."""
+    before = weight.matrices
+    if weight.rank:
         # Values are made outside of a graph.
-        matrices.reserve(weight.rank, weight.in_features, weight.out_features, torch.float32, values=True)
-        weight.matrices = _ByValues(matrices)
+        before.reserve(weight.rank, weight.in_features, weight.out_features, torch.float32, values=True)
+        weight.matrices = _ByValues(before)
     try:
         yield
     finally:
-        for weight, matrices in zip(weights, before, strict=True):
-            weight.matrices = matrices
+        weight.matrices = before

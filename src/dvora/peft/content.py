@@ -201,6 +201,9 @@ class Content(NamedTuple):
                 tuple((name, tuple(fingerprint)) for name, fingerprint in entries["base"].items()),
             )
             digest = entries["digest"]
+            sizes = [n for layer in content.layers for n in layer[1:3]] + [n for part in content.whole for n in part[1]]
+            if not all(type(n) is int and n >= 0 for n in sizes):
+                raise ValueError("sizes are whole numbers")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"settings: no layout can be read from it ({error!r:.200}); make it again") from error
         if content.digest != digest:

@@ -41,11 +41,13 @@ WIDTH = 98
 """Letters of a line of comments in config.yaml."""
 
 
-def _key(section: str, meaning: str, default: Any = ..., *, null: str = "", rare: bool = False, **checks: Any) -> Any:
-    """One setting.
+def setting(
+    section: str, meaning: str, default: Any = ..., *, null: str = "", rare: bool = False, **checks: Any
+) -> Any:
+    """A setting of a model, which is an option of a command.
 
     Args:
-        section: of config.yaml and of `dvora train --help`.
+        section: of the command's help, and of config.yaml.
         meaning: for both.
         default: left out: the setting has to be given.
         null: what None stands for.
@@ -56,11 +58,11 @@ def _key(section: str, meaning: str, default: Any = ..., *, null: str = "", rare
     return Field(default, description=meaning, json_schema_extra=extra, **checks)
 
 
-_what = partial(_key, "What to train, and on what")
-_data = partial(_key, "The data")
-_method = partial(_key, "The method")
-_training = partial(_key, "Training")
-_evaluating = partial(_key, "Evaluating, saving, stopping")
+_what = partial(setting, "What to train, and on what")
+_data = partial(setting, "The data")
+_method = partial(setting, "The method")
+_training = partial(setting, "Training")
+_evaluating = partial(setting, "Evaluating, saving, stopping")
 
 
 class Settings(BaseModel):

@@ -73,6 +73,7 @@ async def put_adapter(
     layout: Annotated[str | None, Query(max_length=64)] = None,
     digest: Annotated[str | None, Query(max_length=64)] = None,
     labels: Annotated[list[str] | None, Query()] = None,
+    replace: bool = True,
 ) -> Response:
     """Serve the adapter in the body from now on, and after a restart.
 
@@ -80,17 +81,18 @@ async def put_adapter(
     little-endian float32, in the layout that `GET /v1/adapters` describes; `layout` and `digest` (of
     `dvora.sync.vector_digest`) refuse another one than was sent. Files of values and vectors have the settings of the
     adapter that they replace; under a new name those that all adapters have in common, and a strength of one.
-    `labels` are the names of the classes.
+    `labels` are the names of the classes. With `replace=false` a name that is taken keeps its adapter: the answer is
+    409, unless it is the one that was sent.
     """
     server = server_of(request)
     key.check_changes(name)
     if format != "vector" and (layout or digest):
         raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
-    request.state.incoming.most = server.settings.largest_upload
+    request.state.incoming.most = server.settings.upload
     if not (body := await request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
-    version, was_there = await server.changed(partial(server.registry.put, name, upload))
+    version, was_there = await server.changed(partial(server.registry.put, name, upload, replaces=replace))
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
 

@@ -158,7 +158,7 @@ class Call:
         Raises:
             RefusedError: 400.
         """
-        most = self.server.settings.limits.queue
+        most = self.server.settings.queue
         if not 0 < rows <= most:
             raise RefusedError(400, f"the request has {rows:,} rows (texts times models), expected 1 to {most:,}")
 

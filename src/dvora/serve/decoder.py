@@ -17,7 +17,8 @@ from ..export.graph import cache_argument
 from .base import Base
 from .cache import RowCache, check_cacheable
 from .requests import Answer, Chance, Piece, Request, not_finite
-from .scheduler import Batch, Limits
+from .scheduler import Batch
+from .settings import Limits
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the beginning of a letter of which tokens are still to come."""

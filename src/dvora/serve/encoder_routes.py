@@ -130,7 +130,7 @@ async def rerank(body: Annotated[Rerank, sent(Rerank)], call: Here) -> Response:
 @router.get("/info")
 async def info(call: Here) -> dict[str, Any]:
     """What is served, and its limits."""
-    server, limits = call.server, call.server.settings.limits
+    server, limits = call.server, call.server.settings
     return {
         "model_id": server.base.name,
         "model_dtype": str(server.base.model.dtype).removeprefix("torch."),

@@ -13,7 +13,8 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .metrics import Metrics
 from .requests import Answer, RefusedError, Request
-from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Limits, Scheduler
+from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Scheduler
+from .settings import Limits
 
 _log = logging.getLogger("dvora.serve")
 

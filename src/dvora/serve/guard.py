@@ -150,7 +150,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
-        self.budget = Budget(server.settings.body_memory)
+        self.budget = Budget(int(server.settings.body_memory * 2**20))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take a request."""
@@ -164,7 +164,7 @@ class Guard:
         try:
             try:
                 _check_framing(scope)
-                _check_host(scope, settings.allow_hosts)
+                _check_host(scope, settings.allow_host)
                 await self.server.follow()
             except RefusedError as refusal:
                 await answer_of(refusal)(scope, exchange.receive, exchange.send)

@@ -4,81 +4,36 @@ import logging
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..recipes.adapters import Dtype
-from ..recipes.settings import Trust
 from .app import make_app
 from .registry import Registry
-from .scheduler import Limits
-from .server import Server, Settings
+from .server import Server
+from .settings import TOKEN, Settings
 
-TOKEN = "DVORA_SERVE_TOKEN"
 NOTED_NAMES = 1024
 """Adapters of a replica that Ray knows of at a time. Forgetting one unloads nothing."""
-
-
-class Args(BaseModel):
-    """What `serve run` and the `args` of a configuration take: the options of `dvora serve`."""
-
-    model_config = ConfigDict(extra="forbid")
-    base: str
-    adapters: Path
-    slots: PositiveInt = 256
-    host_memory: PositiveFloat = 1.0
-    dtype: Dtype = "auto"
-    max_length: PositiveInt | None = None
-    batch_rows: PositiveInt = 32
-    batch_tokens: PositiveInt = 8192
-    queue: PositiveInt = 1024
-    keys: Path | None = None
-    allow_hosts: tuple[str, ...] = ()
-    body_memory: PositiveInt = 256
-    head_memory: PositiveFloat = 1.0
-    timeout: PositiveFloat = 120.0
-    upload: PositiveInt = 2**26
-    download: bool = False
-
-    def settings(self) -> Settings:
-        """Of the server in each replica; whoever changes all adapters has the token of the replica's environment."""
-        return Settings(
-            self.base,
-            self.adapters,
-            Limits(self.batch_tokens, self.batch_rows, self.queue, self.slots),
-            host_bytes=int(self.host_memory * 2**30),
-            head_bytes=int(self.head_memory * 2**30),
-            dtype=self.dtype,
-            max_length=self.max_length,
-            token=os.environ.get(TOKEN),
-            keys=self.keys,
-            allow_hosts=self.allow_hosts,
-            body_memory=self.body_memory * 2**20,
-            timeout=self.timeout,
-            largest_upload=self.upload,
-            trust=Trust(download=self.download),
-            is_shared=True,
-        )
 
 
 class Replica:
     """One server. It batches for itself: `serve.batch` would put every adapter into a batch of its own.
 
     Args:
-        args: of the application.
+        settings: of the application; without a token it is that of the replica's environment.
 
     Raises:
         ValueError: the base or an adapter cannot be served.
     """
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self, settings: Settings) -> None:
         log = logging.getLogger("dvora.serve")
         log.setLevel(logging.INFO)
         for handler in logging.getLogger("ray.serve").handlers:
             # The replica's log.
             log.addHandler(handler)
-        self.server = Server(args.settings())
+        token = settings.token or os.environ.get(TOKEN)
+        self.server = Server(settings.model_copy(update={"token": token}), is_shared=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray serves; it closes the server when the replica stops."""
@@ -126,10 +81,10 @@ replica = serve.deployment(
     graceful_shutdown_timeout_s=45,
     graceful_shutdown_wait_loop_s=1,
 )
-"""The deployment; `replica.options(num_replicas=2).bind(Args(...))` is an application."""
+"""The deployment; `replica.options(num_replicas=2).bind(Settings(...))` is an application."""
 
 
-def app(args: Args) -> serve.Application:
+def app(args: Settings) -> serve.Application:
     """An application for `serve run dvora.serve.ray:app base=minilm adapters=customers`, and for configurations.
 
     Args:

@@ -267,19 +267,27 @@ class Registry:
         finally:
             self._release(version)
 
-    def put(self, name: str, upload: Upload) -> tuple[Version, bool]:
+    def put(self, name: str, upload: Upload, *, replaces: bool = True) -> tuple[Version, bool]:
         """Serve what a client sent under a name from now on, and after a restart.
 
+        Args:
+            name: new, or that of an adapter which is replaced.
+            upload: what was sent.
+            replaces: False: a name that is taken keeps its adapter, which has to be the one that was sent.
+
         Returns:
-            The version, and whether it replaced another one.
+            The version, and whether there was one of its name.
 
         Raises:
-            RefusedError: 400, the name cannot be one; 422, the adapter is damaged, of another base or kind, or has
-                another number of classes than labels; 507, it cannot be written.
+            RefusedError: 400, the name cannot be one; 409, it is taken by another adapter that must not be
+                replaced; 422, the adapter is damaged, of another base or kind, or has another number of classes than
+                labels; 507, it cannot be written.
         """
         with self._change(name):
             before = self._versions.get(name)
-            files = upload.files(self.like(name, Key()), before is None)
+            if not replaces and name in self.damaged:
+                raise _taken(name)
+            files = upload.files(self.like(name, Key()), is_new=before is None or not replaces)
             folder = self.store.write(files)
             try:
                 labels = upload.labels or (before.labels if before is not None else ())
@@ -289,10 +297,16 @@ class Registry:
                         raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
                     # Those of the version before name other classes.
                     stored = stored._replace(labels=())
-                return self._load(name, stored)
+                if before is None or replaces:
+                    return self._load(name, stored)
+                self.warm(name)
+                if (self.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
+                    raise _taken(name)
             except BaseException:
                 remove(folder)
                 raise
+            remove(folder)
+            return before, True
 
     def load(self, name: str, path: str, *, replaces: bool) -> Version:
         """Serve the adapter of a folder under a name from now on, and after a restart.
@@ -411,6 +425,12 @@ class Registry:
         """What clients may read of an error."""
         message = error.message if isinstance(error, RefusedError) else self.store.told(error)
         return message[:LONGEST_REASON]
+
+
+def _taken(name: str) -> RefusedError:
+    return RefusedError(
+        409, f"there is an adapter {name!r} with another content; send this one under another name", "ConflictError"
+    )
 
 
 def _unknown(name: str) -> RefusedError:

@@ -7,14 +7,14 @@ import json
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from .app import make_app
 from .connections import HEAD_SECONDS, Connection
-from .server import Server, Settings
+from .server import Server
+from .settings import Settings
 
 DRAINING_SECONDS = 30
 OTHER_FILES = 256
@@ -54,7 +54,7 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
             logging.getLogger("dvora.serve").setLevel(logging.INFO)
             for name in ("dvora.serve", "uvicorn.error"):
                 logging.getLogger(name).addHandler(handler)
-        server = Server(replace(settings, allow_hosts=(host, *settings.allow_hosts)))
+        server = Server(settings.model_copy(update={"allow_host": (host, *settings.allow_host)}))
         # What is loaded by now stays, so that no collection of garbage goes through it.
         gc.freeze()
         if tell is not None:

@@ -23,6 +23,7 @@ from itertools import chain, count, islice, takewhile, zip_longest
 from typing import Literal
 
 from .requests import RefusedError, Request
+from .settings import Limits
 
 Kind = Literal["classify", "embed", "prefill", "decode"]
 
@@ -30,25 +31,6 @@ PASS_ON_CPU, PASS_ON_ACCELERATOR = 64, 2048
 """Padded tokens that take about as long as what every pass takes: of small models; only the first was measured."""
 BLOCK = 64
 """Tokens by which all texts can grow when a new one comes, so that it does not push one out at once."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes.
-
-    Args:
-        batch_tokens: padded tokens of a batch.
-        batch_rows: rows of a batch, and texts that are generated at a time.
-        queue: requests that wait; those of the longest queues go first when there are more.
-        slots: different adapters of a batch, and of the texts that are generated.
-        cache_tokens: of the texts that are generated, as if all were as long as the longest.
-    """
-
-    batch_tokens: int = 8192
-    batch_rows: int = 32
-    queue: int = 1024
-    slots: int = 256
-    cache_tokens: int = 32768
 
 
 @dataclass(frozen=True)

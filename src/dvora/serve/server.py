@@ -7,65 +7,25 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from ..bank import AdapterBank
-from ..recipes.settings import NAMED, Trust
+from ..recipes.settings import Trust
 from .base import open_base
 from .engine import Engine
 from .keys import Key, Keys
 from .metrics import Metrics
 from .registry import Registry, Version
 from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
-from .scheduler import Limits
+from .settings import Settings
 from .store import Store
 from .texts import Text, Texts
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a server is set up.
-
-    Args:
-        base: folder or name of the base model.
-        adapters: a folder of adapters or runs, or a pack.
-        limits: of batches and of the queue.
-        host_bytes: of adapters in memory.
-        head_bytes: of heads on the device; each of the slots has an equal part.
-        dtype: of the base's weights: auto, float32, bfloat16 or float16.
-        max_length: tokens of a text; None: what the model takes.
-        token: of whoever may change all adapters; None: nobody may, unless his key says so.
-        keys: the file of the tenants' keys; None: everybody may ask.
-        timeout: seconds that a request may take.
-        largest_upload: bytes of an adapter in a request.
-        trust: whether the base may be fetched.
-        body_memory: bytes of all bodies and answers that are under way.
-        allow_hosts: names, or patterns as in a shell, that requests may be for, beside localhost and addresses.
-        is_shared: whether other servers have the same adapters, which change for all of them.
-    """
-
-    base: str
-    adapters: Path
-    limits: Limits = field(default_factory=Limits)
-    host_bytes: int = 2**30
-    head_bytes: int = 2**30
-    dtype: str = "auto"
-    max_length: int | None = None
-    token: str | None = None
-    keys: Path | None = None
-    timeout: float = 120.0
-    largest_upload: int = 2**26
-    trust: Trust = NAMED
-    body_memory: int = 2**28
-    allow_hosts: tuple[str, ...] = ()
-    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,16 +77,17 @@ class Server:
     """One base, its adapters and its engine.
 
     Args:
-        settings: of the server.
+        settings: how it is set up.
+        is_shared: whether other servers have the same adapters, which change for all of them.
 
     Raises:
         ValueError: the base or an adapter cannot be served; the message names it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, is_shared: bool = False) -> None:
         self.settings, self.metrics = settings, Metrics()
         self.keys = Keys(settings.token, settings.keys)
-        self.store = Store(settings.adapters, settings.is_shared)
+        self.store = Store(settings.adapters, is_shared)
         try:
             opened, damaged = self.store.open()
             self.base = open_base(
@@ -134,22 +95,22 @@ class Server:
                 next((stored.source.description for stored in opened.values()), None),
                 partial(
                     AdapterBank,
-                    slots=settings.limits.slots,
-                    host_bytes=settings.host_bytes,
-                    head_bytes=settings.head_bytes,
+                    slots=settings.slots,
+                    host_bytes=int(settings.host_memory * 2**30),
+                    head_bytes=int(settings.head_memory * 2**30),
                     # Rows that would get an untrained one are refused in `rows`.
                     own_heads=True,
                 ),
                 settings.dtype,
-                settings.trust,
+                Trust(download=settings.download),
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name, self.base.between_passes)
             self.registry.open(opened, damaged)
-            limits = (settings.max_length, self.base.longest(), settings.limits.cache_tokens)
+            limits = (settings.max_length, self.base.longest(), settings.cache_tokens)
             self.longest = min(limit for limit in limits if limit is not None)
             self.texts = Texts(self.base, self.longest)
             self._changes = ThreadPoolExecutor(1, "dvora-changes")
-            self.engine = Engine(self.base, settings.limits, self.longest, self.metrics)
+            self.engine = Engine(self.base, settings, self.longest, self.metrics)
         except BaseException:
             self.store.close()
             raise

@@ -34,7 +34,7 @@ from ..bank.packs import Pack, PackedSource
 from ..recipes.files import check_no_links, read_json
 from ..recipes.models.adapter_folder import Adapter
 from ..recipes.run_folder import RECORD, checked_labels
-from ..whole_files import new_folder, remove, write_atomically
+from ..whole_files import RANDOM, new_folder, remove, write_atomically
 from .requests import RefusedError
 
 try:
@@ -45,7 +45,7 @@ except ImportError:  # Windows
 INDEX, LARGEST_INDEX = "index.json", 2**26
 UPLOAD = re.compile(r"[0-9a-f]{16}")
 """What the folders of uploads are called."""
-UNFINISHED = re.compile(r"\.([0-9a-f]{16}\.unfinished|index\.json\.[a-z0-9_]{8})")
+UNFINISHED = re.compile(rf"\.([0-9a-f]{{16}}\.unfinished|index\.json\.{RANDOM})")
 """What a server leaves that is killed while it writes."""
 ABSENT = object()
 CHANGING_SECONDS = 30.0
