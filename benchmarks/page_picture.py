@@ -16,7 +16,7 @@ from benchmarks.pictures import FOLDER
 from materials.files import lay_out
 
 NAME = "exported_page"
-SIZE = {"width": 736, "height": 570}
+SIZE = {"width": 736, "height": 620}
 
 
 def main() -> None:
