@@ -16,7 +16,7 @@ from benchmarks.pictures import FOLDER
 from materials.files import lay_out
 
 NAME = "exported_page"
-SIZE = {"width": 736, "height": 484}
+SIZE = {"width": 736, "height": 620}
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
                 csv.writer(file).writerows([("text", "label"), *rows])
             how = ("--rank", "64", "--max-steps", "200", "--batch-size", "16", "--output", f"adapters/{name}")
             run(folder, "train", "--task", "text-classification", "--model", "minilm", "--data", f"{name}.csv", *how)
-        run(folder, "export", "adapters", "--model", "minilm", "--to", "web", "--output", "site")
+        run(folder, "export", "adapters", "--model", "minilm", "--to", "web", "--int8", "--output", "site")
         (folder / "site" / "vendor").symlink_to(VENDOR)
         with served(folder / "site") as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])

@@ -79,8 +79,8 @@ def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path, desk: Path) -> N
 def test_every_block_is_run_or_says_why_not(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     opened = FENCES.findall(text)[::2]
-    # The file of keys is read by tests/serve/test_how_to.py.
-    assert {*opened} <= {"python", "console", "sh", "csv", "html", "toml"}
+    # The file of keys is read by tests/serve/test_how_to.py, and JavaScript by tests/export/test_web.py.
+    assert {*opened} <= {"python", "console", "sh", "csv", "html", "js", "toml"}
     assert ("console" in opened) == (name(path) in PAGES)
     assert name(path) in WITH_SERVERS or opened.count("sh") == len(
         re.findall(r"^<!-- not run: .+ -->\n```sh$", text, flags=re.MULTILINE)

@@ -139,7 +139,7 @@ def test_what_is_refused(site: Path, tmp_path: Path) -> None:
             assert NAMES[3] in error_of(found.page)
             pressed = found.page.locator("#adapters [aria-pressed=true]").all_inner_texts()
             assert (pressed, found.page.locator("#classes").inner_text()) == ([NAMES[0]], classes)
-            assert not found.page.locator("[aria-busy]").count()
+            assert not found.page.locator("[aria-busy=true]").count()
         replaced(file, content)
         found.page.click(f"[data-name={NAMES[3]}]")
         found.page.wait_for_function(f"window.last.adapter == '{NAMES[3]}'")
@@ -235,7 +235,17 @@ def test_the_download_is_shown_and_can_be_cancelled(site: Path) -> None:
         found.page.unroute("**/weights-*")
         found.page.click("text=Load again")
         found.page.wait_for_function("window.last")
-        # Of another graph: the one that is there stays.
+        # The other graph may be taken at once.
+        found.page.route("**/weights-*", lambda _: None)
+        found.page.reload()
+        found.page.wait_for_function("document.querySelector('#progress').value > 0")
+        found.page.click("[data-name=one-int8]")
+        found.page.wait_for_function("window.last")
+        assert not found.page.locator(".error:not(:empty)").count()
+        found.page.unroute("**/weights-*")
+        found.page.click("[data-name=one]")
+        found.page.wait_for_function("document.querySelector('[data-name=one][aria-pressed=true]')")
+        # The one that is there stays.
         found.page.route("**/one-int8-*", lambda _: None)
         found.page.click("[data-name=one-int8]")
         found.page.click("text=Cancel")
@@ -258,6 +268,13 @@ def test_int8_is_chosen_and_fetches_no_float_weights(site: Path, bert: Path) -> 
         assert not any("/weights-" in line for line in asked)
         assert 0 < np.abs(np.array(found.page.evaluate("window.last.logits")) - exact).max() < 0.1 * np.abs(exact).max()
         assert found.page.locator("#graphs [aria-pressed=true]").all_inner_texts()[0].startswith("int8")
+        # Its address names it from then on, so that a link fetches nothing else.
+        before = len(found.complaints)
+        found.page.reload()
+        found.page.wait_for_function("window.last")
+        asked = found.complaints[before:]
+        assert any("/one-int8-" in line for line in asked)
+        assert not any("/weights-" in line or re.search("/one-[^i]", line) for line in asked)
 
 
 LONG = "good movie " * 20

@@ -76,33 +76,36 @@ def to_onnx(
     note(f"PyTorch traces the model and {len(packing.served.layers)} adapted layers; nothing takes longer")
     graph = traced(packing, vectors, sample)
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
-    if int8:
-        _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
-    weights = _move_weights(graph, output / WEIGHTS)
-    onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
-    one.graph.initializer.append(onnx.numpy_helper.from_array(vectors[NULL].numpy(), TENSOR))
-    onnx.save(one, output / FILES)
-    onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
-    one_of_all = [tensor_like(TENSOR, torch.float32, [packing.size])]
-    of_rows = [
-        tensor_like(f"{TENSOR}s", torch.float32, [f"{TENSOR}s", packing.size]),
-        tensor_like(INDEX, torch.int64, ["rows"]),
-    ]
-    takes = {ONE: one_of_all, TABLE: of_rows, FILES: []}
-    graphs = {
-        Path(name).stem: {"adapter_inputs": inputs, **named_by_content(output / name), "weights": weights}
-        for name, inputs in takes.items()
-    }
-    if int8:
-        graphs[Path(INT8).stem] = {"adapter_inputs": one_of_all, **named_by_content(output / INT8)}
-    write_adapters(output, ready, sample, graphs, labels)
+    graphs = _write_graphs(output, graph, packing, vectors[NULL], int8)
+    write_adapters(output, ready, sample, {Path(name).stem: about for name, about in graphs.items()}, labels)
     for name, vector in vectors.items():
         _write_adapter_file(output / ADAPTERS / f"{name}.onnx_adapter", vector)
     note("onnxruntime runs the graphs, whose outputs are compared with PyTorch's")
-    files = {f"{name}.onnx": output / str(about["file"]) for name, about in graphs.items()}
+    files = {name: output / about["file"] for name, about in graphs.items()}
     compared = [*_compared(files, vectors, expected, sample)]
     check(row for row in compared if row.graph != INT8)
     return compared
+
+
+def _write_graphs(
+    output: Path, graph: onnx.ModelProto, packing: Packing, null: Tensor, int8: bool
+) -> dict[str, dict[str, Any]]:
+    """The graphs and their weights; what `layout.json` says of each."""
+    vector = tensor_like(TENSOR, torch.float32, [packing.size])
+    vectors = tensor_like(f"{TENSOR}s", torch.float32, [f"{TENSOR}s", packing.size])
+    takes = {ONE: [vector], TABLE: [vectors, tensor_like(INDEX, torch.int64, ["rows"])], FILES: [], INT8: [vector]}
+    if int8:
+        _quantise(_behind(_FROM_ONE, graph), output / INT8, packing)
+    weights = {"weights": _move_weights(graph, output / WEIGHTS)}
+    onnx.save(one := _behind(_FROM_ONE, graph), output / ONE)
+    one.graph.initializer.append(onnx.numpy_helper.from_array(null.numpy(), TENSOR))
+    onnx.save(one, output / FILES)
+    onnx.save(_behind(_FROM_TABLE, graph), output / TABLE)
+    return {
+        name: {"adapter_inputs": inputs, **named_by_content(output / name), **(weights if name != INT8 else {})}
+        for name, inputs in takes.items()
+        if int8 or name != INT8
+    }
 
 
 def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -79,6 +79,8 @@ export class Model {
     const code = await from.checked(program, options);
     const externalData = weights && [{ path: weights.file, data: await from.checked(weights, options) }];
     const session = await ort.InferenceSession.create(code, { ...(providers && { executionProviders: providers }), ...(externalData && { externalData }) });
+    if (signal?.aborted) await session.release();
+    signal?.throwIfAborted();
     return new Model(ort, from, layout, session, adapters);
   }
 
