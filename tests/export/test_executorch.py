@@ -178,7 +178,7 @@ def test_what_is_refused_leaves_nothing(bert: Path, classifiers: Path, tmp_path:
     with pytest.raises(ValueError, match="int8"):
         export(classifiers, output, "executorch", str(bert), int8=True)
     for texts in (TEXTS * 3, ["good " * 32, "it"]):
-        with pytest.raises(ValueError, match="at most 8 of 32|expected 1 to 32"):
+        with pytest.raises(ValueError, match=r"at most 8 of 32|expected 1 to 32"):
             export(classifiers, output, "executorch", str(bert), texts=texts)
     llama = tiny_models.llama(tmp_path / "llama")
     save_trained(llama, tmp_path / "writers" / "a", 1, task_type="CAUSAL_LM")
