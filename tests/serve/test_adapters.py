@@ -264,3 +264,20 @@ def test_sigterm_answers_what_was_taken(llama: Path, language_adapters: Path, tm
         assert got[-2] == "data: [DONE]"
         assert [other.result().status_code for other in others] == [200] * 24
         assert running.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_a_change_whose_turn_comes_too_late_is_not_made(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    write_pack(tmp_path / "pack", {"a1": language_adapters / "a1"})
+    content = (tmp_path / "pack").read_bytes()
+    with serving(llama, tmp_path / "adapters", timeout=1) as (client, server), ThreadPoolExecutor(2) as pool:
+        # The first adapter waits for the pass that runs.
+        with server.base.passing:
+            begun = pool.submit(client.put, "/v1/adapters/begun", content=content, headers=ADMIN)
+            time.sleep(0.5)
+            late = pool.submit(client.put, "/v1/adapters/late", content=content, headers=ADMIN)
+            time.sleep(1.5)
+        assert begun.result().status_code == 201
+        assert late.result().status_code == 504
+        assert "nothing was changed" in late.result().text
+        assert client.get("/v1/adapters/late").status_code == 404

@@ -92,7 +92,9 @@ async def put_adapter(
     if not (body := await request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
-    version, was_there = await server.changed(partial(server.registry.put, name, upload, replaces=replace))
+    version, was_there = await server.changed(
+        partial(server.registry.put, name, upload, replaces=replace), request.state.deadline
+    )
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
 
@@ -101,7 +103,7 @@ async def delete_adapter(name: str, request: Request, key: Changing) -> Response
     """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
     server = server_of(request)
     key.check_changes(name)
-    version = await server.changed(partial(server.registry.delete, name))
+    version = await server.changed(partial(server.registry.delete, name), request.state.deadline)
     return JSONResponse({"name": name} if version is None else server.registry.card(version))
 
 
@@ -113,7 +115,8 @@ async def load(body: Annotated[Load, sent(Load)], request: Request, key: Changin
     if not key.sees_all:
         raise RefusedError(403, "this key puts adapters in a request's body; folders are everybody's", "forbidden")
     version = await server.changed(
-        partial(server.registry.load, body.lora_name, body.lora_path, replaces=body.load_inplace)
+        partial(server.registry.load, body.lora_name, body.lora_path, replaces=body.load_inplace),
+        request.state.deadline,
     )
     message = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse(message, headers=headers_of([version]))
@@ -124,7 +127,7 @@ async def unload(body: Annotated[Unload, sent(Unload)], request: Request, key: C
     """Serve an adapter no longer."""
     server = server_of(request)
     key.check_changes(body.lora_name)
-    await server.changed(partial(server.registry.delete, body.lora_name))
+    await server.changed(partial(server.registry.delete, body.lora_name), request.state.deadline)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -72,14 +72,6 @@ class Base:
         path = Path(self.source)
         return path.resolve().name if path.is_dir() else self.source
 
-    def longest(self) -> int:
-        """Tokens that model and tokenizer can take."""
-        limits = [self.tokenizer.model_max_length]
-        # Absent where positions are not counted.
-        if positions := getattr(self.model.config.get_text_config(), "max_position_embeddings", None):
-            limits.append(positions)
-        return int(min(limits))
-
     def enter(self, adapters: Sequence[str | None]) -> BankBatch | None:
         """Give the rows of the next passes these adapters; staying in a batch of the bank while they are the same.
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from ..bank import AdapterBank
+from ..recipes.models.bases import longest_text
 from ..recipes.settings import Trust
 from .base import open_base
 from .engine import Engine
@@ -106,8 +107,8 @@ class Server:
             )
             self.registry = Registry(self.base.bank, self.store, self.base.name, self.base.between_passes)
             self.registry.open(opened, damaged)
-            limits = (settings.max_length, self.base.longest(), settings.cache_tokens)
-            self.longest = min(limit for limit in limits if limit is not None)
+            readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
+            self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
             self.texts = Texts(self.base, self.longest)
             self._changes = ThreadPoolExecutor(1, "dvora-changes")
             self.engine = Engine(self.base, settings, self.longest, self.metrics)
@@ -139,9 +140,19 @@ class Server:
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
-    async def changed(self, change: Callable[[], T]) -> T:
-        """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for."""
-        return await asyncio.get_running_loop().run_in_executor(self._changes, change)
+    async def changed(self, change: Callable[[], T], deadline: float) -> T:
+        """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for.
+
+        Raises:
+            RefusedError: 504, its turn did not come in time; what has begun is ended.
+        """
+
+        def in_time() -> T:
+            if time.monotonic() > deadline:
+                raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
+            return change()
+
+        return await asyncio.get_running_loop().run_in_executor(self._changes, in_time)
 
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.
