@@ -1,5 +1,10 @@
 """Classes by heads of several sizes, embeddings, and the routes of text-embeddings-inference."""
 
+import asyncio
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +177,34 @@ def test_headers_name_the_version_if_it_is_one(bert: Path, classifiers: Path, tm
     assert not [name for name in several.headers if name.startswith("x-dvora")]
     assert [row["adapter"] for row in several.json()["data"]] == [*CLASSES]
     assert embedded.json()["data"][0]["digest"] == digest
+
+
+def test_tokens_of_one_client_beside_texts_of_another(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    """Whose tokenizer gives token types, which tokens in a request have not."""
+    base = shutil.copytree(bert, tmp_path / "base")
+    settings = base / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": names}))
+    body = {"model": "two", "input": ["good movie"]}
+    with serving(base, copied(classifiers, tmp_path / "adapters")) as (client, server):
+        texts = asyncio.run(server.texts.read(["good movie", [4, 5, 6]], ""))
+        assert [text.types is None for text in texts] == [False, True]
+        expected = client.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+        with ThreadPoolExecutor(8) as pool:
+            with server.base.passing:
+                ids = [pool.submit(client.post, "/v1/embeddings", json={**body, "input": [4, 5, 6]}) for _ in range(4)]
+                answers = [pool.submit(client.post, "/v1/embeddings", json=body) for _ in range(4)]
+                time.sleep(0.5)
+            assert all(answer.result().status_code == 200 for answer in ids)
+            for answer in answers:
+                assert answer.result().json()["data"][0]["embedding"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_inputs(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
+        for route in ("/predict", "/", "/embed", "/rerank", "/v1/classify", "/v1/embeddings"):
+            body = {"model": "two", "inputs": [], "input": [], "query": "a", "texts": []}
+            assert client.post(route, json=body).status_code == 400
+            names = {"/rerank": ("query", "texts"), "/v1/classify": ("input",), "/v1/embeddings": ("input",)}
+            small = {"model": "two", **{name: body[name] for name in names.get(route, ("inputs",))}}
+            assert client.post(route, json=small).status_code == 400

@@ -46,7 +46,7 @@ def started(base: Path, adapters: Path, **settings: Any) -> Iterator[Server]:
 
 
 def tokens_of(server: Server, text: str) -> Sequence[int]:
-    (read,) = asyncio.run(server.texts.read([text]))
+    (read,) = asyncio.run(server.texts.read([text], ""))
     return read.tokens
 
 

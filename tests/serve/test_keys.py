@@ -1,6 +1,7 @@
 """Who may ask and change what: the server's token, and the keys of tenants, who learn of no adapter but their own."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from dvora.bank.packs import write_pack
 from dvora.serve import keys
 from dvora.serve.app import make_app
 from dvora.serve.keys import Allowance, Keys
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import ADMIN, TOKEN, copied, serving
+from tests.serve.served import ADMIN, TOKEN, copied, save_trained, serving
 
 VALUES = "adapter_model.safetensors"
 SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
@@ -209,3 +211,21 @@ def test_no_path_leads_around_the_token(
             assert client.delete(f"{prefix}/v1/adapters/a1", headers=ADMIN).status_code == 200
     finally:
         server.close()
+
+
+def test_a_tenant_gets_nothing_of_hidden_adapters(
+    client: httpx.Client, llama: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """Neither their settings, nor in what another adapter differs from them."""
+    settings = adapters / "a0" / "adapter_config.json"
+    (path,) = {json.loads(settings.read_text())["base_model_name_or_path"]}
+    assert "/" in path
+    content = (adapters / "a1" / VALUES).read_bytes()
+    assert client.put("/v1/adapters/shop-1", content=content, headers=headers("shop")).status_code == 201
+    (uploaded,) = (adapters / ".served").glob("*/adapter_config.json")
+    assert json.loads(uploaded.read_text())["base_model_name_or_path"] == llama.name
+    other = save_trained(llama, tmp_path / "other", 1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    write_pack(tmp_path / "pack", {"x": other})
+    answer = client.put("/v1/adapters/shop-2", content=(tmp_path / "pack").read_bytes(), headers=headers("shop"))
+    assert answer.status_code == 422
+    assert "proj" not in answer.text

@@ -41,7 +41,8 @@ OF_CHATS: dict[str, list[object]] = {
     "functions": [[]],
     "tool_choice": ["none"],
     "parallel_tool_calls": [True],
-    "reasoning_effort": [],
+    "reasoning_effort": ["medium"],
+    "verbosity": ["medium"],
     "max_completion_tokens": [2],
     "modalities": [["text"]],
 }

@@ -272,3 +272,20 @@ def test_pieces_are_the_text_up_to_its_stop(text: str, stops: list[str]) -> None
     ends = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     assert "".join(pieces) == text[: min(ends, default=(0, len(text)))[1]]
     assert stream.is_stopped == bool(ends)
+
+
+def test_tokens_without_text_are_decoded_once() -> None:
+    """An adapter can repeat a special token, or half of a letter, as long as it likes."""
+    sizes = list[int]()
+
+    class Silent(Bytes):
+        def decode(self, tokens: list[int], **options: object) -> str:
+            sizes.append(len(tokens))
+            return super().decode([token for token in tokens if token], **options)
+
+    for token in (0, "漢".encode()[0]):
+        stream = TextStream(Silent(), [])
+        for _ in range(200):
+            stream.add(token)
+        assert stream.add(ord("a")).endswith("a") or stream.rest().endswith("a")
+    assert max(sizes) < 40

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dvora
 from dvora.bank.packs import write_pack
-from dvora.serve import uploads
+from dvora.serve import store, uploads
 from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
@@ -83,7 +83,7 @@ def test_links_where_a_server_writes_are_refused(name: str, llama: Path, adapter
     (victim if name else victim / ("0" * 16)).mkdir(parents=True) if not name else victim.write_text("{}")
     (adapters / ".served").mkdir() if name else None
     (adapters / ".served" / name).symlink_to(victim)
-    with pytest.raises(ValueError, match="is a link"):
+    with pytest.raises(ValueError, match="is no plain file"):
         serving(llama, adapters).__enter__()
     assert victim.read_text() == "{}" if name else (victim / ("0" * 16)).is_dir()
 
@@ -334,3 +334,94 @@ def test_paths_that_are_none(path: str, llama: Path, adapters: Path) -> None:
         answer = client.post("/v1/load_lora_adapter", json=load, headers=ADMIN)
         assert answer.status_code in (400, 404)
         assert str(adapters.parent) not in answer.text
+
+
+def test_no_upload_decides_what_the_base_is(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    """Of which class it is says the most frequent task of the adapters there at the start."""
+    copied(adapters / "a1", tmp_path / "other")
+    change_settings(tmp_path / "other", task_type="FEATURE_EXTRACTION")
+    copied(adapters / "a1", tmp_path / "unnamed")
+    change_settings(tmp_path / "unnamed", task_type=None, auto_mapping={"base_model_class": "LlamaModel"})
+    (tmp_path / "empty").mkdir()
+    for folder in (adapters, tmp_path / "empty"):
+        with serving(llama, folder) as (client, _):
+            for name in ("other", "unnamed"):
+                write_pack(tmp_path / "pack", {"x": tmp_path / name})
+                answer = put(client, "x", tmp_path / "pack")
+                assert answer.status_code == 422
+                assert "task_type" in answer.text
+            write_pack(tmp_path / "pack", {"x": adapters / "a1"})
+            assert put(client, "y", tmp_path / "pack").status_code == 201
+        with serving(llama, folder) as (client, server):
+            assert server.works == ("generate",)
+            assert text_of(client, "y") == Alone(llama).continued(adapters / "a1", "the ", 12)
+
+
+def test_the_index_is_never_larger_than_is_read(
+    llama: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "LARGEST_INDEX", 1000)
+    with serving(llama, adapters) as (client, _):
+        answers = [put(client, f"x{number}", adapters / "a1").status_code for number in range(10)]
+        assert answers.index(422) > 2
+        assert put(client, "x0", adapters / "a1", labels=["a" * 257, "b"]).status_code == 400
+        served = names_of(client)
+        assert len(served) == 6 + answers.count(201)
+    with serving(llama, adapters) as (client, _):
+        assert names_of(client) == served
+
+
+def test_what_was_acknowledged_is_there_after_a_disk_that_fails_late(
+    llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index may have its name already, and not be on the disk."""
+    with serving(llama, adapters) as (client, _):
+        assert put(client, "x", adapters / "a1").status_code == 201
+        first = text_of(client, "x")
+
+        def failing(descriptor: int) -> None:
+            if Path(f"/proc/self/fd/{descriptor}").resolve() == adapters / ".served" and len(calls) < 2:
+                calls.append(descriptor)
+                if len(calls) == 2:
+                    raise OSError(5, "Input/output error")
+
+        calls = list[int]()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", failing)
+            assert put(client, "x", adapters / "a2").status_code == 507
+        assert text_of(client, "x") == first
+    with serving(llama, adapters) as (client, _):
+        assert text_of(client, "x") == first
+
+
+def test_pipes_loops_and_half_letters(llama: Path, adapters: Path) -> None:
+    """All that a stranger's folder has is left out, or refused with its name; nobody waits for it."""
+    served = adapters / ".served"
+    served.mkdir()
+    os.mkfifo(served / "index.json")
+    with pytest.raises(ValueError, match=r"index.json is no plain file"):
+        serving(llama, adapters).__enter__()
+    (served / "index.json").unlink()
+    (adapters / "loop").symlink_to(adapters / "loop")
+    (adapters / "b").mkdir()
+    shutil.copy(adapters / "a1" / SETTINGS, adapters / "b" / SETTINGS)
+    (adapters / "b" / VALUES).symlink_to(adapters / "b" / VALUES)
+    half = {**entry("a1", is_upload=False), "labels": ["\ud800"]}
+    (served / "index.json").write_text(json.dumps({"half": half, "x": entry("loop", is_upload=False)}))
+    with serving(llama, adapters) as (client, _):
+        assert names_of(client) == OTHERS
+        assert {one["name"] for one in client.get("/v1/adapters").json()["left_out"]} >= {"half", "x"}
+        body = {"lora_name": "y", "lora_path": "loop"}
+        assert client.post("/v1/load_lora_adapter", json=body, headers=ADMIN).status_code in (400, 404)
+
+
+def test_an_adapter_whose_folder_is_gone_can_be_unloaded(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    with serving(llama, tmp_path / "steps") as (client, _):
+        shutil.copytree(adapters / "a1", tmp_path / "steps" / "step1")
+        body = {"lora_name": "policy", "lora_path": "step1"}
+        client.post("/v1/load_lora_adapter", json=body, headers=ADMIN).raise_for_status()
+        shutil.rmtree(tmp_path / "steps" / "step1")
+        (tmp_path / "steps" / "step2").mkdir()
+        assert client.delete("/v1/adapters/policy", headers=ADMIN).status_code == 200
+        assert client.get("/v1/adapters/policy").status_code == 404

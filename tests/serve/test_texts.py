@@ -99,7 +99,7 @@ def test_chats_and_texts_of_many_values_cost_little(writers: Serving, judges: Se
         ('{"model":"a0","prompt":null}', "prompt: expected a text"),
         (
             f'{{"model":"a0","prompt":"a","stop":"{"x" * 1000}"}}',
-            "stop: expected at most 4 texts of 1 to 256 characters",
+            "stop: expected at most 4 texts of up to 256 characters",
         ),
         ('{"model":"a0","prompt":"a","stream_options":{"usage":true}}', "stream_options: usage is not kept here"),
         ("[" * 30_000, "JSON"),
@@ -162,7 +162,7 @@ def test_short_texts_do_not_wait_for_long_ones(writers: Serving) -> None:
     texts, order = Texts(server.base, 2**22), list[str]()
 
     async def read(name: str, text: str) -> None:
-        await texts.read([text])
+        await texts.read([text], "")
         order.append(name)
 
     async def several() -> None:

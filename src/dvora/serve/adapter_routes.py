@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_core import to_json
 
 from ..flat import Layout
@@ -21,6 +21,7 @@ from .server import Server
 from .uploads import Upload
 
 router = APIRouter(tags=["adapters"])
+Label = Annotated[str, StringConstraints(max_length=256)]
 changes = APIRouter(tags=["adapters"], dependencies=[Depends(changing)])
 """Of what changes adapters: a client that may not is refused before its body is read."""
 
@@ -72,7 +73,7 @@ async def put_adapter(
     format: Literal["file", "vector"] = "file",
     layout: Annotated[str | None, Query(max_length=64)] = None,
     digest: Annotated[str | None, Query(max_length=64)] = None,
-    labels: Annotated[list[str] | None, Query()] = None,
+    labels: Annotated[list[Label] | None, Query()] = None,
     replace: bool = True,
 ) -> Response:
     """Serve the adapter in the body from now on, and after a restart.
@@ -93,7 +94,9 @@ async def put_adapter(
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
     version, was_there = await server.changed(
-        partial(server.registry.put, name, upload, replaces=replace), request.state.deadline
+        partial(server.registry.put, name, upload, key=key, replaces=replace),
+        key.queue_of(None),
+        request.state.deadline,
     )
     return JSONResponse(server.registry.card(version), 200 if was_there else 201, headers_of([version]))
 
@@ -103,7 +106,7 @@ async def delete_adapter(name: str, request: Request, key: Changing) -> Response
     """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
     server = server_of(request)
     key.check_changes(name)
-    version = await server.changed(partial(server.registry.delete, name), request.state.deadline)
+    version = await server.changed(partial(server.registry.delete, name), key.queue_of(None), request.state.deadline)
     return JSONResponse({"name": name} if version is None else server.registry.card(version))
 
 
@@ -116,6 +119,7 @@ async def load(body: Annotated[Load, sent(Load)], request: Request, key: Changin
         raise RefusedError(403, "this key puts adapters in a request's body; folders are everybody's", "forbidden")
     version = await server.changed(
         partial(server.registry.load, body.lora_name, body.lora_path, replaces=body.load_inplace),
+        key.queue_of(None),
         request.state.deadline,
     )
     message = f"Success: LoRA adapter '{body.lora_name}' added successfully."
@@ -127,7 +131,7 @@ async def unload(body: Annotated[Unload, sent(Unload)], request: Request, key: C
     """Serve an adapter no longer."""
     server = server_of(request)
     key.check_changes(body.lora_name)
-    await server.changed(partial(server.registry.delete, body.lora_name), request.state.deadline)
+    await server.changed(partial(server.registry.delete, body.lora_name), key.queue_of(None), request.state.deadline)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
-from .keys import BASE, Asking
+from .keys import BASE, Asking, Key
 from .registry import Version
 from .requests import RefusedError, Work
 from .server import Client, Row, Server
@@ -21,6 +21,8 @@ from .texts import Input
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
 MOST_PARTS, MOST_VALUES = 2**15, 2**20
 """Lists, objects and names of a body, and values: what takes a tenth of a second to read, in which nobody is served."""
+MOST_NUMBERS, SMALL_BODY = 2**21, 2**16
+"""Of an answer; and bytes of a body that are read in a millisecond."""
 MOST_PROBLEMS = 3
 """That an answer tells."""
 B = TypeVar("B", bound="Body")
@@ -69,8 +71,8 @@ class Body(BaseModel):
         return kept
 
 
-async def read(request: Request, kind: type[B]) -> B:
-    """The body of a request.
+async def read(request: Request, kind: type[B], key: Key) -> B:
+    """The body of a request; what takes long to read waits for its turn beside the loop.
 
     Raises:
         RefusedError: 400, it does not say that it is JSON, is none, or not of this kind.
@@ -79,6 +81,12 @@ async def read(request: Request, kind: type[B]) -> B:
     # A page of another site can send anything but this without asking.
     if not request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
         raise RefusedError(400, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
+    if len(body) <= SMALL_BODY:
+        return _parsed(body, kind)
+    return await server_of(request).texts.run(len(body), key.queue_of(None), lambda _: _parsed(body, kind))
+
+
+def _parsed(body: bytes, kind: type[B]) -> B:
     # Of texts nothing counts: without escaped quotes every second part is one.
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"") if _has_too_much(body) else b""
     if _has_too_much(b"".join(unescaped.split(b'"')[::2])):
@@ -100,8 +108,8 @@ def _has_too_much(body: bytes) -> bool:
 def sent(kind: type[B]) -> Any:
     """A dependency: the body. Unlike FastAPI's it is read after the key, and what is wrong is told in a few words."""
 
-    async def body(request: Request, _: Asking) -> B:
-        return await read(request, kind)
+    async def body(request: Request, key: Asking) -> B:
+        return await read(request, kind, key)
 
     return Depends(body)
 
@@ -187,7 +195,8 @@ class Call:
         self.check(len(models) * len(texts))
         names = [self.named(model) for model in models]
         async with self.client() as client:
-            tokens = await client.wait(self.server.texts.read(texts, truncate=truncate))
+            queue = self.key.queue_of(names[0])
+            tokens = await client.wait(self.server.texts.read(texts, queue, truncate=truncate))
             return await self.server.rows(work, [(name, text) for text in tokens for name in names], client)
 
     async def answer_rows(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
@@ -198,8 +207,14 @@ class Call:
             item: of a row and its number, called in the thread.
             frame: what stands beside `data`; without it the items are all.
         """
-        size, run = sum(row.values.numel() for row in rows), self.server.texts.run
-        content = await run(size, lambda _: b",".join(_json(item(*row)) for row in enumerate(rows)))
+        if (size := sum(row.values.numel() for row in rows)) > MOST_NUMBERS:
+            raise RefusedError(
+                400, f"the answer has {size:,} numbers, expected at most {MOST_NUMBERS:,}; send fewer texts"
+            )
+        queue = self.key.queue_of(None)
+        content = await self.server.texts.run(
+            size, queue, lambda _: b",".join(_json(item(*row)) for row in enumerate(rows))
+        )
         before, after = (_json(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
         return _response(before + content + after, [row.version for row in rows])
 

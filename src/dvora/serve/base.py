@@ -105,6 +105,20 @@ class Base:
         alone = [self.unreadable([adapter]) for adapter in dict.fromkeys(adapters)]
         return {adapter: error for errors in alone for adapter, error in errors.items()}
 
+    def check_task(self, description: Description) -> None:
+        """Refuse an adapter for which a server that starts again could load another class of the base.
+
+        Raises:
+            ValueError: it is one.
+        """
+        settings, here = json.loads(description.settings), type(self.model).__name__
+        task, named = settings.get("task_type"), (settings.get("auto_mapping") or {}).get("base_model_class")
+        works = "CAUSAL_LM" if self.generates else "SEQ_CLS" if self.classifies else "FEATURE_EXTRACTION"
+        if task is None and named in (None, here) and here in (named, *(self.model.config.architectures or ())):
+            return
+        if task != works:
+            raise ValueError(f"its task_type is {task!r:.40}, and this server's adapters have {works!r}")
+
     @contextmanager
     def between_passes(self) -> Iterator[None]:
         """Within it no pass runs, and none goes on in a batch from before: for hooking layers, and for freeing them."""

@@ -22,6 +22,8 @@ from .settings import Limits
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the beginning of a letter of which tokens are still to come."""
+LONGEST_LETTER = 16
+"""Tokens, after which what they give is certain."""
 
 
 class TextStream:
@@ -47,7 +49,9 @@ class TextStream:
         self.tokens.append(token)
         before = self._decoded(self.tokens[self._first : self._read])
         now = self._decoded(self.tokens[self._first :])
-        if now.endswith(BROKEN) or len(now) <= len(before):
+        # A letter has four bytes at most: what is incomplete for longer is none, and special tokens have no text.
+        is_waiting = now.endswith(BROKEN) or len(now) <= len(before)
+        if is_waiting and len(self.tokens) - self._read < LONGEST_LETTER:
             return ""
         self._first, self._read = self._read, len(self.tokens)
         return self._certain(now[len(before) :])

@@ -45,7 +45,8 @@ class Encoder:
 
     def _padded(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         columns: dict[str, Any] = {"input_ids": [request.tokens for request in requests]}
-        if requests[0].token_types is not None:
-            columns["token_type_ids"] = [request.token_types for request in requests]
+        if any(request.token_types is not None for request in requests):
+            # Tokens that a client sends have none.
+            columns["token_type_ids"] = [request.token_types or [0] * len(request.tokens) for request in requests]
         padded = self.base.tokenizer.pad(columns, return_tensors="pt")
         return {name: column.to(self.base.device) for name, column in padded.items()}

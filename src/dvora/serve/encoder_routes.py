@@ -20,7 +20,7 @@ from .texts import Input
 
 router = APIRouter(tags=["encoders"])
 Pair = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
-Pairs = Annotated[list[Pair], Field(fail_fast=True)]
+Pairs = Annotated[list[Pair], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(description="a text")]
 
 
@@ -106,8 +106,8 @@ async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
 async def root(call: Here) -> Response:
     """`/predict` where the base or adapters classify, else `/embed`."""
     if "classify" in call.server.works:
-        return await predict(await read(call.request, Predict), call)
-    return await embed(await read(call.request, Embed), call)
+        return await predict(await read(call.request, Predict, call.key), call)
+    return await embed(await read(call.request, Embed, call.key), call)
 
 
 @router.post("/rerank", openapi_extra=takes(Rerank))

@@ -42,7 +42,7 @@ NEUTRAL = dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_id
 PLAIN = {"n": (1,), "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
 Model = Annotated[str, Field(max_length=512, description="the name of a model, as GET /v1/models has it")]
 Tokens = Annotated[int, Field(ge=1, lt=2**31, description="a number of tokens, 1 or more")]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(max_length=256)]
 
 
 class StreamOptions(Body, neutral={"include_obfuscation": None}):
@@ -59,14 +59,14 @@ class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     seed: int | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] = Field(
-        [], description="at most 4 texts of 1 to 256 characters, or one"
+        [], description="at most 4 texts of up to 256 characters, or one"
     )
     stream: Switch = False
     stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true} or false')
 
     def sampling(self, max_tokens: int, chances: int | None) -> Sampling:
         """How tokens are chosen."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop))
         return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, chances)
 
 
@@ -85,7 +85,7 @@ class Part(Body):
     text: str
 
 
-class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],)}):
+class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],), "tool_call_id": None}):
     """Of a chat; an answer of ours can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -109,7 +109,8 @@ class Chat(
         "function_call": ("none", "auto"),
         "parallel_tool_calls": (True,),
         "modalities": (["text"],),
-        "reasoning_effort": ("none",),
+        "reasoning_effort": ("none", "medium"),
+        "verbosity": ("medium",),
     },
 ):
     """Of /v1/chat/completions."""
@@ -156,7 +157,9 @@ async def model_card(model: str, call: Here) -> Response:
 async def completions(body: Annotated[Completion, sent(Completion)], call: Here) -> Response:
     """Continue a text, or each of several."""
     call.check(len(prompts := inputs_of(body.prompt)))
-    return await _generate(call, body, lambda: call.server.texts.read(prompts), body.max_tokens, body.logprobs)
+    return await _generate(
+        call, body, lambda queue: call.server.texts.read(prompts, queue), body.max_tokens, body.logprobs
+    )
 
 
 @router.post("/v1/chat/completions", openapi_extra=takes(Chat))
@@ -166,7 +169,7 @@ async def chat_completions(body: Annotated[Chat, sent(Chat)], call: Here) -> Res
         raise RefusedError(400, "top_logprobs stand beside those of the text; send logprobs: true too")
     messages, most = [message.plain() for message in body.messages], body.max_completion_tokens or body.max_tokens
     chances = body.top_logprobs if body.logprobs else None
-    return await _generate(call, body, lambda: call.server.texts.chat(messages), most, chances)
+    return await _generate(call, body, lambda queue: call.server.texts.chat(messages, queue), most, chances)
 
 
 @router.post("/v1/embeddings", openapi_extra=takes(Embeddings))
@@ -188,7 +191,7 @@ async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) 
 async def _generate(
     call: Call,
     body: Generation,
-    read: Callable[[], Awaitable[list[Text]]],
+    read: Callable[[str], Awaitable[list[Text]]],
     most: int | None,
     chances: int | None,
 ) -> Response:
@@ -198,7 +201,7 @@ async def _generate(
     name = call.named(body.model)
     async with AsyncExitStack() as held:
         client = await held.enter_async_context(call.client())
-        texts = await client.wait(read())
+        texts = await client.wait(read(call.key.queue_of(name)))
         room = server.longest - max(len(text.tokens) for text in texts)
         if (most or 0) > room:
             raise RefusedError(

@@ -25,6 +25,7 @@ from .uploads import Upload
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
+EVERYBODY = Key()
 LONGEST_REASON = 1000
 """Letters of an error; some quote what is damaged."""
 _log = logging.getLogger("dvora.serve")
@@ -68,12 +69,14 @@ class Registry:
         store: their files.
         base: the name of the base model.
         between_passes: gives a context in which no pass of the base runs; layers are hooked within it.
+        check_task: refuses adapters for another class of the base than the one that is served.
     """
 
     bank: AdapterBank
     store: Store
     base: str
     between_passes: Callable[[], AbstractContextManager[object]] = nullcontext
+    check_task: Callable[[Description], None] = lambda _: None
     damaged: dict[str, str] = field(default_factory=dict)
     """Why what has these names was left out when the server started."""
     _versions: dict[str, Version] = field(default_factory=dict)
@@ -267,12 +270,13 @@ class Registry:
         finally:
             self._release(version)
 
-    def put(self, name: str, upload: Upload, *, replaces: bool = True) -> tuple[Version, bool]:
+    def put(self, name: str, upload: Upload, *, key: Key = EVERYBODY, replaces: bool = True) -> tuple[Version, bool]:
         """Serve what a client sent under a name from now on, and after a restart.
 
         Args:
             name: new, or that of an adapter which is replaced.
             upload: what was sent.
+            key: of the client, who learns nothing of other adapters than its own.
             replaces: False: a name that is taken keeps its adapter, which has to be the one that was sent.
 
         Returns:
@@ -287,7 +291,8 @@ class Registry:
             before = self._versions.get(name)
             if not replaces and name in self.damaged:
                 raise _taken(name)
-            files = upload.files(self.like(name, Key()), is_new=before is None or not replaces)
+            is_new = before is None or not replaces
+            files = upload.files(self.like(name, EVERYBODY), self.base if is_new else None)
             folder = self.store.write(files)
             try:
                 labels = upload.labels or (before.labels if before is not None else ())
@@ -298,7 +303,7 @@ class Registry:
                     # Those of the version before name other classes.
                     stored = stored._replace(labels=())
                 if before is None or replaces:
-                    return self._load(name, stored)
+                    return self._load(name, stored, hides=not key.sees_all)
                 self.warm(name)
                 if (self.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
                     raise _taken(name)
@@ -366,10 +371,23 @@ class Registry:
                     "storage_error",
                 ) from error
 
-    def _load(self, name: str, stored: Stored) -> tuple[Version, bool]:
-        """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread."""
+    def _load(self, name: str, stored: Stored, hides: bool = False) -> tuple[Version, bool]:
+        """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread.
+
+        Args:
+            name: of the adapter.
+            stored: where it is.
+            hides: whether errors may say nothing of other adapters.
+        """
+        self.check_task(stored.source.description)
         key = self._new_key(name)
-        self._add(key, stored)
+        try:
+            self._add(key, stored)
+        except ValueError as error:
+            if not hides:
+                raise
+            message = "it is of another base, rank or other layers than this server takes, or its values are not finite"
+            raise ValueError(message) from error
         try:
             digest = self.bank.digest(key)
             self.store.keep(name, stored, digest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from .requests import Answer, Piece, RefusedError, Request, Sampling, Work
 from .settings import Settings
 from .store import Store
 from .texts import Text, Texts
+from .turns import Turns
 
 T = TypeVar("T")
 
@@ -105,12 +105,14 @@ class Server:
                 settings.dtype,
                 Trust(download=settings.download),
             )
-            self.registry = Registry(self.base.bank, self.store, self.base.name, self.base.between_passes)
+            self.registry = Registry(
+                self.base.bank, self.store, self.base.name, self.base.between_passes, self.base.check_task
+            )
             self.registry.open(opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
             self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
             self.texts = Texts(self.base, self.longest)
-            self._changes = ThreadPoolExecutor(1, "dvora-changes")
+            self._changes = Turns("dvora-changes")
             self.engine = Engine(self.base, settings, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -118,7 +120,7 @@ class Server:
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what has been taken, for some seconds, and free everything."""
-        self._changes.shutdown()
+        self._changes.close()
         self.engine.close(seconds)
         self.texts.close()
         self.base.bank.close()
@@ -140,8 +142,8 @@ class Server:
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
-    async def changed(self, change: Callable[[], T], deadline: float) -> T:
-        """What a change of adapters gives; they are made one after another, in a thread that nobody else waits for.
+    async def changed(self, change: Callable[[], T], queue: str, deadline: float) -> T:
+        """What a change of adapters gives; clients take turns, in a thread that nobody else waits for.
 
         Raises:
             RefusedError: 504, its turn did not come in time; what has begun is ended.
@@ -152,7 +154,7 @@ class Server:
                 raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
             return change()
 
-        return await asyncio.get_running_loop().run_in_executor(self._changes, in_time)
+        return await self._changes.run(queue, in_time)
 
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.

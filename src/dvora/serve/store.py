@@ -121,8 +121,8 @@ class Store:
         self.folder = source / ".served" if source.is_dir() else source.with_name(f".{source.name}.served")
         lock, changes = self.folder / "lock", self.folder / "changes"
         for path in (self.folder, lock, changes, self.folder / INDEX):
-            if path.is_symlink():
-                raise ValueError(f"--adapters {source}: {path} is a link, which no server makes; remove it")
+            if path.is_symlink() or (path != self.folder and path.exists() and not path.is_file()):
+                raise ValueError(f"--adapters {source}: {path} is no plain file, and no server made it; remove it")
         self.folder.mkdir(exist_ok=True)
         self.is_shared = is_shared
         self._held = ExitStack()
@@ -153,7 +153,8 @@ class Store:
                 # Names of folders need not be UTF-8, and the error is a ValueError.
                 name.encode()
                 opened[name] = read()
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                # Python before 3.13 calls a loop of links a RuntimeError.
                 damaged[name.encode(errors="replace").decode()] = self.told(error)
         frequency = Counter(stored.kind for stored in opened.values())
         return dict(sorted(opened.items(), key=lambda item: -frequency[item[1].kind])), damaged
@@ -189,6 +190,7 @@ class Store:
         Raises:
             ValueError: it is damaged, or no server can have written it there.
         """
+        "".join(entry.labels).encode()
         if not entry.is_upload:
             try:
                 folder = self.below(entry.folder)
@@ -216,8 +218,8 @@ class Store:
             folder = folder_of(folder)
             if not (folder / SETTINGS).is_file():
                 raise RefusedError(404, f"there is no adapter in {path[:200]!r}", "NotFoundError")
-        except (ValueError, OSError) as error:
-            # One with a NUL, or too long for the system.
+        except (ValueError, OSError, RuntimeError) as error:
+            # One with a NUL, too long for the system, or a loop of links.
             raise RefusedError(400, f"{path[:200]!r} is no path", "InvalidUserInput") from error
         return folder
 
@@ -262,7 +264,12 @@ class Store:
             OSError: the index cannot be written, and is as it was.
         """
         index = {other: entry for other, entry in self.index.items() if other != name}
-        self._write_index({**index, name: None} if name in self.given() else index)
+        try:
+            is_given = name in self.given()
+        except ValueError:
+            # Folders that were loaded may be gone, and all of them with that.
+            is_given = False
+        self._write_index({**index, name: None} if is_given else index)
 
     def sweep(self) -> None:
         """Remove what killed servers left: uploads that the index does not name, and half of one; shared ones later."""
@@ -331,7 +338,17 @@ class Store:
                 # From now on it lingers.
                 with suppress(FileNotFoundError):
                     os.utime(self.root / entry.folder)
-        write_atomically(self.folder / INDEX, json.dumps(saved).encode())
+        if len(content := json.dumps(saved, ensure_ascii=False).encode()) > LARGEST_INDEX:
+            raise ValueError(f"the index of all adapters would be larger than {LARGEST_INDEX:,} bytes; delete some")
+        file = self.folder / INDEX
+        before = file.read_bytes() if file.exists() else None
+        try:
+            write_atomically(file, content)
+        except OSError:
+            # It may be in place already, and not on the disk for sure.
+            with suppress(OSError):
+                file.unlink(missing_ok=True) if before is None else write_atomically(file, before)
+            raise
         self.index = index
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -13,6 +11,7 @@ from jinja2 import TemplateError
 
 from .base import Base
 from .requests import RefusedError
+from .turns import Turns
 
 PORTION, SHORT = 2**12, 2**14
 """Characters of texts that are read at once, and of one that is read in milliseconds."""
@@ -46,31 +45,35 @@ class Texts:
         # A space between words is of no piece in many vocabularies.
         self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
         # To truncate changes a tokenizer, so each thread has one, and the engine decodes with its own.
-        self._lanes = [(ThreadPoolExecutor(1, "dvora-texts"), copy.deepcopy(base.tokenizer)) for _ in range(2)]
+        self._lanes = [(Turns("dvora-texts"), copy.deepcopy(base.tokenizer)) for _ in range(2)]
         self.token = lru_cache(2**16)(lambda token: str(base.tokenizer.decode([token])))
         """The text of one token."""
 
     def close(self) -> None:
         """End the threads."""
-        for thread, _ in self._lanes:
-            thread.shutdown(cancel_futures=True)
+        for turns, _ in self._lanes:
+            turns.close()
 
-    async def run(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
-        """What a function gives that is called with a tokenizer, after others of its kind.
+    async def run(self, size: int, queue: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function gives that is called with a tokenizer, when its queue has its turn.
 
         Args:
             size: how many characters or numbers there are: what is short does not wait for what is long.
+            queue: of the client.
             function: called in a thread.
             arguments: behind the tokenizer.
         """
-        thread, tokenizer = self._lanes[size > SHORT]
-        return await asyncio.get_running_loop().run_in_executor(thread, function, tokenizer, *arguments)
+        turns, tokenizer = self._lanes[size > SHORT]
+        return await turns.run(queue, function, tokenizer, *arguments)
 
-    async def read(self, texts: Sequence[Input], *, truncate: bool = False, is_template: bool = False) -> list[Text]:
+    async def read(
+        self, texts: Sequence[Input], queue: str, *, truncate: bool = False, is_template: bool = False
+    ) -> list[Text]:
         """Texts, pairs, or tokens, as the model reads them.
 
         Args:
             texts: as a client sent them.
+            queue: of the client.
             truncate: cut what is longer than the model reads, in place of a refusal.
             is_template: whether they have the special tokens of a chat's template already.
 
@@ -84,7 +87,7 @@ class Texts:
             last, size = first + 1, sizes[first]
             while last < len(texts) and size + sizes[last] <= PORTION:
                 last, size = last + 1, size + sizes[last]
-            read += await self.run(size, self._read, texts[first:last], truncate, is_template)
+            read += await self.run(size, queue, self._read, texts[first:last], truncate, is_template)
         return read
 
     def _read(self, tokenizer: Any, texts: Sequence[Input], truncate: bool, is_template: bool) -> list[Text]:
@@ -125,15 +128,15 @@ class Texts:
                 f"{self.name} takes {self.longest:,} tokens; send a shorter one",
             )
 
-    async def chat(self, messages: Sequence[Mapping[str, str]]) -> list[Text]:
+    async def chat(self, messages: Sequence[Mapping[str, str]], queue: str) -> list[Text]:
         """The prompt of a chat, written with the tokenizer's template.
 
         Raises:
             RefusedError: 400, there is none, it refuses these messages, or they are too long.
         """
         self.check(size := sum(len(message["content"]) for message in messages))
-        prompt = await self.run(size + SHORT // 64 * len(messages), self._written, messages)
-        return await self.read([prompt], is_template=True)
+        prompt = await self.run(size + SHORT // 64 * len(messages), queue, self._written, messages)
+        return await self.read([prompt], queue, is_template=True)
 
     def _written(self, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
         if not tokenizer.chat_template:

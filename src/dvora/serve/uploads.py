@@ -34,12 +34,13 @@ class Upload(NamedTuple):
     digest: str | None = None
     labels: tuple[str, ...] = ()
 
-    def files(self, like: Description | None, is_new: bool) -> dict[str, bytes]:
+    def files(self, like: Description | None, base: str | None) -> dict[str, bytes]:
         """The files of the adapter.
 
         Args:
             like: of the adapter that it replaces, or of another one of the bank.
-            is_new: whether it replaces none: then its strength is one, and not that of another adapter.
+            base: the name of the base model, where it replaces none: then only what all adapters of the server have in
+                common is taken.
 
         Raises:
             ValueError: it is no adapter, or another one than was sent.
@@ -52,8 +53,9 @@ class Upload(NamedTuple):
                 "pack of one (`dvora bank pack`)"
             )
         settings = like.settings
-        if is_new:
-            settings = json.dumps({**json.loads(settings), "strength": 1.0}).encode()
+        if base is not None:
+            of_others = {"strength": 1.0, "base_model_name_or_path": base, "revision": None}
+            settings = json.dumps({**json.loads(settings), **of_others}).encode()
         return {SETTINGS: settings, VALUES: self._values(like)}
 
     def _values(self, like: Description) -> bytes:
