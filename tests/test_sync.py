@@ -9,10 +9,13 @@ import os
 import re
 import shutil
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -516,6 +519,57 @@ def test_of_a_file_that_is_too_large_no_more_is_read_than_a_version_has(
         folder.latest("policy")
 
 
+def test_only_names_of_versions_are_listed_and_a_folder_stops_nobody(trainer: PeftModel, tmp_path: Path) -> None:
+    folder = FolderTarget(tmp_path)
+    (tmp_path / "policy-v1.vector" / "notes").mkdir(parents=True)
+    for name in ("notes", "policy-v0", "policy-v2.vector"):
+        (tmp_path / f"{name}.vector").touch()
+    publisher = Publisher(trainer, folder, "policy", keep=1)
+    assert [publisher.publish().name for _ in range(2)] == ["policy-v2", "policy-v3"]
+    assert sorted(folder.names()) == ["policy-v1", "policy-v3"]
+    assert (tmp_path / "policy-v1.vector" / "notes").is_dir()
+
+
+def test_in_a_folder_the_same_values_for_another_base_are_another_content(trainer: PeftModel, tmp_path: Path) -> None:
+    folder = FolderTarget(tmp_path)
+    version = Publisher(trainer, folder, "policy").publish()
+    content = version.layout.content
+    base = tuple((name, tuple(value + 1 for value in fingerprint)) for name, fingerprint in content.base)
+    with pytest.raises(ValueError, match="'policy-v1' with another content"):
+        folder.put(AdapterVersion("policy", 1, Layout(content._replace(base=base)), version.vector))
+    folder.put(version)
+
+
+@pytest.mark.parametrize("target", ["folder", "model"])
+def test_values_that_were_changed_in_a_version_are_checked_again(
+    llama: Path, trainer: PeftModel, tmp_path: Path, target: str
+) -> None:
+    """Though nobody should write to them, a digest is that of what is served."""
+    layout, server, folder = Layout.of(trainer), adapted(llama), FolderTarget(tmp_path)
+    version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
+    put = (folder if target == "folder" else ModelTarget(server)).put
+    before = version.digest
+    version.vector[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        put(version)
+    assert folder.names() == []
+    version.vector[0] = 5
+    put(version)
+    if target == "folder":
+        assert folder.read("policy-v1").digest == version.digest != before
+    version.vector[0] = 6
+    with pytest.raises(ValueError, match="with another content"):
+        put(version)
+
+
+@pytest.mark.parametrize("make", [lambda lock: lock.mkdir(), lambda lock: lock.symlink_to("nowhere")])
+def test_a_lock_that_is_no_file_is_named(trainer: PeftModel, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / ".lock")
+    with pytest.raises(OSError, match=r"^\[Errno \d+\] .*; publishers lock this file, remove .*/\.lock'$"):
+        Publisher(trainer, FolderTarget(tmp_path), "policy").publish()
+    assert [*tmp_path.glob("*.vector")] == []
+
+
 # Never half a vector.
 
 PUBLISHING = """
@@ -571,7 +625,17 @@ def not_finite(data: bytes) -> bytes:
     """A version of NaN, as one that checks nothing would write it."""
     head, _, values = data.partition(b"\n")
     settings, values = json.loads(head), b"\xff" * len(values)
-    settings["digest"] = vector_digest(settings["layout"]["digest"], values)
+    del settings["digest"]
+    settings["digest"] = vector_digest(json.dumps(settings, sort_keys=True), values)
+    return json.dumps(settings).encode() + b"\n" + values
+
+
+def of_base(data: bytes, change: Callable[[float], float] | None) -> bytes:
+    """A version whose head says another base, or none."""
+    head, _, values = data.partition(b"\n")
+    settings = json.loads(head)
+    base = settings["layout"]["base"]
+    settings["layout"]["base"] = {name: list(map(change, base[name])) for name in base} if change else {}
     return json.dumps(settings).encode() + b"\n" + values
 
 
@@ -596,8 +660,23 @@ def without_sizes(data: bytes) -> bytes:
         lambda data: data.replace(b"policy-v1", b"policy-v2", 1),
         lambda data: not_finite(data),
         lambda data: without_sizes(data),
+        lambda data: of_base(data, None),
+        lambda data: of_base(data, lambda value: value + 1),
     ],
-    ids=["truncated", "one bit", "settings", "no values", "empty", "longer", "nested", "copied", "NaN", "sizes"],
+    ids=[
+        "truncated",
+        "one bit",
+        "settings",
+        "no values",
+        "empty",
+        "longer",
+        "nested",
+        "copied",
+        "NaN",
+        "sizes",
+        "no base",
+        "another base",
+    ],
 )
 def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     folder = FolderTarget(tmp_path)
@@ -630,14 +709,39 @@ def test_a_target_of_another_layout_refuses(llama: Path, bank: dvora.AdapterBank
         assert newest("policy", target.names()) is None
 
 
-def test_a_bank_on_another_base_refuses(llama: Path, bank: dvora.AdapterBank) -> None:
+@pytest.mark.parametrize("kind", ["bank", "server"])
+def test_a_target_on_another_base_refuses(llama: Path, bank: dvora.AdapterBank, adapters: Path, kind: str) -> None:
     other = base_of(llama)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     trainer = get_peft_model(other, dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="the base models differ"):
-        Publisher(trainer, BankTarget(bank), "policy").publish()
+    with serving(llama, adapters) as (client, _):
+        target = BankTarget(bank) if kind == "bank" else ServerTarget(f"{client.base_url}", TOKEN)
+        with pytest.raises(ValueError, match="the base models differ"):
+            Publisher(trainer, target, "policy").publish()
+        assert newest("policy", target.names()) is None
+
+
+def test_a_server_is_asked_for_its_base_once(llama: Path, trainer: PeftModel, adapters: Path) -> None:
+    """A publisher asks for the names anyway; they come with the base, and without a path of the server's machine."""
+    asked = []
+
+    class Listening(ServerTarget):
+        def _ask(self, method: str, *arguments: object, **options: object) -> dict[str, object]:
+            asked.append(method)
+            return super()._ask(method, *arguments, **options)
+
+    with serving(llama, adapters) as (client, _):
+        listed = client.get("/v1/adapters").json()
+        assert listed["layout"]["base"] == Layout.of(adapters / "start").to_dict()["base"] != {}
+        assert listed["layout"]["settings"]["base_model_name_or_path"] == listed["base"]
+        assert str(llama.parent) not in json.dumps(listed)
+        target = Listening(f"{client.base_url}", TOKEN)
+        version = Publisher(trainer, target, "policy").publish()
+        assert asked == ["GET", "GET", "PUT"]
+        target.put(version)
+        assert asked[3:] == ["GET", "PUT"]
 
 
 @pytest.mark.parametrize(
@@ -659,13 +763,119 @@ def test_wrong_arguments(trainer: PeftModel, tmp_path: Path, arguments: dict[str
 def test_a_server_says_why_it_refuses(llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path) -> None:
     with serving(llama, adapters) as (client, _):
         publisher = Publisher(trainer, ServerTarget(f"{client.base_url}"), "policy")
-        with pytest.raises(ValueError, match="refused PUT /policy-v1 with 401: changing adapters needs the header"):
+        with pytest.raises(
+            ValueError, match="refused PUT /v1/adapters/policy-v1 with 401: changing adapters needs the header"
+        ):
             publisher.publish()
     (tmp_path / "empty").mkdir()
     with serving(llama, tmp_path / "empty") as (client, _):
         publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy")
         with pytest.raises(ValueError, match=r"with 422: .*there is no adapter yet whose layout a vector could have"):
             publisher.publish()
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that says the same to everybody."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            while (line := self.rfile.readline()).strip():
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            self.rfile.read(length)
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+def ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>",
+        b"\xff",
+        b"[" * 100_000,
+        b"[]",
+        b"{}",
+        b'{"adapters": [1], "left_out": [], "layout": null}',
+        b'{"adapters": [{"name": 1}], "left_out": [], "layout": null}',
+        b'{"adapters": [], "left_out": [], "layout": {"base": []}}',
+        b'{"adapters": [], "left_out": [], "layout": {"base": {"a": ["b"]}}}',
+    ],
+)
+def test_what_answers_as_no_server_of_dvora_is_named(trainer: PeftModel, body: bytes) -> None:
+    with answering(ok(body)) as address:
+        target = ServerTarget(address)
+        with pytest.raises(ValueError, match=f"^{address} answered GET /v1/adapters, but not as dvora serve"):
+            target.names()
+        assert not target.serves("policy-v1")
+
+
+def test_a_version_is_served_if_the_answer_says_so(trainer: PeftModel) -> None:
+    layout = Layout.of(trainer)
+    version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
+    with (
+        answering(ok(b'{"adapters": [], "left_out": [], "layout": null}')) as address,
+        pytest.raises(ValueError, match="answered PUT /v1/adapters/policy-v1, but not as dvora serve"),
+    ):
+        ServerTarget(address).put(version)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (ok(b"{}")[:-1], "IncompleteRead"),
+        (ok(b"{}").replace(b"200 OK", b"500 No")[:-1], "IncompleteRead"),
+        (b"SSH-2.0\r\n", "BadStatusLine"),
+        (b"", "RemoteDisconnected"),
+    ],
+    ids=["cut", "error that is cut", "no HTTP", "nothing"],
+)
+def test_a_bad_connection_is_named(answer: bytes, message: str) -> None:
+    expected = rf"^http://127\.0\.0\.1:\d+ gave no whole answer to GET /v1/adapters: {message}"
+    with answering(answer) as address, pytest.raises(ConnectionError, match=expected):
+        ServerTarget(address).names()
+
+
+def test_a_server_that_does_not_answer_in_time_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"^{address} gave no whole answer to GET /v1/adapters: TimeoutError"):
+            ServerTarget(address, timeout=0.05).names()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:port", "http://a\0b", "http://a..b"])
+def test_an_address_that_leads_nowhere_is_named(address: str) -> None:
+    with pytest.raises(ConnectionError, match=re.escape(address)):
+        ServerTarget(address).names()
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "message"),
+    [
+        ("localhost:8000", None, "address must be such as 'http://localhost:8000', got 'localhost:8000'"),
+        ("file:///etc", None, "address must be"),
+        ("http://", None, "address must be"),
+        ("http://a b", None, "address must be"),
+        ("http://a/\u0142", None, "address must be"),
+        (None, None, "address must be"),
+        ("http://a", "\u0142", r"^token must be of printable ASCII characters; pass the one that the server has$"),
+        ("http://a", "a\nb", "token must be"),
+    ],
+)
+def test_what_can_be_no_address_or_token(address: str, token: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerTarget(address, token)
 
 
 def test_a_target_of_ones_own(trainer: PeftModel) -> None:

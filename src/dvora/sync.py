@@ -8,6 +8,7 @@ shares memory where it is on a file system in memory), or `dvora serve`.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -16,8 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ __all__ = [
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(rf"({_NAME.pattern})-v([1-9][0-9]{{0,17}})")
 _SUFFIX = ".vector"
+_ADDRESS = re.compile(r"https?://[^\s/]+(/[!-~]*)?", re.IGNORECASE)
 _UNFINISHED = re.compile(rf"\.{_VERSION.pattern}\{_SUFFIX}\.{RANDOM}")
 """What a publisher leaves in a folder that is killed while it writes."""
 WAITING_SECONDS = 30.0
@@ -83,9 +84,9 @@ class AdapterVersion:
         """Under which it is served."""
         return f"{self.adapter}-v{self.number}"
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """`vector_digest` of its layout and values."""
+        """`vector_digest` of its layout and values as they are now."""
         return vector_digest(self.layout.digest, as_bytes(self.vector))
 
 
@@ -269,8 +270,8 @@ class FolderTarget:
     """A folder with a file for each version, which other processes read.
 
     On a file system in memory, such as /dev/shm, it is memory that the processes of a machine share; on a network those
-    of several machines share it. A file appears whole: one line of JSON with name, layout and digest, then the values.
-    Publishers write one after another, each while it holds a lock, for which the file system must have locks.
+    of several machines share it. A file appears whole: one line of JSON with name, layout and a digest of all, then the
+    values. Publishers write one after another, each while it holds a lock, for which the file system must have locks.
 
     Args:
         folder: made if it is not there.
@@ -282,7 +283,8 @@ class FolderTarget:
 
     def names(self) -> list[str]:
         """Of all versions, also of damaged ones."""
-        return [file.name.removesuffix(_SUFFIX) for file in self._folder.glob(f"[!.]*{_SUFFIX}")]
+        names = (file.name.removesuffix(_SUFFIX) for file in self._folder.glob(f"*{_SUFFIX}"))
+        return [name for name in names if _VERSION.fullmatch(name)]
 
     def serves(self, name: str) -> bool:
         """Whether there is a version of this name that can be read."""
@@ -297,9 +299,12 @@ class FolderTarget:
 
         Raises:
             OSError: it cannot be written, and nothing of it is left; others write all the time.
-            ValueError: its name is there with another content, or damaged.
+            ValueError: its name is there with another content, or damaged, or its values are not finite any more.
         """
-        head = json.dumps({"name": version.name, "digest": version.digest, "layout": version.layout.to_dict()})
+        # As it is now, checked again: its values may have changed since it was made.
+        version = replace(version, vector=version.vector.clone())
+        head, values = {"name": version.name, "layout": version.layout.to_dict()}, as_bytes(version.vector)
+        head["digest"] = _digest_of_file(head, values)
         with self._locked():
             for file in self._folder.iterdir():
                 if _UNFINISHED.fullmatch(file.name) and file.is_file():
@@ -307,14 +312,16 @@ class FolderTarget:
             try:
                 there = self.read(version.name)
             except FileNotFoundError:
-                write_atomically(self._file(version.name), head.encode() + b"\n" + as_bytes(version.vector))
+                write_atomically(self._file(version.name), json.dumps(head).encode() + b"\n" + values)
             else:
-                if there.digest != version.digest:
+                if (there.layout, there.digest) != (version.layout, version.digest):
                     raise _taken(version.name, self._folder)
 
     def drop(self, name: str) -> None:
-        """Remove a version."""
-        self._file(name).unlink(missing_ok=True)
+        """Remove a version. A folder of its name, which no publisher makes, stays."""
+        file = self._file(name)
+        if file.is_symlink() or not file.is_dir():
+            file.unlink(missing_ok=True)
 
     def read(self, name: str) -> AdapterVersion:
         """A version, to put into a model or a bank.
@@ -340,8 +347,9 @@ class FolderTarget:
                 values = torch.frombuffer(bytearray(opened.read(4 * layout.size)), dtype=torch.float32)
             adapter, _, number = name.rpartition("-v")
             version = AdapterVersion(adapter, int(number), layout, values)
-            if version.digest != settings["digest"]:
-                raise ValueError(f"its digest is {version.digest}, and it says {settings['digest']!r:.100}")
+            said = settings.pop("digest")
+            if (digest := _digest_of_file(settings, as_bytes(values))) != said:
+                raise ValueError(f"its digest is {digest}, and it says {said!r:.100}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{file} is no version of an adapter, or damaged: {error!s:.300}; remove it, and publish again"
@@ -372,14 +380,19 @@ class FolderTarget:
 
         Raises:
             TimeoutError: others have it all the time.
+            OSError: its file cannot be opened.
         """
+        lock = self._folder / ".lock"
         try:
-            held = FileLock(self._folder / ".lock").acquire(WAITING_SECONDS)
+            held = FileLock(lock).acquire(WAITING_SECONDS)
         except Timeout:
             raise TimeoutError(
                 f"{self._folder}: another publisher has held the lock for {WAITING_SECONDS:g} seconds; look whether it "
                 "hangs, or publish to another folder"
             ) from None
+        except OSError as error:
+            message = f"{error.strerror}; publishers lock this file, remove what is there if it is none"
+            raise OSError(error.errno, message, str(lock)) from error
         with held:
             yield
 
@@ -398,20 +411,40 @@ class ServerTarget:
         address: such as http://localhost:8000.
         token: that the server was started with.
         timeout: seconds that an answer may take.
+
+    Raises:
+        ValueError: the address is none, or the token cannot be one.
     """
 
     def __init__(self, address: str, token: str | None = None, *, timeout: float = 30.0) -> None:
+        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
+            raise ValueError(f"address must be such as 'http://localhost:8000', got {address!r:.200}")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            # It is a secret, so the message does not have it.
+            raise ValueError("token must be of printable ASCII characters; pass the one that the server has")
         self._address, self._timeout = address.rstrip("/"), timeout
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._base: tuple[tuple[str, tuple[float, ...]], ...] | None = None
+        """Fingerprints of the server's base, if it was asked since the last version was put."""
 
     def names(self) -> list[str]:
         """Of all adapters of the server, also of those that it left out.
 
         Raises:
+            ValueError: what answers is no dvora serve, or of another version.
             OSError: it cannot be reached.
         """
-        listed = json.loads(self._ask("GET", ""))
-        return [adapter["name"] for adapter in [*listed["adapters"], *listed["left_out"]]]
+        listed = self._ask("GET", "")
+        try:
+            names = [adapter["name"] for adapter in [*listed["adapters"], *listed["left_out"]]]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("names are strings")
+            # Without an adapter it has no layout, and refuses vectors.
+            base = {} if listed["layout"] is None else listed["layout"]["base"]
+            self._base = tuple((name, tuple(map(float, fingerprint))) for name, fingerprint in base.items())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._stranger("GET /v1/adapters") from error
+        return names
 
     def serves(self, name: str) -> bool:
         """Whether the server has an adapter of this name that can be read.
@@ -420,23 +453,33 @@ class ServerTarget:
             OSError: it cannot be reached.
         """
         try:
-            self._ask("GET", f"/{name}")
+            return bool(self._ask("GET", f"/{name}").get("name") == name)
         except ValueError:
             return False
-        return True
 
     def put(self, version: AdapterVersion) -> None:
         """Send a version; when this returns it is served.
 
         Raises:
-            ValueError: the server refuses it, and says why: no token, another layout, no adapter to take settings of,
-                or it has the name with another content.
+            ValueError: the server has another base, or refuses it, and says why: no token, another layout, no adapter
+                to take settings of, or it has the name with another content.
             OSError: it cannot be reached.
         """
+        if self._base is None:
+            self.names()
+        assert self._base is not None
+        content, self._base = version.layout.content._replace(base=self._base), None
+        if difference := version.layout.content.difference(content):
+            raise ValueError(
+                f"version {version.name!r} is none for {self._address}: {difference}. Train on the base that it serves"
+            )
         query = {"format": "vector", "layout": version.layout.digest, "digest": version.digest, "replace": "false"}
         path = f"/{version.name}?{urlencode(query)}"
-        if "error" in json.loads(self._ask("PUT", path, as_bytes(version.vector).tobytes(), allowed=409)):
+        answer = self._ask("PUT", path, as_bytes(version.vector).tobytes(), allowed=409)
+        if "error" in answer:
             raise _taken(version.name, self._address)
+        if answer.get("name") != version.name:
+            raise self._stranger(f"PUT /v1/adapters/{version.name}")
 
     def drop(self, name: str) -> None:
         """Have a version served no longer.
@@ -447,21 +490,35 @@ class ServerTarget:
         """
         self._ask("DELETE", f"/{name}", allowed=404)
 
-    def _ask(self, method: str, path: str, data: bytes | None = None, *, allowed: int | None = None) -> bytes:
-        """The body of an answer; of an error with the allowed status too."""
+    def _ask(self, method: str, path: str, data: bytes | None = None, *, allowed: int | None = None) -> dict[str, Any]:
+        """What the server answers; with the allowed status an error too."""
+        asked = f"{method} /v1/adapters{path.partition('?')[0]}"
         request = urllib.request.Request(f"{self._address}/v1/adapters{path}", data, self._headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                body: bytes = answer.read()
-                return body
-        except urllib.error.HTTPError as error:
-            said = error.read()
-            if error.code == allowed:
-                return said
-            message = f"{self._address} refused {method} {path.partition('?')[0]} with {error.code}: {_message(said)}"
-            raise (ValueError if error.code < 500 else OSError)(message) from error
+            try:
+                with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                    status, said = response.status, response.read()
+            except urllib.error.HTTPError as error:
+                status, said = error.code, error.read()
         except urllib.error.URLError as error:
             raise ConnectionError(f"no server answers at {self._address}: {error.reason}") from error
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            raise ConnectionError(f"{self._address} gave no whole answer to {asked}: {error!r:.200}") from error
+        if status >= 300 and status != allowed:
+            message = f"{self._address} refused {asked} with {status}: {_message(said)}"
+            raise (ValueError if status < 500 else OSError)(message)
+        try:
+            answer = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise self._stranger(asked) from error
+        if not isinstance(answer, dict):
+            raise self._stranger(asked)
+        return answer
+
+    def _stranger(self, asked: str) -> ValueError:
+        return ValueError(
+            f"{self._address} answered {asked}, but not as dvora serve of this version does; look what runs there"
+        )
 
 
 def _numbers(adapter: str, names: Iterable[str]) -> list[int]:
@@ -474,6 +531,11 @@ def _check_version(name: str) -> None:
     """Refuse what names no version, such as a path out of a folder."""
     if not _VERSION.fullmatch(name):
         raise ValueError(f"{name!r:.200} names no version of an adapter; expected such as 'policy-v1'")
+
+
+def _digest_of_file(head: dict[str, Any], values: memoryview) -> str:
+    """Of the values and all that the head says: name and layout, with its base."""
+    return vector_digest(json.dumps(head, sort_keys=True), values)
 
 
 def _taken(name: str, where: object) -> ValueError:
@@ -499,5 +561,5 @@ def _message(said: bytes) -> Any:
     """The message in an error's body, or the body."""
     try:
         return json.loads(said)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return said[:200]

@@ -139,4 +139,11 @@ def _layout(server: Server, key: Key) -> dict[str, Any] | None:
     if (like := server.registry.like(None, key)) is None:
         return None
     values = Layout(like.content).size
-    return {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": json.loads(like.settings)}
+    return {
+        "digest": like.content.digest,
+        "values": values,
+        "bytes": 4 * values,
+        # Which may be a path of this machine.
+        "settings": {**json.loads(like.settings), "base_model_name_or_path": server.base.name},
+        "base": like.content.to_dict()["base"],
+    }
