@@ -1,18 +1,23 @@
 """ONNX graphs whose adapter is an input, run by onnxruntime: what the adapted PyTorch model gives."""
 
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from dvora.export.packed import read_packed
+from dvora.export.onnx import _compared
+from dvora.export.packed import graph_file, read_layout, read_packed
+from dvora.export.verified import sample_of_encoder
 from dvora.flat import vector_digest
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
@@ -118,10 +123,13 @@ def test_the_graphs_are_one_behind_different_first_nodes(exported: Path) -> None
     names = ("one", "table", "files")
     one, table, files = ([*onnx.load(file_of(exported, name), load_external_data=False).graph.node] for name in names)
     # A row before the first is one behind the last, which is refused as others are that are not there.
-    assert [node.op_type for node in table[:4]] == ["Shape", "Less", "Where", "Gather"]
+    refused = ["Shape", "Less", "Where"]
+    # So is an index of other rows than those of the batch, which has a column beside it.
+    refused += ["Unsqueeze", "Shape", "Expand", "Unsqueeze", "Concat", "ReduceSum"]
+    assert [node.op_type for node in table[: len(refused) + 1]] == [*refused, "Gather"]
     assert one[0].op_type == "Unsqueeze"
     assert one == files
-    assert one[1:] == table[4:]
+    assert one[1:] == table[len(refused) + 1 :]
 
 
 @pytest.mark.parametrize("row", [-1, -2, 4])
@@ -130,6 +138,27 @@ def test_a_row_that_is_not_in_the_table_is_refused(exported: Path, bert: Path, r
     given = {"adapters": table, "index": np.array([0, row, 1]), **inputs_of(bert, TEXTS)}
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data bounds"):
         session(exported, "table").run(["output"], given)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_an_index_of_another_number_of_rows_is_refused(exported: Path, bert: Path, rows: int) -> None:
+    """One would be broadcast to all."""
+    table = np.stack([vector(exported, name) for name in "abcd"])
+    given = {"adapters": table, "index": np.zeros(rows, np.int64), **inputs_of(bert, TEXTS)}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match=r"Concat.* must match"):
+        session(exported, "table").run(["output"], given)
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_named(exported: Path, bert: Path, tmp_path: Path) -> None:
+    sample = sample_of_encoder(
+        {name: torch.tensor(values) for name, values in inputs_of(bert, TEXTS).items()}, "logits"
+    )
+    vectors = {"a": torch.zeros(3)}
+    (tmp_path / "damaged.onnx").write_bytes(b"no graph")
+    files = {"damaged.onnx": tmp_path / "damaged.onnx", "one.onnx": file_of(exported, "one")}
+    for name, file in files.items():
+        with pytest.raises(ValueError, match=f"^model: onnxruntime cannot run the graph {name}: .+$"):
+            [*_compared({name: file}, vectors, {"a": [np.zeros((3, 3), np.float32)]}, sample)]
 
 
 def test_the_weights_are_there_once_and_the_layout_names_every_value(exported: Path, bert: Path) -> None:
@@ -197,18 +226,18 @@ def test_a_packed_adapter_is_read_whole_or_refused(exported: Path, tmp_path: Pat
     np.testing.assert_array_equal(read.vector, vector(exported, "a"))
     assert read.labels == listed["a"]["labels"]
     assert listed["a"]["bytes"] == len(content)
-    # Of these values in this layout.
+    # Of this layout, this name, these labels and these values.
     values = content[-4 * layout["size"] :]
-    assert vector_digest(layout["digest"], values) == listed["a"]["digest"]
+    assert packed_digest(layout, "a", read.labels, values) == listed["a"]["digest"]
     infinite = np.frombuffer(values, np.float32).copy()
     infinite[3] = np.nan
     hidden = content[: -len(values)].replace(
-        listed["a"]["digest"].encode(), vector_digest(layout["digest"], infinite.tobytes()).encode()
+        listed["a"]["digest"].encode(), packed_digest(layout, "a", read.labels, infinite.tobytes()).encode()
     )
     flipped = bytes([*content[:-1], content[-1] ^ 1])
     for damaged, message in (
-        (flipped, "digest of its values"),
-        (content[: -len(values)] + infinite.tobytes(), "digest of its values"),
+        (flipped, "its digest is"),
+        (content[: -len(values)] + infinite.tobytes(), "its digest is"),
         (hidden + infinite.tobytes(), "not finite"),
         (content.replace(layout["digest"].encode(), b"0" * 32), "its layout is '0000"),
         (content.replace(b'"version":"2"', b'"version":"1"'), "its version is '1', expected '2'"),
@@ -218,6 +247,67 @@ def test_a_packed_adapter_is_read_whole_or_refused(exported: Path, tmp_path: Pat
         (tmp_path / "a.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             read_packed(tmp_path / "a.safetensors", layout)
+
+
+def packed_digest(layout: dict[str, Any], name: str, labels: list[str], values: bytes) -> str:
+    return vector_digest(f"{layout['digest']}\n{name}\n{json.dumps(labels)}", values)
+
+
+def test_adapters_that_changed_their_files_are_refused(exported: Path, tmp_path: Path) -> None:
+    layout = read_layout(exported)
+    (tmp_path / "a.safetensors").write_bytes((exported / "adapters" / "b.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"a\.safetensors is no packed adapter .* its name is 'b', expected 'a'"):
+        read_packed(tmp_path / "a.safetensors", layout)
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_signed", "message"),
+    [
+        ('["good", "bad", "so"]', False, "its digest is"),
+        ('"good"', True, "expected a list of texts"),
+        ("[1, 2, 3]", True, "expected a list of texts"),
+        ("[" * 100_000, True, "or damaged"),
+        ("[", True, "or damaged"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_labels_that_are_not_those_of_the_export_are_refused(
+    exported: Path, tmp_path: Path, labels: str, is_signed: bool, message: str
+) -> None:
+    layout, file = read_layout(exported), tmp_path / "a.safetensors"
+    with safe_open(exported / "adapters" / file.name, "pt") as opened:
+        about, values = opened.metadata(), opened.get_tensor("adapter")
+    if is_signed:
+        digest = vector_digest(f"{layout['digest']}\na\n{labels}", values.numpy().tobytes())
+        about["digest"] = digest
+    save_file({"adapter": values}, file, {**about, "labels": labels})
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_packed(file, layout)
+    assert str(file) in str(refusal.value)
+
+
+def test_a_graph_is_run_with_the_weights_that_the_layout_names(exported: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    layout = read_layout(copy)
+    assert graph_file(copy, layout, "table") == file_of(copy, "table")
+    with pytest.raises(ValueError, match=r"there is no 'two' in .*, but one, table, files, one-int8"):
+        graph_file(copy, layout, "two")
+    (weights,) = copy.glob("weights-*.bin")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 64
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{weights.name} is damaged"):
+        graph_file(copy, layout, "table")
+    # It has others.
+    assert graph_file(copy, layout, "one-int8") == file_of(copy, "one-int8")
+    for text, message in (
+        ("{}", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ('{"format": "dvora-packed", "version": 1}', "export the model again"),
+    ):
+        (copy / "layout.json").write_text(text)
+        with pytest.raises(ValueError, match=f"layout.json .*{message}"):
+            read_layout(copy)
 
 
 def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:

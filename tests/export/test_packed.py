@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dvora.export.packed import Packing
 from tests.serve.served import save_classifier
@@ -24,3 +25,20 @@ def test_a_base_that_differs_in_its_embeddings_only_has_another_layout(bert: Pat
         digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
     assert len({*digests}) == 2
     assert digests[0] == digests[2] == digests[4]
+
+
+@pytest.mark.parametrize("changed", [{"num_attention_heads": 4}, {"hidden_act": "relu"}], ids=str)
+def test_a_base_of_the_same_weights_that_computes_otherwise_has_another_layout(
+    bert: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    save_classifier(bert, tmp_path / "adapter", 0, 3)
+    digests = []
+    for settings in ({}, changed, {"id2label": {0: "bad", 1: "so", 2: "good"}}):
+        config = AutoConfig.from_pretrained(bert, num_labels=3, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_pretrained(bert, config=config)
+        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+    assert digests[0] != digests[1]
+    # Names of classes are no part of it.
+    assert digests[0] == digests[2]

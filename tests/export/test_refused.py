@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import dvora
 from dvora.recipes.adapters.exporting import export
@@ -53,7 +54,8 @@ def test_an_adapter_of_other_settings_is_named(
     message = refused(tmp_path / "adapters", bert, tmp_path)
     assert message.startswith("adapter 'b': ")
     assert said in message
-    assert "pass allow_partial" not in message
+    # What only a bank can do.
+    assert "allow_partial" not in message
 
 
 @pytest.mark.parametrize("name", ["null", "Null"])
@@ -91,3 +93,17 @@ def test_embeddings_saved_whole(llama: Path, tmp_path: Path) -> None:
 def test_texts_that_are_none_for_the_model(llama: Path, tmp_path: Path, text: str, said: str) -> None:
     save_trained(llama, tmp_path / "a", 0, task_type="CAUSAL_LM")
     assert said in refused(tmp_path / "a", llama, tmp_path, text)
+
+
+def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "initializer_factor": 5.0}
+    T5ForConditionalGeneration(T5Config(**sizes, vocab_size=19, decoder_start_token_id=0)).save_pretrained(
+        tmp_path / "t5"
+    )
+    config = dvora.DVoRAConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
+    get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    message = refused(tmp_path / "a", tmp_path / "t5", tmp_path)
+    assert "T5ForConditionalGeneration" in message
+    assert "encoder-decoder" in message

@@ -18,9 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import dvora
 from benchmarks.exporting import PACKAGES, VENDOR, served
-from dvora.flat import vector_digest
 from dvora.recipes.adapters.exporting import export
-from tests.export.test_onnx import logits_of
+from tests.export.test_onnx import logits_of, packed_digest
 from tests.recipes import tiny_models
 from tests.serve.served import Alone, save_classifier, save_trained
 from tests.tools.pages.seen import PHONE, WIDE, Seen, seen
@@ -112,9 +111,12 @@ def test_what_is_refused(site: Path, tmp_path: Path) -> None:
     layout = json.loads((site / "layout.json").read_text())
     content = (site / "adapters" / f"{NAMES[3]}.safetensors").read_bytes()
     values = np.frombuffer(content[-4 * layout["size"] :], np.float32).copy()
-    digest, values[0] = vector_digest(layout["digest"], values.tobytes()), np.inf
-    start = content[: -values.nbytes]
-    infinite = start.replace(digest.encode(), vector_digest(layout["digest"], values.tobytes()).encode())
+    labels, others = ["bad", "so <b>so</b>", "good"], ["good", "so <b>so</b>", "bad"]
+    was, swapped = (json.dumps(json.dumps(each))[1:-1].encode() for each in (labels, others))
+    start, of_others = content[: -values.nbytes], content.replace(was, swapped)
+    digest, other = (packed_digest(layout, NAMES[3], each, values.tobytes()).encode() for each in (labels, others))
+    values[0] = np.inf
+    infinite = start.replace(digest, packed_digest(layout, NAMES[3], labels, values.tobytes()).encode())
     site = linked(site, tmp_path / "site")
     file = site / "adapters" / f"{NAMES[3]}.safetensors"
     with opened(site) as (found, _):
@@ -128,7 +130,12 @@ def test_what_is_refused(site: Path, tmp_path: Path) -> None:
                 (start + values.tobytes(), "another digest"),
                 (infinite + values.tobytes(), "not finite"),
                 (content.replace(b'"version":"2"', b'"version":"3"'), "expected dvora-packed 2"),
-                ((site / "adapters" / f"{NAMES[4]}.safetensors").read_bytes(), "other values than adapters/index.json"),
+                ((site / "adapters" / f"{NAMES[4]}.safetensors").read_bytes(), f"is another one, {NAMES[4]}"),
+                (of_others, "another digest"),
+                (of_others.replace(digest, other), "another one than adapters/index.json"),
+                (content.replace(was, b"7".ljust(len(was))), "no list of texts"),
+                (content.replace(was, b"[7]".ljust(len(was))), "no list of texts"),
+                (content.replace(b'"labels"', b'"titles"'), "damaged"),
             )
         ):
             replaced(file, damaged)
@@ -206,6 +213,52 @@ def test_what_is_missing_is_named(name: str, message: str, site: Path, tmp_path:
         file.write_text("<!doctype html>")
         with opened(tmp_path / "site") as (found, _):
             assert f"{name} is no JSON" in error_of(found.page)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("layout.json", "{}", "has no"),
+        ("layout.json", "graphs", "has no graphs"),
+        ("layout.json", "inputs", "has no inputs"),
+        ("layout.json", "tokenizer", "has no tokenizer"),
+        ("adapters/index.json", "{}", "has no name"),
+        ("adapters/index.json", "[]", "has no name"),
+        ("adapters/index.json", "[null]", "has no name"),
+        ("config.json", "architectures", "has no architectures"),
+        ("config.json", "7", "has no architectures"),
+        ("export.json", "null", "has no base_model"),
+        ("tokenizer.json", "null", "has no model"),
+    ],
+)
+def test_what_is_of_another_shape_is_named(name: str, content: str, message: str, site: Path, tmp_path: Path) -> None:
+    """A file that lacks one thing, or is something else."""
+    file = linked(site, tmp_path / "site") / name
+    if content.isalpha() and content != "null":
+        whole = json.loads(file.read_text())
+        content = json.dumps({key: value for key, value in whole.items() if key != content})
+    replaced(file, content.encode())
+    with opened(tmp_path / "site") as (found, _):
+        assert f"{name} {message}" in error_of(found.page)
+        assert found.page.locator("#about").inner_text() == "The model is not loaded."
+
+
+def test_probabilities_of_a_language_model(site: Path) -> None:
+    program = (
+        "import { softmax } from './dvora.js'; console.log(Math.max(...softmax(new Float32Array(128256)).slice(0, 9)));"
+    )
+    command = ["node", "--input-type=module", "--eval", program]
+    ended = subprocess.run(command, cwd=site, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) == pytest.approx(1 / 128256)
+
+
+def test_many_adapters_scroll_by_themselves(site: Path) -> None:
+    with opened(site, PHONE) as (found, _):
+        found.page.set_viewport_size({"width": PHONE, "height": 500})
+        buttons = found.page.locator("#adapters")
+        assert buttons.bounding_box()["height"] <= 500 * 0.4
+        assert buttons.evaluate("each => each.scrollHeight > each.clientHeight")
 
 
 def test_without_a_network(site: Path) -> None:

@@ -395,7 +395,8 @@ class AdapterBank:
 
     def _fit(self, source: Source, allow_partial: bool = False) -> _Fitted:
         """Find and hook the layers that the first adapter names."""
-        served = ServedModel(self._model, source.read().config, source.content, allow_partial)
+        advice = ", or pass allow_partial=True (AdapterBank.add), which serves the base's there"
+        served = ServedModel(self._model, source.read().config, source.content, allow_partial, advice)
         rows = FactorRows(served, self._dtype)
         base = rows.base()
         if base.nbytes > self._host.limit:

@@ -44,22 +44,25 @@ class ServedModel:
         config: of an adapter, whose settings all share; it is not written to.
         content: of that adapter.
         allow_partial: whether it may lack layers that its own settings name.
+        advice: what else to do where an adapter lacks some, the end of a sentence.
 
     Raises:
         TypeError, ValueError: the model has adapters, is another base, is spread over devices or processes, or has a
             layer that no bank can serve, or the adapter lacks one; the message names it.
     """
 
-    def __init__(self, model: nn.Module, config: DVoRAConfig, content: Content, allow_partial: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, config: DVoRAConfig, content: Content, allow_partial: bool = False, advice: str = ""
+    ) -> None:
         check_without_bank(model)
         _check_plain(model)
         if content.settings.tokens:
             raise ValueError(
                 "the adapter trains tokens (trainable_token_indices), which is no vector of a layer; merge it"
             )
-        self.model, self.config = model, copy.deepcopy(config)
+        self.model, self.config, self._advice = model, copy.deepcopy(config), advice
         if not allow_partial:
-            _check_complete(model, self.config, content)
+            _check_complete(model, self.config, content, advice)
         self.layers = _layers(model, self.config, content)
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
@@ -108,8 +111,8 @@ class ServedModel:
         absent = sorted(_names(expected) - names)
         if absent and not allow_partial:
             raise ValueError(
-                f"the adapter lacks {absent[0]}, and {len(absent)} of the others' layers and heads in all; only a bank "
-                "serves the base's there (AdapterBank.add, allow_partial=True)"
+                f"the adapter lacks {absent[0]}, and {len(absent)} of the others' layers and heads in all; use "
+                f"adapters of the same layers together{self._advice}"
             )
         layers = tuple(layer for layer in expected.layers if layer.name in names)
         heads = tuple(part for part in expected.whole if part.name in names)
@@ -182,17 +185,14 @@ class ServedModel:
         return next(head.name for head in self.heads if any(own_part.name == part for own_part in head.parts))
 
 
-def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content) -> None:
+def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content, advice: str) -> None:
     """Refuse an adapter without vectors of a layer that its settings name: others would be compared with that."""
     names = {layer.name for layer in content.layers}
     targets = find_targets(model, lambda name: bool(DVoRAModel._check_target_module_exists(config, name)), config)
     heads = [f".{head}." for head in config.modules_to_save or ()]
     for target in targets:
         if target.name not in names and not any(head in f".{target.name}." for head in heads):
-            raise ValueError(
-                f"the adapter lacks {target.name}, which its settings name; save it again (only a bank serves the "
-                "base's there: AdapterBank.add, allow_partial=True)"
-            )
+            raise ValueError(f"the adapter lacks {target.name}, which its settings name; save it again{advice}")
 
 
 def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedLayer]:

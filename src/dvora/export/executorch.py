@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from .execution import INSTEAD, execute
 from .graph import AdaptedGraph, with_cache
-from .packed import TENSOR
-from .verified import Compared, Prepared, Sample, check, described, prepared, tensor_like, write_adapters
+from .packed import TENSOR, described
+from .verified import Compared, Prepared, Sample, check, prepared, tensor_like, write_adapters
 
 PROGRAM = "one.pte"
 ROWS, TOKENS = 8, 128

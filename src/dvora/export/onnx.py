@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,11 +39,16 @@ ONE, TABLE, FILES, INT8 = "one.onnx", "table.onnx", "files.onnx", "one-int8.onnx
 """To which names the digest of the content is added."""
 WEIGHTS, INDEX = "weights.bin", "index"
 _FROM_ONE = "g (float[P] adapter) => (float[1, P] rows) <int64[1] axis = {0}> { rows = Unsqueeze (adapter, axis) }"
-_FROM_TABLE = """g (float[N, P] adapters, int64[B] index) => (float[B, P] rows) <int64 zero = {0}> {
+_FROM_TABLE = """g (float[N, P] adapters, int64[B] index) => (float[B, P] rows)
+<int64 zero = {0}, int64[1] axis = {1}> {
     end = Shape <end = 1> (adapters) counted_from_the_end = Less (index, zero)
-    row = Where (counted_from_the_end, end, index) rows = Gather (adapters, row)
+    row = Where (counted_from_the_end, end, index) row_column = Unsqueeze (row, axis)
+    batch = Shape <end = 1> (X) zeros = Expand (zero, batch) zero_column = Unsqueeze (zeros, axis)
+    columns = Concat <axis = 1> (row_column, zero_column) row_of_batch = ReduceSum <keepdims = 0> (columns, axis)
+    rows = Gather (adapters, row_of_batch)
 }"""
-"""What makes of an input the first one of the traced graph, the adapters of rows: one row is broadcast to all."""
+"""What makes of an input the first one of the traced graph, the adapters of rows: one row is broadcast to all. An index
+of one row would be, too, but stands beside no column of the batch; onnxruntime optimises a Reshape to its rows away."""
 SMALLEST_OUTSIDE, ALIGNMENT = 1024, 4096
 """Bytes of a tensor that stands in the file of weights, and to a multiple of which each begins there."""
 
@@ -109,9 +115,12 @@ def _write_graphs(
 
 
 def _behind(first: str, graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph behind a node that gives the rows their adapters, of values P, and of rows B."""
+    """The graph behind what gives the rows their adapters: of P values, for B rows, as many as the input X has."""
     batch, size = graph.graph.input[0].type.tensor_type.shape.dim
-    source = onnx.parser.parse_graph(first.replace("P", str(size.dim_value)).replace("B", batch.dim_param))
+    first = (
+        first.replace("P", str(size.dim_value)).replace("B", batch.dim_param).replace("X", graph.graph.input[1].name)
+    )
+    source = onnx.parser.parse_graph(first)
     joined = onnx.ModelProto()
     joined.CopyFrom(graph)
     del joined.graph.input[:], joined.graph.node[:]
@@ -182,7 +191,8 @@ def _compared(
         options = onnxruntime.SessionOptions()
         # That a default adapter can be replaced is what it is for.
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        with _running(graph):
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         for name, of_inputs in expected.items():
             differences, largest = [0.0], [0.0]
             for tensors, wanted in zip([sample.inputs, *sample.others], of_inputs, strict=True):
@@ -196,7 +206,18 @@ def _compared(
                     given, adapter = {}, onnxruntime.LoraAdapter()
                     adapter.Load(str(file.parent / ADAPTERS / f"{name}.onnx_adapter"))
                     running.add_active_adapter(adapter)
-                output = session.run([OUTPUT], {**given, **inputs}, running)[0]
+                with _running(graph):
+                    output = session.run([OUTPUT], {**given, **inputs}, running)[0]
                 differences.append(float(np.abs(output - wanted).max()))
                 largest.append(float(np.abs(wanted).max()))
             yield Compared(graph, name, max(differences), max(largest))
+
+
+@contextmanager
+def _running(graph: str) -> Iterator[None]:
+    """Say of onnxruntime's errors of which graph they are."""
+    try:
+        yield
+    except Exception as error:  # Its own have no class in common.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: onnxruntime cannot run the graph {graph}: {reason}") from error

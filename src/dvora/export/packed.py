@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..bank.adapters import FolderSource, as_bytes, is_finite
 from ..bank.factor_rows import FactorRows
@@ -31,6 +32,11 @@ VERSION = 2
 TENSOR = "adapter"
 """Of a file with a packed adapter, and of a graph's inputs."""
 SUFFIX = ".safetensors"
+LAYOUT = "layout.json"
+NO_COMPUTATION = frozenset(
+    ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version")
+)
+"""What a configuration says beside what a model computes."""
 PARTS = ("gain_minus_one", "scale", "lambda_d")
 
 
@@ -57,37 +63,93 @@ class PackedAdapter(NamedTuple):
     """Names of the classes, if it has some."""
 
 
+def read_layout(folder: Path) -> dict[str, Any]:
+    """What `layout.json` of an export says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or of another version.
+    """
+    file = folder / LAYOUT
+    try:
+        layout: dict[str, Any] = json.loads(file.read_bytes())
+        version = layout["format"], layout["version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error!r:.200}; put the exported file there again") from error
+    if version != (FORMAT, VERSION):
+        raise ValueError(f"{file} is of {version}, expected {(FORMAT, VERSION)}; export the model again")
+    return layout
+
+
+def graph_file(folder: Path, layout: Mapping[str, Any], graph: str) -> Path:
+    """A graph's file, once its content and that of its weights are what the layout names.
+
+    Args:
+        folder: of the export.
+        layout: of `read_layout`.
+        graph: one, table, files or one-int8.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: there is no such graph, or a file is damaged.
+    """
+    if (about := layout["graphs"].get(graph)) is None:
+        raise ValueError(f"graph: there is no {graph!r} in {folder}, but {', '.join(layout['graphs'])}")
+    for expected in filter(None, (about, about.get("weights"))):
+        if described(folder / expected["file"])["sha256"] != expected["sha256"]:
+            raise ValueError(f"{folder / expected['file']} is damaged; put the exported file there again")
+    return folder / str(about["file"])
+
+
+def described(file: Path) -> dict[str, Any]:
+    """A file as `layout.json` has it."""
+    hashed = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            hashed.update(part)
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": hashed.hexdigest()}
+
+
 def read_packed(file: Path, layout: Mapping[str, Any]) -> PackedAdapter:
     """A packed adapter, checked.
 
     Args:
-        file: in an export's `adapters/`.
-        layout: what the export's `layout.json` says.
+        file: in an export's `adapters/`, under the name that it was written with.
+        layout: of `read_layout`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, of another version or another layout, or has values that are not finite.
+        ValueError: it is damaged or renamed, of another version or layout, or has values that are not finite.
     """
     try:
         with safe_open(file, "pt") as opened:
             about, vector = opened.metadata() or {}, opened.get_tensor(TENSOR)
-        for key, expected in _metadata(layout["digest"]).items():
+        name = file.name.removesuffix(SUFFIX)
+        for key, expected in _metadata(layout["digest"], name).items():
             if (actual := about.get(key)) != expected:
                 raise ValueError(f"its {key} is {actual!r:.100}, expected {expected!r}; export it with this base")
         if vector.dtype != torch.float32 or vector.shape != (layout["size"],):
             raise ValueError(f"it has {vector.dtype} of shape {(*vector.shape,)}, expected float32 of {layout['size']}")
-        if (digest := vector_digest(layout["digest"], as_bytes(vector))) != about.get("digest"):
-            raise ValueError(f"the digest of its values is {digest}, and it says {about.get('digest')!r:.100}")
+        if (digest := _digest(layout["digest"], name, about["labels"], vector)) != about.get("digest"):
+            raise ValueError(f"its digest is {digest}, and it says {about.get('digest')!r:.100}")
         if not is_finite(vector):
             raise ValueError("some of its values are not finite")
-        return PackedAdapter(vector, json.loads(about["labels"]))
-    except (SafetensorError, ValueError, KeyError) as error:
+        labels = json.loads(about["labels"])
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"its labels are {about['labels']!r:.100}, expected a list of texts")
+        return PackedAdapter(vector, labels)
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is no packed adapter of this export, or damaged: {error}") from error
 
 
-def _metadata(layout_digest: str) -> dict[str, str]:
-    """What every packed adapter of a layout has."""
-    return {"format": FORMAT, "version": str(VERSION), "layout": layout_digest}
+def _metadata(layout_digest: str, name: str) -> dict[str, str]:
+    """What a packed adapter says of itself beside its labels and its digest."""
+    return {"format": FORMAT, "version": str(VERSION), "layout": layout_digest, "name": name}
+
+
+def _digest(layout_digest: str, name: str, labels: str, vector: Float[Tensor, "P"]) -> str:
+    """Of all that a packed adapter has."""
+    return vector_digest(f"{layout_digest}\n{name}\n{labels}", as_bytes(vector))
 
 
 class Packing:
@@ -146,8 +208,11 @@ class Packing:
 
     @cached_property
     def _base_digest(self) -> str:
-        """Of all that a graph has of the base: also of what no adapter changes, such as embeddings."""
-        digest, state = hashlib.sha256(), self.served.model.state_dict()
+        """Of all that a graph has of the base: also of what no adapter changes, such as embeddings and activations."""
+        model = self.served.model
+        config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+        computed = {key: value for key, value in config.items() if key not in NO_COMPUTATION}
+        digest, state = hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()), model.state_dict()
         for name in sorted(state.keys() - self.served.own_heads):
             digest.update(name.encode())
             digest.update(as_bytes(state[name]))
@@ -176,7 +241,7 @@ class Packing:
         return self._vector(row.factors, row.heads)
 
     def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> dict[str, Any]:
-        """Write a packed adapter as safetensors: what it is of, and the digest of its values, stand in the metadata.
+        """Write a packed adapter as safetensors: what it is of, and its digest, stand in the metadata.
 
         Args:
             file: to write.
@@ -186,11 +251,10 @@ class Packing:
         Returns:
             What an index says of it: name, labels, digest, file, bytes.
         """
-        layout = self.layout()["digest"]
-        digest = vector_digest(layout, as_bytes(vector))
-        about = {**_metadata(layout), "digest": digest, "labels": json.dumps([*labels])}
+        layout, name, listed = self.layout()["digest"], file.name.removesuffix(SUFFIX), json.dumps([*labels])
+        digest = _digest(layout, name, listed, vector)
+        about = {**_metadata(layout, name), "digest": digest, "labels": listed}
         write_atomically(file, content := save({TENSOR: vector}, about))
-        name = file.name.removesuffix(SUFFIX)
         return {"name": name, "labels": [*labels], "digest": digest, "file": file.name, "bytes": len(content)}
 
     def _vector(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> Float[Tensor, "P"]:

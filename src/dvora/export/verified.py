@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .graph import Call, once, with_cache
-from .packed import SUFFIX, Packing
+from .packed import LAYOUT, SUFFIX, Packing, described
 
-LAYOUT, ADAPTERS, LISTED = "layout.json", "adapters", "index.json"
+ADAPTERS, LISTED = "adapters", "index.json"
 OUTPUT = "output"
 NULL = "null"
 """The base itself, among the names of adapters."""
@@ -186,15 +185,6 @@ def write_adapters(
 def tensor_like(name: str, dtype: torch.dtype, dimensions: Iterable[int | str]) -> dict[str, Any]:
     """An input as `layout.json` has it; a dimension that may have any size has a name."""
     return {"name": name, "dtype": str(dtype).removeprefix("torch."), "dimensions": [*dimensions]}
-
-
-def described(file: Path) -> dict[str, Any]:
-    """A file as `layout.json` has it."""
-    hashed = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(2**20):
-            hashed.update(part)
-    return {"file": file.name, "bytes": file.stat().st_size, "sha256": hashed.hexdigest()}
 
 
 def named_by_content(file: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, RobertaConfig
 
-from dvora.recipes.models.bases import computing, device_of, load_base
+from dvora.recipes.models.bases import computing, device_of, load_base, longest_text
 from dvora.recipes.settings import Settings
 
 
@@ -78,3 +78,15 @@ def test_precision_and_no_gradients(mixed_precision: str, expected: torch.dtype)
 def test_a_run_that_keeps_to_the_cpu_computes_there() -> None:
     assert device_of(settings("no")).type == "cpu"
     torch.ones(1, device=device_of(settings("no").model_copy(update={"cpu": False})))
+
+
+@pytest.mark.parametrize(("kind", "longest"), [(BertConfig, 12), (RobertaConfig, 10)])
+def test_the_longest_text_is_what_a_model_has_positions_for(bert: Path, kind: type, longest: int) -> None:
+    """Some begin to count them behind the padding's."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = kind(**sizes, vocab_size=19, max_position_embeddings=12, pad_token_id=1)
+    model = AutoModel.from_config(config)
+    assert longest_text(AutoTokenizer.from_pretrained(bert), config) == longest
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))

@@ -23,7 +23,7 @@ export interface Listed {
   name: string;
   /** Of the classes; empty if they have no names. */
   labels: string[];
-  /** Of layout and values. */
+  /** Of layout, name, labels and values. */
   digest: string;
   /** In adapters/. */
   file: string;
@@ -81,7 +81,8 @@ export class Folder {
   constructor(place?: string | URL);
   readonly address: URL;
   bytes(name: string, options?: Options & { cache?: RequestCache; progress?: (bytes: number) => void }): Promise<Uint8Array>;
-  json(name: string, options?: Options): Promise<any>;
+  /** An error names the file and what it lacks of `has`; with `list` it is a list, and each item has that. */
+  json(name: string, options?: Options & { has?: readonly string[]; list?: boolean }): Promise<any>;
   /** A file that layout.json names, checked by its sha256. */
   checked(file: NamedFile, options?: Options & { progress?: (bytes: number) => void }): Promise<Uint8Array>;
 }
@@ -119,7 +120,7 @@ export class Pipelines {
  */
 export function encode(tokenizer: any, text: string, layout: Layout): { ids: number[]; tokens: number };
 
-/** The content of a packed adapter's file, checked: format, layout, size, digest, finite values. */
+/** The content of a packed adapter's file, checked: format, layout, name, labels, size, digest, finite values. */
 export function unpacked(content: ArrayBuffer | Uint8Array, layout: Layout, name: string): Promise<Adapter>;
 
 /** Probabilities from logits. */

@@ -1,6 +1,7 @@
 /** A base model with adapters that are handed to it as vectors: in a page, a worker or Node. Types: dvora.d.ts. */
 
 const FORMAT = "dvora-packed", VERSION = 2, TENSOR = "adapter";
+const LAYOUT = ["format", "version", "digest", "size", "graphs", "inputs", "tokenizer"], LISTED = ["name", "file", "digest"];
 // Not imported by name, which bundlers for browsers refuse.
 const node = globalThis.process?.getBuiltinModule;
 
@@ -34,13 +35,19 @@ export class Folder {
     }
   }
 
-  async json(name, options) {
+  /** @param has what the content, or with list each item of it, has to have. */
+  async json(name, { has = [], list = false, ...options } = {}) {
     const text = new TextDecoder().decode(await this.bytes(name, options));
+    let content;
     try {
-      return JSON.parse(text);
+      content = JSON.parse(text);
     } catch {
       throw new Error(`${name} is no JSON, it starts with ${JSON.stringify(text.slice(0, 20))}; put the exported file there (some servers answer with a page where a file is missing)`);
     }
+    const items = !list ? [content] : Array.isArray(content) && content.length ? content : [null];
+    const missing = has.find(key => items.some(item => item?.[key] == null));
+    if (missing) throw new Error(`${name} has no ${missing}; put the exported file there again`);
+    return content;
   }
 
   /** A file that layout.json names. */
@@ -67,12 +74,12 @@ export class Model {
   static async load(ort, folder = "./", { graph = "one", providers, signal, progress = () => {} } = {}) {
     if (typeof WebAssembly !== "object") throw new Error("this browser has no WebAssembly, which the model runs in");
     if (!globalThis.crypto?.subtle) throw new Error("files cannot be checked, since browsers have crypto.subtle in secure pages only: serve this one by https, or from localhost");
-    const from = new Folder(folder), layout = await from.json("layout.json", { signal });
+    const from = new Folder(folder), layout = await from.json("layout.json", { signal, has: LAYOUT });
     if (layout.format !== FORMAT || layout.version !== VERSION)
       throw new Error(`layout.json is of ${layout.format} ${layout.version}, expected ${FORMAT} ${VERSION}; export the model again`);
-    const graphs = Object.keys(layout.graphs).filter(name => layout.graphs[name].adapter_inputs[0]?.name === TENSOR);
+    const graphs = Object.keys(layout.graphs).filter(name => layout.graphs[name].adapter_inputs?.[0]?.name === TENSOR);
     if (!graphs.includes(graph)) throw new Error(`there is no graph ${graph} here, but ${graphs.join(" and ")}; for int8 export with --int8`);
-    const adapters = await from.json("adapters/index.json", { signal });
+    const adapters = await from.json("adapters/index.json", { signal, has: LISTED, list: true });
     const { weights, ...program } = layout.graphs[graph], total = program.bytes + (weights?.bytes ?? 0);
     let done = 0;
     const options = { signal, progress: bytes => progress(done += bytes, total) };
@@ -98,7 +105,7 @@ export class Model {
     if (!listed) throw new Error(`there is no adapter ${name} in adapters/index.json, which has ${this.adapters.length}`);
     const adapter = await unpacked(await this.folder.bytes(`adapters/${listed.file}`, { signal }), this.layout, name);
     if (adapter.digest !== listed.digest)
-      throw new Error(`adapter ${name} has other values than adapters/index.json says; load the page again, or put the whole export there again`);
+      throw new Error(`adapter ${name} is another one than adapters/index.json says; load the page again, or put the whole export there again`);
     this.#read.set(name, adapter);
     return adapter;
   }
@@ -140,10 +147,10 @@ export class Pipelines {
     if (!knows(transformers, new ort.Tensor("float32", [0], [1])))
       throw new Error("transformers.js runs with another copy of onnxruntime; let both import one, by an import map");
     // Read here, since transformers.js would keep the files in the browser's cache, also when the model is exported again.
-    const from = new Folder(folder), json = name => from.json(`${name}.json`, { signal: options.signal });
-    const config = await json("config"), [architecture] = config.architectures;
+    const from = new Folder(folder), json = (name, has) => from.json(`${name}.json`, { signal: options.signal, has });
+    const config = await json("config", ["architectures"]), [architecture] = config.architectures;
     if (!(architecture in transformers)) throw new Error(`transformers.js has no ${architecture}, which the model is`);
-    const words = await json("tokenizer"), settings = await json("tokenizer_config"), model = await Model.load(ort, folder, options);
+    const words = await json("tokenizer", ["model"]), settings = await json("tokenizer_config", ["tokenizer_class"]), model = await Model.load(ort, folder, options);
     const Tokenizer = transformers[settings.tokenizer_class] ?? transformers.PreTrainedTokenizer;
     // transformers.js would take spaces before commas out of what is generated, which PyTorch's transformers does not.
     const tokenizer = new Tokenizer(words, { ...settings, clean_up_tokenization_spaces: false });
@@ -224,7 +231,8 @@ export async function unpacked(content, layout, name) {
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes.buffer, 8, start - 8)));
     about = header.__metadata__ ?? {};
     range = header[TENSOR]?.data_offsets ?? [0, 0];
-    labels = JSON.parse(about.labels ?? "[]");
+    labels = JSON.parse(about.labels);
+    if (!Array.isArray(labels) || labels.some(label => typeof label !== "string")) throw new Error("its labels are no list of texts");
   } catch (error) {
     throw new Error(`adapter ${name} is damaged: ${error.message}; put the exported file there again`);
   }
@@ -232,11 +240,12 @@ export async function unpacked(content, layout, name) {
     throw new Error(`adapter ${name} is of ${about.format} ${about.version}, expected ${FORMAT} ${VERSION}; export it again`);
   if (about.layout !== layout.digest)
     throw new Error(`adapter ${name} is of layout ${about.layout}, and this graph of ${layout.digest}: another base or other settings; pack it with this export's base`);
+  if (about.name !== name) throw new Error(`adapter ${name} is another one, ${about.name}; put each exported file there under its name`);
   const values = bytes.slice(start + range[0], start + range[1]);
   if (values.length !== 4 * layout.size || start + range[1] !== bytes.length)
     throw new Error(`adapter ${name} has ${bytes.length} bytes, expected ${start + 4 * layout.size}; it is truncated`);
-  if ((await digest(await new Blob([layout.digest, values]).arrayBuffer())).slice(0, 32) !== about.digest)
-    throw new Error(`adapter ${name} is damaged: its values have another digest than it says; put the exported file there again`);
+  if ((await digest(await new Blob([`${layout.digest}\n${name}\n${about.labels}`, values]).arrayBuffer())).slice(0, 32) !== about.digest)
+    throw new Error(`adapter ${name} is damaged: it has another digest than it says; put the exported file there again`);
   const vector = new Float32Array(values.buffer);
   if (!vector.every(Number.isFinite)) throw new Error(`adapter ${name} has values that are not finite; export it again`);
   return { name, vector, labels, digest: about.digest, bytes: bytes.length };
@@ -244,7 +253,8 @@ export async function unpacked(content, layout, name) {
 
 /** Probabilities from logits. */
 export function softmax(logits) {
-  const most = Math.max(...logits), powers = Array.from(logits, value => Math.exp(value - most));
+  // Not as arguments, which would be too many of a language model.
+  const most = Array.from(logits).reduce((a, b) => Math.max(a, b)), powers = Array.from(logits, value => Math.exp(value - most));
   const sum = powers.reduce((a, b) => a + b);
   return powers.map(power => power / sum);
 }

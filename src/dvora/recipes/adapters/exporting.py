@@ -62,7 +62,8 @@ def export(
         raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
     if int8 and runtime == "executorch":
         raise ValueError("int8=True: only onnxruntime's graphs have int8 weights; leave it out, or take runtime='onnx'")
-    from ...export.verified import ADAPTERS, LAYOUT, NULL
+    from ...export.packed import LAYOUT
+    from ...export.verified import ADAPTERS, NULL
 
     check_new_folder(output)
     folders = _adapters(source)
@@ -78,6 +79,12 @@ def export(
             "(--model); an adapter that was trained on a quantised one fits it, with a warning that says how closely"
         )
     loaded, _ = load_model(base, kind, config, torch.float32, trust=trust)
+    # Of the model, since encoders alone share the configuration of both.
+    if loaded.config.is_encoder_decoder:
+        raise ValueError(
+            f"{base} is an encoder-decoder model ({type(loaded).__name__}), and graphs have one pass of an encoder or "
+            "a decoder; merge the adapter (dvora merge), and export the merged model with a tool for such models"
+        )
     # What is exported is for others, who need no folders of this machine.
     loaded.config.name_or_path = Path(base).resolve().name if Path(base).is_dir() else base
     labels = {name: adapter.labels for name, adapter in adapters.items()}

@@ -10,7 +10,7 @@ import dvora
 
 from ..settings import NOTHING, Trust
 from .adapter_folder import Adapter, adapter_on
-from .bases import config_of, load_model, model_class, set_labels
+from .bases import TOKENIZER_FILES, config_of, lacks, load_model, load_tokenizer, model_class, set_labels
 
 
 def load_adapted(
@@ -48,7 +48,17 @@ def base_class(adapter: Adapter, base: str, trust: Trust) -> tuple[Any, Any]:
         config.num_labels = count
     set_labels(config, adapter.labels)
     if getattr(config, "pad_token_id", None) is None:
-        # Classifiers of decoders look for the end of a text by it; `dvora train` pads with this token too.
-        ends = getattr(config, "eos_token_id", None)
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        config.pad_token_id = _padding(base, config, trust)
     return make, config
+
+
+def _padding(base: str, config: Any, trust: Trust) -> int | None:
+    """The token by which classifiers of decoders find the end of a text: that with which `dvora train` pads."""
+    # None for images, which have no tokenizer on the hub either.
+    if (words := getattr(config.get_text_config(), "vocab_size", None)) and not lacks(base, TOKENIZER_FILES):
+        token: int | None = load_tokenizer(base, trust).pad_token_id
+        # An embedding takes no other for padding.
+        if token in range(words):
+            return token
+    ends = getattr(config, "eos_token_id", None)
+    return ends[0] if isinstance(ends, list) else ends

@@ -36,6 +36,25 @@ TASK_TYPES: Mapping[Task, str] = {
 NO_LIMIT = 10**6
 """Tokenizers without a limit give a number beyond this."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+COUNTED_FROM_PADDING = frozenset(
+    (
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    )
+)
+"""Types of models whose first token has the position after that of the padding's id."""
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -71,7 +90,7 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     source = settings.tokenizer or settings.model
     images = settings.task == "image-classification"
     name, files = ("image processor", IMAGE_PROCESSOR_FILES) if images else ("tokenizer", TOKENIZER_FILES)
-    if Path(source).is_dir() and not any(True for pattern in files for _ in Path(source).glob(pattern)):
+    if lacks(source, files):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); give its folder with `tokenizer`")
     if images:
         with loading(f"the {name}", source, trust):
@@ -80,6 +99,12 @@ def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has neither a token to pad with nor one that ends a text")
     return tokenizer
+
+
+def lacks(source: str, files: Sequence[str]) -> bool:
+    """Whether a model is a folder with none of the files, which may be patterns."""
+    folder = Path(source)
+    return folder.is_dir() and not any(True for pattern in files for _ in folder.glob(pattern))
 
 
 def load_tokenizer(source: str, trust: Trust) -> Any:
@@ -100,6 +125,8 @@ def longest_text(tokenizer: Any, config: Any) -> int:
     """
     # Absent where positions are not counted.
     positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    if config.model_type in COUNTED_FROM_PADDING:
+        positions -= config.pad_token_id + 1
     return int(min(NO_LIMIT, tokenizer.model_max_length, positions))
 
 
