@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from dvora.recipes.data.chats import IGNORED, chat_features
 from dvora.recipes.models.bases import load_processor
@@ -84,8 +85,9 @@ def test_pairs_and_labels_reach_the_model(models: dict[str, Path]) -> None:
 def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
     task = settings("regression", models["bert"])
     words = load_processor(task)
-    assert longest(task.model_copy(update={"max_length": 20}), words, None) == 20
-    assert longest(task.model_copy(update={"max_length": 128}), words, None) == 32
+    config = AutoConfig.from_pretrained(models["bert"])
+    assert longest(task.model_copy(update={"max_length": 20}), words, config) == 20
+    assert longest(task.model_copy(update={"max_length": 128}), words, config) == 32
 
 
 def test_a_model_without_tokenizer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
