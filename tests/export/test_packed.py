@@ -19,10 +19,10 @@ def test_a_base_that_differs_in_its_embeddings_only_has_another_layout(bert: Pat
             # Of the head, which is the adapter's.
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
-        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+        digests.append(Packing(model, tmp_path / "adapter").layout["digest"])
         with torch.no_grad():
             model.get_input_embeddings().weight[3] += 1
-        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+        digests.append(Packing(model, tmp_path / "adapter").layout["digest"])
     assert len({*digests}) == 2
     assert digests[0] == digests[2] == digests[4]
 
@@ -38,7 +38,7 @@ def test_a_base_of_the_same_weights_that_computes_otherwise_has_another_layout(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForSequenceClassification.from_pretrained(bert, config=config)
-        digests.append(Packing(model, tmp_path / "adapter").layout()["digest"])
+        digests.append(Packing(model, tmp_path / "adapter").layout["digest"])
     assert digests[0] != digests[1]
     # Names of classes are no part of it.
     assert digests[0] == digests[2]

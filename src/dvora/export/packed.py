@@ -191,6 +191,7 @@ class Packing:
         """Values of a packed adapter."""
         return self.entries[-1].offset + prod(self.entries[-1].shape)
 
+    @cached_property
     def layout(self) -> dict[str, Any]:
         """What `layout.json` has: what each value means, and of which base; the digest names all of it."""
         content = self.served.content
@@ -201,12 +202,11 @@ class Packing:
             "dtype": "float32",
             "size": self.size,
             "settings": settings,
-            "base": self._base_digest,
+            "base": self._base_digest(),
             "entries": [{"name": e.name, "offset": e.offset, "shape": list(e.shape)} for e in self.entries],
         }
         return {**layout, "digest": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:32]}
 
-    @cached_property
     def _base_digest(self) -> str:
         """Of all that a graph has of the base: also of what no adapter changes, such as embeddings and activations."""
         model = self.served.model
@@ -251,7 +251,7 @@ class Packing:
         Returns:
             What an index says of it: name, labels, digest, file, bytes.
         """
-        layout, name, listed = self.layout()["digest"], file.name.removesuffix(SUFFIX), json.dumps([*labels])
+        layout, name, listed = self.layout["digest"], file.name.removesuffix(SUFFIX), json.dumps([*labels])
         digest = _digest(layout, name, listed, vector)
         about = {**_metadata(layout, name), "digest": digest, "labels": listed}
         write_atomically(file, content := save({TENSOR: vector}, about))

@@ -161,7 +161,7 @@ def write_adapters(
         labels: names of the classes of adapters.
     """
     layout = {
-        **ready.packing.layout(),
+        **ready.packing.layout,
         "model": type(ready.packing.served.model).__name__,
         "graphs": graphs,
         "inputs": [

@@ -62,7 +62,7 @@ def export(
         raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
     if int8 and runtime == "executorch":
         raise ValueError("int8=True: only onnxruntime's graphs have int8 weights; leave it out, or take runtime='onnx'")
-    from ...export.packed import LAYOUT
+    from ...export.packed import read_layout
     from ...export.verified import ADAPTERS, NULL
 
     check_new_folder(output)
@@ -102,7 +102,7 @@ def export(
             compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8, note=note)
         if runtime == "web":
             _write_page(folder, loaded)
-        graph = json.loads((folder / LAYOUT).read_text())["graphs"]["one"]
+        graph = read_layout(folder)["graphs"]["one"]
         values = {
             "base_model": loaded.config.name_or_path,
             "adapters": len(adapters),
