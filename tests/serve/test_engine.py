@@ -56,7 +56,7 @@ class Sent:
     def __init__(self, server: Server, requests: Sequence[Mapping[str, Any]]) -> None:
         self._pieces: dict[Request, list[Piece]] = {}
         self._answers: dict[Request, Answer] = {}
-        self._ended = threading.Event()
+        self._begun, self._ended = threading.Event(), threading.Event()
         for one in requests:
             work = server.works[0]
             tokens = tokens_of(server, one.get("text", "the "))
@@ -68,10 +68,14 @@ class Sent:
     def _hear(self, request: Request, part: Piece | Answer) -> None:
         if isinstance(part, Piece):
             self._pieces[request].append(part)
+            self._begun.set()
         else:
             self._answers[request] = part
         if len(self._answers) == len(self._pieces):
             self._ended.set()
+
+    def wait_for_piece(self) -> None:
+        assert self._begun.wait(60)
 
     @property
     def requests(self) -> list[Request]:
@@ -203,6 +207,8 @@ def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
 
         handle = last.register_forward_pre_hook(fail)
         first = Sent(server, [{"adapter": "a1", "sampling": {"max_tokens": 40}}])
+        # A prompt that has been read is in no prefill with those that fail.
+        first.wait_for_piece()
         failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
         assert all(isinstance(text.answer.error, MemoryError) for text in failed)
         (text,) = first.texts()
@@ -219,8 +225,7 @@ def test_texts_of_the_base_go_on_when_the_first_adapter_comes(
     adapters.mkdir()
     with started(llama, adapters) as server:
         texts = Sent(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
-        while not texts._pieces[next(iter(texts._pieces))]:
-            pass
+        texts.wait_for_piece()
         with server.base.between_passes():
             server.base.bank.add("x:1", language_adapters / "a0")
         (text,) = texts.texts()
