@@ -18,13 +18,12 @@ from .checks import (
     checked_values,
     checked_vectors,
 )
-from .factors import FactorSource, delta_weight, factors_of
+from .factors import delta_weight, gain_minus_one, relative_factors
 from .functional import Direction, Vectors
 from .layer import adapted_linear
 from .matrices.interface import SharedProjections
 from .tensors import (
     Float,
-    as_dtype,
     at_least_float32,
     autocast_dtype,
     full_precision,
@@ -272,8 +271,7 @@ class DVoRAAdapter(nn.Module):
 
     def _outputs(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight = weight_in_memory(self.base_layer, "weight")
-        factors = factors_of(FactorSource(self.adapted, self.adapted.local(self.vectors, weight)), weight)
-        return adapted_linear(self.base_layer, x, self.adapted, factors)
+        return adapted_linear(self.base_layer, x, weight, self.adapted, self.adapted.local(self.vectors, weight))
 
     def _state(self, x: Tensor) -> list[tuple[int, int]]:
         """The input and all parameters, and their versions; iterating `parameters()` would take long."""
@@ -363,11 +361,10 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     w = adapted.w
     vectors = vectors.to(w.dtype)
     with full_precision(w.device):
-        kappa = F.relative_scale(vectors.lambda_b, w, adapted.scaling, adapted.direction)
-        cross, q = as_dtype(adapted.C, w.dtype) @ vectors.lambda_d, adapted.squares(vectors.lambda_d)
-        s = (1 + kappa * (2 * cross + kappa * q)).clamp_min(0).sqrt()
-        angle = F.row_angle(kappa, cross, q).rad2deg()
-        g1 = factors_of(FactorSource(adapted, vectors), weight).gain_minus_one.abs()
+        _, cross, q = adapted.terms(vectors.lambda_d)
+        factors = relative_factors(vectors.magnitude, vectors.lambda_b, cross, q, adapted)
+        s, g1 = factors.inverse.reciprocal(), gain_minus_one(vectors.magnitude, cross, factors, adapted).abs()
+        angle = F.row_angle(factors.kappa, cross, q).rad2deg()
     metrics = {
         "norm_ratio_mean": s.mean(),
         "norm_ratio_max": s.max(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FAR
-from .factors import FactorStacks
+from .factors import factor_rows
 from .functional import Vectors
 from .peft.content import Content, ModelAdapter, ModelOrFolder, tensors_of, values_restored_on_error
 from .peft.layer import DVoRALayer, check_unmerged
@@ -156,7 +156,7 @@ class Layout:
         layers = self._adapter_in(model).layers
         weights = [_adapted(layers[layer.name], self.adapter_name, vectors.device) for layer in self.content.layers]
         of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
-        rows = FactorStacks(weights).rows(torch.atleast_2d(vectors)[:, :of_layers])
+        rows = factor_rows(weights, torch.atleast_2d(vectors)[:, :of_layers])
         parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.rank)], -1))
         factors: dict[str, LayerFactors] = {}
         for layer in self.content.layers:

@@ -1,26 +1,36 @@
 """The forward of a linear layer with an adapter: from x to y, and back.
 
-There are three computations. `functional` defines all of them; which one runs is decided by `folds` and `is_traced`.
+There are three computations, and `functional` defines them all. `computation` says which one runs:
 
-| computation | when | passes over tokens beyond the base's, forward + backward | formed or kept |
+| computation | when | products beyond the base's, of T tokens | formed or kept |
 |---|---|---|---|
-| definition | compiled, exported, under `torch.func`; a trained or sharded weight | - | PyTorch differentiates it |
-| folded | training, `folds`: enough tokens in a plain linear layer | 0 + 1 | W'', y, z |
-| thin | all else: evaluation, few tokens, half precision, each row of a batch its own adapter | 3 + 6 | y_b, z |
+| thin | few tokens; half precision, quantised, sharded; rows of a batch | with A and B, there and back | z, y_b |
+| folded | training a rank below the width | with A, and `dy^T z` | W'', z, y |
+| formed | training a rank about the width or above it | `dy^T x` | W'', D, x |
 
-Folded, with `g` and `scale` of `factors`:
-
-    W'' = diag(g) W + U A,   U = diag(scale) B diag(lambda_d)          y = x W''^T + bias
-    dL/dx = dy W'',   dL/dU = dy^T z,   sum_t dy (y - bias) for dL/dg
-
-Thin:
+Thin adds the update to the base's outputs, with `g` and `scale` of `factors`:
 
     y = y_b + (g - 1) (y_b - bias) + scale low        y_b = x W^T + bias,   z = x A^T,   low = (z lambda_d) B^T
     dL/dy_b = g dy,   h = (dy scale) B,   dL/dz = h lambda_d,   dL/dlambda_d = sum_t h z
     dL/d(g - 1) = sum_t dy (y_b - bias),   dL/dscale = sum_t dy low
 
-Where every row of a batch has an adapter of its own, the formulas are the same: factors then have a value for each row,
-and sums go over the tokens of a row.
+The others form one weight, by a structured product of the rows of B (or A), as an evaluation of many tokens does too:
+
+    D = B diag(lambda_d) A,   W'' = diag(g) W + diag(scale) D,   y = x W''^T + bias,   dL/dx = dy W''
+
+Folded takes the gradients of the factors from thin products, so that they cost `T O R` and not `T O I`:
+
+    E = dy^T z,   dL/dscale = rowsum(E * B diag(lambda_d)),   dL/dlambda_d = scale (E * B)
+    dL/dg = (sum_t dy (y - bias) - scale dL/dscale) / g
+
+Formed takes them, and the terms of the norm, from matrices of the weight's size, so that no product depends on tokens
+times rank:
+
+    cross = rowsum(W / w * D),   q = rowsum(D**2),   G = dy^T x,   dL/dg = rowsum(G * W),   dL/dscale = rowsum(G * D)
+    dL/dD = diag(scale) G + diag(dL/dcross / w) W + 2 diag(dL/dq) D,   dL/dlambda_d = colsum(B * (dL/dD A^T))
+
+Where every row of a batch has an adapter of its own, factors have a value for each row, and sums go over the tokens
+of a row. What is compiled, exported or transformed is thin, by plain operations.
 
 Dimensions: T tokens, B rows of a batch, I in, O out, R rank; of a sharded weight, those of this process's shard.
 """
@@ -28,14 +38,25 @@ Dimensions: T tokens, B rows of a batch, I in, O out, R rank; of a sharded weigh
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vecdot
 from torch.nn.functional import linear
 
 from . import functional as F
-from .factors import Factors, current_pass
+from .factors import (
+    Factors,
+    RelativeFactors,
+    differentiated,
+    factors_of,
+    needs_graph,
+    relative_factors,
+    vector_gradients,
+)
+from .functional import Vectors
 from .matrices.interface import Matrices
 from .tensors import (
     Float,
@@ -51,12 +72,14 @@ from .tensors import (
 )
 from .weight import AdaptedWeight
 
-FOLD_TOKENS = 8
-"""Tokens for each rank from which on folding pays: `dy^T z` and `U A` cost more the higher the rank."""
-FOLD_TIMES = 64
-"""The same where thin products cost little whatever the rank: as many times the inputs as 64 is in the rank."""
-FOLD_RANK = 0.7
-"""Rank for each of the layer's inputs above which it does not: `dy^T z` costs about as much as the base's product."""
+Computation = Literal["thin", "folded", "formed"]
+
+FOLDED_RANK = 0.7
+"""Rank for each of the layer's inputs above which a layer is formed: `dy^T z` costs about as much as `dy^T x`."""
+SMALLEST_GAIN = 1e-2
+"""Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
+_PART = 2**16
+"""Values that are multiplied at a time where their products are only summed."""
 _FEW_VALUES = 2**17
 """Up to this many values, what launches an operation takes longer than what it computes: low is kept, not repeated."""
 
@@ -64,8 +87,10 @@ _FEW_VALUES = 2**17
 def adapted_linear(
     layer: nn.Module,
     x: Float[Tensor, "*T I"],
+    weight: Tensor | None,
     adapted: AdaptedWeight,
-    factors: Factors,
+    vectors: Vectors,
+    strength: float = 1.0,
     dropout: nn.Module | None = None,
     measured_bias: Float[Tensor, "O"] | None = None,
 ) -> Float[Tensor, "*T O"]:
@@ -74,88 +99,187 @@ def adapted_linear(
     Args:
         layer: the base.
         x: its inputs.
-        adapted, factors: of the adapter.
+        weight: its weight; None where it is not in memory.
+        adapted, vectors: the adapter; of a sharded weight the vectors of this process.
+        strength: s of `W + s (W' - W)`.
         dropout: of the inputs of the update, where some are dropped.
         measured_bias: of a layer that hides its own.
     """
-    if dropout is None and folds(layer, x, adapted, factors):
-        return folded_outputs(layer, x, adapted, factors)
+    trained = grad_recorded() and any(vector.requires_grad for vector in vectors)
+    if dropout is None and adapted.rank and _is_plain(layer, x):
+        way = computation(x.numel() // adapted.in_features, adapted, trained)
+        if way == "formed" and trained:
+            adapted.follow(weight)
+            return formed_outputs(layer, x, adapted, vectors, strength)
+        factors = factors_of(adapted, vectors, weight, strength)
+        if way == "formed":
+            with full_precision(x.device):
+                updated = updated_weight(layer.weight, adapted, factors)
+            return linear(x, updated, layer.bias)
+        if way == "folded" and _divides(factors):
+            return folded_outputs(layer, x, adapted, factors)
+    else:
+        factors = factors_of(adapted, vectors, weight, strength)
     base_output = layer(x)
     # Only now: engines gather it for the base's forward.
     bias = bias_of(layer, measured_bias)
     return thin_outputs(base_output, x if dropout is None else dropout(x), adapted, factors, bias)
 
 
-def folds(layer: nn.Module, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, factors: Factors) -> bool:
-    """Whether a layer computes with the folded weight.
+def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computation:
+    """The fastest of the computations for a plain layer, by sizes.
 
-    It does in training (else there are no `factors.folds`), for a plain `nn.Linear` with a frozen weight of float32 or
-    float64 (in half precision a small update would be rounded away), where there are at least as many tokens as the
-    layer has inputs; for a high rank more: 8 for each rank, or where structured matrices make thin products cheap,
-    `inputs * rank / 64`.
+    Forming a weight pays from `O I / (O + I) + R / 2` tokens on. A rank above the inputs is always formed in training,
+    since the norm takes D anyway. In units of LoRA r=1's training step of one layer, measured on one core with
+    PyTorch 2.13 in float32 (bfloat16 under autocast crosses at the same sizes); what the rule takes has a star:
 
-    A training step of a BERT in units of the frozen base's, thin / folded, measured on two cores with PyTorch 2.13
-    (LoRA r=1: 1.05 to 1.20); what the rule takes has a star:
-
-    | width, matrices   | rank | 512 tokens    | 768 or 1,024  | 2,048         | 4,096         |
-    |-------------------|------|---------------|---------------|---------------|---------------|
-    | 384, structured   | 64   | 1.48 / 1.32*  |               | 1.39 / 1.16*  |               |
-    |                   | 128  |               | 1.56 / 1.40*  |               |               |
-    |                   | 256  | 1.60* / 1.91  | 1.35* / 1.63  | 1.58 / 1.44*  |               |
-    | 768, structured   | 128  |               |               | 1.30 / 1.17*  |               |
-    |                   | 256  |               |               | 1.35* / 1.46  |               |
-    | 1,024, structured | 128  |               |               | 1.27 / 1.22*  |               |
-    |                   | 256  |               |               | 1.29* / 1.34  | 1.27 / 1.22*  |
-    | 1,024, dense      | 256  |               |               | 1.61 / 1.41*  |               |
+    TABLE
     """
-    if factors.folds is None or type(layer) is not nn.Linear:
-        return False
-    rank, in_features = adapted.rank, adapted.in_features
-    dense = adapted.matrices.is_dense(rank, in_features)
-    tokens = max(in_features, FOLD_TOKENS * rank if dense else in_features * rank // FOLD_TIMES)
-    if x.numel() < tokens * in_features or rank > FOLD_RANK * in_features:
-        return False
-    weight = layer._parameters["weight"] if _is_plain(layer) else None
-    if weight is None or weight.requires_grad or weight.dtype.itemsize < 4:
-        return False
-    # Under autocast the folded weight is cast as a trained one would be.
-    same = x.dtype == weight.dtype or (autocast_dtype(x.device) is not None and weight.dtype == torch.float32)
-    return same and factors.folds.precise
+    rank, out_features, in_features = adapted.rank, adapted.out_features, adapted.in_features
+    if trained and rank > in_features:
+        return "formed"
+    if tokens < out_features * in_features / (out_features + in_features) + rank / 2:
+        return "thin"
+    return "folded" if trained and rank <= FOLDED_RANK * in_features else "formed"
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether the layer's forward is the product with its weight, with no hooks."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+def _is_plain(layer: nn.Module, x: Float[Tensor, "*T I"]) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a product with a frozen weight of float32 or float64 and nothing else.
+
+    In half precision a small update would be rounded away; under autocast the weight is cast as a trained one would be.
+    """
+    if type(layer) is not nn.Linear or is_traced():
+        return False
     # By `_parameters`, since access to the attribute would make DeepSpeed gather the weight.
-    return (
-        "forward" not in vars(layer)
-        and not any(hooks)
-        and not torch.nn.modules.module._has_any_global_hook()
-        and type(layer._parameters.get("weight")) in (Tensor, nn.Parameter)
-    )
+    weight = layer._parameters.get("weight")
+    if weight is None or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    if weight.requires_grad or weight.dtype.itemsize < 4:
+        return False
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if "forward" in vars(layer) or any(hooks) or torch.nn.modules.module._has_any_global_hook():
+        return False
+    return x.dtype == weight.dtype or (autocast_dtype(x.device) is not None and weight.dtype == torch.float32)
 
 
-def folded_outputs(
-    layer: nn.Module, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, factors: Factors
+def updated_weight(weight: Float[Tensor, "O I"], adapted: AdaptedWeight, factors: Factors) -> Float[Tensor, "O I"]:
+    """`W'' = diag(g) W + diag(scale) D`; W itself, bit for bit, where nothing was trained."""
+    assert factors.gain is not None
+    return torch.addcmul(adapted.update(factors.lambda_d, factors.scale), weight, factors.gain[:, None])
+
+
+def formed_outputs(
+    layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, vectors: Vectors, strength: float
 ) -> Float[Tensor, "*T O"]:
-    """The outputs by way of the folded weight.
-
-    Args:
-        layer: the base, for which `folds` is true.
-        x: its inputs.
-        adapted, factors: of the adapter.
-    """
-    assert factors.folds is not None
-    z, (U, carrier) = project(adapted, x), factors.folds.of(factors.position)
-    gains = factors.gain_minus_one, factors.gain
-    y: Tensor = _Folded.apply(x, z, U, carrier, *gains, layer.weight, layer.bias, adapted)
+    """The outputs by way of the update itself. Arguments as for `adapted_linear`."""
+    # Once, for the product and for its gradient.
+    x = as_dtype(x, autocast_dtype(x.device) or x.dtype)
+    y: Tensor = _Formed.apply(x, *vectors.to(adapted.w.dtype), layer.weight, layer.bias, adapted, strength)
     return y
 
 
-class _Folded(torch.autograd.Function):
-    """`x W''^T + bias`. Neither z nor `g - 1` gets a gradient here: that of x includes z's, that of the carrier g's.
+class _Formed(torch.autograd.Function):
+    """`x W''^T + bias` from the vectors."""
 
-    Both are inputs for derivatives of higher order, to which the backward pass is differentiable in them.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        m: Tensor,
+        lambda_b: Tensor,
+        lambda_d: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapted: AdaptedWeight,
+        strength: float,
+    ) -> Tensor:
+        with full_precision(x.device):
+            update = adapted.update(lambda_d)
+            cross = vecdot(weight, update).div_(adapted.row_constants.w)
+            factors = relative_factors(m, lambda_b, cross, vecdot(update, update), adapted)
+            formed = as_dtype(_with_update(weight, update, factors.weakened(strength)), x.dtype)
+        y = linear(x, formed, bias)
+        # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
+        large = update.numel() > max(x.numel(), y.numel())
+        ctx.adapted, ctx.strength = adapted, strength
+        ctx.save_for_backward(
+            x, m, lambda_b, lambda_d, weight, bias, *((None, None) if large else (update, formed)), *factors
+        )
+        return y
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        adapted, strength, needed = ctx.adapted, ctx.strength, ctx.needs_input_grad
+        x, m, lambda_b, lambda_d, weight, bias, update, formed, *saved = ctx.saved_tensors
+        if needs_graph(dy):
+            inputs = [x, m, lambda_b, lambda_d, *([] if bias is None else [bias])]
+            defined = partial(_defined_outputs, weight, adapted, strength)
+            gradients = differentiated(defined, inputs, [dy])
+            return *gradients[:4], None, None if bias is None else gradients[4], None, None
+        factors, rows, d_x = RelativeFactors(*saved), dy.reshape(-1, len(m)), None
+        update = adapted.update(lambda_d) if update is None else update
+        if needed[0]:
+            formed = _with_update(weight, update, factors.weakened(strength)) if formed is None else formed
+            d_x = dy @ as_dtype(formed, dy.dtype)
+        d_bias = rows.sum(0, dtype=m.dtype) if needed[5] else None
+        G = as_dtype(rows.T @ x.reshape(len(rows), -1), m.dtype)
+        G = G if strength == 1 else G * strength
+        d_m, d_b, d_cross, d_half_q = vector_gradients(vecdot(G, weight), vecdot(G, update), factors, adapted)
+        d_update = G.mul_(factors.scale[:, None])
+        if d_cross is not None and d_half_q is not None:
+            d_update.addcmul_(weight, d_cross.div_(adapted.row_constants.w)[:, None])
+            d_update.addcmul_(update, d_half_q[:, None])
+        d_d = adapted.matrices.update_gradient(d_update, len(lambda_d))
+        return d_x, d_m, d_b, d_d, None, d_bias, None, None
+
+
+def _with_update(
+    weight: Float[Tensor, "O I"], update: Float[Tensor, "O I"], factors: RelativeFactors
+) -> Float[Tensor, "O I"]:
+    """`updated_weight` where the update is there."""
+    return torch.addcmul(weight * factors.gain[:, None], update, factors.scale[:, None])
+
+
+def _defined_outputs(
+    weight: Float[Tensor, "O I"],
+    adapted: AdaptedWeight,
+    strength: float,
+    x: Float[Tensor, "*T I"],
+    m: Float[Tensor, "O"],
+    lambda_b: Float[Tensor, "O"],
+    lambda_d: Float[Tensor, "R"],
+    bias: Float[Tensor, "O"] | None = None,
+) -> Float[Tensor, "*T O"]:
+    """The outputs of a formed layer by plain operations."""
+    update, unit = adapted.update(lambda_d), F.unit_rows(weight, adapted.w)
+    terms = adapted.w, vecdot(unit, update), vecdot(update, update)
+    gain_minus_one, scale, _ = F.row_factors(Vectors(m, lambda_b, lambda_d), *terms, **adapted.settings)
+    delta = gain_minus_one[:, None] * weight + scale[:, None] * update
+    return linear(x, as_dtype(weight + strength * delta, x.dtype), None if bias is None else as_dtype(bias, x.dtype))
+
+
+def folded_outputs(
+    layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, factors: Factors
+) -> Float[Tensor, "*T O"]:
+    """The outputs by way of the folded weight. Arguments as for `adapted_linear`, and the factors."""
+    z = project(adapted, x)
+    x = as_dtype(x, autocast_dtype(x.device) or x.dtype)
+    y: Tensor = _Folded.apply(x, z, *factors, layer.weight, layer.bias, adapted)
+    return y
+
+
+def _divides(factors: Factors) -> bool:
+    """Whether the gradient of g may be computed from the outputs, which divides by g."""
+    assert factors.gain is not None
+    # On other devices a look at the values would synchronise: there a tiny gain costs digits of its own gradient.
+    return not factors.gain.is_cpu or float(factors.gain.min()) > SMALLEST_GAIN
+
+
+class _Folded(torch.autograd.Function):
+    """`x W''^T + bias`. z gets no gradient here: that of x includes it.
+
+    The backward pass is differentiable in all that it saves, for derivatives of higher order, and so z is an input.
     """
 
     @staticmethod
@@ -163,43 +287,47 @@ class _Folded(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         z: Tensor,
-        U: Tensor,
-        carrier: Tensor,
         gain_minus_one: Tensor,
+        scale: Tensor,
+        lambda_d: Tensor,
         gain: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         adapted: AdaptedWeight,
     ) -> Tensor:
-        folded = _folded_weight(weight, U, gain, adapted.matrices)
+        factors = Factors(gain_minus_one, scale, lambda_d, gain)
+        with full_precision(x.device):
+            folded = as_dtype(updated_weight(weight, adapted, factors), x.dtype)
         y = linear(x, folded, bias)
         ctx.adapted = adapted
-        # Kept while it is no larger than the inputs, which need not be kept.
-        saved = folded if folded.numel() <= x.numel() else None
-        ctx.save_for_backward(z, U, carrier, y, gain_minus_one, gain, weight, bias, saved)
+        # Made again in the backward pass where it is larger than the inputs, which need not be kept.
+        ctx.save_for_backward(z, *factors, y, weight, bias, folded if folded.numel() <= x.numel() else None)
         return y
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, carrier, y, gain_minus_one, gain, weight, bias, folded = _saved(ctx)
-        needed = ctx.needs_input_grad
+        z, gain_minus_one, scale, lambda_d, gain, y, weight, bias, folded = _saved(ctx)
+        adapted, needed, wide = ctx.adapted, ctx.needs_input_grad, scale.dtype
         if torch.is_grad_enabled():
-            # A factor of one, by which the carrier gets back what it is charged for the gradient that U gets now.
-            U, gain, folded = U * (1 + (carrier - carrier.detach()))[:, None], 1 + gain_minus_one, None
-        d_x = None
+            gain, folded = 1 + gain_minus_one, None
+        rows, d_x = dy.reshape(-1, len(scale)), None
         if needed[0]:
-            folded = _folded_weight(weight, U, gain, ctx.adapted.matrices) if folded is None else folded
+            if folded is None:
+                factors = Factors(gain_minus_one, scale, lambda_d, gain)
+                folded = updated_weight(weight, adapted, factors)
             d_x = dy @ as_dtype(folded, dy.dtype)
-        rows = dy.reshape(-1, dy.shape[-1])
-        d_U = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), U.dtype)
-        wide = as_dtype(rows, U.dtype)
-        d_carrier = (wide * y.reshape(rows.shape)).sum(0)
-        d_bias = None
+        E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), wide)
+        products = E * adapted.matrices.rows("B", len(lambda_d), len(scale), wide, scale.device)
+        d_scale, d_d = products @ lambda_d, scale @ products
+        d_g, d_bias = _column_dots(rows, y.reshape(rows.shape), wide), None
         if bias is not None:
-            d_bias = wide.sum(0)
-            d_carrier = torch.addcmul(d_carrier, d_bias, as_dtype(bias, U.dtype), value=-1)
-        return d_x, None, d_U, d_carrier, None, None, None, d_bias if needed[7] else None, None
+            d_bias = rows.sum(0, dtype=wide)
+            d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, wide), value=-1)
+        # Only on a CPU it is known that no gain is zero: elsewhere its own gradient is left out then.
+        gain = gain if gain.is_cpu else gain.masked_fill(gain == 0, float("inf"))
+        d_g = torch.addcmul(d_g, scale, d_scale, value=-1) / gain
+        return d_x, None, d_g, d_scale, d_d, None, None, d_bias if needed[7] else None, None
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -215,14 +343,13 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return saved
 
 
-def _folded_weight(
-    weight: Float[Tensor, "O I"], U: Float[Tensor, "O R"], gain: Float[Tensor, "O"], matrices: Matrices
-) -> Float[Tensor, "O I"]:
-    """`diag(g) W + U A`."""
-    if torch.is_autocast_enabled(weight.device.type):
-        with full_precision(weight.device):
-            return _folded_weight(weight, U, gain, matrices)
-    return torch.addcmul(matrices.project_transpose(U, weight.shape[1]), weight, gain[:, None])
+def _column_dots(first: Float[Tensor, "T O"], second: Float[Tensor, "T O"], dtype: torch.dtype) -> Float[Tensor, "O"]:
+    """`(first * second).sum(0)`, by parts that stay in a processor's cache; half precision rounds products only."""
+    if torch.is_grad_enabled() or not first.is_cpu:
+        return (first * second).sum(0, dtype=dtype)
+    rows = max(1, _PART // first.shape[1])
+    parts = zip(first.split(rows), second.split(rows), strict=True)
+    return torch.stack([(a * b).sum(0, dtype=dtype) for a, b in parts]).sum(0)
 
 
 def thin_outputs(
@@ -353,24 +480,28 @@ def _sum_over_tokens(values: Float[Tensor, "*T N"], like: Float[Tensor, "*B N"])
 
 
 def project(adapted: AdaptedWeight, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T R"]:
-    """`z = x A^T`, computed once for layers that read the same inputs, one after another."""
+    """`z = x A^T`, computed once for layers of a model that read the same inputs, one after another in a pass."""
     shard, shared = adapted.shard, adapted.dvora_projections
     if shard is not None and shard.inputs is not None:
         return shard.z(adapted.matrices.project(x, adapted.rank))
-    if shared.share_inputs and not (is_traced() or x.is_inference() or saved_tensors_are_hooked()):
+    shares = shared.share_inputs and bool(_thread.passes)
+    if shares and not (is_traced() or x.is_inference() or saved_tensors_are_hooked()):
         z = _shared(x, adapted.rank, shared.impl, id(adapted))
     else:
         z = adapted.matrices.project(x, adapted.rank)
     return z if shard is None else shard.z(z)
 
 
-class _Last(threading.local):
-    """The last projection of a thread, dropped with its input."""
+class _Thread(threading.local):
+    """The passes of models that a thread is in, and the last projection in one, dropped with its input."""
 
-    x: Callable[[], Tensor | None] | None = None
-    key: tuple[object, ...] = ()
-    z: Callable[[], Tensor | None] | None = None
-    readers: frozenset[int] = frozenset()
+    def __init__(self) -> None:
+        self.passes: list[tuple[object, object]] = []
+        """Each with what began it."""
+        self.x: Callable[[], Tensor | None] | None = None
+        self.key: tuple[object, ...] = ()
+        self.z: Callable[[], Tensor | None] | None = None
+        self.readers: frozenset[int] = frozenset()
 
     def forget(self, x: "weakref.ref[Tensor]") -> None:
         """Forget the projection of these inputs."""
@@ -379,7 +510,51 @@ class _Last(threading.local):
             self.key = ()
 
 
-_last = _Last()
+_thread = _Thread()
+
+
+def current_pass() -> object | None:
+    """The forward of a model that this thread is in, compared by identity; None where none shares inputs."""
+    return _thread.passes[-1][1] if _thread.passes else None
+
+
+class SharedInputs:
+    """Hooks around a model's forward, in which layers that read the same x compute `x A^T` once."""
+
+    def begin(self, *_: object) -> None:
+        """Enter a pass, in this thread."""
+        if not is_traced():
+            _thread.passes.append((self, object()))
+
+    def end(self, *_: object) -> None:
+        """Leave the pass, and those within it that an interruption has left open."""
+        for index, (owner, _pass) in enumerate(_thread.passes):
+            if owner is self and not is_traced():
+                del _thread.passes[index:]
+                return
+
+    def __reduce__(self) -> "tuple[type[SharedInputs], tuple[()]]":
+        return SharedInputs, ()
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the layers of a model share inputs from now on; once is enough."""
+    if not _own_hooks(model):
+        shared = SharedInputs()
+        model.register_forward_pre_hook(shared.begin)
+        model.register_forward_hook(shared.end, always_call=True)
+
+
+def stop_sharing_inputs(model: nn.Module) -> None:
+    """Take back `share_inputs`."""
+    for key in _own_hooks(model):
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
+            hooks.pop(key, None)
+
+
+def _own_hooks(model: nn.Module) -> list[int]:
+    hooks = [*model._forward_pre_hooks.items(), *model._forward_hooks.items()]
+    return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), SharedInputs)]
 
 
 def _shared(x: Tensor, rank: int, matrices: Matrices, reader: int) -> Tensor:
@@ -392,13 +567,13 @@ def _shared(x: Tensor, rank: int, matrices: Matrices, reader: int) -> Tensor:
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     graph = (x.requires_grad, x.grad_fn) if torch.is_grad_enabled() else None
     key = matrices, rank, current_pass(), x._version, x.data_ptr(), graph, autocast, stream
-    if _last.x is not None and _last.x() is x and _last.key == key and reader not in _last.readers:
-        assert _last.z is not None
-        if (z := _last.z()) is not None:
-            _last.readers |= {reader}
+    last = _thread
+    if last.x is not None and last.x() is x and last.key == key and reader not in last.readers:
+        assert last.z is not None
+        if (z := last.z()) is not None:
+            last.readers |= {reader}
             return z
     z = matrices.project(x, rank)
-    last = _last
     last.x, last.key, last.readers = weakref.ref(x, last.forget), key, frozenset([reader])
     # The graph of z holds a leaf that requires a gradient, and would keep it.
     last.z = weakref.ref(z) if x.is_leaf and x.requires_grad else lambda: z

@@ -550,7 +550,7 @@ def _check_strength(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model with an adapter, got {model!r:.200}")
     for layer in layers_of(model, adapter_name):
-        if (strength := float(layer.strength(adapter_name))) != 1:
+        if (strength := layer.strength(adapter_name)) != 1:
             raise ValueError(
                 f"model: adapter {adapter_name!r} has strength {strength:g} in {layer.name}, which a vector does not "
                 f"carry; call set_strength(1.0, {adapter_name!r}) first"

@@ -9,6 +9,7 @@ Trained vectors and norms stay in float32 or wider, whatever a model is cast to:
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
@@ -90,9 +91,10 @@ def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
     return guarded
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off for `device`: a norm is never computed in half precision."""
-    return torch.autocast(device.type, enabled=False)
+    # Entering a context of autocast takes as long as a small product.
+    return torch.autocast(device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def without_autocast(backward: Backward) -> Backward:
@@ -104,8 +106,7 @@ def without_autocast(backward: Backward) -> Backward:
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Any) -> Any:
         device = next((gradient.device for gradient in gradients if gradient is not None), None)
-        if device is None or not torch.is_autocast_enabled(device.type):
-            # Entering a context takes as long as a small product.
+        if device is None:
             return backward(ctx, *gradients)
         with full_precision(device):
             return backward(ctx, *gradients)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
 from .engines import TensorParallelShard, check_whole, shard_of
-from .functional import Direction, RowFactors, Vectors
+from .functional import Direction, Vectors
 from .matrices.interface import Matrices, SharedProjections
 from .tensors import (
     Float,
@@ -40,8 +40,6 @@ MAGNITUDE_ONLY = 0
 """The rank of a weight that gets a magnitude and no update."""
 SMALL_LOSS = 0.05
 """Merges that lose no more than this share of their update give no warning."""
-NEAR_CANCELLATION = 0.1
-"""Below this share of its squared norm a row's norm is measured from the dense row: the terms have cancelled."""
 _CHUNK_VALUES = 2**22
 """Values of a weight that are widened at a time."""
 _SURE_NORM = 1e-15
@@ -105,6 +103,18 @@ EXPERTS = WeightLayout(_experts, _viewed_back)
 """(E, O, I): every expert brings out features of its own."""
 EXPERTS_TRANSPOSED = WeightLayout(_experts_transposed, _experts_transposed_back)
 """(E, I, O)."""
+
+
+class RowConstants(NamedTuple):
+    """What closed forms need of the rows of a weight."""
+
+    w: Float[Tensor, "O"]
+    """Row norms; one for zero rows."""
+    unit: Float[Tensor, "O"]
+    """kappa of a lambda_b of one."""
+    one: Float[Tensor, ""]
+    zero_rows: Tensor | None
+    """Which rows are zero; None: none."""
 
 
 class AdaptedWeight(nn.Module):
@@ -175,8 +185,9 @@ class AdaptedWeight(nn.Module):
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
-        self.cache: Any = None
-        """Row factors of the last pass (`factors`)."""
+        self.kept: tuple[object, Any] | None = None
+        """The row factors of the last evaluation, and what they belong to (`factors`)."""
+        self._row_constants: RowConstants | None = None
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""
         self._traced_version: Tensor | None = None
@@ -192,13 +203,6 @@ class AdaptedWeight(nn.Module):
     def shared(self) -> SharedProjections:
         """The frozen projections."""
         return self.dvora_projections
-
-    @property
-    def stack_key(self) -> tuple[object, ...]:
-        """What weights have in common whose row factors are made as one stack."""
-        sizes = self.out_features, self.in_features, self.rank, self.padding_column
-        settings = self.scaling, self.direction, self.detach_norm
-        return *sizes, *settings, id(self.shared.impl), self.w.dtype, self.w.device
 
     def initial_vectors(self, d_initial: float) -> Vectors:
         """The starting values, for which the layer equals its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
@@ -218,10 +222,32 @@ class AdaptedWeight(nn.Module):
         self.refresh_if_stale(weight)
         return vectors if self.shard is None else self.shard.vectors(vectors)
 
-    def weight(self) -> Tensor | None:
-        """The weight as stored, where it can be read; None for one that is opaque, sharded or no longer in memory."""
-        weight = self._weight() if self.readable and self.shard is None and self._weight is not None else None
-        return weight if weight is not None and is_in_memory(weight) else None
+    def follow(self, weight: Tensor | None) -> bool:
+        """Compute the constants again if the weight has changed.
+
+        Args:
+            weight: as stored, or None where only the constants are in memory.
+
+        Returns:
+            Whether factors are computed by the definition now: PyTorch must see every operation, or differentiate with
+            respect to the weight, or has sharded it.
+        """
+        if torch.compiler.is_compiling() or self.shard is not None:
+            if weight is not None and not weight.requires_grad:
+                self.check_traced()
+            return True
+        if is_traced():
+            if weight is not None and not self.is_trained(weight):
+                self.refresh_if_stale(weight)
+            return True
+        if weight is not None:
+            if weight.requires_grad:
+                self.forget_weight()
+                return True
+            version = self.weight_version
+            if version is None or not version.is_of(weight):
+                self.refresh_if_stale(weight)
+        return False
 
     def is_trained(self, weight: Tensor | None) -> bool:
         """Whether the constants are computed in every pass, from a weight that is trained or transformed.
@@ -232,46 +258,50 @@ class AdaptedWeight(nn.Module):
             return weight is not None
         return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(weight)
 
-    def factors(self, vectors: Vectors, weight: Tensor | None) -> RowFactors:
-        """The factors of the rows by the definition, differentiated by PyTorch, also with respect to the weight."""
-        with full_precision(self.w.device):
-            w, C, matrix = self.w, self.C, None if weight is None else self.layout.matrix(weight)
-            if matrix is not None and self.is_trained(weight):
-                w = F.row_norm(matrix)
-                C = self._cross(matrix, w)
-            vectors = vectors.to(w.dtype)
-            # As a stack of one layer, for the same bits.
-            alone = vectors.lambda_d[None, None]
-            cross, q = (alone @ as_dtype(C, w.dtype)[None].mT).flatten(), self.squares(alone).flatten()
-            kappa = F.relative_scale(vectors.lambda_b, w, self.scaling, self.direction)
-            eps, square = F.relative_norm(kappa, cross, q)
-            if matrix is not None and self.shard is None and w.is_cpu and not is_traced():
-                rows = (eps < NEAR_CANCELLATION - 1).nonzero()[:, 0]
-                if len(rows):
-                    measured = self.updated_norms(matrix, rows, w, kappa, vectors.lambda_d)
-                    eps = eps.index_copy(0, rows, (measured - 1).to(w.dtype))
-                    square = square.index_copy(0, rows, measured.to(w.dtype))
-            scaling, direction, detach_norm = self.scaling, self.direction, self.detach_norm
-            return F.factors_of_norm(
-                vectors, w, kappa, eps, square, scaling=scaling, direction=direction, detach_norm=detach_norm
-            )
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the vectors are meant, as `functional.row_factors` takes it."""
+        return {"scaling": self.scaling, "direction": self.direction, "detach_norm": self.detach_norm}
 
-    def updated_norms(
-        self,
-        matrix: Float[Tensor, "O I"],
-        rows: Tensor,
-        w: Float[Tensor, "O"],
-        kappa: Float[Tensor, "O"],
-        lambda_d: Float[Tensor, "R"],
-    ) -> Float[Tensor, "N"]:
-        """The squared norms of some rows of `V' / w`, from the dense rows in float64."""
-        wide = lambda_d.double()
-        update = (self.B(wide)[rows] * wide) @ self.A(wide)
-        unit = matrix[rows].double() / w[rows].double()[:, None]
-        return (unit + kappa[rows].double()[:, None] * update).square().sum(1)
+    @property
+    def row_constants(self) -> RowConstants:
+        """What closed forms need of the rows, kept with the other constants."""
+        if self._row_constants is None:
+            zero_rows = self.w == 0 if self.has_zero_rows else None
+            w = self.w if zero_rows is None else torch.where(zero_rows, 1.0, self.w)
+            unit = torch.full_like(w, self.scaling) if self.direction == "unit" else self.scaling / w
+            unit = unit if zero_rows is None else unit * ~zero_rows
+            self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows)
+        return self._row_constants
 
-    def squares(self, lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L O"]:
-        """q, the squared row norms of `B diag(lambda_d) A`, of one layer or of several that differ in lambda_d only."""
+    def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """w, cross and q of `functional.row_factors`: from constants, or from a weight that is trained.
+
+        Args:
+            lambda_d: of one adapter or of N, in the dtype of w.
+            weight: as stored.
+        """
+        if weight is not None and self.is_trained(weight):
+            matrix = self.layout.matrix(weight)
+            w, update = F.row_norm(matrix), self.update(lambda_d)
+            return w, torch.linalg.vecdot(F.unit_rows(matrix, w), update), torch.linalg.vecdot(update, update)
+        return self.w, lambda_d @ as_dtype(self.C, self.w.dtype).T, self.squares(lambda_d)
+
+    def terms_gradient(
+        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
+    ) -> Float[Tensor, "*N R"]:
+        """The gradient of lambda_d from those of cross and q / 2."""
+        return d_cross @ as_dtype(self.C, self.w.dtype) + self.squares_gradient(d_half_q, lambda_d)
+
+    def update(self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"] | None = None) -> Float[Tensor, "O I"]:
+        """`B diag(lambda_d) A`, with rows times a scale, dense."""
+        if not self.rank:
+            return lambda_d.new_zeros(self.out_features, self.in_features)
+        D = self.shared.impl.update(lambda_d, self.in_features, self.out_features, scale)
+        return D if self.padding_column is None else _without_column(D, self.padding_column)
+
+    def squares(self, lambda_d: Float[Tensor, "*N R"]) -> Float[Tensor, "*N O"]:
+        """q, the squared row norms of `B diag(lambda_d) A`, of one adapter or of N."""
         if not self.rank:
             return self.w.new_zeros(*lambda_d.shape[:-1], len(self.w))
         matrices = self._row_matrices
@@ -280,17 +310,19 @@ class AdaptedWeight(nn.Module):
             return q
         return q - matrices.expand(lambda_d * self._padding_of_A(lambda_d), len(self.w)).square()
 
-    def squares_gradient(self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"]) -> Float[Tensor, "*L R"]:
-        """The gradient of `(d_q * q).sum()` with respect to lambda_d."""
+    def squares_gradient(
+        self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
+    ) -> Float[Tensor, "*N R"]:
+        """The gradient of `(d_half_q * q / 2).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
         matrices = self._row_matrices
-        gradient = matrices.squares_gradient(d_q, lambda_d, self.in_features)
+        gradient = matrices.squares_gradient(d_half_q, lambda_d, self.in_features)
         if self.padding_column is None:
             return gradient
         a = self._padding_of_A(lambda_d)
         skipped = matrices.expand(lambda_d * a, len(self.w))
-        return gradient - 2 * a * matrices.expand_transpose(d_q * skipped, self.rank)
+        return gradient - a * matrices.expand_transpose(d_half_q * skipped, self.rank)
 
     def refresh_if_stale(self, weight: Tensor) -> None:
         """Compute the constants again if the weight has changed since, and is in memory."""
@@ -326,7 +358,7 @@ class AdaptedWeight(nn.Module):
     def refresh_after_load(self, weight: Tensor) -> None:
         """Compute the constants again after a load: now, or for a DTensor in the next pass, which may gather it."""
         if is_dtensor(weight):
-            self.weight_version = self._sample = self.cache = None
+            self.weight_version = self._sample = self.kept = None
         else:
             self.refresh_if_stale(weight)
 
@@ -355,7 +387,8 @@ class AdaptedWeight(nn.Module):
         kind = self.shared.impl
         # Past the registration of modules: it is looked up in every pass, and registered with the projections.
         vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
-        self.w, self.C, self.shard, self.weight_version, self.cache = w, C, shard, version, None
+        self.w, self.C, self.shard, self.weight_version = w, C, shard, version
+        self.kept = self._row_constants = None
         self._traced_version = torch.tensor([version.address, version.version], device="cpu")
         self._weight = weakref.ref(weight)
 
@@ -416,15 +449,12 @@ class AdaptedWeight(nn.Module):
         super()._apply(at_least_float32(fn), recurse=False)
         device = fn(C.new_empty(0)).device
         self.C = C.new_empty(C.shape, device=device) if C.is_meta else C.to(device)
-        self.cache = None
+        self.kept = self._row_constants = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # C may be a part of the tensor that all layers share, of which a copy would hold the whole.
-        buffers = {**self._buffers, "C": None if self.C is None else self.C.clone()}
-        derived = {"cache": None, "weight_version": None, "_sample": None, "_weight": None, "shard": None}
-        derived["_traced_version"] = None
-        return {**self.__dict__, **derived, "_buffers": buffers}
+        derived = ("kept", "_row_constants", "weight_version", "_sample", "_weight", "shard", "_traced_version")
+        return {**self.__dict__, **dict.fromkeys(derived)}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..factors import FactorStacks
+from ..factors import factor_rows
 from ..peft.content import LayerSizes
 from ..tensors import Float
 from .adapters import AdapterValues, is_finite
@@ -51,11 +50,6 @@ class FactorRows:
         parts = [part for vectors in starts for part in vectors]
         self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
         """The vector of the base, (S,)."""
-
-    @cached_property
-    def _stacks(self) -> FactorStacks:
-        """The layers by shape; their constants stay right, since batches are refused where the base has changed."""
-        return FactorStacks([layer.adapted for layer in self.served.layers])
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
@@ -119,7 +113,7 @@ class FactorRows:
 
         The base is as it was when it was hooked: a batch is refused where it is not.
         """
-        return self._stacks.rows(vectors)
+        return factor_rows([layer.adapted for layer in self.served.layers], vectors)
 
     @staticmethod
     def _by_layer(vector: Float[Tensor, "S"], layers: Sequence[LayerSizes]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..factors import add_factor_pass, remove_factor_pass
+from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.config import DVoRAConfig, Shape
 from ..peft.content import Content, LayerSizes, SavedWhole
@@ -81,7 +81,7 @@ class ServedModel:
 
     def hook(self, batches: Batches, slots: Slots) -> list[RemovableHandle]:
         """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
-        add_factor_pass(self.model)
+        share_inputs(self.model)
         hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [
             (layer.module, LayerHook(layer, position, batches, slots)) for position, layer in enumerate(self.layers)
         ]
@@ -94,7 +94,7 @@ class ServedModel:
         """Take the hooks back."""
         for handle in handles:
             handle.remove()
-        remove_factor_pass(self.model)
+        stop_sharing_inputs(self.model)
 
     def check_fits(self, content: Content, beside: Mapping[str, Shape], allow_partial: bool = False) -> None:
         """Refuse an adapter of another content or base, before its values are read.

@@ -10,16 +10,17 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from ..factors import Factors, saved_here
+from ..factors import Factors
 from ..peft.content import SavedWhole
-from ..tensors import Float
+from ..tensors import Float, saved_tensors_are_hooked
 
 
 class AdapterRow(NamedTuple):
@@ -258,6 +259,18 @@ class Slots:
         with torch.inference_mode(False):
             self.factors[slot].copy_(row.factors)
             self.heads[slot] = {name: values.to(self.factors.device) for name, values in row.heads.items()}
+
+
+def saved_here() -> AbstractContextManager[object]:
+    """Within it, keep what is saved for a backward pass from the hooks around it.
+
+    A checkpoint counts what is saved in both runs of its part, of which one makes the factors and the other finds them.
+    """
+    return saved_tensors_hooks(Tensor.detach, _itself) if saved_tensors_are_hooked() else nullcontext()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class RowIndex:

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..factors import Pass, current_pass, saved_here
 from ..functional import Vectors
+from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
 from ..peft.config import Shape
 from ..tensors import Float
 from .adapters import AdapterValues
 from .factor_rows import FactorRows
 from .hooks import Batches, check_unchanged
-from .slots import GatheredRows, RowIndex, check_names
+from .slots import GatheredRows, RowIndex, check_names, saved_here
 
 _SHARED = ("train", "dvora_dropout", "detach_norm")
 """Settings that all adapters trained together have in common."""
@@ -270,7 +270,7 @@ class TrainedRows:
 
 
 class _OfPass(NamedTuple):
-    in_pass: Pass | None
+    in_pass: object | None
     state: tuple[int, bool]
     """The version of the vectors, and whether gradients were recorded."""
     factors: Tensor

@@ -1,6 +1,6 @@
 """What the frozen matrices A and B are to their callers: products, values and squares, whatever they are made of.
 
-Dimensions: *T any leading dimensions, I in, O out, N either, R rank, *L layers of one shape. M (R, N) is A on side "A"
+Dimensions: *T any leading dimensions, I in, O out, N either, R rank, N adapters. M (R, N) is A on side "A"
 and the transpose of B on side "B", so that all four products are two, `x M^T` and `z M`.
 
 A kind of matrices is a pure function of its seed. All that products need is made once for each size, dtype and device
@@ -8,7 +8,6 @@ and kept as a constant; it is no buffer, so no cast, state dict, broadcast or fi
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ Constant = tuple[str, int, int, torch.dtype]
 
 _CPU = torch.device("cpu")
 _AT_ONCE = 2**24
-"""Squares of several layers are taken together up to this many values: beyond, one product a layer keeps a CPU busy."""
+"""Squares of N adapters are taken together up to this many values: beyond, one product each keeps a CPU busy."""
 
 
 class Shard(NamedTuple):
@@ -37,12 +36,6 @@ class Shard(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """This process's values along the last dimension, as a view."""
         return tensor[..., self.start : self.stop]
-
-
-def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """A context for squares: a norm is never computed in half precision."""
-    # Entering a context of autocast takes as long as a small product.
-    return full_precision(device) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 class Matrices(nn.Module):
@@ -95,30 +88,54 @@ class Matrices(nn.Module):
         kept: Tensor | None = self._constants.get((side, rank, size, dtype, _CPU))
         return (self._values(side, rank, size, dtype) if kept is None else kept.clone()).to(device)
 
+    def rows(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "N R"]:
+        """B, or A transposed, as rows that the product with the other side takes, and not to be written to."""
+        constant: Tensor = self._constant(side, rank, size, dtype, device)
+        return constant.T
+
     def is_dense(self, rank: int, size: int) -> bool:
         """Whether a product takes as many operations as the matrix has values."""
         return True
 
-    def squares(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> Float[Tensor, "*L O"]:
-        """`q = ||B diag(lambda_d) A||_row**2`, for a lambda_d in float32 or float64 and in its dtype.
+    def update(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "O I"]:
+        """`B diag(lambda_d) A`, with rows times a scale, for a lambda_d in float32 or float64 and in its dtype."""
+        rank, where = len(lambda_d), (lambda_d.dtype, lambda_d.device)
+        A: Tensor = self._constant("A", rank, in_features, *where)
+        rows = self.rows("B", rank, out_features, *where) * lambda_d
+        return (rows if scale is None else rows * scale[:, None]) @ A
 
-        With a shard of the inputs, A is still the whole one: a norm is of whole rows.
-        """
-        if lambda_d.dim() > 1 and lambda_d.numel() * out_features > _AT_ONCE:
-            return torch.stack([self.squares(layer, in_features, out_features) for layer in lambda_d])
-        with autocast_off(lambda_d.device):
+    def update_gradient(self, d_update: Float[Tensor, "O I"], rank: int) -> Float[Tensor, "R"]:
+        """The gradient of lambda_d from that of `update`."""
+        (out_features, in_features), where = d_update.shape, (d_update.dtype, d_update.device)
+        A: Tensor = self._constant("A", rank, in_features, *where)
+        return ((d_update @ A.T) * self.rows("B", rank, out_features, *where)).sum(0)
+
+    def squares(self, lambda_d: Float[Tensor, "*N R"], in_features: int, out_features: int) -> Float[Tensor, "*N O"]:
+        """`q = ||B diag(lambda_d) A||_row**2`, for a lambda_d in float32 or float64 and in its dtype."""
+        rank = lambda_d.shape[-1]
+        if lambda_d.dim() > 1 and (rank > in_features or lambda_d.numel() * out_features > _AT_ONCE):
+            return torch.stack([self.squares(adapter, in_features, out_features) for adapter in lambda_d])
+        with full_precision(lambda_d.device):
+            if rank > in_features:
+                return self.update(lambda_d, in_features, out_features).square().sum(1)
             return (lambda_d.unsqueeze(-2) @ self._half_gradients(lambda_d, in_features, out_features)).squeeze(-2)
 
     def squares_gradient(
-        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
-    ) -> Float[Tensor, "*L R"]:
-        """The gradient of `(d_q * squares).sum()` with respect to lambda_d, exact."""
-        if lambda_d.dim() > 1 and lambda_d.shape[-1] * d_q.numel() > _AT_ONCE:
-            layers = zip(d_q, lambda_d, strict=True)
-            return torch.stack([self.squares_gradient(*layer, in_features) for layer in layers])
-        with autocast_off(lambda_d.device):
-            half = self._half_gradients(lambda_d, in_features, d_q.shape[-1])
-            return 2 * (half @ d_q.unsqueeze(-1)).squeeze(-1)
+        self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"], in_features: int
+    ) -> Float[Tensor, "*N R"]:
+        """The gradient of `(d_half_q * squares / 2).sum()` with respect to lambda_d, exact."""
+        rank = lambda_d.shape[-1]
+        if lambda_d.dim() > 1 and (rank > in_features or rank * d_half_q.numel() > _AT_ONCE):
+            adapters = zip(d_half_q, lambda_d, strict=True)
+            return torch.stack([self.squares_gradient(*adapter, in_features) for adapter in adapters])
+        with full_precision(lambda_d.device):
+            if rank > in_features:
+                update = self.update(lambda_d, in_features, d_half_q.shape[-1])
+                return self.update_gradient(d_half_q[:, None] * update, rank)
+            half = self._half_gradients(lambda_d, in_features, d_half_q.shape[-1])
+            return (half @ d_half_q.unsqueeze(-1)).squeeze(-1)
 
     def of_shard(self, inputs: Shard | None, outputs: Shard | None) -> "Matrices":
         """The columns of A and the rows of B of one process; sizes are then those of its shard."""
@@ -178,7 +195,7 @@ class Matrices(nn.Module):
     def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Any:
         """A constant in float32 or float64, on the CPU, from the seed: M of a side, or G; it has a method `to`."""
         if name == "G":
-            A = self._whole("A", rank, self._total("A", size), torch.float64)
+            A = self._whole("A", rank, size, torch.float64)
             return (A @ A.T).to(dtype)
         return self._values("A" if name == "A" else "B", rank, size, dtype)
 
@@ -188,8 +205,8 @@ class Matrices(nn.Module):
         return (M if shard is None else shard.of(M).contiguous()).to(dtype)
 
     def _half_gradients(
-        self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int
-    ) -> Float[Tensor, "*L R O"]:
+        self, lambda_d: Float[Tensor, "*N R"], in_features: int, out_features: int
+    ) -> Float[Tensor, "*N R O"]:
         """Half the gradients of q by lambda_d, `(G diag(lambda_d) B^T) * B^T` for `G = A A^T`."""
         rank, dtype, device = lambda_d.shape[-1], lambda_d.dtype, lambda_d.device
         G: Tensor = self._constant("G", rank, in_features, dtype, device)

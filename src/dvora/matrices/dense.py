@@ -71,7 +71,8 @@ class DenseMatrices(Matrices):
         for each in dict.fromkeys((norm_dtype(dtype), dtype)):
             yield "A", rank, in_features, each
             yield "B", rank, out_features, each
-        yield "G", rank, in_features, norm_dtype(dtype)
+        if rank <= in_features:
+            yield "G", rank, in_features, norm_dtype(dtype)
 
     def _whole(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Float[Tensor, "R N"]:
         values = torch.from_numpy(self._unscaled(side, rank, total))

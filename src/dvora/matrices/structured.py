@@ -17,7 +17,7 @@ takes r1 n2 (n1 + r2) multiply-adds with left first and n1 r2 (n2 + r1) with rig
 from collections.abc import Iterable
 from functools import lru_cache
 from math import ceil, isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..tensors import Float, as_dtype, norm_dtype, times
+from ..tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, norm_dtype, times
 from . import philox
-from .base import Constant, Matrices, Side, autocast_off
+from .base import Constant, Matrices, Side
 
 _FIRST_STREAM: dict[Side, int] = {"A": 2**34, "B": 2**34 + 1}
 """Block k of a matrix draws from this stream plus 2 k; its rows are the signs and the orders of both factors."""
@@ -38,9 +38,13 @@ _VECTOR = 16
 """Width of a CPU's vector unit: a narrower inner product costs as much as one of this width."""
 
 _FEW_VALUES = 2**14
+_FEW_SQUARES = 2**18
+"""Up to this many values, squares of B are kept as a matrix: a product with one vector is bound by its launches."""
 
 _PRODUCT: dict[Side, str] = {"A": "A product", "B": "B product"}
 """The constant that products with a side take: its factors, or where `is_dense` its values."""
+_ROWS: dict[Side, str] = {"A": "A rows", "B": "B rows"}
+"""Values with the rank last, in order."""
 _SQUARED = "B squared"
 
 
@@ -79,32 +83,42 @@ class Kronecker(NamedTuple):
 
     left: Float[Tensor, "r1 n1"]
     right: Float[Tensor, "r2 n2"]
-    diagonal: Float[Tensor, "N"]
+    diagonal: Float[Tensor, "N"] | None
+    """None: all one."""
     rows: int
 
     def narrow(self, x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
         """`x M^T`, in the wider dtype."""
         (r1, n1), (r2, n2) = self.left.shape, self.right.shape
-        product = sandwich(self.left, (x * self.diagonal).reshape(-1, n1, n2), self.right.T)
+        signed = x if self.diagonal is None else x * self.diagonal
+        product = sandwich(self.left, signed.reshape(-1, n1, n2), self.right.T)
         return product.reshape(*x.shape[:-1], r1 * r2)[..., : self.rows]
 
-    def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
-        """`z M`, in the dtype of M. Arguments as for `sandwich`."""
+    def widen(
+        self, z: Float[Tensor, "*T R"], apart: bool = False, onto: Float[Tensor, "*T N"] | None = None
+    ) -> Float[Tensor, "*T N"]:
+        """`z M`, in the dtype of M, or the sum of it and what is given. Other arguments as for `sandwich`."""
         (r1, n1), (r2, n2) = self.left.shape, self.right.shape
         padded = pad(z, (0, r1 * r2 - self.rows)) if self.rows < r1 * r2 else z
         product = sandwich(self.left.T, as_dtype(padded, self.left.dtype).reshape(-1, r1, r2), self.right, apart)
         product = product.reshape(*z.shape[:-1], n1 * n2)
+        if self.diagonal is None:
+            return product if onto is None else product + onto
+        if onto is not None:
+            return torch.addcmul(onto, product, self.diagonal)
         # Autograd would record a write to a view, at the price of the copy that is saved here.
         return product * self.diagonal if torch.is_grad_enabled() else product.mul_(self.diagonal)
 
     def dense(self) -> Float[Tensor, "R N"]:
         """M itself."""
-        return torch.kron(self.left, self.right)[: self.rows] * self.diagonal
+        values = torch.kron(self.left, self.right)[: self.rows]
+        return values if self.diagonal is None else values * self.diagonal
 
     def columns(self, index: Tensor) -> Float[Tensor, "*T R"]:
         """Columns of M by an index (*T)."""
         n2 = self.right.shape[1]
         outer = self.left.T[index // n2].unsqueeze(-1) * self.right.T[index % n2].unsqueeze(-2)
+        assert self.diagonal is not None
         return (outer.flatten(-2) * self.diagonal[index].unsqueeze(-1))[..., : self.rows]
 
 
@@ -120,10 +134,11 @@ class Stack(NamedTuple):
 
     def widen(self, z: Float[Tensor, "*T R"], apart: bool = False) -> Float[Tensor, "*T N"]:
         """`z M`, in the dtype of M. Arguments as for `sandwich`."""
-        if len(self.blocks) == 1:
-            return self.blocks[0].widen(z, apart)
-        parts = z.split([M.rows for M in self.blocks], -1)
-        return torch.stack([M.widen(part, apart) for M, part in zip(self.blocks, parts, strict=True)]).sum(0)
+        first, *others = z.split([M.rows for M in self.blocks], -1)
+        total = self.blocks[0].widen(first, apart)
+        for M, part in zip(self.blocks[1:], others, strict=True):
+            total = M.widen(part, apart, onto=total)
+        return total
 
     def dense(self) -> Float[Tensor, "R N"]:
         """M itself."""
@@ -134,16 +149,16 @@ class Stack(NamedTuple):
         return torch.cat([M.columns(index) for M in self.blocks], -1)
 
     def squared(self) -> "Stack":
-        """M with every entry squared: a Kronecker product of squares is one, and its signs vanish."""
-        return Stack(
-            tuple(Kronecker(M.left.square(), M.right.square(), M.diagonal.square(), M.rows) for M in self.blocks)
-        )
+        """Twice M with every entry squared: a Kronecker product of squares is one, and its signs vanish."""
+        return Stack(tuple(Kronecker(2 * M.left.square(), M.right.square(), None, M.rows) for M in self.blocks))
 
     def to(self, where: torch.device | torch.dtype) -> "Stack":
         """The same on a device or in a dtype."""
-        return Stack(
-            tuple(Kronecker(M.left.to(where), M.right.to(where), M.diagonal.to(where), M.rows) for M in self.blocks)
-        )
+        blocks = []
+        for left, right, diagonal, rows in self.blocks:
+            moved = None if diagonal is None else diagonal.to(where)
+            blocks.append(Kronecker(left.to(where), right.to(where), moved, rows))
+        return Stack(tuple(blocks))
 
     def slice(self, start: int, stop: int) -> "Stack | None":
         """Columns `start` to `stop` of M, as views; None where they split a block of n2 columns."""
@@ -151,7 +166,9 @@ class Stack(NamedTuple):
         if start % n2 or stop % n2:
             return None
         of_left, own = slice(start // n2, stop // n2), slice(start, stop)
-        return Stack(tuple(M._replace(left=M.left[:, of_left], diagonal=M.diagonal[own]) for M in self.blocks))
+        signs = [None if M.diagonal is None else M.diagonal[own] for M in self.blocks]
+        blocks = zip(self.blocks, signs, strict=True)
+        return Stack(tuple(M._replace(left=M.left[:, of_left], diagonal=part) for M, part in blocks))
 
 
 def sandwich(
@@ -221,29 +238,45 @@ class StructuredMatrices(Matrices):
         columns = A.columns(index) if isinstance(A, Stack) else A[:, index].movedim(0, -1)
         return as_dtype(columns, dtype)
 
-    def squares(self, lambda_d: Float[Tensor, "*L R"], in_features: int, out_features: int) -> Float[Tensor, "*L O"]:
+    def rows(self, side: Side, rank: int, size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "N R"]:
+        constant: Tensor = self._constant(_ROWS[side], rank, size, dtype, device)
+        return constant
+
+    def update(
+        self, lambda_d: Float[Tensor, "R"], in_features: int, out_features: int, scale: Float[Tensor, "O"] | None = None
+    ) -> Float[Tensor, "O I"]:
+        side, size = _rows_of_update(len(lambda_d), in_features, out_features)
+        rows = self.rows(side, len(lambda_d), size, lambda_d.dtype, lambda_d.device) * lambda_d
+        if side == "B":
+            return self.project_transpose(rows if scale is None else rows * scale[:, None], in_features)
+        columns = self.expand(rows, out_features)
+        return (columns if scale is None else columns * scale).T.contiguous()
+
+    def update_gradient(self, d_update: Float[Tensor, "O I"], rank: int) -> Float[Tensor, "R"]:
+        side, size = _rows_of_update(rank, *reversed(d_update.shape))
+        rows = self.rows(side, rank, size, d_update.dtype, d_update.device)
+        products = self.project(d_update, rank) if side == "B" else self.expand_transpose(d_update.T.contiguous(), rank)
+        return products.mul_(rows).sum(0)
+
+    def squares(self, lambda_d: Float[Tensor, "*N R"], in_features: int, out_features: int) -> Float[Tensor, "*N O"]:
         rank = lambda_d.shape[-1]
-        if rank > self._total("A", in_features):
+        if rank > in_features:
             return super().squares(lambda_d, in_features, out_features)
         squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
-        with autocast_off(lambda_d.device):
-            # As batches of one row, so that a layer gets the same bits alone as with others.
-            rows = lambda_d.square().reshape(-1, 1, rank)
-            if isinstance(squares, Stack):
-                q = squares.widen(rows, apart=True)
-            else:
-                q = torch.bmm(rows, squares.expand(len(rows), *squares.shape))
-            return 2 * q.view(*lambda_d.shape[:-1], -1)
+        with full_precision(lambda_d.device):
+            rows = lambda_d.square()
+            # Every adapter by itself, so that it gets the same bits alone as with others.
+            return squares.widen(rows, apart=True) if isinstance(squares, Stack) else rows @ squares
 
     def squares_gradient(
-        self, d_q: Float[Tensor, "*L O"], lambda_d: Float[Tensor, "*L R"], in_features: int
-    ) -> Float[Tensor, "*L R"]:
+        self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"], in_features: int
+    ) -> Float[Tensor, "*N R"]:
         rank = lambda_d.shape[-1]
-        if rank > self._total("A", in_features):
-            return super().squares_gradient(d_q, lambda_d, in_features)
-        squares = self._constant(_SQUARED, rank, d_q.shape[-1], lambda_d.dtype, lambda_d.device)
-        with autocast_off(lambda_d.device):
-            return 4 * lambda_d * _narrowed(squares, d_q)
+        if rank > in_features:
+            return super().squares_gradient(d_half_q, lambda_d, in_features)
+        squares = self._constant(_SQUARED, rank, d_half_q.shape[-1], lambda_d.dtype, lambda_d.device)
+        with full_precision(lambda_d.device):
+            return lambda_d * _narrowed(squares, d_half_q)
 
     def fingerprint_values(self) -> np.ndarray:
         """Values that differ between seeds and formats, float32."""
@@ -263,16 +296,21 @@ class StructuredMatrices(Matrices):
         for each in dict.fromkeys((wide, _inner_dtype(dtype, self._home))):
             yield _PRODUCT["A"], rank, in_features, each
             yield _PRODUCT["B"], rank, out_features, each
-        if rank <= self._total("A", in_features):
+        if rank <= in_features:
             yield _SQUARED, rank, out_features, wide
         else:
-            yield "G", rank, in_features, wide
-            yield "B", rank, out_features, wide
+            side, size = _rows_of_update(rank, in_features, out_features)
+            yield _ROWS[side], rank, size, wide
 
     def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Stack | Tensor:
         if name == _SQUARED:
             B: Stack | Tensor = self._constant(_PRODUCT["B"], rank, size, dtype, torch.device("cpu"))
-            return B.squared() if isinstance(B, Stack) else B.square()
+            if isinstance(B, Stack) and rank * size > _FEW_SQUARES:
+                return B.squared()
+            return 2 * (B.dense() if isinstance(B, Stack) else B).square()
+        for of, rows in _ROWS.items():
+            if name == rows:
+                return self._values(of, rank, size, dtype).T.contiguous()
         if name not in _PRODUCT.values():
             values: Tensor = super()._made(name, rank, size, dtype)
             return values
@@ -292,12 +330,45 @@ class StructuredMatrices(Matrices):
         return Stack(tuple(blocks))
 
 
+def _rows_of_update(rank: int, in_features: int, out_features: int) -> tuple[Side, int]:
+    """The side whose rows the product with the other makes the update of, and how many it has.
+
+    The fewer, where a rank above them makes both dear; else those of B, since the rows of A give the update transposed.
+    """
+    return ("A", in_features) if in_features < min(rank, out_features) else ("B", out_features)
+
+
 def _narrowed(M: Stack | Tensor, x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T R"]:
-    return M.narrow(x) if isinstance(M, Stack) else times(as_dtype(x, M.dtype), M.T)
+    return _transformed(M, x, True) if isinstance(M, Stack) else times(as_dtype(x, M.dtype), M.T)
 
 
 def _widened(M: Stack | Tensor, z: Float[Tensor, "*T R"]) -> Float[Tensor, "*T N"]:
-    return M.widen(z) if isinstance(M, Stack) else times(as_dtype(z, M.dtype), M)
+    return _transformed(M, z, False) if isinstance(M, Stack) else times(as_dtype(z, M.dtype), M)
+
+
+def _transformed(M: Stack, x: Tensor, narrow: bool) -> Tensor:
+    if grad_recorded() and x.requires_grad and not is_traced():
+        product: Tensor = _Product.apply(x, M, narrow)
+        return product
+    # Autocast's dtype is slower for small matrices than float32 on a CPU.
+    with full_precision(x.device):
+        return M.narrow(x) if narrow else M.widen(x)
+
+
+class _Product(torch.autograd.Function):
+    """`x M^T` or `x M`, whose gradient is the other one: a single step for autograd, which saves nothing of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, M: Stack, narrow: bool) -> Tensor:
+        ctx.M, ctx.narrow, ctx.dtype = M, narrow, x.dtype
+        ctx.set_materialize_grads(False)
+        return _transformed(M, x, narrow)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        return as_dtype(_transformed(ctx.M, gradient, not ctx.narrow), ctx.dtype), None, None
 
 
 def _inner_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

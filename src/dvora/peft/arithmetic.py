@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..checks import checked_strength
-from ..factors import FactorSource, factors_of
+from ..factors import factors_of
 from ..functional import Vectors
 from ..tensors import Float
 from ..weight import AdaptedWeight
@@ -72,7 +72,7 @@ def strengths_as_they_are(layers: Sequence[DVoRALayer], config: DVoRAConfig, ada
 
 def _strengths(layers: Sequence[DVoRALayer], adapter_name: str) -> dict[str, float]:
     # A function of its own: from Python 3.12 on, what a trace raises in a comprehension misses the handlers around it.
-    return {layer.name: float(layer.strength(adapter_name)) for layer in layers}
+    return {layer.name: layer.strength(adapter_name) for layer in layers}
 
 
 def combined_config(model: nn.Module, configs: dict[str, DVoRAConfig], names: Sequence[str], new: str) -> DVoRAConfig:
@@ -169,7 +169,7 @@ def _weighted_sum(layer: DVoRALayer, names: Sequence[str], weights: Sequence[flo
         raise ValueError(f"{into.name}: an update of rank {len(lambda_d)} does not fit an adapter of rank {into.rank}")
     c, b = torch.zeros_like(into.w), torch.zeros_like(into.w)
     for name, share, of_one, turning in zip(names, shares, vectors, turns, strict=True):
-        factors = factors_of(FactorSource(layer.adapted(name), of_one), weight)
+        factors = factors_of(layer.adapted(name), of_one, weight)
         c = c + share * factors.gain_minus_one
         if turning:
             b = b + share * factors.scale * _factor(of_one.lambda_d, lambda_d, into.name)
@@ -208,6 +208,6 @@ def _vectors_of(
         # A zero row of W has g = 1 and beta = c lambda_b.
         lambda_b = torch.where(w > 0, lambda_b, b / into.scaling)
     # Of a magnitude of w the gain is w / n.
-    of_w = factors_of(FactorSource(into, Vectors(w, lambda_b, lambda_d)), weight).gain
+    of_w = factors_of(into, Vectors(w, lambda_b, lambda_d), weight).gain
     assert of_w is not None
     return Vectors(g * w / of_w, lambda_b, lambda_d.clone())

@@ -186,7 +186,7 @@ def _check_drawn(A: Tensor, B: Tensor, seed: int, sizes: VeraSizes) -> None:
 
 def _dora_of(layer: DVoRALayer, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
     """A (R, I), B (O, R) and the magnitude (O,) of the DoRA with scaling one that has the weight of an adapter."""
-    adapted, s = layer.adapted(adapter_name), float(layer.strength(adapter_name))
+    adapted, s = layer.adapted(adapter_name), layer.strength(adapter_name)
     weight = layer.layer_type.layout.matrix(layer.unmerged()).double()
     magnitude, lambda_b, lambda_d = layer.vectors(adapter_name).to(torch.float64)
     A, B = adapted.A(weight), adapted.B(weight)

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from ..factors import FactorSource, delta_weight, factors_of
+from ..factors import Factors, delta_weight, factors_of
 from ..functional import Vectors, row_norm
 from ..layer import adapted_linear
 from ..matrices.interface import SharedProjections, checked_distribution
@@ -26,7 +26,6 @@ from ..tensors import (
     is_in_memory,
     is_partitioned,
     is_traced,
-    version_of,
     weight_in_memory,
 )
 from ..weight import AdaptedWeight, check_can_be_set, check_finite, merge, warn_of_losses
@@ -88,7 +87,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.dvora_lambda_d = VectorDict()
         self.dvora_adapted = nn.ModuleDict()
         self.dvora_dropout = nn.ModuleDict()
-        self.dvora_strength = StrengthDict()
+        self.dvora_strength: dict[str, float] = {}
         self.register_buffer("measured_bias", None, persistent=False)
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
@@ -114,34 +113,32 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         if self._disable_adapters or (self.merged_adapters and self.serves_merged()):
             return cast(Tensor, base(x))
-        adapters = self._active(self.active_adapters)
-        kind = self.layer_type
-        if len(adapters) == 1 and kind.low_rank is linear and kind.has_weight and adapters[0].adapted.shard is None:
-            return adapted_linear(base, x, *adapters[0], self.measured_bias)
+        # By `_modules`: attributes of modules take as long to look up as a small product takes.
+        here, kind = cast(Any, self._modules["dvora_adapted"])._modules, self.layer_type
+        names = [name for name in self.active_adapters if name in here]
+        weight = self._weight_in_memory()
+        if len(names) == 1 and kind.low_rank is linear and kind.has_weight and not is_dtensor(weight):
+            adapter = self._whole(names[0], weight)
+            return adapted_linear(base, x, weight, *adapter, self._dropout(names[0]), self.measured_bias)
+        adapters = [ActiveAdapter(here[name], self._factors(name, weight), self._dropout(name)) for name in names]
         return self._adapted(x, base(x), adapters)
 
-    def _active(self, adapter_names: Sequence[str]) -> list[ActiveAdapter]:
-        """The named adapters that this layer has, with their row factors."""
-        # By `_modules`: attributes of modules take as long to look up as a small product takes.
-        modules: Any = self._modules
-        weight, active = self._weight_in_memory(), []
-        for name in adapter_names:
-            if name in modules["dvora_adapted"]._modules:
-                source, dropout = self._source(name, weight), modules["dvora_dropout"]._modules[name]
-                drops = dropout.training and type(dropout) is not nn.Identity
-                factors = factors_of(source, weight)
-                active.append(ActiveAdapter(source.adapted, factors, dropout if drops else None))
-        return active
-
-    def _source(self, adapter_name: str, weight: Tensor | None) -> FactorSource:
-        """What the row factors of an adapter are made from."""
+    def _whole(self, adapter_name: str, weight: Tensor | None) -> tuple[AdaptedWeight, Vectors, float]:
+        """An adapter: its frozen side, its vectors (of a sharded weight those of this process), and its strength."""
         modules: Any = self._modules
         adapted: AdaptedWeight = modules["dvora_adapted"]._modules[adapter_name]
-        vectors, strengths = vectors_in([modules[kind] for kind in VECTORS], adapter_name), modules["dvora_strength"]
-        # A graph must see a change of the strength.
-        is_one = not is_traced() and strengths.number(adapter_name) == 1
+        vectors = vectors_in([modules[kind] for kind in VECTORS], adapter_name)
         local = adapted.local(vectors, weight) if is_dtensor(weight) else vectors
-        return FactorSource(adapted, local, None if is_one else strengths.value(adapter_name))
+        return adapted, local, self.dvora_strength[adapter_name]
+
+    def _factors(self, adapter_name: str, weight: Tensor | None) -> Factors:
+        adapted, vectors, strength = self._whole(adapter_name, weight)
+        return factors_of(adapted, vectors, weight, strength)
+
+    def _dropout(self, adapter_name: str) -> nn.Module | None:
+        """The dropout of an adapter's inputs; None where nothing is dropped."""
+        dropout = cast(Any, self._modules["dvora_dropout"])._modules[adapter_name]
+        return dropout if dropout.training and type(dropout) is not nn.Identity else None
 
     def _weight_in_memory(self) -> Tensor | None:
         """The weight as stored, where it can be read in every pass."""
@@ -169,7 +166,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         here: Any = {} if self.disable_adapters else self.dvora_adapted._modules
         adapted = {name: here[name] for name in dict.fromkeys(adapter_names) if name in here}
         weight = self._weight_in_memory() if adapted else None
-        values = {name: factors_of(self._source(name, weight), weight, together=False).row for name in adapted}
+        values = {name: self._factors(name, weight).row for name in adapted}
         return row_updates(adapted, values, adapter_names, dimensions)
 
     # ---- its adapters
@@ -195,7 +192,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = adapted.out_features, adapted.in_features
         self.dvora_adapted[adapter_name] = adapted
         self.dvora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.dvora_strength.put(adapter_name, float(strength), adapted.w)
+        self.dvora_strength[adapter_name] = float(strength)
         frozen = tuple(f"dvora_{vector}" for vector in Vectors._fields if vector not in trained)
         self.frozen_peft_weight_names[adapter_name] = frozen
         with torch.inference_mode(False):
@@ -222,13 +219,13 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         """The frozen side of one adapter."""
         return cast(AdaptedWeight, self.dvora_adapted[adapter_name])
 
-    def strength(self, adapter_name: str) -> Tensor:
-        """s of `W + s (W' - W)`, a tensor without dimensions."""
-        return self.dvora_strength.value(adapter_name)
+    def strength(self, adapter_name: str) -> float:
+        """s of `W + s (W' - W)`."""
+        return self.dvora_strength[adapter_name]
 
-    def set_strength(self, adapter_name: str, number: float) -> None:
+    def set_strength(self, adapter_name: str, strength: float) -> None:
         """Change s of one adapter."""
-        self.dvora_strength.set(adapter_name, number)
+        self.dvora_strength[adapter_name] = strength
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -366,7 +363,6 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         if device.type == "meta":
             return
         self.dvora_adapted[adapter_name].to(device)
-        self.dvora_strength.change(adapter_name, lambda value: value.to(device))
         for vectors in self.vector_dicts():
             vector = vectors.get(adapter_name)
             if vector is not None and not vector.is_meta:
@@ -489,67 +485,6 @@ class VectorDict(nn.ParameterDict):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
         super()._apply(at_least_float32(fn), recurse)
         return self
-
-
-class StrengthDict(nn.Module):
-    """s of `W + s (W' - W)` by adapter name: as tensors, so that a compiled model sees a change, and as numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._numbers: dict[str, tuple[float, int]] = {}
-        """Each number, and the version of its tensor."""
-
-    def put(self, adapter_name: str, number: float, like: Tensor) -> None:
-        """Keep a strength, as a tensor with the dtype and device of another."""
-        # They are in no state dict. Registered, no adapter could be named like an attribute.
-        self._non_persistent_buffers_set.add(adapter_name)
-        value = self._buffers[adapter_name] = like.new_full((), number)
-        self._numbers[adapter_name] = number, version_of(value)
-
-    def value(self, adapter_name: str) -> Tensor:
-        """s of one adapter, a tensor without dimensions."""
-        value = self._buffers[adapter_name]
-        assert value is not None
-        return value
-
-    def number(self, adapter_name: str) -> float:
-        """The same as a number, without a device synchronisation unless something else has written the tensor."""
-        number, read_version = self._numbers[adapter_name]
-        value = self.value(adapter_name)
-        # Before the value, since another thread may write to it meanwhile.
-        version = version_of(value)
-        if version != read_version:
-            number = float(value)
-            self._numbers[adapter_name] = number, version
-        return number
-
-    @torch.no_grad()
-    def set(self, adapter_name: str, number: float) -> None:
-        """Change one in place."""
-        value = self.value(adapter_name)
-        value.fill_(number)
-        self._numbers[adapter_name] = number, version_of(value)
-
-    def change(self, adapter_name: str, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move or cast one tensor."""
-        value, number = self.value(adapter_name), self.number(adapter_name)
-        moved = fn(value)
-        # It is in no state dict, so nothing would restore it from the meta device or fill it after `to_empty`.
-        if moved is not value and not moved.is_meta:
-            self._buffers[adapter_name] = moved
-            self.set(adapter_name, number)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StrengthDict:
-        for adapter_name in self._buffers:
-            self.change(adapter_name, at_least_float32(fn))
-        return self
-
-    def __contains__(self, adapter_name: object) -> bool:
-        return adapter_name in self._buffers
-
-    def __delitem__(self, adapter_name: str) -> None:
-        del self._buffers[adapter_name], self._numbers[adapter_name]
-        self._non_persistent_buffers_set.discard(adapter_name)
 
 
 def _vector(vectors: VectorDict, adapter_name: str) -> Tensor:

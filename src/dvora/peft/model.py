@@ -20,8 +20,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..factors import add_factor_pass, remove_factor_pass
 from ..functional import Vectors
+from ..layer import share_inputs, stop_sharing_inputs
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .base_weight import keep_differentiable
 from .config import DVoRAConfig, own_config
@@ -119,7 +119,7 @@ class DVoRAModel(BaseTuner):
         self._prepared = {}
         for module in model.modules():
             keep_differentiable(module)
-        add_factor_pass(model)
+        share_inputs(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
@@ -227,7 +227,7 @@ class DVoRAModel(BaseTuner):
                 # Copies of all adapted weights stay on the CPU until the last layer is unloaded, to undo a failure.
                 stack.enter_context(merged_or_restored(self.model, adapter_names, safe_merge))
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-            remove_factor_pass(self.model)
+            stop_sharing_inputs(self.model)
         return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:

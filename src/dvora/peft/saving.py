@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checks import FAR, MAX_RANK
+from ..factors import factors_of
 from ..functional import Vectors
 from ..matrices.interface import SharedProjections
 from ..tensors import weight_in_memory
@@ -192,7 +193,8 @@ def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) 
         return
     adapted = layer.adapted(adapter_name)
     weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
-    if not adapted.factors(Vectors(*(vector.to(adapted.w) for vector in vectors)), weight).are_finite():
+    factors = factors_of(adapted, Vectors(*(vector.to(adapted.w) for vector in vectors)), weight)
+    if not factors.row.isfinite().all():
         raise ValueError(
             f"{layer.name}: magnitude, lambda_b and lambda_d in the adapter are so large that outputs would not be "
             "finite; the values are damaged or training diverged"

@@ -186,7 +186,7 @@ def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:
         update: Tensor = rows[:, None] * ((adapted.B(like) * values["lambda_d"]) @ adapted.A(like))
         return weight + update
 
-    return Term(adapter, parameters, updated, "magnitude", adapted.detach_norm, float(layer.strength(adapter)))
+    return Term(adapter, parameters, updated, "magnitude", adapted.detach_norm, layer.strength(adapter))
 
 
 def _vera(layer: Any, adapter: str) -> Term | None:
