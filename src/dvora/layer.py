@@ -105,8 +105,8 @@ def adapted_linear(
         dropout: of the inputs of the update, where some are dropped.
         measured_bias: of a layer that hides its own.
     """
-    trained = grad_recorded() and any(vector.requires_grad for vector in vectors)
     if dropout is None and adapted.rank and _is_plain(layer, x):
+        trained = grad_recorded() and any(vector.requires_grad for vector in vectors)
         way = computation(x.numel() // adapted.in_features, adapted, trained)
         if way == "formed" and trained:
             adapted.follow(weight)

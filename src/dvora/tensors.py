@@ -51,6 +51,7 @@ __all__ = [
     "norm_dtype",
     "saved_tensors_are_hooked",
     "times",
+    "times_apart",
     "version_of",
     "weight_in_memory",
     "without_autocast",
@@ -77,6 +78,13 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tensor, "*T M"]:
     """`x matrix` as one product of two matrices: of batches out of order, as attention has, PyTorch would make many."""
     return (x.contiguous() if x.dim() > 2 else x) @ matrix
+
+
+def times_apart(rows: Float[Tensor, "*N K"], matrix: Float[Tensor, "K M"]) -> Float[Tensor, "*N M"]:
+    """`rows matrix`, every row by itself, so that it gets the same bits alone as among others."""
+    if rows.dim() == 1:
+        return rows @ matrix
+    return torch.bmm(rows[:, None], matrix.expand(len(rows), *matrix.shape))[:, 0]
 
 
 def at_least_float32(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

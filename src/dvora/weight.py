@@ -33,6 +33,7 @@ from .tensors import (
     is_traced,
     local,
     norm_dtype,
+    times_apart,
     version_of,
 )
 
@@ -285,7 +286,7 @@ class AdaptedWeight(nn.Module):
             matrix = self.layout.matrix(weight)
             w, update = F.row_norm(matrix), self.update(lambda_d)
             return w, torch.linalg.vecdot(F.unit_rows(matrix, w), update), torch.linalg.vecdot(update, update)
-        return self.w, lambda_d @ as_dtype(self.C, self.w.dtype).T, self.squares(lambda_d)
+        return self.w, times_apart(lambda_d, as_dtype(self.C, self.w.dtype).T), self.squares(lambda_d)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]

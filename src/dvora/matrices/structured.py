@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, norm_dtype, times
+from ..tensors import Float, as_dtype, full_precision, grad_recorded, is_traced, norm_dtype, times, times_apart
 from . import philox
 from .base import Constant, Matrices, Side
 
@@ -265,8 +265,7 @@ class StructuredMatrices(Matrices):
         squares = self._constant(_SQUARED, rank, out_features, lambda_d.dtype, lambda_d.device)
         with full_precision(lambda_d.device):
             rows = lambda_d.square()
-            # Every adapter by itself, so that it gets the same bits alone as with others.
-            return squares.widen(rows, apart=True) if isinstance(squares, Stack) else rows @ squares
+            return squares.widen(rows, apart=True) if isinstance(squares, Stack) else times_apart(rows, squares)
 
     def squares_gradient(
         self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"], in_features: int
