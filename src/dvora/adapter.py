@@ -18,7 +18,7 @@ from .checks import (
     checked_values,
     checked_vectors,
 )
-from .factors import delta_weight, gain_minus_one, relative_factors
+from .factors import delta_weight, relative_factors
 from .functional import Direction, Vectors
 from .layer import adapted_linear
 from .matrices.interface import SharedProjections
@@ -363,7 +363,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     with full_precision(w.device):
         _, cross, q = adapted.terms(vectors.lambda_d)
         factors = relative_factors(vectors.magnitude, vectors.lambda_b, cross, q, adapted)
-        s, g1 = factors.inverse.reciprocal(), gain_minus_one(vectors.magnitude, cross, factors, adapted).abs()
+        s, g1 = factors.inverse.reciprocal(), (factors.gain - 1).abs()
         angle = F.row_angle(factors.kappa, cross, q).rad2deg()
     metrics = {
         "norm_ratio_mean": s.mean(),

@@ -185,16 +185,6 @@ def relative_factors(m: Tensor, lambda_b: Tensor, cross: Tensor, q: Tensor, adap
     return RelativeFactors(gain, scale, shrunk, inverse, kappa, inner)
 
 
-def gain_minus_one(m: Tensor, cross: Tensor, factors: RelativeFactors, adapted: AdaptedWeight) -> Tensor:
-    """`g - 1` without cancellation: `(m / w - 1 - eps / (1 + s)) / s`."""
-    w, _, one, zero_rows = adapted.row_constants
-    eps = (cross + factors.inner).mul_(factors.kappa)
-    mu = m / w
-    if zero_rows is not None:
-        mu.masked_fill_(zero_rows, 1.0)
-    return (mu - one).addcdiv_(eps.mul_(factors.inverse), factors.inverse + one, value=-1).mul_(factors.inverse)
-
-
 def vector_gradients(
     d_g: Tensor, d_scale: Tensor, factors: RelativeFactors, adapted: AdaptedWeight
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -213,8 +203,6 @@ def vector_gradients(
     d_kappa, d_cross, d_half_q = d_scale * shrunk, None, None
     if not adapted.detach_norm:
         minus_2_d_eps = (d_m * shrunk).mul_(inverse)
-        # The norm of a row that vanishes is at its floor, where it is constant.
-        minus_2_d_eps.masked_fill_(inverse >= 1 / torch.finfo(w.dtype).eps, 0.0)
         d_kappa.addcmul_(minus_2_d_eps, inner, value=-1)
         d_cross = minus_2_d_eps.mul_(kappa).neg_()
         d_half_q = d_cross * kappa
@@ -236,7 +224,8 @@ class _RowFactors(torch.autograd.Function):
         ctx.adapted, ctx.strength = adapted, strength
         ctx.save_for_backward(m, lambda_b, lambda_d, *factors)
         ctx.set_materialize_grads(False)
-        outputs = gain_minus_one(m, cross, factors, adapted), factors.scale, factors.gain
+        # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
+        outputs = factors.gain - adapted.row_constants.one, factors.scale, factors.gain
         outputs = outputs if strength == 1 else _weakened(*outputs, strength)
         ctx.mark_non_differentiable(outputs[2])
         return outputs

@@ -162,6 +162,12 @@ def _is_plain(layer: nn.Module, x: Float[Tensor, "*T I"]) -> TypeGuard[nn.Linear
     return x.dtype == weight.dtype or (autocast_dtype(x.device) is not None and weight.dtype == torch.float32)
 
 
+def _as_multiplied(x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T I"]:
+    """x in the dtype in which autocast multiplies: cast once, for the product and for its gradient."""
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    return x if autocast is None else as_dtype(x, autocast)
+
+
 def updated_weight(weight: Float[Tensor, "O I"], adapted: AdaptedWeight, factors: Factors) -> Float[Tensor, "O I"]:
     """`W'' = diag(g) W + diag(scale) D`; W itself, bit for bit, where nothing was trained."""
     assert factors.gain is not None
@@ -172,8 +178,7 @@ def formed_outputs(
     layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, vectors: Vectors, strength: float
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of the update itself. Arguments as for `adapted_linear`."""
-    # Once, for the product and for its gradient.
-    x = as_dtype(x, autocast_dtype(x.device) or x.dtype)
+    x = _as_multiplied(x)
     y: Tensor = _Formed.apply(x, *vectors.to(adapted.w.dtype), layer.weight, layer.bias, adapted, strength)
     return y
 
@@ -264,7 +269,7 @@ def folded_outputs(
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of the folded weight. Arguments as for `adapted_linear`, and the factors."""
     z = project(adapted, x)
-    x = as_dtype(x, autocast_dtype(x.device) or x.dtype)
+    x = _as_multiplied(x)
     y: Tensor = _Folded.apply(x, z, *factors, layer.weight, layer.bias, adapted)
     return y
 

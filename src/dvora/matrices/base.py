@@ -155,10 +155,7 @@ class Matrices(nn.Module):
         """
         sizes = rank, in_features, out_features, dtype
         self._reserved[sizes] = values = values or self._reserved.get(sizes, False)
-        constants: list[Constant] = list(self._needed(*sizes))
-        if values:
-            constants += [("A", rank, in_features, dtype), ("B", rank, out_features, dtype)]
-        for constant in constants:
+        for constant in self._needed(*sizes, values):
             self._constant(*constant, self._home)
 
     def fingerprint_values(self) -> np.ndarray:
@@ -188,8 +185,10 @@ class Matrices(nn.Module):
         """M of all processes together from the seed, in float32 or float64, on the CPU."""
         raise NotImplementedError
 
-    def _needed(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Iterable[Constant]:
-        """The constants for layers of one size."""
+    def _needed(
+        self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, values: bool
+    ) -> Iterable[Constant]:
+        """The constants for layers of one size, whose passes read the values of A and B or not."""
         raise NotImplementedError
 
     def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Any:

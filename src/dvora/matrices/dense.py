@@ -67,7 +67,9 @@ class DenseMatrices(Matrices):
         M: Tensor = self._constant(side, z.shape[-1], size, z.dtype, z.device)
         return times(z, M)
 
-    def _needed(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Iterable[Constant]:
+    def _needed(
+        self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, values: bool
+    ) -> Iterable[Constant]:
         for each in dict.fromkeys((norm_dtype(dtype), dtype)):
             yield "A", rank, in_features, each
             yield "B", rank, out_features, each

@@ -290,16 +290,20 @@ class StructuredMatrices(Matrices):
         M = self._constant(_PRODUCT[side], z.shape[-1], size, _inner_dtype(z.dtype, z.device), z.device)
         return as_dtype(_widened(M, z), z.dtype)
 
-    def _needed(self, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Iterable[Constant]:
-        wide = norm_dtype(dtype)
+    def _needed(
+        self, rank: int, in_features: int, out_features: int, dtype: torch.dtype, values: bool
+    ) -> Iterable[Constant]:
+        wide, of_update = norm_dtype(dtype), _rows_of_update(rank, in_features, out_features)
+        if values:
+            yield "A", rank, in_features, dtype
+            yield "B", rank, out_features, dtype
         for each in dict.fromkeys((wide, _inner_dtype(dtype, self._home))):
             yield _PRODUCT["A"], rank, in_features, each
             yield _PRODUCT["B"], rank, out_features, each
         if rank <= in_features:
             yield _SQUARED, rank, out_features, wide
-        else:
-            side, size = _rows_of_update(rank, in_features, out_features)
-            yield _ROWS[side], rank, size, wide
+        if values or rank > in_features:
+            yield _ROWS[of_update[0]], rank, of_update[1], wide
 
     def _made(self, name: str, rank: int, size: int, dtype: torch.dtype) -> Stack | Tensor:
         if name == _SQUARED:
