@@ -325,7 +325,8 @@ def offloading(subject: Subject) -> str:
             assert_unchanged(base, before)
             return REFUSED
         model = PeftModel.from_pretrained(base, folder).eval()
-    assert same_bits(model(subject.x()), plain(subject.x()))
+    # Without offloading the base and the update may be one product.
+    torch.testing.assert_close(model(subject.x()), plain(subject.x()))
     return WORKS
 
 

@@ -13,7 +13,7 @@ from benchmarks.kernel_count import beyond_base, kernels
 
 BLOCKS, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = BLOCKS * len(TARGETS)
-MOST = {"training": 20, "a token": 5}
+MOST = {"training": 50, "a token": 5}
 
 
 def model(config: PeftConfig | None) -> nn.Module:
@@ -44,7 +44,7 @@ def kernels_a_layer(config: PeftConfig, step: Callable[..., Callable[[], object]
     counts = {}
     for name, of in (("base", None), ("adapted", config)):
         run = step(made := model(of), torch.randn(1, 8, 64))
-        # The first pass tells which layers there are, the second makes what later ones find.
+        # What is made once is made now.
         run(), run()
         made.zero_grad()
         counts[name] = kernels(run).total()
@@ -60,8 +60,8 @@ def test_a_layer_launches_no_more_kernels_than_the_limit(matrices: str) -> None:
 
 def test_a_magnitude_alone_launches_fewer() -> None:
     config = dvora.DVoRAConfig(r=16, target_modules=TARGETS, magnitude_modules=TARGETS)
-    assert kernels_a_layer(config, training) <= 12
-    assert kernels_a_layer(config, one_token) <= 2
+    assert kernels_a_layer(config, training) <= 31
+    assert kernels_a_layer(config, one_token) <= 1
 
 
 def test_the_count_of_lora_is_that_of_its_formula() -> None:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvora import DVoRAConfig
+from dvora.factors import factors_of
 from dvora.peft.layer_types import FORWARD_ONLY, LAYER_TYPES, LayerType, layer_type_of
 from tests.census import Census
 from tests.peft.dense_weights import DenseModel
@@ -134,7 +135,7 @@ def test_a_lookup_makes_no_table_of_the_vocabulary() -> None:
 def test_dropout_of_an_embedding_drops_the_update_of_whole_tokens() -> None:
     layer = trained(CASES["Embedding"].base(), dvora_dropout=0.5).base_model.model.layer
     ids = torch.arange(20)
-    g1 = layer.adapted("default").factors(layer.vectors("default"), layer.stored()).gain_minus_one
+    g1 = factors_of(layer.adapted("default"), layer.vectors("default"), layer.stored()).gain_minus_one
     rescaled = (1 + g1) * layer.base_layer(ids)
     whole, dropped = layer(ids) - rescaled, layer.train()(ids) - rescaled
     kept = dropped.abs().amax(1, keepdim=True) > 1e-6
