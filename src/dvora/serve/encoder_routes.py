@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, Call, Here, Inputs, Switch, Texts, answer, inputs_of, read, sent, takes, whose
+from .answers import Body, Call, Here, Inputs, Switch, Texts, answer, inputs_of, sent, takes, whose
 from .registry import Version
 from .requests import RefusedError
 from .server import Row, Server
@@ -106,8 +106,8 @@ async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
 async def root(call: Here) -> Response:
     """`/predict` where the base or adapters classify, else `/embed`."""
     if "classify" in call.server.works:
-        return await predict(await read(call.request, Predict, call.key), call)
-    return await embed(await read(call.request, Embed, call.key), call)
+        return await predict(await call.read(Predict), call)
+    return await embed(await call.read(Embed), call)
 
 
 @router.post("/rerank", openapi_extra=takes(Rerank))

@@ -11,10 +11,9 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answers import ADAPTER, DIGEST, error_body
+from .answers import ADAPTER, DIGEST, refused
 from .requests import RefusedError
 from .server import Server
 
@@ -112,7 +111,7 @@ class Exchange:
                 if (size := int(headers.get("content-length", 0))) > PIECE:
                     self.budget.take(self, size)
             except RefusedError as refusal:
-                await answer_of(refusal)(self.scope, self.receive, self.send)
+                await refused(refusal)(self.scope, self.receive, self.send)
                 self._is_over = True
                 return
             self.status, self.headers = message["status"], headers
@@ -167,7 +166,7 @@ class Guard:
                 _check_host(scope, settings.allow_host)
                 await self.server.follow()
             except RefusedError as refusal:
-                await answer_of(refusal)(scope, exchange.receive, exchange.send)
+                await refused(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
         finally:
@@ -210,11 +209,6 @@ def _check_host(scope: Scope, names: Sequence[str]) -> None:
         except ValueError:
             message = f"{host[:100]!r} is no name of this server; start it with --allow-host and that name"
             raise RefusedError(421, message, "misdirected_request") from None
-
-
-def answer_of(refusal: RefusedError) -> Response:
-    """A refusal as its client reads it."""
-    return JSONResponse(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
 
 
 def _busy() -> RefusedError:

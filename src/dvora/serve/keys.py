@@ -199,9 +199,6 @@ async def changing(request: Request, key: Asking) -> Key:
     raise _unauthorized("changing adapters needs the header 'Authorization: Bearer TOKEN' with the server's token")
 
 
-Changing = Annotated[Key, Depends(changing)]
-
-
 def _unauthorized(message: str) -> RefusedError:
     return RefusedError(401, message, "unauthorized", {"WWW-Authenticate": "Bearer"})
 

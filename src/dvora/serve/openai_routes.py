@@ -23,7 +23,6 @@ from .answers import (
     Inputs,
     Switch,
     answer,
-    digest_of,
     error_body,
     headers_of,
     inputs_of,
@@ -142,7 +141,7 @@ async def models(call: Here) -> Response:
         cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
         return to_json({"object": "list", "data": cards, "left_out": registry.left_out(call.key)})
 
-    return Response(registry.listed("models", call.key, write), media_type="application/json")
+    return answer(registry.listed("models", call.key, write))
 
 
 @router.get("/v1/models/{model}")
@@ -246,7 +245,7 @@ class _Shape:
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": body.model,
-            "system_fingerprint": digest_of(version),
+            "system_fingerprint": whose(version)["digest"],
         }
 
     async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
@@ -283,7 +282,7 @@ class _Shape:
                 content = {"delta": delta} if self.is_chat else {"text": text}
                 yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
         except RefusedError as refusal:
-            yield _event(error_body(refusal.message, refusal.kind))
+            yield _event(error_body(refusal))
             return
         if with_usage:
             yield _event({**common, "choices": [], "usage": self.usage()})

@@ -112,7 +112,7 @@ class Server:
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
             self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
             self.texts = Texts(self.base, self.longest)
-            self._changes = Turns("dvora-changes")
+            self.changes = Turns("dvora-changes")
             self.engine = Engine(self.base, settings, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -120,7 +120,7 @@ class Server:
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what has been taken, for some seconds, and free everything."""
-        self._changes.close()
+        self.changes.close()
         self.engine.close(seconds)
         self.texts.close()
         self.base.bank.close()
@@ -141,20 +141,6 @@ class Server:
         """
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
-
-    async def changed(self, change: Callable[[], T], queue: str, deadline: float) -> T:
-        """What a change of adapters gives; clients take turns, in a thread that nobody else waits for.
-
-        Raises:
-            RefusedError: 504, its turn did not come in time; what has begun is ended.
-        """
-
-        def in_time() -> T:
-            if time.monotonic() > deadline:
-                raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
-            return change()
-
-        return await self._changes.run(queue, in_time)
 
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.
