@@ -210,7 +210,8 @@ def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
         # A prompt that has been read is in no prefill with those that fail.
         first.wait_for_piece()
         failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
-        assert all(isinstance(text.answer.error, MemoryError) for text in failed)
+        errors = [text.answer.error for text in failed]
+        assert [error.status for error in errors if error is not None] == [500, 500]
         (text,) = first.texts()
         handle.remove()
         assert [tuple(shape) for shape in passes if shape[1] == 9] == [(2, 9)]

@@ -22,7 +22,7 @@ from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
-from .requests import RefusedError
+from .requests import RefusedError, model_failed
 
 _log = logging.getLogger("dvora.serve")
 
@@ -91,7 +91,7 @@ class Base:
         self._names = self._batch = None
         self._entered.close()
 
-    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, Exception]:
+    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, RefusedError]:
         """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
         try:
             self.enter(adapters)
@@ -101,7 +101,7 @@ class Base:
             if len({*adapters}) == 1:
                 message = "the adapter's files were changed or removed since it was loaded; load it again"
                 is_of_files = isinstance(error, ValueError | OSError)
-                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else error}
+                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else model_failed()}
         alone = [self.unreadable([adapter]) for adapter in dict.fromkeys(adapters)]
         return {adapter: error for errors in alone for adapter, error in errors.items()}
 

@@ -12,7 +12,7 @@ from .base import Base
 from .decoder import Decoder
 from .encoder import Encoder
 from .metrics import Metrics
-from .requests import Answer, RefusedError, Request
+from .requests import Answer, RefusedError, Request, model_failed
 from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Scheduler
 from .settings import Limits
 
@@ -126,7 +126,7 @@ class Engine:
         if self._decoder is not None:
             now = time.monotonic()
             self._decoder.drop([request for request in self._decoder.running if not request.is_wanted(now)])
-            self._scheduler.running = self._decoder.running
+            self._scheduler.running = [*self._decoder.running]
         batch = self._scheduler.schedule()
         if batch is not None:
             self._runner.drop(batch.paused)
@@ -143,9 +143,9 @@ class Engine:
             try:
                 runner.drop(failed)
                 return answers + (runner.run(batch) if batch.requests else [])
-            except Exception as error:
+            except Exception:
                 # A server goes on; whoever asked is told, and the log has the traceback.
                 _log.exception("a batch of %s failed", batch.kind)
                 self.base.leave()
                 runner.drop(batch.requests)
-                return answers + [(request, Answer(error=error)) for request in batch.requests]
+                return answers + [(request, Answer(error=model_failed())) for request in batch.requests]

@@ -51,7 +51,7 @@ class Metrics:
                     continue
                 self._queued.observe(max(0.0, started - request.arrived))
 
-    def text(self, values: dict[str, float], running: list[str], waiting: list[str], slots: int) -> bytes:
+    def text(self, values: dict[str, int], running: list[str], waiting: list[str], slots: int) -> bytes:
         """All metrics as Prometheus reads them.
 
         Args:

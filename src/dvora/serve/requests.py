@@ -38,6 +38,11 @@ def not_finite() -> RefusedError:
     )
 
 
+def model_failed() -> RefusedError:
+    """What the rows of a batch are told whose error is the server's; its log has it."""
+    return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -65,7 +70,7 @@ class Answer(NamedTuple):
     values: Any = None
     """Logits of a head, or an embedding: a tensor on the CPU. None for generated text, which comes in pieces."""
     finish: Finish | None = None
-    error: BaseException | None = None
+    error: RefusedError | None = None
 
 
 class Chance(NamedTuple):

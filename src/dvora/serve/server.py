@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -158,14 +158,11 @@ class Server:
         An adapter that was never used is read beside the engine, so that no batch waits for a disk.
         """
         distinct = dict.fromkeys(names)
-        await self._warm(distinct)
-        with ExitStack() as held:
-            yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
-
-    async def _warm(self, names: Iterable[str | None]) -> None:
-        for name in names:
+        for name in distinct:
             if self.registry.is_cold(name):
                 await asyncio.to_thread(self.registry.warm, name)
+        with ExitStack() as held:
+            yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
 
     async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client) -> list[Row]:
         """Classify or embed texts, each by an adapter, in as few batches as they fit.
@@ -209,11 +206,13 @@ class Server:
         place: dict[Request, int] = {}
 
         def hear(request: Request, part: Piece | Answer) -> None:
-            _tell(loop, heard.put_nowait, (place[request], part))
+            # Unless the loop has ended with all who listened there.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(heard.put_nowait, (place[request], part))
 
-        # Adapters are read within the client's time.
-        await client.wait(self._warm(dict.fromkeys(name for name, _ in rows)))
-        async with self.versions(name for name, _ in rows) as versions:
+        async with AsyncExitStack() as held:
+            # Adapters are read within the client's time.
+            versions = await client.wait(held.enter_async_context(self.versions(name for name, _ in rows)))
             for number, (name, text) in enumerate(rows):
                 version, queue = versions[name], client.key.queue_of(name)
                 adapter = None if version is None else version.key
@@ -229,31 +228,20 @@ class Server:
     def metrics_text(self) -> bytes:
         """What Prometheus reads."""
         stats = self.base.bank.stats()
-        running, waiting = self.engine.adapters()
         names = {version.key: version.name for version in self.registry.versions()}
+        running, waiting = (sorted(names.get(key, key) for key in keys) for keys in self.engine.adapters())
         values = {
-            "queue_size": float(self.engine.waiting()),
-            "adapters": float(len(self.registry)),
-            "slots": float(stats.slots),
-            "slots_filled": float(stats.slots_filled),
-            "slot_bytes": float(stats.device_bytes),
-            "host_bytes": float(stats.host_bytes),
-            "adapter_loads": float(stats.loads),
-            "adapter_reads": float(stats.reads),
-            "adapter_evictions": float(stats.evictions),
+            "queue_size": self.engine.waiting(),
+            "adapters": len(self.registry),
+            "slots": stats.slots,
+            "slots_filled": stats.slots_filled,
+            "slot_bytes": stats.device_bytes,
+            "host_bytes": stats.host_bytes,
+            "adapter_loads": stats.loads,
+            "adapter_reads": stats.reads,
+            "adapter_evictions": stats.evictions,
         }
-        return self.metrics.text(
-            values,
-            sorted(names.get(key, key) for key in running),
-            sorted(names.get(key, key) for key in waiting),
-            stats.slots,
-        )
-
-
-def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
-    """Call something in the loop's thread, unless the loop has ended with all who listened there."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *arguments)
+        return self.metrics.text(values, running, waiting, stats.slots)
 
 
 async def _parts(
@@ -269,14 +257,5 @@ async def _parts(
         else:
             answered += 1
             if part.error is not None:
-                raise _failed(part.error)
+                raise part.error
         yield number, part
-
-
-def _failed(error: BaseException) -> RefusedError:
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, ValueError):
-        # Of the bank: an adapter's files are other ones than when it was loaded, or are gone.
-        return RefusedError(422, str(error), "adapter_error")
-    return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
