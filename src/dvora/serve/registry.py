@@ -11,8 +11,9 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from ..bank import AdapterBank
@@ -26,8 +27,6 @@ from .uploads import Upload
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
 EVERYBODY = Key()
-LONGEST_REASON = 1000
-"""Letters of an error; some quote what is damaged."""
 _log = logging.getLogger("dvora.serve")
 
 
@@ -84,10 +83,11 @@ class Registry:
     """Of what lists say."""
     _lists: dict[tuple[str, tuple[str, ...]], tuple[int, bytes]] = field(default_factory=dict)
     """With the number of changes before them."""
-    _loads: int = 0
+    _loads: Iterator[int] = field(default_factory=count)
+    """Numbers of versions: no name has a colon, so no two of them have one key."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while names change."""
-    _changing: threading.Lock = field(default_factory=threading.Lock)
+    _changing: threading.RLock = field(default_factory=threading.RLock)
     """Held during a load, so that loads come one after another."""
 
     def open(self, opened: dict[str, Stored], damaged: dict[str, str]) -> None:
@@ -105,9 +105,9 @@ class Registry:
         for name, stored in opened.items():
             try:
                 self._check_name(name)
-                self._versions[name] = self._opened(name, stored)
+                self._versions[name] = self._loaded(name, stored, read=stored.digest is not None)
             except (RefusedError, ValueError, TypeError, OSError) as error:
-                self.damaged[name] = self._reason(error)
+                self.damaged[name] = self.store.told(error)
         for name, reason in self.damaged.items():
             _log.warning("%s is left out: %s", name, reason)
         if self.damaged and not self._versions and not self.store.index:
@@ -122,39 +122,36 @@ class Registry:
             RefusedError: 503, what they left cannot be read here.
         """
         with self._changing:
-            self._follow()
+            if not self.store.is_behind():
+                return
+            try:
+                with self.store.catching_up() as changed:
+                    for name, entry in changed.items():
+                        self._point(name, None if entry is None else self._loaded(name, self.store.stored(entry)))
+            except (ValueError, TypeError, OSError, RefusedError) as error:
+                message = f"what other servers changed cannot be read: {self.store.told(error)}"
+                raise RefusedError(503, message, "unavailable") from error
 
-    def _follow(self) -> None:
-        if not self.store.is_behind():
-            return
-        try:
-            with self.store.catching_up() as changed:
-                for name, entry in changed.items():
-                    self._point(name, None if entry is None else self._opened(name, self.store.stored(entry)))
-        except (ValueError, TypeError, OSError) as error:
-            raise RefusedError(
-                503, f"what other servers changed cannot be read: {self._reason(error)}", "unavailable"
-            ) from error
+    def _loaded(self, name: str, stored: Stored, *, read: bool = True) -> Version:
+        """A version of what is on the disk, in the bank; not yet served.
 
-    def _opened(self, name: str, stored: Stored) -> Version:
-        """A version of what is on the disk; what was put is read now, and must be what was put.
+        Args:
+            name: of the adapter.
+            stored: where it is; what was put before must be what was put.
+            read: False: when it is first used.
 
         Raises:
             ValueError: it is damaged, or of another base or kind.
         """
-        is_given = stored.digest is None
-        key = name if is_given else self._new_key(name)
-        self._add(key, stored, read=not is_given)
-        digest = None if is_given else self.bank.digest(key)
-        if digest != stored.digest:
-            self.bank.remove(key)
-            raise ValueError("its files are other ones than were put; put it again")
-        return Version(name, key, stored, digest)
-
-    def _add(self, key: str, stored: Stored, *, read: bool = True) -> None:
-        """Give the bank an adapter; its first one says which layers are hooked, which happens between passes."""
+        key = f"{name}:{next(self._loads)}" if read else name
+        # The bank's first adapter says which layers are hooked, which happens between passes.
         with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
             self.bank.add(key, stored.source, allow_unchanged=True, read=read)
+        version = Version(name, key, stored, self.bank.digest(key) if read else None)
+        if stored.digest not in (None, version.digest):
+            self.bank.remove(key)
+            raise ValueError("its files are other ones than were put; put it again")
+        return version
 
     def _point(self, name: str, version: Version | None) -> Version | None:
         """Have a name answered by a version from now on; gives the one before."""
@@ -262,10 +259,8 @@ class Registry:
                     version.digest = self.bank.digest(version.key)
                     self._changes += 1
                 except (ValueError, TypeError, OSError) as error:
-                    reason = self._reason(error)
-                    raise RefusedError(
-                        422, f"the adapter {name!r} cannot be read: {reason}", "adapter_error"
-                    ) from error
+                    message = f"the adapter {name!r} cannot be read: {self.store.told(error)}"
+                    raise RefusedError(422, message, "adapter_error") from error
             yield version
         finally:
             self._release(version)
@@ -294,7 +289,8 @@ class Registry:
             is_new = before is None or not replaces
             files = upload.files(self.like(name, EVERYBODY), self.base if is_new else None)
             folder = self.store.write(files)
-            try:
+            with ExitStack() as unused:
+                unused.callback(remove, folder)
                 labels = upload.labels or (before.labels if before is not None else ())
                 stored = Stored(FolderSource(folder), labels, folder)
                 if len(labels) not in (0, outputs := stored.label_count):
@@ -303,15 +299,13 @@ class Registry:
                     # Those of the version before name other classes.
                     stored = stored._replace(labels=())
                 if before is None or replaces:
-                    return self._load(name, stored, hides=not key.sees_all)
+                    version = self._load(name, stored, hides=not key.sees_all)
+                    unused.pop_all()
+                    return version, before is not None
                 self.warm(name)
                 if (self.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
                     raise _taken(name)
-            except BaseException:
-                remove(folder)
-                raise
-            remove(folder)
-            return before, True
+                return before, True
 
     def load(self, name: str, path: str, *, replaces: bool) -> Version:
         """Serve the adapter of a folder under a name from now on, and after a restart.
@@ -331,8 +325,7 @@ class Registry:
                     f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first",
                     "InvalidUserInput",
                 )
-            version, _ = self._load(name, self.store.given_in(self.store.below(path)))
-            return version
+            return self._load(name, self.store.given_in(self.store.below(path)))
 
     def delete(self, name: str) -> Version | None:
         """Serve an adapter no longer, also after a restart; requests that use it end with it.
@@ -356,22 +349,18 @@ class Registry:
         if name is not None:
             self._check_name(name)
         with self._changing, self.store.changing():
-            self._follow()
+            self.follow()
             try:
                 yield
             except (ValueError, TypeError) as error:
-                raise RefusedError(
-                    422, f"the adapter cannot be served: {self._reason(error)}", "adapter_error"
-                ) from error
+                message = f"the adapter cannot be served: {self.store.told(error)}"
+                raise RefusedError(422, message, "adapter_error") from error
             except OSError as error:
                 _log.exception("a change was not made")
-                raise RefusedError(
-                    507,
-                    f"nothing was changed: the server's files cannot be written ({error.strerror})",
-                    "storage_error",
-                ) from error
+                message = f"nothing was changed: the server's files cannot be written ({error.strerror})"
+                raise RefusedError(507, message, "storage_error") from error
 
-    def _load(self, name: str, stored: Stored, hides: bool = False) -> tuple[Version, bool]:
+    def _load(self, name: str, stored: Stored, hides: bool = False) -> Version:
         """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread.
 
         Args:
@@ -380,27 +369,20 @@ class Registry:
             hides: whether errors may say nothing of other adapters.
         """
         self.check_task(stored.source.description)
-        key = self._new_key(name)
         try:
-            self._add(key, stored)
+            version = self._loaded(name, stored)
         except ValueError as error:
             if not hides:
                 raise
             message = "it is of another base, rank or other layers than this server takes, or its values are not finite"
             raise ValueError(message) from error
         try:
-            digest = self.bank.digest(key)
-            self.store.keep(name, stored, digest)
+            self.store.keep(name, stored, str(version.digest))
         except BaseException:
-            self.bank.remove(key)
+            self.bank.remove(version.key)
             raise
-        version = Version(name, key, stored, digest)
-        return version, self._point(name, version) is not None
-
-    def _new_key(self, name: str) -> str:
-        """No name has a colon, so no two versions have one key."""
-        self._loads += 1
-        return f"{name}:{self._loads}"
+        self._point(name, version)
+        return version
 
     def _release(self, version: Version) -> None:
         with self._lock:
@@ -438,11 +420,6 @@ class Registry:
             )
         if name in (BASE, self.base):
             raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
-
-    def _reason(self, error: Exception) -> str:
-        """What clients may read of an error."""
-        message = error.message if isinstance(error, RefusedError) else self.store.told(error)
-        return message[:LONGEST_REASON]
 
 
 def _taken(name: str) -> RefusedError:

@@ -47,6 +47,8 @@ UPLOAD = re.compile(r"[0-9a-f]{16}")
 """What the folders of uploads are called."""
 UNFINISHED = re.compile(rf"\.([0-9a-f]{{16}}\.unfinished|index\.json\.{RANDOM})")
 """What a server leaves that is killed while it writes."""
+LONGEST_REASON = 1000
+"""Letters of an error; some quote what is damaged."""
 ABSENT = object()
 CHANGING_SECONDS = 30.0
 """For which a change waits for those of other servers."""
@@ -126,7 +128,7 @@ class Store:
         self.folder.mkdir(exist_ok=True)
         self.is_shared = is_shared
         self._held = ExitStack()
-        if not (_shared_lock(lock, self._held) if is_shared else _lock(lock, self._held)):
+        if not _is_locked(lock, is_shared, self._held):
             raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder")
         self._changes = filelock.FileLock(changes, timeout=CHANGING_SECONDS, thread_local=False)
         self.index, self._last_read = self._read_index()
@@ -153,7 +155,7 @@ class Store:
                 # Names of folders need not be UTF-8, and the error is a ValueError.
                 name.encode()
                 opened[name] = read()
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError, RefusedError) as error:
                 # Python before 3.13 calls a loop of links a RuntimeError.
                 damaged[name.encode(errors="replace").decode()] = self.told(error)
         frequency = Counter(stored.kind for stored in opened.values())
@@ -188,15 +190,11 @@ class Store:
         """What the index names.
 
         Raises:
-            ValueError: it is damaged, or no server can have written it there.
+            ValueError, RefusedError: it is damaged, not there, or no server can have written it there.
         """
         "".join(entry.labels).encode()
         if not entry.is_upload:
-            try:
-                folder = self.below(entry.folder)
-            except RefusedError as refusal:
-                raise ValueError(refusal.message) from None
-            return self.given_in(folder)._replace(labels=entry.labels, digest=entry.digest)
+            return self.given_in(self.below(entry.folder))._replace(labels=entry.labels, digest=entry.digest)
         parent, _, name = entry.folder.rpartition("/")
         folder = self.folder / name
         if parent != self.folder.name or not UPLOAD.fullmatch(name) or folder.is_symlink():
@@ -225,10 +223,11 @@ class Store:
 
     def told(self, error: BaseException) -> str:
         """What clients may read of an error: without the server's paths, and without letters that no JSON has."""
-        message = str(error).encode(errors="replace").decode()
+        message = error.message if isinstance(error, RefusedError) else str(error)
+        message = message.encode(errors="replace").decode()
         for path in (self.folder, self.root):
             message = re.sub(rf"{re.escape(str(path))}[^:\s]*(: )?", "", message)
-        return message
+        return message[:LONGEST_REASON]
 
     def write(self, content: Mapping[str, bytes]) -> Path:
         """Write an upload into a folder of its own.
@@ -368,23 +367,18 @@ class _ReadFile:
         self.state = os.fstat(descriptor)
 
 
-def _lock(file: Path, held: ExitStack) -> bool:
-    """Hold a lock that nobody else has."""
+def _is_locked(file: Path, is_shared: bool, held: ExitStack) -> bool:
+    """Hold a lock that nobody else has, or one that others have who share it, if it is free."""
     try:
-        held.enter_context(filelock.FileLock(file, timeout=0, thread_local=False))
-    except filelock.Timeout:
-        return False
-    return True
-
-
-def _shared_lock(file: Path, held: ExitStack) -> bool:
-    """Hold a lock that others have who share it, and nobody for himself; filelock has no such lock without SQLite."""
-    if fcntl is None:
-        raise ValueError("servers share adapters on systems with fcntl only, which this one has not; use one server")
-    opened = held.enter_context(file.open("ab"))
-    try:
-        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not is_shared:
+            held.enter_context(filelock.FileLock(file, timeout=0, thread_local=False))
+        elif fcntl is None:
+            message = "servers share adapters on systems with fcntl only, which this one has not; use one server"
+            raise ValueError(message)
+        else:
+            # filelock has no such lock without SQLite.
+            fcntl.flock(held.enter_context(file.open("ab")), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (filelock.Timeout, BlockingIOError):
         held.close()
         return False
     return True
