@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..bank import AdapterBank
 from ..bank.adapters import Description
@@ -23,6 +22,7 @@ from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
 from .requests import RefusedError, model_failed
+from .settings import Settings
 
 _log = logging.getLogger("dvora.serve")
 
@@ -127,21 +127,17 @@ class Base:
             yield
 
 
-def open_base(
-    source: str, first: Description | None, bank: Callable[[nn.Module], AdapterBank], dtype: str, trust: Trust
-) -> Base:
-    """Load a base model for the kind of adapters that it will have.
+def open_base(settings: Settings, first: Description | None) -> Base:
+    """Load a base model, with a bank for the kind of adapters that it will have.
 
     Args:
-        source: a folder, or a name on the hub.
+        settings: of the server.
         first: of one of the adapters, whose task decides on the class and the head; None: as the model was saved.
-        bank: makes the bank of a model.
-        dtype: of the base's weights: auto, float32, bfloat16 or float16.
-        trust: whether it may be fetched.
 
     Raises:
         ValueError: it cannot be read, or is of no class that is served.
     """
+    source, dtype, trust = settings.base, settings.dtype, Trust(download=settings.download)
     if first is None:
         config = config_of(source, trust)
         kind = model_class(config)
@@ -155,4 +151,12 @@ def open_base(
     tokenizer = load_tokenizer(source, trust)
     heads = heads_of(model)
     has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
-    return Base(source, model, tokenizer, bank(model), has_own_head)
+    bank = AdapterBank(
+        model,
+        slots=settings.slots,
+        host_bytes=int(settings.host_memory * 2**30),
+        head_bytes=int(settings.head_memory * 2**30),
+        # Rows that would get an untrained one are refused in `Server.rows`.
+        own_heads=True,
+    )
+    return Base(source, model, tokenizer, bank, has_own_head)

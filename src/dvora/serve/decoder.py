@@ -179,8 +179,8 @@ class Decoder:
     def _take(self, request: Request, logits: Tensor) -> Answer | None:
         """Choose the next token, and tell the client of it; the answer, if the text ends with it."""
         sampling, stream = request.sampling, request.state.stream
-        token, tokens = chosen(logits, sampling, request.state.generator), len(stream.tokens) + 1
-        is_full = tokens >= sampling.max_tokens or request.length >= self.longest
+        token = chosen(logits, sampling, request.state.generator)
+        is_full = len(stream.tokens) + 1 >= sampling.max_tokens or request.length >= self.longest
         piece = stream.rest() if token in self.ends else stream.add(token)
         finish: Finish | None = None
         if token in self.ends or stream.is_stopped:
@@ -188,8 +188,8 @@ class Decoder:
         elif is_full:
             finish = "length"
             piece += stream.rest()
-        chances = () if sampling.chances is None else (chance_of(logits, token, sampling.chances),)
-        request.hear(request, Piece(piece, tokens, chances))
+        chance = None if sampling.chances is None else chance_of(logits, token, sampling.chances)
+        request.hear(request, Piece(piece, chance))
         return None if finish is None else Answer(finish=finish)
 
 

@@ -72,7 +72,7 @@ class Key:
         tenant: whose it is; None: of the server's token, or of everybody where there are no keys.
         names: patterns of the adapters that it sees, as in a shell; of others it does not learn that they exist.
         may_change: whether it may put and delete those.
-        requests, tokens: that it may have a minute.
+        requests, tokens: that it may have a minute, read and generated ones.
     """
 
     tenant: str | None = None
@@ -109,10 +109,6 @@ class Key:
                     {"Retry-After": str(seconds)},
                 )
         self.requests.take(1)
-
-    def spend(self, tokens: int) -> None:
-        """Count tokens that were read or generated for it."""
-        self.tokens.take(tokens)
 
     def check_changes(self, name: str) -> None:
         """Refuse to change an adapter that the key is not for, whether it exists or not.

@@ -31,7 +31,7 @@ from .answers import (
     whose,
 )
 from .registry import Version
-from .requests import Answer, Chance, Piece, RefusedError, Sampling
+from .requests import Answer, Chance, Finish, Piece, RefusedError, Sampling
 from .server import Row, Server
 from .texts import Text
 
@@ -237,7 +237,7 @@ class _Shape:
         self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server, has_chances: bool
     ) -> None:
         self.is_chat, self.has_chances, self.token = isinstance(body, Chat), has_chances, server.texts.token
-        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), [0] * len(texts)
+        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), 0
         self.offsets = [0] * len(texts)
         """Where the next token of each text begins."""
         self.kind = "chat.completion" if self.is_chat else "text_completion"
@@ -250,17 +250,16 @@ class _Shape:
 
     async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
         """All of it."""
-        texts, chances = [""] * len(self.generated), [list[Chance]() for _ in self.generated]
-        choices = [dict[str, Any]() for _ in self.generated]
+        texts, chances = [""] * len(self.offsets), [list[Chance]() for _ in self.offsets]
+        choices = [dict[str, Any]() for _ in self.offsets]
         async for index, part in parts:
-            if isinstance(part, Piece):
-                texts[index] += part.text
-                chances[index] += part.chances
-                self.generated[index] = part.tokens
-            else:
+            text, likely, finish = self.taken(part)
+            texts[index] += text
+            chances[index] += likely
+            if finish is not None:
                 text = texts[index]
                 content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-                choices[index] = self.choice(index, content, chances[index], part.finish)
+                choices[index] = self.choice(index, content, chances[index], finish)
         return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     async def events(self, parts: AsyncIterator[tuple[int, Piece | Answer]], with_usage: bool) -> AsyncIterator[bytes]:
@@ -269,15 +268,12 @@ class _Shape:
         begun = set[int]()
         try:
             async for index, part in parts:
-                text, chances, finish = "", tuple[Chance, ...](), None
-                if isinstance(part, Piece):
-                    text, self.generated[index], chances = part
-                    if not text and not chances and index in begun:
-                        continue
-                else:
-                    finish = part.finish
-                role = {} if index in begun else {"role": "assistant"}
-                delta = {**role, **({"content": text} if text or role else {})}
+                text, chances, finish = self.taken(part)
+                delta = {} if index in begun else {"role": "assistant"}
+                if not (text or chances or finish or delta):
+                    continue
+                if text or delta:
+                    delta["content"] = text
                 begun.add(index)
                 content = {"delta": delta} if self.is_chat else {"text": text}
                 yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
@@ -287,6 +283,13 @@ class _Shape:
         if with_usage:
             yield _event({**common, "choices": [], "usage": self.usage()})
         yield b"data: [DONE]\n\n"
+
+    def taken(self, part: Piece | Answer) -> tuple[str, list[Chance], Finish | None]:
+        """What is new: text, log-probabilities, and how the text ended."""
+        if isinstance(part, Answer):
+            return "", [], part.finish
+        self.generated += 1
+        return part.text, [] if part.chance is None else [part.chance], None
 
     def choice(self, index: int, content: dict[str, Any], chances: Sequence[Chance], finish: str | None) -> Any:
         """One text, or a piece of it."""
@@ -298,15 +301,15 @@ class _Shape:
             ]
             logarithms = {"content": tokens, "refusal": None}
         elif self.has_chances:
-            columns: list[list[Any]] = [[], [], [], []]
+            logarithms = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             for chance in chances:
                 token = self.token(chance.token)
                 likeliest = [*chance.likeliest, (chance.token, chance.logarithm)]
-                row = (token, chance.logarithm, {self.token(other): value for other, value in likeliest})
-                for column, value in zip(columns, (*row, self.offsets[index]), strict=True):
-                    column.append(value)
+                logarithms["tokens"].append(token)
+                logarithms["token_logprobs"].append(chance.logarithm)
+                logarithms["top_logprobs"].append({self.token(other): value for other, value in likeliest})
+                logarithms["text_offset"].append(self.offsets[index])
                 self.offsets[index] += len(token)
-            logarithms = dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), columns, strict=True))
         return {"index": index, **content, "logprobs": logarithms, "finish_reason": finish}
 
     def entry(self, token: int, logarithm: float) -> dict[str, Any]:
@@ -316,7 +319,7 @@ class _Shape:
 
     def usage(self) -> dict[str, int]:
         """How many tokens it took."""
-        read, generated = self.prompt_tokens, sum(self.generated)
+        read, generated = self.prompt_tokens, self.generated
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
 

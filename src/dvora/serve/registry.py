@@ -11,14 +11,14 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from ..bank import AdapterBank
 from ..bank.adapters import Description, FolderSource
 from ..whole_files import remove
+from .base import Base
 from .keys import BASE, Key
 from .requests import RefusedError
 from .store import Store, Stored
@@ -64,18 +64,12 @@ class Registry:
     """The adapters of a server, safe under threads.
 
     Args:
-        bank: which serves them.
+        base: the base model, whose bank serves them.
         store: their files.
-        base: the name of the base model.
-        between_passes: gives a context in which no pass of the base runs; layers are hooked within it.
-        check_task: refuses adapters for another class of the base than the one that is served.
     """
 
-    bank: AdapterBank
+    base: Base
     store: Store
-    base: str
-    between_passes: Callable[[], AbstractContextManager[object]] = nullcontext
-    check_task: Callable[[Description], None] = lambda _: None
     damaged: dict[str, str] = field(default_factory=dict)
     """Why what has these names was left out when the server started."""
     _versions: dict[str, Version] = field(default_factory=dict)
@@ -83,7 +77,7 @@ class Registry:
     """Of what lists say."""
     _lists: dict[tuple[str, tuple[str, ...]], tuple[int, bytes]] = field(default_factory=dict)
     """With the number of changes before them."""
-    _loads: Iterator[int] = field(default_factory=count)
+    _loads: Iterator[int] = field(default_factory=lambda: count(1))
     """Numbers of versions: no name has a colon, so no two of them have one key."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while names change."""
@@ -145,11 +139,11 @@ class Registry:
         """
         key = f"{name}:{next(self._loads)}" if read else name
         # The bank's first adapter says which layers are hooked, which happens between passes.
-        with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
-            self.bank.add(key, stored.source, allow_unchanged=True, read=read)
-        version = Version(name, key, stored, self.bank.digest(key) if read else None)
+        with nullcontext() if self.base.bank.serves and len(self.base.bank) else self.base.between_passes():
+            self.base.bank.add(key, stored.source, allow_unchanged=True, read=read)
+        version = Version(name, key, stored, self.base.bank.digest(key) if read else None)
         if stored.digest not in (None, version.digest):
-            self.bank.remove(key)
+            self.base.bank.remove(key)
             raise ValueError("its files are other ones than were put; put it again")
         return version
 
@@ -182,8 +176,8 @@ class Registry:
         Raises:
             RefusedError: 404, there is no such model, or none for this key; 422, it was left out as it is damaged.
         """
-        name = model.removeprefix(f"{self.base}:")
-        if name != self.base:
+        name = model.removeprefix(f"{self.base.name}:")
+        if name != self.base.name:
             return self.adapter(name, key)
         if not key.sees(None):
             raise _unknown(name)
@@ -256,7 +250,7 @@ class Registry:
         try:
             if version.digest is None:
                 try:
-                    version.digest = self.bank.digest(version.key)
+                    version.digest = self.base.bank.digest(version.key)
                     self._changes += 1
                 except (ValueError, TypeError, OSError) as error:
                     message = f"the adapter {name!r} cannot be read: {self.store.told(error)}"
@@ -287,7 +281,7 @@ class Registry:
             if not replaces and name in self.damaged:
                 raise _taken(name)
             is_new = before is None or not replaces
-            files = upload.files(self.like(name, EVERYBODY), self.base if is_new else None)
+            files = upload.files(self.like(name, EVERYBODY), self.base.name if is_new else None)
             folder = self.store.write(files)
             with ExitStack() as unused:
                 unused.callback(remove, folder)
@@ -303,7 +297,7 @@ class Registry:
                     unused.pop_all()
                     return version, before is not None
                 self.warm(name)
-                if (self.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
+                if (self.base.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
                     raise _taken(name)
                 return before, True
 
@@ -368,7 +362,7 @@ class Registry:
             stored: where it is.
             hides: whether errors may say nothing of other adapters.
         """
-        self.check_task(stored.source.description)
+        self.base.check_task(stored.source.description)
         try:
             version = self._loaded(name, stored)
         except ValueError as error:
@@ -379,7 +373,7 @@ class Registry:
         try:
             self.store.keep(name, stored, str(version.digest))
         except BaseException:
-            self.bank.remove(version.key)
+            self.base.bank.remove(version.key)
             raise
         self._point(name, version)
         return version
@@ -389,7 +383,7 @@ class Registry:
             version.holds -= 1
             is_unused = not version.holds
         if is_unused:
-            self.bank.remove(version.key)
+            self.base.bank.remove(version.key)
             if version.stored.upload is not None and not self.store.is_shared:
                 # What stays is swept when the server starts again.
                 with suppress(OSError):
@@ -399,7 +393,7 @@ class Registry:
         """What clients are told of an adapter."""
         return {
             "name": version.name,
-            "base": self.base,
+            "base": self.base.name,
             "digest": version.digest,
             "labels": list(version.labels),
             "uploaded": version.stored.upload is not None,
@@ -418,7 +412,7 @@ class Registry:
                 "128, with a letter or a digit first",
                 "InvalidUserInput",
             )
-        if name in (BASE, self.base):
+        if name in (BASE, self.base.name):
             raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
 
 

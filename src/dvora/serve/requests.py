@@ -82,12 +82,11 @@ class Chance(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Generated text that is new, and how many tokens have been generated, the one that ends a text among them."""
+    """What a generated token adds to a text: nothing, where it ends the text or what it means is not certain yet."""
 
     text: str
-    tokens: int
-    chances: tuple[Chance, ...] = ()
-    """Of the tokens since the last piece, where the request wants them."""
+    chance: Chance | None = None
+    """Of the token, where the request wants it."""
 
 
 @dataclass(eq=False)

@@ -7,14 +7,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..bank import AdapterBank
 from ..recipes.models.bases import longest_text
-from ..recipes.settings import Trust
 from .base import open_base
 from .engine import Engine
 from .keys import Key, Keys
@@ -91,23 +88,8 @@ class Server:
         self.store = Store(settings.adapters, is_shared)
         try:
             opened, damaged = self.store.open()
-            self.base = open_base(
-                settings.base,
-                next((stored.source.description for stored in opened.values()), None),
-                partial(
-                    AdapterBank,
-                    slots=settings.slots,
-                    host_bytes=int(settings.host_memory * 2**30),
-                    head_bytes=int(settings.head_memory * 2**30),
-                    # Rows that would get an untrained one are refused in `rows`.
-                    own_heads=True,
-                ),
-                settings.dtype,
-                Trust(download=settings.download),
-            )
-            self.registry = Registry(
-                self.base.bank, self.store, self.base.name, self.base.between_passes, self.base.check_task
-            )
+            self.base = open_base(settings, next((stored.source.description for stored in opened.values()), None))
+            self.registry = Registry(self.base, self.store)
             self.registry.open(opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
             self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
@@ -220,7 +202,7 @@ class Server:
                 place[request] = number
             self.engine.submit([*place])
             try:
-                client.key.spend(sum(len(text.tokens) for _, text in rows))
+                client.key.tokens.take(sum(len(text.tokens) for _, text in rows))
                 yield [versions[name] for name, _ in rows], _parts(len(rows), heard, client)
             finally:
                 self.engine.cancel([*place])
@@ -248,12 +230,11 @@ async def _parts(
     rows: int, heard: asyncio.Queue[tuple[int, Piece | Answer]], client: Client
 ) -> AsyncIterator[tuple[int, Piece | Answer]]:
     """What is heard of rows until all have their answers; what they generate is the client's to pay."""
-    generated, answered = [0] * rows, 0
+    answered = 0
     while answered < rows:
         number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
         if isinstance(part, Piece):
-            client.key.spend(part.tokens - generated[number])
-            generated[number] = part.tokens
+            client.key.tokens.take(1)
         else:
             answered += 1
             if part.error is not None:
