@@ -7,17 +7,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
+from torch import Tensor
 
 from .keys import BASE, Asking
 from .registry import Version
-from .requests import RefusedError, Work
-from .server import Client, Row, Server
+from .requests import Answer, RefusedError, Sampling, Work
+from .server import Client, Server
 from .texts import Input
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
@@ -38,6 +39,16 @@ Inputs = Annotated[
     str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)],
     Field(description="a text, a list of texts, a list of tokens, or a list of such lists"),
 ]
+
+
+class Row(NamedTuple):
+    """What came out for one row."""
+
+    version: Version | None
+    """Of its adapter; None is the base."""
+    values: Tensor
+    tokens: int
+    """Of its text."""
 
 
 class Body(BaseModel):
@@ -203,18 +214,28 @@ class Call:
     async def rows(
         self, work: Work, models: Sequence[str | None], texts: Sequence[Input], truncate: bool = False
     ) -> list[Row]:
-        """What comes out for texts, one after another, each by all models.
+        """What comes out for texts, one after another, each by all models, in as few batches as they fit.
 
         Raises:
-            RefusedError: there are too many, a model is unknown, or a text too long.
+            RefusedError: there are too many, a model is unknown or damaged, a text is too long, or it took too long.
         """
-        self.server.require(work)
+        server = self.server
+        server.require(work)
         self.check(len(models) * len(texts))
         names = [self.named(model) for model in models]
+        if work == "classify" and not server.base.has_own_head and None in names:
+            raise RefusedError(
+                400, f"{server.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
+            )
         async with self.client() as client:
-            queue = self.key.queue_of(names[0])
-            tokens = await client.wait(self.server.texts.read(texts, queue, truncate=truncate))
-            return await self.server.rows(work, [(name, text) for text in tokens for name in names], client)
+            read = await client.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
+            rows = [(name, text) for text in read for name in names]
+            async with server.asking(work, rows, client, Sampling()) as (versions, parts):
+                answers = {number: part async for number, part in parts if isinstance(part, Answer)}
+        return [
+            Row(version, answers[number].values, len(text.tokens))
+            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
+        ]
 
     async def answer_rows(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
         """An answer with an item for each row, written in a thread, where others take turns with it.

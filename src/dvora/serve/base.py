@@ -17,12 +17,12 @@ import torch
 from ..bank import AdapterBank
 from ..bank.adapters import Description
 from ..bank.hooks import Batch as BankBatch
-from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
 from .requests import RefusedError, model_failed
 from .settings import Settings
+from .store import Stored
 
 _log = logging.getLogger("dvora.serve")
 
@@ -127,7 +127,7 @@ class Base:
             yield
 
 
-def open_base(settings: Settings, first: Description | None) -> Base:
+def open_base(settings: Settings, first: Stored | None) -> Base:
     """Load a base model, with a bank for the kind of adapters that it will have.
 
     Args:
@@ -142,8 +142,7 @@ def open_base(settings: Settings, first: Description | None) -> Base:
         config = config_of(source, trust)
         kind = model_class(config)
     else:
-        shapes = {name: shape for name, (_, shape) in first.entries.items()}
-        kind, config = base_class(Adapter(Path(source), json.loads(first.settings), shapes, ()), source, trust)
+        kind, config = base_class(first.adapter, source, trust)
     model, new = load_model(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust=trust)
     model.requires_grad_(False)
     if torch.accelerator.is_available():
@@ -156,7 +155,7 @@ def open_base(settings: Settings, first: Description | None) -> Base:
         slots=settings.slots,
         host_bytes=int(settings.host_memory * 2**30),
         head_bytes=int(settings.head_memory * 2**30),
-        # Rows that would get an untrained one are refused in `Server.rows`.
+        # Rows that would get an untrained one are refused in `Call.rows`.
         own_heads=True,
     )
     return Base(source, model, tokenizer, bank, has_own_head)

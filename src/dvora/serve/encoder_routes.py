@@ -12,10 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, Call, Here, Inputs, Switch, Texts, answer, inputs_of, sent, takes, whose
-from .registry import Version
+from .answers import Body, Call, Here, Inputs, Row, Switch, Texts, answer, inputs_of, sent, takes, whose
 from .requests import RefusedError
-from .server import Row, Server
+from .server import Server
 from .texts import Input
 
 router = APIRouter(tags=["encoders"])
@@ -155,7 +154,7 @@ def classes_of(row: Row, server: Server) -> dict[str, Any]:
     common = whose(row.version)
     if row.values.numel() == 1:
         return {**common, "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
-    probabilities, labels = row.values.softmax(-1), _labels(row.version, row.values, server)
+    probabilities, labels = row.values.softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
     return {
         **common,
@@ -167,8 +166,8 @@ def classes_of(row: Row, server: Server) -> dict[str, Any]:
     }
 
 
-def _labels(version: Version | None, values: Tensor, server: Server) -> list[str]:
-    count = values.numel()
+def _labels(row: Row, server: Server) -> list[str]:
+    version, count = row.version, row.values.numel()
     if version is not None and len(version.labels) == count:
         return list(version.labels)
     names: dict[int, str] = server.base.model.config.id2label
@@ -178,11 +177,10 @@ def _labels(version: Version | None, values: Tensor, server: Server) -> list[str
 
 
 def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
-    """The classes of a row, the likeliest first."""
     parameters = body.parameters or Parameters()
     default = "none" if body.raw_scores else "sigmoid" if row.values.numel() == 1 else "softmax"
     scores = _FUNCTIONS[parameters.function_to_apply or default](row.values)
-    labels = _labels(row.version, row.values, server)
+    labels = _labels(row, server)
     order = scores.argsort(descending=True)[: parameters.top_k].tolist()
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
 

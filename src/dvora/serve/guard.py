@@ -105,24 +105,21 @@ class Exchange:
         """Send a part of the answer, in pieces, as fast as the client reads."""
         if self._is_over:
             return
-        if message["type"] == "http.response.start":
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
-            try:
+        is_start, body, start = message["type"] == "http.response.start", message.get("body", b""), 0
+        try:
+            if is_start:
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
                 if (size := int(headers.get("content-length", 0))) > PIECE:
                     self.budget.take(self, size)
-            except RefusedError as refusal:
-                await refused(refusal)(self.scope, self.receive, self.send)
-                self._is_over = True
-                return
-            self.status, self.headers = message["status"], headers
-        body, start = message.get("body", b""), 0
-        while len(body) - start > PIECE:
-            try:
+                self.status, self.headers = message["status"], headers
+            while len(body) - start > PIECE:
                 await self._wait(self._send({**message, "body": body[start : start + PIECE], "more_body": True}), None)
-            except RefusedError:
-                self._is_over = True
-                return
-            start += PIECE
+                start += PIECE
+        except RefusedError as refusal:
+            if is_start:
+                await refused(refusal)(self.scope, self.receive, self.send)
+            self._is_over = True
+            return
         await self._send({**message, "body": body[start:]} if start else message)
 
     async def _wait(self, client: Awaitable[Any], seconds: float | None) -> Any:
@@ -152,7 +149,6 @@ class Guard:
         self.budget = Budget(int(server.settings.body_memory * 2**20))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -200,12 +200,7 @@ def _unauthorized(message: str) -> RefusedError:
 
 
 def _read(file: Path) -> dict[str, Key]:
-    """The keys of a file, by the hashes of their secrets.
-
-    Raises:
-        ValueError: it is damaged, or two tenants have one key.
-        OSError: it cannot be read.
-    """
+    """The keys of a file, by the hashes of their secrets."""
     try:
         tenants = TypeAdapter(dict[str, Tenant]).validate_python(tomllib.loads(read_small(file, LARGEST_FILE)))
     except ValidationError as error:

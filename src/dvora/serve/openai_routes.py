@@ -21,6 +21,7 @@ from .answers import (
     Call,
     Here,
     Inputs,
+    Row,
     Switch,
     answer,
     error_body,
@@ -32,7 +33,7 @@ from .answers import (
 )
 from .registry import Version
 from .requests import Answer, Chance, Finish, Piece, RefusedError, Sampling
-from .server import Row, Server
+from .server import Server
 from .texts import Text
 
 router = APIRouter(tags=["OpenAI's interface"])
@@ -225,7 +226,6 @@ class _Stream(StreamingResponse):
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
         async with self._held:
             await super().__call__(scope, receive, send)
 
@@ -249,7 +249,6 @@ class _Shape:
         }
 
     async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
-        """All of it."""
         texts, chances = [""] * len(self.offsets), [list[Chance]() for _ in self.offsets]
         choices = [dict[str, Any]() for _ in self.offsets]
         async for index, part in parts:
@@ -318,7 +317,6 @@ class _Shape:
         return {"token": text, "logprob": logarithm, "bytes": None if "\ufffd" in text else [*text.encode()]}
 
     def usage(self) -> dict[str, int]:
-        """How many tokens it took."""
         read, generated = self.prompt_tokens, self.generated
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 

@@ -26,7 +26,6 @@ from .uploads import Upload
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
-EVERYBODY = Key()
 _log = logging.getLogger("dvora.serve")
 
 
@@ -127,16 +126,7 @@ class Registry:
                 raise RefusedError(503, message, "unavailable") from error
 
     def _loaded(self, name: str, stored: Stored, *, read: bool = True) -> Version:
-        """A version of what is on the disk, in the bank; not yet served.
-
-        Args:
-            name: of the adapter.
-            stored: where it is; what was put before must be what was put.
-            read: False: when it is first used.
-
-        Raises:
-            ValueError: it is damaged, or of another base or kind.
-        """
+        """A version of what is on the disk, which the bank has; what was put once must be what was put."""
         key = f"{name}:{next(self._loads)}" if read else name
         # The bank's first adapter says which layers are hooked, which happens between passes.
         with nullcontext() if self.base.bank.serves and len(self.base.bank) else self.base.between_passes():
@@ -259,7 +249,7 @@ class Registry:
         finally:
             self._release(version)
 
-    def put(self, name: str, upload: Upload, *, key: Key = EVERYBODY, replaces: bool = True) -> tuple[Version, bool]:
+    def put(self, name: str, upload: Upload, *, key: Key, replaces: bool = True) -> tuple[Version, bool]:
         """Serve what a client sent under a name from now on, and after a restart.
 
         Args:
@@ -281,13 +271,13 @@ class Registry:
             if not replaces and name in self.damaged:
                 raise _taken(name)
             is_new = before is None or not replaces
-            files = upload.files(self.like(name, EVERYBODY), self.base.name if is_new else None)
+            files = upload.files(self.like(name, Key()), self.base.name if is_new else None)
             folder = self.store.write(files)
             with ExitStack() as unused:
                 unused.callback(remove, folder)
                 labels = upload.labels or (before.labels if before is not None else ())
                 stored = Stored(FolderSource(folder), labels, folder)
-                if len(labels) not in (0, outputs := stored.label_count):
+                if len(labels) not in (0, outputs := stored.adapter.label_count):
                     if upload.labels:
                         raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
                     # Those of the version before name other classes.
@@ -314,11 +304,8 @@ class Registry:
         """
         with self._change(name):
             if name in self and not replaces:
-                raise RefusedError(
-                    400,
-                    f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first",
-                    "InvalidUserInput",
-                )
+                message = f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first"
+                raise RefusedError(400, message, "InvalidUserInput")
             return self._load(name, self.store.given_in(self.store.below(path)))
 
     def delete(self, name: str) -> Version | None:
@@ -400,11 +387,6 @@ class Registry:
         }
 
     def _check_name(self, name: str) -> None:
-        """Refuse what cannot name an adapter.
-
-        Raises:
-            RefusedError: 400.
-        """
         if not NAME.fullmatch(name):
             raise RefusedError(
                 400,

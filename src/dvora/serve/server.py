@@ -7,9 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from ..recipes.models.bases import longest_text
 from .base import open_base
@@ -61,16 +59,6 @@ class Client:
             task.cancel()
 
 
-class Row(NamedTuple):
-    """What came out for one row."""
-
-    version: Version | None
-    """Of its adapter; None is the base."""
-    values: Tensor
-    tokens: int
-    """Of its text."""
-
-
 class Server:
     """One base, its adapters and its engine.
 
@@ -88,7 +76,7 @@ class Server:
         self.store = Store(settings.adapters, is_shared)
         try:
             opened, damaged = self.store.open()
-            self.base = open_base(settings, next((stored.source.description for stored in opened.values()), None))
+            self.base = open_base(settings, next(iter(opened.values()), None))
             self.registry = Registry(self.base, self.store)
             self.registry.open(opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
@@ -146,28 +134,6 @@ class Server:
         with ExitStack() as held:
             yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
 
-    async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client) -> list[Row]:
-        """Classify or embed texts, each by an adapter, in as few batches as they fit.
-
-        Args:
-            work: classify or embed.
-            rows: the name of an adapter, None for the base, and its text.
-            client: who waits.
-
-        Raises:
-            RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
-        """
-        if work == "classify" and not self.base.has_own_head and any(name is None for name, _ in rows):
-            raise RefusedError(
-                400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
-            )
-        async with self.asking(work, rows, client, Sampling()) as (versions, parts):
-            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
-        return [
-            Row(version, answers[number].values, len(text.tokens))
-            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
-        ]
-
     @asynccontextmanager
     async def asking(
         self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client, sampling: Sampling
@@ -183,7 +149,6 @@ class Server:
         Raises:
             RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
         """
-        self.require(work)
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Answer]]()
         place: dict[Request, int] = {}
 
@@ -191,6 +156,19 @@ class Server:
             # Unless the loop has ended with all who listened there.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(heard.put_nowait, (place[request], part))
+
+        async def parts() -> AsyncIterator[tuple[int, Piece | Answer]]:
+            answered = 0
+            while answered < len(rows):
+                number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
+                if isinstance(part, Piece):
+                    # What is generated is the client's to pay.
+                    client.key.tokens.take(1)
+                else:
+                    answered += 1
+                    if part.error is not None:
+                        raise part.error
+                yield number, part
 
         async with AsyncExitStack() as held:
             # Adapters are read within the client's time.
@@ -203,7 +181,7 @@ class Server:
             self.engine.submit([*place])
             try:
                 client.key.tokens.take(sum(len(text.tokens) for _, text in rows))
-                yield [versions[name] for name, _ in rows], _parts(len(rows), heard, client)
+                yield [versions[name] for name, _ in rows], parts()
             finally:
                 self.engine.cancel([*place])
 
@@ -224,19 +202,3 @@ class Server:
             "adapter_evictions": stats.evictions,
         }
         return self.metrics.text(values, running, waiting, stats.slots)
-
-
-async def _parts(
-    rows: int, heard: asyncio.Queue[tuple[int, Piece | Answer]], client: Client
-) -> AsyncIterator[tuple[int, Piece | Answer]]:
-    """What is heard of rows until all have their answers; what they generate is the client's to pay."""
-    answered = 0
-    while answered < rows:
-        number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
-        if isinstance(part, Piece):
-            client.key.tokens.take(1)
-        else:
-            answered += 1
-            if part.error is not None:
-                raise part.error
-        yield number, part

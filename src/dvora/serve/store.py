@@ -20,11 +20,11 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 from pydantic import TypeAdapter, ValidationError
@@ -91,15 +91,15 @@ class Stored(NamedTuple):
         return content.settings, content.layers, config.task_type, json.dumps(config.auto_mapping)
 
     @property
-    def label_count(self) -> int | None:
-        """Outputs of its head, if it has one.
+    def adapter(self) -> Adapter:
+        """It as the recipes know adapters, for the class of its base and the outputs of its head.
 
         Raises:
             ValueError: it lacks the head that its settings name.
         """
         description = self.source.description
         shapes = {name: shape for name, (_, shape) in description.entries.items()}
-        return Adapter(Path(), json.loads(description.settings), shapes, ()).label_count
+        return Adapter(Path(), json.loads(description.settings), shapes, ())
 
 
 class Store:
@@ -165,7 +165,11 @@ class Store:
         """What the server was given, by name; the functions read it."""
         if self.pack is not None:
             pack = Pack.open(self.pack)
-            return {name: partial(_packed, pack, name) for name in pack.entries}
+
+            def packed(name: str) -> Stored:
+                return Stored(pack.source(name))
+
+            return {name: partial(packed, name) for name in pack.entries}
         is_empty = all(path.name[0] == "." for path in self.root.iterdir())
         folders = {} if is_empty else adapters_in(self.root)
         return {name: partial(self.given_in, folder) for name, folder in folders.items()}
@@ -288,13 +292,11 @@ class Store:
         Raises:
             RefusedError: 503, others change it all the time.
         """
-        with ExitStack() as held:
-            if self.is_shared:
-                try:
-                    held.enter_context(self._changes)
-                except filelock.Timeout:
-                    raise RefusedError(503, "other servers change the adapters; try again", "unavailable") from None
-            yield
+        try:
+            with self._changes if self.is_shared else nullcontext():
+                yield
+        except filelock.Timeout:
+            raise RefusedError(503, "other servers change the adapters; try again", "unavailable") from None
 
     def is_behind(self) -> bool:
         """Whether another server changed the index since it was last read here."""
@@ -331,13 +333,12 @@ class Store:
             ) from error
 
     def _write_index(self, index: dict[str, Entry | None]) -> None:
-        saved: dict[str, Any] = {name: None if entry is None else asdict(entry) for name, entry in index.items()}
         for name, entry in self.index.items():
             if self.is_shared and entry is not None and entry.is_upload and index.get(name) != entry:
                 # From now on it lingers.
                 with suppress(FileNotFoundError):
                     os.utime(self.root / entry.folder)
-        if len(content := json.dumps(saved, ensure_ascii=False).encode()) > LARGEST_INDEX:
+        if len(content := _Index.dump_json(index)) > LARGEST_INDEX:
             raise ValueError(f"the index of all adapters would be larger than {LARGEST_INDEX:,} bytes; delete some")
         file = self.folder / INDEX
         before = file.read_bytes() if file.exists() else None
@@ -349,10 +350,6 @@ class Store:
                 file.unlink(missing_ok=True) if before is None else write_atomically(file, before)
             raise
         self.index = index
-
-
-def _packed(pack: Pack, name: str) -> Stored:
-    return Stored(pack.source(name))
 
 
 _Index = TypeAdapter(dict[str, Entry | None])
