@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -198,14 +197,11 @@ class Call:
 
         return await self.server.changes.run(self.key.queue_of(None), in_time)
 
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
+    def client(self) -> Client:
         """Who waits: until its time is over, or it hangs up."""
         hung_up = asyncio.ensure_future(self._until_gone())
-        try:
-            yield Client(self.key, self.request.state.deadline, hung_up)
-        finally:
-            hung_up.cancel()
+        self.request.state.held.callback(hung_up.cancel)
+        return Client(self.key, self.request.state.deadline, hung_up)
 
     async def _until_gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -227,11 +223,11 @@ class Call:
             raise RefusedError(
                 400, f"{server.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
             )
-        async with self.client() as client:
-            read = await client.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
-            rows = [(name, text) for text in read for name in names]
-            async with server.asking(work, rows, client, Sampling()) as (versions, parts):
-                answers = {number: part async for number, part in parts if isinstance(part, Answer)}
+        client = self.client()
+        read = await client.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
+        rows = [(name, text) for text in read for name in names]
+        async with server.asking(work, rows, client, Sampling()) as (versions, parts):
+            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
         return [
             Row(version, answers[number].values, len(text.tokens))
             for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))

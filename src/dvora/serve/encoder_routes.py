@@ -15,7 +15,6 @@ from .. import __version__
 from .answers import Body, Call, Here, Inputs, Row, Switch, Texts, answer, inputs_of, sent, takes, whose
 from .requests import RefusedError
 from .server import Server
-from .texts import Input
 
 router = APIRouter(tags=["encoders"])
 Pair = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
@@ -74,8 +73,7 @@ class Rerank(_Inputs):
 async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
     models = [body.model] if isinstance(body.model, str) else body.model
-    inputs: Sequence[Input] = [body.input] if isinstance(body.input, str) else body.input
-    rows = await call.rows("classify", models, inputs, body.truncate)
+    rows = await call.rows("classify", models, inputs_of(body.input), body.truncate)
 
     def item(index: int, row: Row) -> dict[str, Any]:
         return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from typing import Any
@@ -142,7 +143,7 @@ class Exchange:
 
 
 class Guard:
-    """Around every request, whatever server it came through."""
+    """Around every request, whatever server it came through; what routes hold is held until the answer is sent."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
@@ -153,10 +154,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         exchange, settings = Exchange(scope, receive, send, self.budget), self.server.settings
-        state = scope.setdefault("state", {})
-        state["incoming"], state["deadline"] = exchange, exchange.arrived + settings.timeout
         self.budget.exchanges[exchange] = None
-        try:
+        async with AsyncExitStack() as held:
+            held.callback(self._end, exchange)
+            deadline = exchange.arrived + settings.timeout
+            scope.setdefault("state", {}).update(incoming=exchange, deadline=deadline, held=held)
             try:
                 _check_framing(scope)
                 _check_host(scope, settings.allow_host)
@@ -165,12 +167,10 @@ class Guard:
                 await refused(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
-        finally:
-            del self.budget.exchanges[exchange]
-            self.budget.give(exchange)
-            self._note(exchange)
 
-    def _note(self, exchange: Exchange) -> None:
+    def _end(self, exchange: Exchange) -> None:
+        del self.budget.exchanges[exchange]
+        self.budget.give(exchange)
         route = getattr(exchange.scope.get("route"), "path", "other")
         seconds = time.monotonic() - exchange.arrived
         self.server.metrics.request(route, exchange.status, seconds)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import starmap
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,6 @@ from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
 from .answers import (
     Body,
@@ -199,35 +197,24 @@ async def _generate(
     server = call.server
     server.require("generate")
     name = call.named(body.model)
-    async with AsyncExitStack() as held:
-        client = await held.enter_async_context(call.client())
-        texts = await client.wait(read(call.key.queue_of(name)))
-        room = server.longest - max(len(text.tokens) for text in texts)
-        if (most or 0) > room:
-            raise RefusedError(
-                400,
-                f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
-                f"takes {server.longest:,} in all; ask for {room:,} or fewer",
-            )
-        rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
-        versions, parts = await held.enter_async_context(server.asking("generate", rows, client, sampling))
-        shape = _Shape(body, texts, versions[0], server, chances is not None)
-        if not body.stream:
-            return answer(await shape.whole(parts), versions)
-        # Held until the last piece is sent.
-        return _Stream(shape.events(parts, body.stream_options.include_usage), held.pop_all(), headers_of(versions))
-
-
-class _Stream(StreamingResponse):
-    """Events, and what is held until they are sent, or nobody wants them."""
-
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            await super().__call__(scope, receive, send)
+    client = call.client()
+    texts = await client.wait(read(call.key.queue_of(name)))
+    room = server.longest - max(len(text.tokens) for text in texts)
+    if (most or 0) > room:
+        raise RefusedError(
+            400,
+            f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
+            f"takes {server.longest:,} in all; ask for {room:,} or fewer",
+        )
+    rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
+    # Until the last piece is sent, or nobody wants it.
+    held = call.request.state.held.enter_async_context
+    versions, parts = await held(server.asking("generate", rows, client, sampling))
+    shape = _Shape(body, texts, versions[0], server, chances is not None)
+    if not body.stream:
+        return answer(await shape.whole(parts), versions)
+    events = shape.events(parts, body.stream_options.include_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers_of(versions))
 
 
 class _Shape:
