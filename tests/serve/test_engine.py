@@ -248,7 +248,7 @@ def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_ada
         )
         decoder = server.engine._decoder
         assert decoder is not None
-        decoder.ends = frozenset(decoder.ends | {listed.pieces[4].chance.token})
+        decoder.ends |= {listed.pieces[4].chance.token}
         (ended,) = ask(server, {"adapter": "a1", "sampling": {"temperature": 0.7, "seed": 1, "chances": 0}})
     assert not any(piece.chance for piece in plain.pieces)
     ids = alone.tokenizer("the ")["input_ids"]

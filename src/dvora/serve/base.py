@@ -60,12 +60,6 @@ class Base:
         """Whether the encoder has a head, its own or those of adapters."""
         return not self.generates and bool(heads_of(self.model))
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        device: torch.device = self.model.device
-        return device
-
     @cached_property
     def name(self) -> str:
         """What clients call it."""

@@ -107,7 +107,9 @@ class Decoder:
         config = self.base.model.config
         check_cacheable(config)
         self.cache = RowCache(config.get_text_config().num_hidden_layers, self.limits.cache_tokens)
-        self.ends = ends_of(self.base.model, self.base.tokenizer)
+        ends = self.base.model.generation_config.eos_token_id
+        self.ends = {*(ends if isinstance(ends, list) else [ends]), self.base.tokenizer.eos_token_id} - {None}
+        """Tokens that end a text."""
         self._cache_argument = cache_argument(self.base.model)
 
     @torch.no_grad()
@@ -154,7 +156,7 @@ class Decoder:
 
     def _pass(self, requests: Sequence[Request], ids: Tensor, first: int, positions: Tensor, wanted: Tensor) -> Tensor:
         """Logits of one token of every row, (rows, vocabulary), on the CPU."""
-        model, device = self.base.model, self.base.device
+        model, device = self.base.model, self.base.model.device
         positions = positions.to(device)
         self.cache.begin(first, positions, torch.tensor([request.length for request in requests], device=device))
         arguments = {
@@ -226,9 +228,3 @@ def chance_of(logits: Tensor, token: int, count: int) -> Chance:
     logarithms = logits.double().log_softmax(0)
     values, ids = logarithms.topk(min(count, len(logits)))
     return Chance(token, float(logarithms[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text."""
-    ends = model.generation_config.eos_token_id
-    return frozenset({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})

@@ -31,7 +31,7 @@ class Engine:
 
     def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
         self.base, self.metrics = base, metrics
-        self._scheduler = Scheduler(limits, PASS_ON_CPU if base.device.type == "cpu" else PASS_ON_ACCELERATOR)
+        self._scheduler = Scheduler(limits, PASS_ON_CPU if base.model.device.type == "cpu" else PASS_ON_ACCELERATOR)
         self._decoder = Decoder(base, limits, longest) if base.generates else None
         self._runner = self._decoder or Encoder(base)
         self._changed = threading.Condition()

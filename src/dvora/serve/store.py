@@ -49,7 +49,6 @@ UNFINISHED = re.compile(rf"\.([0-9a-f]{{16}}\.unfinished|index\.json\.{RANDOM})"
 """What a server leaves that is killed while it writes."""
 LONGEST_REASON = 1000
 """Letters of an error; some quote what is damaged."""
-ABSENT = object()
 CHANGING_SECONDS = 30.0
 """For which a change waits for those of other servers."""
 LINGERING_SECONDS = 3600.0
@@ -315,8 +314,7 @@ class Store:
         Until they are taken over, and also after an error, `is_behind` is true.
         """
         (index, read), before = self._read_index(), self.index
-        names = [name for name in {**before, **index} if index.get(name, ABSENT) != before.get(name, ABSENT)]
-        yield {name: index.get(name) for name in names}
+        yield {name: index.get(name) for name, _ in index.items() ^ before.items()}
         self.index, self._last_read = index, read
 
     def _read_index(self) -> tuple[dict[str, Entry | None], _ReadFile | None]:
