@@ -115,7 +115,7 @@ class Decoder:
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """A pass over new prompts, or a step of the texts that run; gives the answers of texts that have ended."""
-        requests, logits = self._prefill(batch.requests) if batch.kind == "prefill" else self._step()
+        requests, logits = self._pass(batch.requests if batch.kind == "prefill" else ())
         answers = []
         for request, row, is_finite in zip(requests, logits, logits.isfinite().all(-1), strict=True):
             answer = self._take(request, row) if is_finite else Answer(error=not_finite())
@@ -132,33 +132,23 @@ class Decoder:
             if last is not request:
                 self.running[row] = last
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Sequence[Request], Tensor]:
-        lengths = [request.length for request in requests]
-        ids = torch.zeros(len(requests), max(lengths), dtype=torch.long)
-        for row, request in zip(ids, requests, strict=True):
-            row[: request.length] = torch.tensor([*request.tokens, *request.generated])
-        first = len(self.running)
-        self.cache.reserve(first + len(requests), max(lengths + [request.length for request in self.running]))
-        for request in requests:
+    def _pass(self, new: Sequence[Request]) -> tuple[Sequence[Request], Tensor]:
+        """New texts, or else those that run, and the logits of what follows, (rows, vocabulary), on the CPU."""
+        running, first = [*self.running, *new], len(self.running) if new else 0
+        requests = running[first:]
+        # Of those that run only the last token is not in the cache yet.
+        unread = [[*request.tokens, *request.generated] if new else request.generated[-1:] for request in requests]
+        self.cache.reserve(len(running), max(request.length for request in running))
+        for request in new:
             request.state = request.state or self._state(request)
         # Before the pass: if it fails they are dropped with what it has written.
-        self.running += requests
-        positions = torch.arange(max(lengths)).expand(len(requests), -1)
-        return requests, self._pass(requests, ids, first, positions, torch.tensor(lengths) - 1)
-
-    def _step(self) -> tuple[Sequence[Request], Tensor]:
-        """Of all texts the last token is not in the cache yet."""
-        requests = list(self.running)
-        ids = torch.tensor([[request.generated[-1]] for request in requests])
-        positions = torch.tensor([[request.length - 1] for request in requests])
-        self.cache.reserve(len(requests), int(positions.max()) + 1)
-        return requests, self._pass(requests, ids, 0, positions, torch.zeros(len(ids), dtype=torch.long))
-
-    def _pass(self, requests: Sequence[Request], ids: Tensor, first: int, positions: Tensor, wanted: Tensor) -> Tensor:
-        """Logits of one token of every row, (rows, vocabulary), on the CPU."""
+        self.running = running
         model, device = self.base.model, self.base.model.device
-        positions = positions.to(device)
-        self.cache.begin(first, positions, torch.tensor([request.length for request in requests], device=device))
+        counts, width = torch.tensor([len(tokens) for tokens in unread]), max(map(len, unread))
+        lengths = torch.tensor([request.length for request in requests])
+        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in unread], device=device)
+        positions = ((lengths - counts).unsqueeze(-1) + torch.arange(width)).to(device)
+        self.cache.begin(first, positions, lengths.to(device))
         arguments = {
             "attention_mask": self.cache.mask(model.dtype),
             "position_ids": positions,
@@ -167,9 +157,9 @@ class Decoder:
         }
         self.base.enter([request.adapter for request in requests])
         # Only of tokens that something follows: logits have the size of the vocabulary.
-        kept, places = wanted.unique(return_inverse=True)
-        logits: Tensor = model(input_ids=ids.to(device), logits_to_keep=kept.to(device), **arguments).logits
-        return logits[torch.arange(len(ids)), places].float().cpu()
+        kept, places = (counts - 1).unique(return_inverse=True)
+        logits: Tensor = model(input_ids=ids, logits_to_keep=kept.to(device), **arguments).logits
+        return requests, logits[torch.arange(len(requests)), places].float().cpu()
 
     def _state(self, request: Request) -> _State:
         seed = request.sampling.seed
