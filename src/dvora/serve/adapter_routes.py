@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field, StringConstraints
-from pydantic_core import to_json
 
 from ..flat import Layout
 from .answers import Body, Call, Here, Switch, answer, headers_of, sent, takes
@@ -43,11 +42,10 @@ async def adapters(call: Here) -> Response:
     """All adapters, and what a flat vector has to be like."""
     base, registry = call.server.base.name, call.server.registry
 
-    def write(versions: Sequence[Version]) -> bytes:
-        cards, left_out = [registry.card(version) for version in versions], registry.left_out(call.key)
-        return to_json({"base": base, "layout": _layout(call), "adapters": cards, "left_out": left_out})
+    def content(versions: Sequence[Version]) -> dict[str, Any]:
+        return {"base": base, "layout": _layout(call), "adapters": [registry.card(version) for version in versions]}
 
-    return answer(registry.listed("adapters", call.key, write))
+    return answer(registry.listed("adapters", call.key, content))
 
 
 @router.get("/v1/adapters/{name}")

@@ -92,8 +92,7 @@ class Engine:
                 left = [*self._scheduler.all_waiting(), *self._scheduler.running]
                 for request in left:
                     request.answer(Answer(error=RefusedError(503, "the server has stopped", "unavailable")))
-                    request.is_cancelled = True
-                self._changed.notify()
+                self.cancel(left)
             self._thread.join()
 
     def _loop(self) -> None:

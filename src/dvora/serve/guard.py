@@ -76,7 +76,7 @@ class Exchange:
         self.status, self.headers = 500, dict[str, str]()
         self.pending: asyncio.Future[Any] | None = None
         """What the client is waited for with."""
-        self._read, self._is_read, self._is_over = 0, False, False
+        self._is_read = self._is_over = False
         self._declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
 
     async def receive(self) -> Message:
@@ -92,8 +92,7 @@ class Exchange:
         if message["type"] == "http.disconnect":
             raise RefusedError(499, "the client has gone", "client_closed_request")
         part = message.get("body", b"")
-        self._read += len(part)
-        self._check(self._read)
+        self._check(self.held + len(part))
         self.budget.take(self, len(part))
         self._is_read = not message.get("more_body", False)
         return message

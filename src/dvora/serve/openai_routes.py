@@ -134,13 +134,12 @@ class Embeddings(Body, neutral=NEUTRAL):
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    registry, base = call.server.registry, call.server.base.name
 
-    def write(versions: Sequence[Version]) -> bytes:
-        cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
-        return to_json({"object": "list", "data": cards, "left_out": registry.left_out(call.key)})
+    def content(versions: Sequence[Version]) -> dict[str, Any]:
+        models = [*([None] if call.key.sees(None) else []), *versions]
+        return {"object": "list", "data": [_card(call.server.base.name, model) for model in models]}
 
-    return answer(registry.listed("models", call.key, write))
+    return answer(call.server.registry.listed("models", call.key, content))
 
 
 @router.get("/v1/models/{model}")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from pydantic_core import to_json
+
 from ..bank.adapters import Description, FolderSource
 from ..whole_files import remove
 from .base import Base
@@ -185,21 +187,19 @@ class Registry:
             raise RefusedError(422, f"the adapter {name!r} cannot be served: {self.damaged[name]}", "adapter_error")
         return name
 
-    def left_out(self, key: Key) -> list[dict[str, str]]:
-        """What is damaged, and why, as far as a key sees it."""
-        return [{"name": name, "reason": reason} for name, reason in self.damaged.items() if key.sees(name)]
-
-    def listed(self, what: str, key: Key, write: Callable[[Sequence[Version]], bytes]) -> bytes:
-        """A list of all versions that a key sees, written once until something changes.
+    def listed(self, what: str, key: Key, content_of: Callable[[Sequence[Version]], dict[str, Any]]) -> bytes:
+        """A list of all versions that a key sees, and why others were left out, written once until something changes.
 
         Args:
             what: is listed.
             key: of the client.
-            write: gives the list of versions.
+            content_of: gives the JSON of versions.
         """
         place, changes = (what, key.names), self._changes
         if place not in self._lists or self._lists[place][0] != changes:
-            self._lists[place] = changes, write([version for version in self.versions() if key.sees(version.name)])
+            content = content_of([version for version in self.versions() if key.sees(version.name)])
+            left_out = [{"name": name, "reason": why} for name, why in self.damaged.items() if key.sees(name)]
+            self._lists[place] = changes, to_json({**content, "left_out": left_out})
         return self._lists[place][1]
 
     def like(self, name: str | None, key: Key) -> Description | None:
