@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
@@ -85,7 +86,8 @@ async def put_adapter(
     if not (body := await call.request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
-    version, was_there = await call.change(name, registry.put, upload, key=call.key, replaces=replace)
+    put = partial(registry.put, upload=upload, key=call.key, replaces=replace)
+    version, was_there = await call.change(name, put)
     return answer(registry.card(version), [version], 200 if was_there else 201)
 
 
@@ -103,7 +105,7 @@ async def load(body: Annotated[Load, sent(Load)], call: Here) -> Response:
     name, registry = body.lora_name, call.server.registry
     if not call.key.sees_all:
         raise RefusedError(403, "this key puts adapters in a request's body; folders are everybody's", "forbidden")
-    version = await call.change(name, registry.load, body.lora_path, replaces=body.load_inplace)
+    version = await call.change(name, partial(registry.load, path=body.lora_path, replaces=body.load_inplace))
     message = f"Success: LoRA adapter '{name}' added successfully."
     return PlainTextResponse(message, headers=headers_of([version]))
 

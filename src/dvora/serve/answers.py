@@ -178,12 +178,12 @@ class Call:
         if not 0 < rows <= most:
             raise RefusedError(400, f"the request has {rows:,} rows (texts times models), expected 1 to {most:,}")
 
-    async def change(self, name: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    async def change(self, name: str, function: Callable[[str], T]) -> T:
         """Change an adapter; clients take turns, in a thread that nobody else waits for.
 
         Args:
             name: of the adapter.
-            function: called with the name, arguments and options.
+            function: called with the name.
 
         Raises:
             RefusedError: 403, the key is not for the name; 504, its turn did not come in time; what has begun is ended.
@@ -193,7 +193,7 @@ class Call:
         def in_time() -> T:
             if time.monotonic() > self.request.state.deadline:
                 raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
-            return function(name, *arguments, **options)
+            return function(name)
 
         return await self.server.changes.run(self.key.queue_of(None), in_time)
 
