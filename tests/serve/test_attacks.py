@@ -71,7 +71,7 @@ def test_hostile_uploads(llama: Path, language_adapters: Path, tmp_path: Path) -
         assert complete(client, "a0", "the ").json()["choices"][0]["text"] == Alone(llama).continued(
             language_adapters / "a0", "the ", 8
         )
-        assert sorted(server.registry.bank) == [f"a{number}" for number in range(6)]
+        assert sorted(server.base.bank) == [f"a{number}" for number in range(6)]
         assert [path.name for path in (adapters / ".served").iterdir()] == ["lock"]
 
 

@@ -210,7 +210,8 @@ def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
         # A prompt that has been read is in no prefill with those that fail.
         first.wait_for_piece()
         failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
-        assert all(isinstance(text.answer.error, MemoryError) for text in failed)
+        errors = [text.answer.error for text in failed]
+        assert [error.status for error in errors if error is not None] == [500, 500]
         (text,) = first.texts()
         handle.remove()
         assert [tuple(shape) for shape in passes if shape[1] == 9] == [(2, 9)]
@@ -247,21 +248,22 @@ def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_ada
         )
         decoder = server.engine._decoder
         assert decoder is not None
-        decoder.ends = frozenset(decoder.ends | {listed.pieces[4].chances[0].token})
+        decoder.ends |= {listed.pieces[4].chance.token}
         (ended,) = ask(server, {"adapter": "a1", "sampling": {"temperature": 0.7, "seed": 1, "chances": 0}})
-    assert not any(piece.chances for piece in plain.pieces)
+    assert not any(piece.chance for piece in plain.pieces)
     ids = alone.tokenizer("the ")["input_ids"]
     for piece in listed.pieces:
-        (chance,) = piece.chances
+        chance = piece.chance
+        assert chance is not None
         with torch.no_grad():
             logits = alone.merged(language_adapters / "a1", None)(torch.tensor([ids])).logits[0, -1]
         logarithms = logits.double().log_softmax(0)
         assert chance.logarithm == pytest.approx(float(logarithms[chance.token]), abs=1e-4)
         assert [token for token, _ in chance.likeliest] == logarithms.topk(3).indices.tolist()
         ids.append(chance.token)
-    assert [piece.tokens for piece in listed.pieces] == [*range(1, 13)]
-    assert (ended.pieces[-1].tokens, ended.answer.finish) == (5, "stop")
-    assert (stopped.pieces[-1].tokens, stopped.text, stopped.answer.finish) == (6, expected[:3], "stop")
+    assert len(listed.pieces) == 12
+    assert (len(ended.pieces), ended.answer.finish) == (5, "stop")
+    assert (len(stopped.pieces), stopped.text, stopped.answer.finish) == (6, expected[:3], "stop")
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +292,7 @@ def test_texts_that_lose_their_rows_go_on_where_they_were(
         assert decoder.cache.rows * decoder.cache.room <= 512
     for name, text in zip(names, greedy, strict=True):
         assert text.text == alone.continued(language_adapters / name, "the ", 200)
-        assert [piece.tokens for piece in text.pieces] == [*range(1, 201)]
+        assert len(text.pieces) == 200
     assert (last.text, last.answer) == (expected.text, expected.answer)
 
 

@@ -27,7 +27,7 @@ def test_every_answer_under_mixed_load_is_that_of_the_merged_model_alone(
         ThreadPoolExecutor(12) as pool,
     ):
         answers = list(pool.map(lambda job: complete(client, *job), jobs))
-        digests = {model: server.registry.bank.digest(model) for model in MODELS[1:]}
+        digests = {model: server.base.bank.digest(model) for model in MODELS[1:]}
     texts = set()
     for (model, prompt, tokens), answer in zip(jobs, answers, strict=True):
         expected = alone.continued(folder_of(language_adapters, model), prompt, tokens)
@@ -53,7 +53,7 @@ def test_a_text_keeps_the_version_that_it_began_with(llama: Path, language_adapt
             pieces = [json.loads(line[6:]) for line in (first, *lines) if line.startswith("data: {")]
         assert "".join(piece["choices"][0]["text"] for piece in pieces) == old
         # Nobody uses the first version any longer.
-        assert sorted(server.registry.bank) == ["a0:1", "a1", "a2", "a3", "a4", "a5"]
+        assert sorted(server.base.bank) == ["a0:1", "a1", "a2", "a3", "a4", "a5"]
 
 
 def test_openais_client(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

@@ -188,6 +188,19 @@ def test_texts_take_room_as_they_grow() -> None:
     assert all(len(text.generated) == 900 for text in texts)
 
 
+def test_texts_of_a_queue_that_was_forgotten_make_room() -> None:
+    """Of many queues those in which nobody waits are forgotten; their texts run on."""
+    scheduler = Scheduler(Limits(queue=2, batch_rows=2))
+    scheduler.add(texts := [request("generate", 0, 10, 1000, queue="first", arrived=float(n)) for n in range(2)])
+    run(scheduler, scheduler.schedule())  # type: ignore[arg-type]
+    for number in range(6):
+        scheduler.add([other := request("generate", 0, 10, 1000, queue=f"other {number}")])
+        scheduler.remove([other])
+    scheduler.add([other])
+    assert scheduler.schedule() == Batch("decode", texts, [])
+    assert scheduler.schedule() == Batch("prefill", [other], texts[1:])
+
+
 def test_a_full_queue_is_its_longest_queues() -> None:
     scheduler = Scheduler(Limits(queue=6))
     flood = [request("embed", 0, 1, queue="flood") for _ in range(6)]

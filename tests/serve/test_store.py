@@ -164,7 +164,7 @@ def test_where_nothing_can_be_written_nothing_changes(llama: Path, adapters: Pat
         index.rename(adapters / ".served" / "kept")
         # No file takes the place of a folder.
         index.mkdir()
-        before, texts = sorted(server.registry.bank), text_of(client, "tenant")
+        before, texts = sorted(server.base.bank), text_of(client, "tenant")
         for answer in (
             put(client, "tenant", adapters / "a2"),
             put(client, "new", adapters / "a2"),
@@ -172,7 +172,7 @@ def test_where_nothing_can_be_written_nothing_changes(llama: Path, adapters: Pat
             client.delete("/v1/adapters/a0", headers=ADMIN),
         ):
             assert answer.status_code == 507, answer.text
-        assert sorted(server.registry.bank) == before
+        assert sorted(server.base.bank) == before
         assert (names_of(client), text_of(client, "tenant")) == ([*OTHERS, "tenant"], texts)
         assert len([path for path in (adapters / ".served").glob("[0-9a-f]*") if path.is_dir()]) == 1
 
@@ -193,7 +193,7 @@ def test_who_puts_one_name_at_the_same_time_waits_for_the_others(llama: Path, ad
 
         put(client, "tenant", adapters / "a0").raise_for_status()
         assert set(pool.map(change, range(90))) == {200}
-        assert len(server.registry.bank) == len(server.registry)
+        assert len(server.base.bank) == len(server.registry)
 
 
 def test_a_new_name_takes_nothing_of_another_adapter(llama: Path, adapters: Path) -> None:

@@ -52,7 +52,7 @@ def test_adapters_change_under_load(
         is_done.set()
         changes = changing.result()
         # Every version that nobody uses has left.
-        assert len(server.registry.bank) == len(server.registry)
+        assert len(server.base.bank) == len(server.registry)
     answered = 0
     for (tenant, prompt, tokens), answer in zip(jobs, answers, strict=True):
         if answer.status_code == 404:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Annotated, Any, ClassVar, TypeVar
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from fastapi import Depends, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, to_json
+from torch import Tensor
 
-from .keys import BASE, Asking, Key
+from .keys import BASE, Asking
 from .registry import Version
-from .requests import RefusedError, Work
-from .server import Client, Row, Server
+from .requests import Answer, RefusedError, Sampling, Work
+from .server import Client, Server
 from .texts import Input
 
 ADAPTER, DIGEST = "x-dvora-adapter", "x-dvora-digest"
@@ -26,6 +28,8 @@ MOST_NUMBERS, SMALL_BODY = 2**21, 2**16
 MOST_PROBLEMS = 3
 """That an answer tells."""
 B = TypeVar("B", bound="Body")
+T = TypeVar("T")
+_json = partial(to_json, inf_nan_mode="null")
 Switch = Annotated[bool, Field(description="true or false")]
 # Of a list that is wrong the first problem is enough.
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -34,6 +38,16 @@ Inputs = Annotated[
     str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)],
     Field(description="a text, a list of texts, a list of tokens, or a list of such lists"),
 ]
+
+
+class Row(NamedTuple):
+    """What came out for one row."""
+
+    version: Version | None
+    """Of its adapter; None is the base."""
+    values: Tensor
+    tokens: int
+    """Of its text."""
 
 
 class Body(BaseModel):
@@ -71,21 +85,6 @@ class Body(BaseModel):
         return kept
 
 
-async def read(request: Request, kind: type[B], key: Key) -> B:
-    """The body of a request; what takes long to read waits for its turn beside the loop.
-
-    Raises:
-        RefusedError: 400, it does not say that it is JSON, is none, or not of this kind.
-    """
-    body = await request.body()
-    # A page of another site can send anything but this without asking.
-    if not request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
-        raise RefusedError(400, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
-    if len(body) <= SMALL_BODY:
-        return _parsed(body, kind)
-    return await server_of(request).texts.run(len(body), key.queue_of(None), lambda _: _parsed(body, kind))
-
-
 def _parsed(body: bytes, kind: type[B]) -> B:
     # Of texts nothing counts: without escaped quotes every second part is one.
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"") if _has_too_much(body) else b""
@@ -108,8 +107,8 @@ def _has_too_much(body: bytes) -> bool:
 def sent(kind: type[B]) -> Any:
     """A dependency: the body. Unlike FastAPI's it is read after the key, and what is wrong is told in a few words."""
 
-    async def body(request: Request, key: Asking) -> B:
-        return await read(request, kind, key)
+    async def body(call: Here) -> B:
+        return await call.read(kind)
 
     return Depends(body)
 
@@ -135,22 +134,31 @@ def _problems(error: ValidationError, kind: type[Body]) -> str:
     return "; ".join([*problems.values()][:MOST_PROBLEMS])
 
 
-def server_of(request: Request) -> Server:
-    """The server that a request is for."""
-    server: Server = request.app.state.server
-    return server
-
-
 def inputs_of(inputs: Any) -> list[Input]:
     """The rows of `Inputs`."""
     return [inputs] if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)) else inputs
 
 
 class Call:
-    """A request whose body has been read: a dependency of routes that work on texts."""
+    """A request of a client whose key is known: a dependency of all routes of models."""
 
     def __init__(self, request: Request, key: Asking) -> None:
-        self.request, self.key, self.server = request, key, server_of(request)
+        self.request, self.key = request, key
+        self.server: Server = request.app.state.server
+
+    async def read(self, kind: type[B]) -> B:
+        """The body; what takes long to read waits for its turn beside the loop.
+
+        Raises:
+            RefusedError: 400, it does not say that it is JSON, is none, or not of this kind.
+        """
+        body = await self.request.body()
+        # A page of another site can send anything but this without asking.
+        if not self.request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
+            raise RefusedError(400, "the body has to be JSON; send it with the header 'Content-Type: application/json'")
+        if len(body) <= SMALL_BODY:
+            return _parsed(body, kind)
+        return await self.server.texts.run(len(body), self.key.queue_of(None), lambda _: _parsed(body, kind))
 
     def named(self, model: str | None) -> str | None:
         """The adapter of a name that a client gives; none is the base.
@@ -170,14 +178,30 @@ class Call:
         if not 0 < rows <= most:
             raise RefusedError(400, f"the request has {rows:,} rows (texts times models), expected 1 to {most:,}")
 
-    @asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
+    async def change(self, name: str, function: Callable[[str], T]) -> T:
+        """Change an adapter; clients take turns, in a thread that nobody else waits for.
+
+        Args:
+            name: of the adapter.
+            function: called with the name.
+
+        Raises:
+            RefusedError: 403, the key is not for the name; 504, its turn did not come in time; what has begun is ended.
+        """
+        self.key.check_changes(name)
+
+        def in_time() -> T:
+            if time.monotonic() > self.request.state.deadline:
+                raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
+            return function(name)
+
+        return await self.server.changes.run(self.key.queue_of(None), in_time)
+
+    def client(self) -> Client:
         """Who waits: until its time is over, or it hangs up."""
         hung_up = asyncio.ensure_future(self._until_gone())
-        try:
-            yield Client(self.key, self.request.state.deadline, hung_up)
-        finally:
-            hung_up.cancel()
+        self.request.state.held.callback(hung_up.cancel)
+        return Client(self.key, self.request.state.deadline, hung_up)
 
     async def _until_gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -186,18 +210,28 @@ class Call:
     async def rows(
         self, work: Work, models: Sequence[str | None], texts: Sequence[Input], truncate: bool = False
     ) -> list[Row]:
-        """What comes out for texts, one after another, each by all models.
+        """What comes out for texts, one after another, each by all models, in as few batches as they fit.
 
         Raises:
-            RefusedError: there are too many, a model is unknown, or a text too long.
+            RefusedError: there are too many, a model is unknown or damaged, a text is too long, or it took too long.
         """
-        self.server.require(work)
+        server = self.server
+        server.require(work)
         self.check(len(models) * len(texts))
         names = [self.named(model) for model in models]
-        async with self.client() as client:
-            queue = self.key.queue_of(names[0])
-            tokens = await client.wait(self.server.texts.read(texts, queue, truncate=truncate))
-            return await self.server.rows(work, [(name, text) for text in tokens for name in names], client)
+        if work == "classify" and not server.base.has_own_head and None in names:
+            raise RefusedError(
+                400, f"{server.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
+            )
+        client = self.client()
+        read = await client.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
+        rows = [(name, text) for text in read for name in names]
+        async with server.asking(work, rows, client, Sampling()) as (versions, parts):
+            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
+        return [
+            Row(version, answers[number].values, len(text.tokens))
+            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
+        ]
 
     async def answer_rows(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
         """An answer with an item for each row, written in a thread, where others take turns with it.
@@ -216,7 +250,7 @@ class Call:
             size, queue, lambda _: b",".join(_json(item(*row)) for row in enumerate(rows))
         )
         before, after = (_json(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
-        return _response(before + content + after, [row.version for row in rows])
+        return answer(before + content + after, [row.version for row in rows])
 
 
 Here = Annotated[Call, Depends()]
@@ -224,7 +258,8 @@ Here = Annotated[Call, Depends()]
 
 def whose(version: Version | None) -> dict[str, str]:
     """The fields of a row that say which version gave it."""
-    return {"adapter": BASE if version is None else version.name, "digest": digest_of(version)}
+    name, digest = (BASE, BASE) if version is None else (version.name, str(version.digest))
+    return {"adapter": name, "digest": digest}
 
 
 def headers_of(versions: Iterable[Version | None]) -> dict[str, str]:
@@ -233,24 +268,17 @@ def headers_of(versions: Iterable[Version | None]) -> dict[str, str]:
     return dict(zip((ADAPTER, DIGEST), whose(distinct.pop()).values(), strict=True)) if len(distinct) == 1 else {}
 
 
-def answer(content: Any, versions: Iterable[Version | None] = ()) -> Response:
-    """An answer, by the versions that gave it."""
-    return _response(_json(content), versions)
+def answer(content: Any, versions: Iterable[Version | None] = (), status: int = 200) -> Response:
+    """An answer, by the versions that gave it; bytes are JSON already."""
+    body = content if isinstance(content, bytes) else _json(content)
+    return Response(body, status, headers_of(versions), "application/json")
 
 
-def _response(content: bytes, versions: Iterable[Version | None]) -> Response:
-    return Response(content, media_type="application/json", headers=headers_of(versions))
-
-
-def _json(content: Any) -> bytes:
-    return to_json(content, inf_nan_mode="null")
-
-
-def digest_of(version: Version | None) -> str:
-    """What names the content that answered."""
-    return BASE if version is None else str(version.digest)
-
-
-def error_body(message: str, kind: str) -> dict[str, Any]:
+def error_body(refusal: RefusedError) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    return {"error": {"message": refusal.message, "type": refusal.kind, "param": None, "code": refusal.kind}}
+
+
+def refused(refusal: RefusedError) -> Response:
+    """A refusal as its client reads it."""
+    return JSONResponse(error_body(refusal), refusal.status, refusal.headers)

@@ -13,14 +13,13 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from . import adapter_routes, encoder_routes, openai_routes
-from .answers import error_body
-from .guard import Guard, answer_of
+from .answers import answer, refused
+from .guard import Guard
 from .keys import Asking, asking
 from .requests import RefusedError
 from .server import Server
@@ -45,10 +44,8 @@ def make_app(server: Server) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = server
-    app.add_exception_handler(RefusedError, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _not_there)
-    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Guard, server=server)
     for routes in (openai_routes, encoder_routes, adapter_routes):
         app.include_router(routes.router, dependencies=[Depends(asking)])
@@ -65,7 +62,7 @@ def make_app(server: Server) -> FastAPI:
         """Whether requests are taken, and how many adapters were left out at the start."""
         is_ready = server.engine.takes_requests
         content = {"ready": is_ready, "left_out": len(server.registry.damaged)}
-        return JSONResponse(content, 200 if is_ready else 503)
+        return answer(content, status=200 if is_ready else 503)
 
     @app.get("/metrics", tags=["the server"])
     async def metrics(key: Asking) -> Response:
@@ -85,23 +82,14 @@ def make_app(server: Server) -> FastAPI:
     return app
 
 
-async def _refused(_: Request, refusal: Any) -> Response:
-    return answer_of(refusal)
-
-
-async def _gone(_: Request, __: Any) -> Response:
-    """Nobody reads it, but the log has its status."""
-    return Response(status_code=499)
-
-
-async def _invalid(_: Request, error: Any) -> Response:
-    """What does not fit the parameters of a route, in one sentence; the input is not repeated."""
-    problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]
-    return JSONResponse(error_body("; ".join(dict.fromkeys(problems)), "invalid_request_error"), 400)
-
-
-async def _not_there(_: Request, error: Any) -> Response:
-    return JSONResponse(error_body(str(error.detail), "NotFoundError"), error.status_code, error.headers)
+async def _refused(_: Request, error: Any) -> Response:
+    """What routes refuse, or the router, or the parameters of a route, whose input is not repeated."""
+    if isinstance(error, RequestValidationError):
+        problems = [f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors()]
+        error = RefusedError(400, "; ".join(dict.fromkeys(problems)))
+    elif not isinstance(error, RefusedError):
+        error = RefusedError(error.status_code, str(error.detail), "NotFoundError", error.headers)
+    return refused(error)
 
 
 def _page(html: str) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..bank import AdapterBank
 from ..bank.adapters import Description
 from ..bank.hooks import Batch as BankBatch
-from ..recipes.models.adapter_folder import Adapter
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
-from .requests import RefusedError
+from .requests import RefusedError, model_failed
+from .settings import Settings
+from .store import Stored
 
 _log = logging.getLogger("dvora.serve")
 
@@ -60,12 +60,6 @@ class Base:
         """Whether the encoder has a head, its own or those of adapters."""
         return not self.generates and bool(heads_of(self.model))
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        device: torch.device = self.model.device
-        return device
-
     @cached_property
     def name(self) -> str:
         """What clients call it."""
@@ -91,7 +85,7 @@ class Base:
         self._names = self._batch = None
         self._entered.close()
 
-    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, Exception]:
+    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, RefusedError]:
         """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
         try:
             self.enter(adapters)
@@ -101,7 +95,7 @@ class Base:
             if len({*adapters}) == 1:
                 message = "the adapter's files were changed or removed since it was loaded; load it again"
                 is_of_files = isinstance(error, ValueError | OSError)
-                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else error}
+                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else model_failed()}
         alone = [self.unreadable([adapter]) for adapter in dict.fromkeys(adapters)]
         return {adapter: error for errors in alone for adapter, error in errors.items()}
 
@@ -127,27 +121,22 @@ class Base:
             yield
 
 
-def open_base(
-    source: str, first: Description | None, bank: Callable[[nn.Module], AdapterBank], dtype: str, trust: Trust
-) -> Base:
-    """Load a base model for the kind of adapters that it will have.
+def open_base(settings: Settings, first: Stored | None) -> Base:
+    """Load a base model, with a bank for the kind of adapters that it will have.
 
     Args:
-        source: a folder, or a name on the hub.
+        settings: of the server.
         first: of one of the adapters, whose task decides on the class and the head; None: as the model was saved.
-        bank: makes the bank of a model.
-        dtype: of the base's weights: auto, float32, bfloat16 or float16.
-        trust: whether it may be fetched.
 
     Raises:
         ValueError: it cannot be read, or is of no class that is served.
     """
+    source, dtype, trust = settings.base, settings.dtype, Trust(download=settings.download)
     if first is None:
         config = config_of(source, trust)
         kind = model_class(config)
     else:
-        shapes = {name: shape for name, (_, shape) in first.entries.items()}
-        kind, config = base_class(Adapter(Path(source), json.loads(first.settings), shapes, ()), source, trust)
+        kind, config = base_class(first.adapter, source, trust)
     model, new = load_model(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust=trust)
     model.requires_grad_(False)
     if torch.accelerator.is_available():
@@ -155,4 +144,12 @@ def open_base(
     tokenizer = load_tokenizer(source, trust)
     heads = heads_of(model)
     has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
-    return Base(source, model, tokenizer, bank(model), has_own_head)
+    bank = AdapterBank(
+        model,
+        slots=settings.slots,
+        host_bytes=int(settings.host_memory * 2**30),
+        head_bytes=int(settings.head_memory * 2**30),
+        # Rows that would get an untrained one are refused in `Call.rows`.
+        own_heads=True,
+    )
+    return Base(source, model, tokenizer, bank, has_own_head)

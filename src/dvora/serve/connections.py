@@ -24,7 +24,6 @@ class Parser(h11.Connection):
     _small = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """What has come."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._small = 0
@@ -44,7 +43,6 @@ class Connection(H11Protocol):
     _since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin."""
         super().connection_made(transport)
         self.conn = Parser(h11.SERVER, LARGEST_HEAD)
         self._wait(HEAD_SECONDS)
@@ -56,12 +54,10 @@ class Connection(H11Protocol):
                 oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
         self._rest()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """Take what has come."""
         last = self.cycle
         super().handle_events()
         if self.cycle is not last and not self.flow.write_paused:

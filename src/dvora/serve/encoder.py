@@ -49,4 +49,4 @@ class Encoder:
             # Tokens that a client sends have none.
             columns["token_type_ids"] = [request.token_types or [0] * len(request.tokens) for request in requests]
         padded = self.base.tokenizer.pad(columns, return_tensors="pt")
-        return {name: column.to(self.base.device) for name, column in padded.items()}
+        return {name: column.to(self.base.model.device) for name, column in padded.items()}

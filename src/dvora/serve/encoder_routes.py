@@ -12,11 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, Call, Here, Inputs, Switch, Texts, answer, inputs_of, read, sent, takes, whose
-from .registry import Version
+from .answers import Body, Call, Here, Inputs, Row, Switch, Texts, answer, inputs_of, sent, takes, whose
 from .requests import RefusedError
-from .server import Row, Server
-from .texts import Input
+from .server import Server
 
 router = APIRouter(tags=["encoders"])
 Pair = Annotated[list[str], Field(min_length=1, max_length=2, fail_fast=True)]
@@ -75,8 +73,7 @@ class Rerank(_Inputs):
 async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
     models = [body.model] if isinstance(body.model, str) else body.model
-    inputs: Sequence[Input] = [body.input] if isinstance(body.input, str) else body.input
-    rows = await call.rows("classify", models, inputs, body.truncate)
+    rows = await call.rows("classify", models, inputs_of(body.input), body.truncate)
 
     def item(index: int, row: Row) -> dict[str, Any]:
         return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
@@ -106,8 +103,8 @@ async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
 async def root(call: Here) -> Response:
     """`/predict` where the base or adapters classify, else `/embed`."""
     if "classify" in call.server.works:
-        return await predict(await read(call.request, Predict, call.key), call)
-    return await embed(await read(call.request, Embed, call.key), call)
+        return await predict(await call.read(Predict), call)
+    return await embed(await call.read(Embed), call)
 
 
 @router.post("/rerank", openapi_extra=takes(Rerank))
@@ -155,7 +152,7 @@ def classes_of(row: Row, server: Server) -> dict[str, Any]:
     common = whose(row.version)
     if row.values.numel() == 1:
         return {**common, "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
-    probabilities, labels = row.values.softmax(-1), _labels(row.version, row.values, server)
+    probabilities, labels = row.values.softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
     return {
         **common,
@@ -167,8 +164,8 @@ def classes_of(row: Row, server: Server) -> dict[str, Any]:
     }
 
 
-def _labels(version: Version | None, values: Tensor, server: Server) -> list[str]:
-    count = values.numel()
+def _labels(row: Row, server: Server) -> list[str]:
+    version, count = row.version, row.values.numel()
     if version is not None and len(version.labels) == count:
         return list(version.labels)
     names: dict[int, str] = server.base.model.config.id2label
@@ -178,11 +175,10 @@ def _labels(version: Version | None, values: Tensor, server: Server) -> list[str
 
 
 def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
-    """The classes of a row, the likeliest first."""
     parameters = body.parameters or Parameters()
     default = "none" if body.raw_scores else "sigmoid" if row.values.numel() == 1 else "softmax"
     scores = _FUNCTIONS[parameters.function_to_apply or default](row.values)
-    labels = _labels(row.version, row.values, server)
+    labels = _labels(row, server)
     order = scores.argsort(descending=True)[: parameters.top_k].tolist()
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
 

@@ -12,7 +12,7 @@ from .base import Base
 from .decoder import Decoder
 from .encoder import Encoder
 from .metrics import Metrics
-from .requests import Answer, RefusedError, Request
+from .requests import Answer, RefusedError, Request, model_failed
 from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Scheduler
 from .settings import Limits
 
@@ -31,7 +31,7 @@ class Engine:
 
     def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
         self.base, self.metrics = base, metrics
-        self._scheduler = Scheduler(limits, PASS_ON_CPU if base.device.type == "cpu" else PASS_ON_ACCELERATOR)
+        self._scheduler = Scheduler(limits, PASS_ON_CPU if base.model.device.type == "cpu" else PASS_ON_ACCELERATOR)
         self._decoder = Decoder(base, limits, longest) if base.generates else None
         self._runner = self._decoder or Encoder(base)
         self._changed = threading.Condition()
@@ -92,8 +92,7 @@ class Engine:
                 left = [*self._scheduler.all_waiting(), *self._scheduler.running]
                 for request in left:
                     request.answer(Answer(error=RefusedError(503, "the server has stopped", "unavailable")))
-                    request.is_cancelled = True
-                self._changed.notify()
+                self.cancel(left)
             self._thread.join()
 
     def _loop(self) -> None:
@@ -126,7 +125,7 @@ class Engine:
         if self._decoder is not None:
             now = time.monotonic()
             self._decoder.drop([request for request in self._decoder.running if not request.is_wanted(now)])
-            self._scheduler.running = self._decoder.running
+            self._scheduler.running = [*self._decoder.running]
         batch = self._scheduler.schedule()
         if batch is not None:
             self._runner.drop(batch.paused)
@@ -143,9 +142,9 @@ class Engine:
             try:
                 runner.drop(failed)
                 return answers + (runner.run(batch) if batch.requests else [])
-            except Exception as error:
+            except Exception:
                 # A server goes on; whoever asked is told, and the log has the traceback.
                 _log.exception("a batch of %s failed", batch.kind)
                 self.base.leave()
                 runner.drop(batch.requests)
-                return answers + [(request, Answer(error=error)) for request in batch.requests]
+                return answers + [(request, Answer(error=model_failed())) for request in batch.requests]

@@ -7,14 +7,14 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answers import ADAPTER, DIGEST, error_body
+from .answers import ADAPTER, DIGEST, refused
 from .requests import RefusedError
 from .server import Server
 
@@ -76,7 +76,7 @@ class Exchange:
         self.status, self.headers = 500, dict[str, str]()
         self.pending: asyncio.Future[Any] | None = None
         """What the client is waited for with."""
-        self._read, self._is_read, self._is_over = 0, False, False
+        self._is_read = self._is_over = False
         self._declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
 
     async def receive(self) -> Message:
@@ -92,8 +92,7 @@ class Exchange:
         if message["type"] == "http.disconnect":
             raise RefusedError(499, "the client has gone", "client_closed_request")
         part = message.get("body", b"")
-        self._read += len(part)
-        self._check(self._read)
+        self._check(self.held + len(part))
         self.budget.take(self, len(part))
         self._is_read = not message.get("more_body", False)
         return message
@@ -106,24 +105,21 @@ class Exchange:
         """Send a part of the answer, in pieces, as fast as the client reads."""
         if self._is_over:
             return
-        if message["type"] == "http.response.start":
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
-            try:
+        is_start, body, start = message["type"] == "http.response.start", message.get("body", b""), 0
+        try:
+            if is_start:
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
                 if (size := int(headers.get("content-length", 0))) > PIECE:
                     self.budget.take(self, size)
-            except RefusedError as refusal:
-                await answer_of(refusal)(self.scope, self.receive, self.send)
-                self._is_over = True
-                return
-            self.status, self.headers = message["status"], headers
-        body, start = message.get("body", b""), 0
-        while len(body) - start > PIECE:
-            try:
+                self.status, self.headers = message["status"], headers
+            while len(body) - start > PIECE:
                 await self._wait(self._send({**message, "body": body[start : start + PIECE], "more_body": True}), None)
-            except RefusedError:
-                self._is_over = True
-                return
-            start += PIECE
+                start += PIECE
+        except RefusedError as refusal:
+            if is_start:
+                await refused(refusal)(self.scope, self.receive, self.send)
+            self._is_over = True
+            return
         await self._send({**message, "body": body[start:]} if start else message)
 
     async def _wait(self, client: Awaitable[Any], seconds: float | None) -> Any:
@@ -146,36 +142,34 @@ class Exchange:
 
 
 class Guard:
-    """Around every request, whatever server it came through."""
+    """Around every request, whatever server it came through; what routes hold is held until the answer is sent."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
         self.budget = Budget(int(server.settings.body_memory * 2**20))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         exchange, settings = Exchange(scope, receive, send, self.budget), self.server.settings
-        state = scope.setdefault("state", {})
-        state["incoming"], state["deadline"] = exchange, exchange.arrived + settings.timeout
         self.budget.exchanges[exchange] = None
-        try:
+        async with AsyncExitStack() as held:
+            held.callback(self._end, exchange)
+            deadline = exchange.arrived + settings.timeout
+            scope.setdefault("state", {}).update(incoming=exchange, deadline=deadline, held=held)
             try:
                 _check_framing(scope)
                 _check_host(scope, settings.allow_host)
                 await self.server.follow()
             except RefusedError as refusal:
-                await answer_of(refusal)(scope, exchange.receive, exchange.send)
+                await refused(refusal)(scope, exchange.receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
-        finally:
-            del self.budget.exchanges[exchange]
-            self.budget.give(exchange)
-            self._note(exchange)
 
-    def _note(self, exchange: Exchange) -> None:
+    def _end(self, exchange: Exchange) -> None:
+        del self.budget.exchanges[exchange]
+        self.budget.give(exchange)
         route = getattr(exchange.scope.get("route"), "path", "other")
         seconds = time.monotonic() - exchange.arrived
         self.server.metrics.request(route, exchange.status, seconds)
@@ -210,11 +204,6 @@ def _check_host(scope: Scope, names: Sequence[str]) -> None:
         except ValueError:
             message = f"{host[:100]!r} is no name of this server; start it with --allow-host and that name"
             raise RefusedError(421, message, "misdirected_request") from None
-
-
-def answer_of(refusal: RefusedError) -> Response:
-    """A refusal as its client reads it."""
-    return JSONResponse(error_body(refusal.message, refusal.kind), refusal.status, refusal.headers)
 
 
 def _busy() -> RefusedError:

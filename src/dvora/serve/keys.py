@@ -72,7 +72,7 @@ class Key:
         tenant: whose it is; None: of the server's token, or of everybody where there are no keys.
         names: patterns of the adapters that it sees, as in a shell; of others it does not learn that they exist.
         may_change: whether it may put and delete those.
-        requests, tokens: that it may have a minute.
+        requests, tokens: that it may have a minute, read and generated ones.
     """
 
     tenant: str | None = None
@@ -109,10 +109,6 @@ class Key:
                     {"Retry-After": str(seconds)},
                 )
         self.requests.take(1)
-
-    def spend(self, tokens: int) -> None:
-        """Count tokens that were read or generated for it."""
-        self.tokens.take(tokens)
 
     def check_changes(self, name: str) -> None:
         """Refuse to change an adapter that the key is not for, whether it exists or not.
@@ -199,20 +195,12 @@ async def changing(request: Request, key: Asking) -> Key:
     raise _unauthorized("changing adapters needs the header 'Authorization: Bearer TOKEN' with the server's token")
 
 
-Changing = Annotated[Key, Depends(changing)]
-
-
 def _unauthorized(message: str) -> RefusedError:
     return RefusedError(401, message, "unauthorized", {"WWW-Authenticate": "Bearer"})
 
 
 def _read(file: Path) -> dict[str, Key]:
-    """The keys of a file, by the hashes of their secrets.
-
-    Raises:
-        ValueError: it is damaged, or two tenants have one key.
-        OSError: it cannot be read.
-    """
+    """The keys of a file, by the hashes of their secrets."""
     try:
         tenants = TypeAdapter(dict[str, Tenant]).validate_python(tomllib.loads(read_small(file, LARGEST_FILE)))
     except ValidationError as error:

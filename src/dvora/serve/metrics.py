@@ -44,14 +44,12 @@ class Metrics:
         self._batches.labels(batch.kind).inc()
         self._rows.labels(batch.kind).inc(len(batch.requests))
         self._compute.labels(batch.kind).inc(seconds)
-        if batch.kind != "decode":
-            for request in batch.requests:
-                if len(request.generated) > 1:
-                    # A text that had lost its row.
-                    continue
+        for request in batch.requests if batch.kind != "decode" else ():
+            # A text that had lost its row has more.
+            if len(request.generated) <= 1:
                 self._queued.observe(max(0.0, started - request.arrived))
 
-    def text(self, values: dict[str, float], running: list[str], waiting: list[str], slots: int) -> bytes:
+    def text(self, values: dict[str, int], running: list[str], waiting: list[str], slots: int) -> bytes:
         """All metrics as Prometheus reads them.
 
         Args:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import starmap
 from typing import Annotated, Any, Literal
 
@@ -14,16 +13,15 @@ from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
 from .answers import (
     Body,
     Call,
     Here,
     Inputs,
+    Row,
     Switch,
     answer,
-    digest_of,
     error_body,
     headers_of,
     inputs_of,
@@ -32,8 +30,8 @@ from .answers import (
     whose,
 )
 from .registry import Version
-from .requests import Answer, Chance, Piece, RefusedError, Sampling
-from .server import Row, Server
+from .requests import Answer, Chance, Finish, Piece, RefusedError, Sampling
+from .server import Server
 from .texts import Text
 
 router = APIRouter(tags=["OpenAI's interface"])
@@ -136,13 +134,12 @@ class Embeddings(Body, neutral=NEUTRAL):
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
-    registry, base = call.server.registry, call.server.base.name
 
-    def write(versions: Sequence[Version]) -> bytes:
-        cards = [_card(base, version) for version in [*([None] if call.key.sees(None) else []), *versions]]
-        return to_json({"object": "list", "data": cards, "left_out": registry.left_out(call.key)})
+    def content(versions: Sequence[Version]) -> dict[str, Any]:
+        models = [*([None] if call.key.sees(None) else []), *versions]
+        return {"object": "list", "data": [_card(call.server.base.name, model) for model in models]}
 
-    return Response(registry.listed("models", call.key, write), media_type="application/json")
+    return answer(call.server.registry.listed("models", call.key, content))
 
 
 @router.get("/v1/models/{model}")
@@ -199,36 +196,24 @@ async def _generate(
     server = call.server
     server.require("generate")
     name = call.named(body.model)
-    async with AsyncExitStack() as held:
-        client = await held.enter_async_context(call.client())
-        texts = await client.wait(read(call.key.queue_of(name)))
-        room = server.longest - max(len(text.tokens) for text in texts)
-        if (most or 0) > room:
-            raise RefusedError(
-                400,
-                f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
-                f"takes {server.longest:,} in all; ask for {room:,} or fewer",
-            )
-        rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
-        versions, parts = await held.enter_async_context(server.asking("generate", rows, client, sampling))
-        shape = _Shape(body, texts, versions[0], server, chances is not None)
-        if not body.stream:
-            return answer(await shape.whole(parts), versions)
-        # Held until the last piece is sent.
-        return _Stream(shape.events(parts, body.stream_options.include_usage), held.pop_all(), headers_of(versions))
-
-
-class _Stream(StreamingResponse):
-    """Events, and what is held until they are sent, or nobody wants them."""
-
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, headers: Mapping[str, str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        async with self._held:
-            await super().__call__(scope, receive, send)
+    client = call.client()
+    texts = await client.wait(read(call.key.queue_of(name)))
+    room = server.longest - max(len(text.tokens) for text in texts)
+    if (most or 0) > room:
+        raise RefusedError(
+            400,
+            f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
+            f"takes {server.longest:,} in all; ask for {room:,} or fewer",
+        )
+    rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
+    # Until the last piece is sent, or nobody wants it.
+    held = call.request.state.held.enter_async_context
+    versions, parts = await held(server.asking("generate", rows, client, sampling))
+    shape = _Shape(body, texts, versions[0], server, chances is not None)
+    if not body.stream:
+        return answer(await shape.whole(parts), versions)
+    events = shape.events(parts, body.stream_options.include_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers_of(versions))
 
 
 class _Shape:
@@ -238,7 +223,7 @@ class _Shape:
         self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server, has_chances: bool
     ) -> None:
         self.is_chat, self.has_chances, self.token = isinstance(body, Chat), has_chances, server.texts.token
-        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), [0] * len(texts)
+        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), 0
         self.offsets = [0] * len(texts)
         """Where the next token of each text begins."""
         self.kind = "chat.completion" if self.is_chat else "text_completion"
@@ -246,22 +231,20 @@ class _Shape:
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": body.model,
-            "system_fingerprint": digest_of(version),
+            "system_fingerprint": whose(version)["digest"],
         }
 
     async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
-        """All of it."""
-        texts, chances = [""] * len(self.generated), [list[Chance]() for _ in self.generated]
-        choices = [dict[str, Any]() for _ in self.generated]
+        texts, chances = [""] * len(self.offsets), [list[Chance]() for _ in self.offsets]
+        choices = [dict[str, Any]() for _ in self.offsets]
         async for index, part in parts:
-            if isinstance(part, Piece):
-                texts[index] += part.text
-                chances[index] += part.chances
-                self.generated[index] = part.tokens
-            else:
+            text, likely, finish = self.taken(part)
+            texts[index] += text
+            chances[index] += likely
+            if finish is not None:
                 text = texts[index]
                 content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-                choices[index] = self.choice(index, content, chances[index], part.finish)
+                choices[index] = self.choice(index, content, chances[index], finish)
         return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     async def events(self, parts: AsyncIterator[tuple[int, Piece | Answer]], with_usage: bool) -> AsyncIterator[bytes]:
@@ -270,24 +253,28 @@ class _Shape:
         begun = set[int]()
         try:
             async for index, part in parts:
-                text, chances, finish = "", tuple[Chance, ...](), None
-                if isinstance(part, Piece):
-                    text, self.generated[index], chances = part
-                    if not text and not chances and index in begun:
-                        continue
-                else:
-                    finish = part.finish
-                role = {} if index in begun else {"role": "assistant"}
-                delta = {**role, **({"content": text} if text or role else {})}
+                text, chances, finish = self.taken(part)
+                delta = {} if index in begun else {"role": "assistant"}
+                if not (text or chances or finish or delta):
+                    continue
+                if text or delta:
+                    delta["content"] = text
                 begun.add(index)
                 content = {"delta": delta} if self.is_chat else {"text": text}
                 yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
         except RefusedError as refusal:
-            yield _event(error_body(refusal.message, refusal.kind))
+            yield _event(error_body(refusal))
             return
         if with_usage:
             yield _event({**common, "choices": [], "usage": self.usage()})
         yield b"data: [DONE]\n\n"
+
+    def taken(self, part: Piece | Answer) -> tuple[str, list[Chance], Finish | None]:
+        """What is new: text, log-probabilities, and how the text ended."""
+        if isinstance(part, Answer):
+            return "", [], part.finish
+        self.generated += 1
+        return part.text, [] if part.chance is None else [part.chance], None
 
     def choice(self, index: int, content: dict[str, Any], chances: Sequence[Chance], finish: str | None) -> Any:
         """One text, or a piece of it."""
@@ -299,15 +286,15 @@ class _Shape:
             ]
             logarithms = {"content": tokens, "refusal": None}
         elif self.has_chances:
-            columns: list[list[Any]] = [[], [], [], []]
+            logarithms = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             for chance in chances:
                 token = self.token(chance.token)
                 likeliest = [*chance.likeliest, (chance.token, chance.logarithm)]
-                row = (token, chance.logarithm, {self.token(other): value for other, value in likeliest})
-                for column, value in zip(columns, (*row, self.offsets[index]), strict=True):
-                    column.append(value)
+                logarithms["tokens"].append(token)
+                logarithms["token_logprobs"].append(chance.logarithm)
+                logarithms["top_logprobs"].append({self.token(other): value for other, value in likeliest})
+                logarithms["text_offset"].append(self.offsets[index])
                 self.offsets[index] += len(token)
-            logarithms = dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), columns, strict=True))
         return {"index": index, **content, "logprobs": logarithms, "finish_reason": finish}
 
     def entry(self, token: int, logarithm: float) -> dict[str, Any]:
@@ -316,8 +303,7 @@ class _Shape:
         return {"token": text, "logprob": logarithm, "bytes": None if "\ufffd" in text else [*text.encode()]}
 
     def usage(self) -> dict[str, int]:
-        """How many tokens it took."""
-        read, generated = self.prompt_tokens, sum(self.generated)
+        read, generated = self.prompt_tokens, self.generated
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
 

@@ -64,7 +64,6 @@ class Noting:
         self.note = serve.multiplexed(_note, max_num_models_per_replica=NOTED_NAMES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take a request."""
         # Only names that are served: clients write what they like.
         if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()) in self.registry:
             await self.note(name)

@@ -11,13 +11,16 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
-from ..bank import AdapterBank
+from pydantic_core import to_json
+
 from ..bank.adapters import Description, FolderSource
 from ..whole_files import remove
+from .base import Base
 from .keys import BASE, Key
 from .requests import RefusedError
 from .store import Store, Stored
@@ -25,9 +28,6 @@ from .uploads import Upload
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
-EVERYBODY = Key()
-LONGEST_REASON = 1000
-"""Letters of an error; some quote what is damaged."""
 _log = logging.getLogger("dvora.serve")
 
 
@@ -65,18 +65,12 @@ class Registry:
     """The adapters of a server, safe under threads.
 
     Args:
-        bank: which serves them.
+        base: the base model, whose bank serves them.
         store: their files.
-        base: the name of the base model.
-        between_passes: gives a context in which no pass of the base runs; layers are hooked within it.
-        check_task: refuses adapters for another class of the base than the one that is served.
     """
 
-    bank: AdapterBank
+    base: Base
     store: Store
-    base: str
-    between_passes: Callable[[], AbstractContextManager[object]] = nullcontext
-    check_task: Callable[[Description], None] = lambda _: None
     damaged: dict[str, str] = field(default_factory=dict)
     """Why what has these names was left out when the server started."""
     _versions: dict[str, Version] = field(default_factory=dict)
@@ -84,10 +78,11 @@ class Registry:
     """Of what lists say."""
     _lists: dict[tuple[str, tuple[str, ...]], tuple[int, bytes]] = field(default_factory=dict)
     """With the number of changes before them."""
-    _loads: int = 0
+    _loads: Iterator[int] = field(default_factory=lambda: count(1))
+    """Numbers of versions: no name has a colon, so no two of them have one key."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while names change."""
-    _changing: threading.Lock = field(default_factory=threading.Lock)
+    _changing: threading.RLock = field(default_factory=threading.RLock)
     """Held during a load, so that loads come one after another."""
 
     def open(self, opened: dict[str, Stored], damaged: dict[str, str]) -> None:
@@ -105,9 +100,9 @@ class Registry:
         for name, stored in opened.items():
             try:
                 self._check_name(name)
-                self._versions[name] = self._opened(name, stored)
+                self._versions[name] = self._loaded(name, stored, read=stored.digest is not None)
             except (RefusedError, ValueError, TypeError, OSError) as error:
-                self.damaged[name] = self._reason(error)
+                self.damaged[name] = self.store.told(error)
         for name, reason in self.damaged.items():
             _log.warning("%s is left out: %s", name, reason)
         if self.damaged and not self._versions and not self.store.index:
@@ -122,39 +117,27 @@ class Registry:
             RefusedError: 503, what they left cannot be read here.
         """
         with self._changing:
-            self._follow()
+            if not self.store.is_behind():
+                return
+            try:
+                with self.store.catching_up() as changed:
+                    for name, entry in changed.items():
+                        self._point(name, None if entry is None else self._loaded(name, self.store.stored(entry)))
+            except (ValueError, TypeError, OSError, RefusedError) as error:
+                message = f"what other servers changed cannot be read: {self.store.told(error)}"
+                raise RefusedError(503, message, "unavailable") from error
 
-    def _follow(self) -> None:
-        if not self.store.is_behind():
-            return
-        try:
-            with self.store.catching_up() as changed:
-                for name, entry in changed.items():
-                    self._point(name, None if entry is None else self._opened(name, self.store.stored(entry)))
-        except (ValueError, TypeError, OSError) as error:
-            raise RefusedError(
-                503, f"what other servers changed cannot be read: {self._reason(error)}", "unavailable"
-            ) from error
-
-    def _opened(self, name: str, stored: Stored) -> Version:
-        """A version of what is on the disk; what was put is read now, and must be what was put.
-
-        Raises:
-            ValueError: it is damaged, or of another base or kind.
-        """
-        is_given = stored.digest is None
-        key = name if is_given else self._new_key(name)
-        self._add(key, stored, read=not is_given)
-        digest = None if is_given else self.bank.digest(key)
-        if digest != stored.digest:
-            self.bank.remove(key)
+    def _loaded(self, name: str, stored: Stored, *, read: bool = True) -> Version:
+        """A version of what is on the disk, which the bank has; what was put once must be what was put."""
+        key = f"{name}:{next(self._loads)}" if read else name
+        # The bank's first adapter says which layers are hooked, which happens between passes.
+        with nullcontext() if self.base.bank.serves and len(self.base.bank) else self.base.between_passes():
+            self.base.bank.add(key, stored.source, allow_unchanged=True, read=read)
+        version = Version(name, key, stored, self.base.bank.digest(key) if read else None)
+        if stored.digest not in (None, version.digest):
+            self.base.bank.remove(key)
             raise ValueError("its files are other ones than were put; put it again")
-        return Version(name, key, stored, digest)
-
-    def _add(self, key: str, stored: Stored, *, read: bool = True) -> None:
-        """Give the bank an adapter; its first one says which layers are hooked, which happens between passes."""
-        with nullcontext() if self.bank.serves and len(self.bank) else self.between_passes():
-            self.bank.add(key, stored.source, allow_unchanged=True, read=read)
+        return version
 
     def _point(self, name: str, version: Version | None) -> Version | None:
         """Have a name answered by a version from now on; gives the one before."""
@@ -185,8 +168,8 @@ class Registry:
         Raises:
             RefusedError: 404, there is no such model, or none for this key; 422, it was left out as it is damaged.
         """
-        name = model.removeprefix(f"{self.base}:")
-        if name != self.base:
+        name = model.removeprefix(f"{self.base.name}:")
+        if name != self.base.name:
             return self.adapter(name, key)
         if not key.sees(None):
             raise _unknown(name)
@@ -204,21 +187,19 @@ class Registry:
             raise RefusedError(422, f"the adapter {name!r} cannot be served: {self.damaged[name]}", "adapter_error")
         return name
 
-    def left_out(self, key: Key) -> list[dict[str, str]]:
-        """What is damaged, and why, as far as a key sees it."""
-        return [{"name": name, "reason": reason} for name, reason in self.damaged.items() if key.sees(name)]
-
-    def listed(self, what: str, key: Key, write: Callable[[Sequence[Version]], bytes]) -> bytes:
-        """A list of all versions that a key sees, written once until something changes.
+    def listed(self, what: str, key: Key, content_of: Callable[[Sequence[Version]], dict[str, Any]]) -> bytes:
+        """A list of all versions that a key sees, and why others were left out, written once until something changes.
 
         Args:
             what: is listed.
             key: of the client.
-            write: gives the list of versions.
+            content_of: gives the JSON of versions.
         """
         place, changes = (what, key.names), self._changes
         if place not in self._lists or self._lists[place][0] != changes:
-            self._lists[place] = changes, write([version for version in self.versions() if key.sees(version.name)])
+            content = content_of([version for version in self.versions() if key.sees(version.name)])
+            left_out = [{"name": name, "reason": why} for name, why in self.damaged.items() if key.sees(name)]
+            self._lists[place] = changes, to_json({**content, "left_out": left_out})
         return self._lists[place][1]
 
     def like(self, name: str | None, key: Key) -> Description | None:
@@ -259,18 +240,16 @@ class Registry:
         try:
             if version.digest is None:
                 try:
-                    version.digest = self.bank.digest(version.key)
+                    version.digest = self.base.bank.digest(version.key)
                     self._changes += 1
                 except (ValueError, TypeError, OSError) as error:
-                    reason = self._reason(error)
-                    raise RefusedError(
-                        422, f"the adapter {name!r} cannot be read: {reason}", "adapter_error"
-                    ) from error
+                    message = f"the adapter {name!r} cannot be read: {self.store.told(error)}"
+                    raise RefusedError(422, message, "adapter_error") from error
             yield version
         finally:
             self._release(version)
 
-    def put(self, name: str, upload: Upload, *, key: Key = EVERYBODY, replaces: bool = True) -> tuple[Version, bool]:
+    def put(self, name: str, upload: Upload, *, key: Key, replaces: bool = True) -> tuple[Version, bool]:
         """Serve what a client sent under a name from now on, and after a restart.
 
         Args:
@@ -292,26 +271,25 @@ class Registry:
             if not replaces and name in self.damaged:
                 raise _taken(name)
             is_new = before is None or not replaces
-            files = upload.files(self.like(name, EVERYBODY), self.base if is_new else None)
+            files = upload.files(self.like(name, Key()), self.base.name if is_new else None)
             folder = self.store.write(files)
-            try:
+            with ExitStack() as unused:
+                unused.callback(remove, folder)
                 labels = upload.labels or (before.labels if before is not None else ())
                 stored = Stored(FolderSource(folder), labels, folder)
-                if len(labels) not in (0, outputs := stored.label_count):
+                if len(labels) not in (0, outputs := stored.adapter.label_count):
                     if upload.labels:
                         raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
                     # Those of the version before name other classes.
                     stored = stored._replace(labels=())
                 if before is None or replaces:
-                    return self._load(name, stored, hides=not key.sees_all)
+                    version = self._load(name, stored, hides=not key.sees_all)
+                    unused.pop_all()
+                    return version, before is not None
                 self.warm(name)
-                if (self.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
+                if (self.base.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
                     raise _taken(name)
-            except BaseException:
-                remove(folder)
-                raise
-            remove(folder)
-            return before, True
+                return before, True
 
     def load(self, name: str, path: str, *, replaces: bool) -> Version:
         """Serve the adapter of a folder under a name from now on, and after a restart.
@@ -326,13 +304,9 @@ class Registry:
         """
         with self._change(name):
             if name in self and not replaces:
-                raise RefusedError(
-                    400,
-                    f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first",
-                    "InvalidUserInput",
-                )
-            version, _ = self._load(name, self.store.given_in(self.store.below(path)))
-            return version
+                message = f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first"
+                raise RefusedError(400, message, "InvalidUserInput")
+            return self._load(name, self.store.given_in(self.store.below(path)))
 
     def delete(self, name: str) -> Version | None:
         """Serve an adapter no longer, also after a restart; requests that use it end with it.
@@ -356,22 +330,18 @@ class Registry:
         if name is not None:
             self._check_name(name)
         with self._changing, self.store.changing():
-            self._follow()
+            self.follow()
             try:
                 yield
             except (ValueError, TypeError) as error:
-                raise RefusedError(
-                    422, f"the adapter cannot be served: {self._reason(error)}", "adapter_error"
-                ) from error
+                message = f"the adapter cannot be served: {self.store.told(error)}"
+                raise RefusedError(422, message, "adapter_error") from error
             except OSError as error:
                 _log.exception("a change was not made")
-                raise RefusedError(
-                    507,
-                    f"nothing was changed: the server's files cannot be written ({error.strerror})",
-                    "storage_error",
-                ) from error
+                message = f"nothing was changed: the server's files cannot be written ({error.strerror})"
+                raise RefusedError(507, message, "storage_error") from error
 
-    def _load(self, name: str, stored: Stored, hides: bool = False) -> tuple[Version, bool]:
+    def _load(self, name: str, stored: Stored, hides: bool = False) -> Version:
         """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread.
 
         Args:
@@ -379,35 +349,28 @@ class Registry:
             stored: where it is.
             hides: whether errors may say nothing of other adapters.
         """
-        self.check_task(stored.source.description)
-        key = self._new_key(name)
+        self.base.check_task(stored.source.description)
         try:
-            self._add(key, stored)
+            version = self._loaded(name, stored)
         except ValueError as error:
             if not hides:
                 raise
             message = "it is of another base, rank or other layers than this server takes, or its values are not finite"
             raise ValueError(message) from error
         try:
-            digest = self.bank.digest(key)
-            self.store.keep(name, stored, digest)
+            self.store.keep(name, stored, str(version.digest))
         except BaseException:
-            self.bank.remove(key)
+            self.base.bank.remove(version.key)
             raise
-        version = Version(name, key, stored, digest)
-        return version, self._point(name, version) is not None
-
-    def _new_key(self, name: str) -> str:
-        """No name has a colon, so no two versions have one key."""
-        self._loads += 1
-        return f"{name}:{self._loads}"
+        self._point(name, version)
+        return version
 
     def _release(self, version: Version) -> None:
         with self._lock:
             version.holds -= 1
             is_unused = not version.holds
         if is_unused:
-            self.bank.remove(version.key)
+            self.base.bank.remove(version.key)
             if version.stored.upload is not None and not self.store.is_shared:
                 # What stays is swept when the server starts again.
                 with suppress(OSError):
@@ -417,18 +380,13 @@ class Registry:
         """What clients are told of an adapter."""
         return {
             "name": version.name,
-            "base": self.base,
+            "base": self.base.name,
             "digest": version.digest,
             "labels": list(version.labels),
             "uploaded": version.stored.upload is not None,
         }
 
     def _check_name(self, name: str) -> None:
-        """Refuse what cannot name an adapter.
-
-        Raises:
-            RefusedError: 400.
-        """
         if not NAME.fullmatch(name):
             raise RefusedError(
                 400,
@@ -436,13 +394,8 @@ class Registry:
                 "128, with a letter or a digit first",
                 "InvalidUserInput",
             )
-        if name in (BASE, self.base):
+        if name in (BASE, self.base.name):
             raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
-
-    def _reason(self, error: Exception) -> str:
-        """What clients may read of an error."""
-        message = error.message if isinstance(error, RefusedError) else self.store.told(error)
-        return message[:LONGEST_REASON]
 
 
 def _taken(name: str) -> RefusedError:

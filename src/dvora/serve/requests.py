@@ -38,6 +38,11 @@ def not_finite() -> RefusedError:
     )
 
 
+def model_failed() -> RefusedError:
+    """What the rows of a batch are told whose error is the server's; its log has it."""
+    return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
@@ -65,7 +70,7 @@ class Answer(NamedTuple):
     values: Any = None
     """Logits of a head, or an embedding: a tensor on the CPU. None for generated text, which comes in pieces."""
     finish: Finish | None = None
-    error: BaseException | None = None
+    error: RefusedError | None = None
 
 
 class Chance(NamedTuple):
@@ -77,12 +82,11 @@ class Chance(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Generated text that is new, and how many tokens have been generated, the one that ends a text among them."""
+    """What a generated token adds to a text: nothing, where it ends the text or what it means is not certain yet."""
 
     text: str
-    tokens: int
-    chances: tuple[Chance, ...] = ()
-    """Of the tokens since the last piece, where the request wants them."""
+    chance: Chance | None = None
+    """Of the token, where the request wants it."""
 
 
 @dataclass(eq=False)

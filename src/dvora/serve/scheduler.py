@@ -18,8 +18,9 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain, count, islice, takewhile, zip_longest
+from heapq import heapify, heapreplace, nsmallest
+from itertools import chain, islice, zip_longest
+from operator import attrgetter
 from typing import Literal
 
 from .requests import RefusedError, Request
@@ -55,8 +56,6 @@ class _Queue:
     requests: OrderedDict[Request, None] = field(default_factory=OrderedDict)
     """The oldest first."""
     time: float = 0.0
-    has_turn: bool = False
-    """Whether it is among the turns."""
 
 
 class Scheduler:
@@ -74,9 +73,7 @@ class Scheduler:
         self.waiting = 0
         """How many requests wait."""
         self._queues: dict[str, _Queue] = {}
-        self._turns: list[tuple[float, int, _Queue]] = []
-        """A heap of the queues in which somebody waits, by their times."""
-        self._pushes = count()
+        """Those in which somebody waits by when they began to."""
         self._time = 0.0
         """Of the queue whose turn was last, before its batch."""
         self._prompts_were_last = False
@@ -132,67 +129,54 @@ class Scheduler:
 
     def _prompts(self) -> Batch | None:
         """The oldest request of the queue whose turn it is, and others that are cheap to run beside it."""
-        turns, batch = self._next_turns(), None
+        turns = self._turns()
         for queue in turns:
             first = next(iter(queue.requests))
             paused = self._making_room(first)
             if paused is not None:
                 requests = self._with(first, turns, [text for text in self.running if text not in paused])
-                batch = Batch("prefill" if first.work == "generate" else first.work, requests, paused)
                 self.remove(requests)
-                self._wait_again(paused)
                 cost = max(request.length for request in requests) + self.pass_tokens / len(requests)
                 for request in requests:
                     self._queues[request.queue].time += cost
-                break
+                self._wait_again(paused)
+                return Batch("prefill" if first.work == "generate" else first.work, requests, paused)
             if all(text.queue != first.queue for text in self.running):
                 # Its client has nothing yet: nobody comes in before it.
                 break
-        for queue in turns:
-            self._give_turn(queue)
-        return batch
+        return None
 
-    def _next_turns(self) -> list[_Queue]:
+    def _turns(self) -> list[_Queue]:
         """The next queues in their order, as many as there could be batches of."""
-        turns, now = list[_Queue](), time.monotonic()
-        while self._turns and len(turns) < 2 * self.limits.batch_rows:
-            at, _, queue = heappop(self._turns)
+        now = time.monotonic()
+        for queue in self._queues.values():
             while queue.requests and not (first := next(iter(queue.requests))).is_wanted(now):
                 self.remove([first])
-            if queue.requests and at == queue.time:
-                turns.append(queue)
-            else:
-                # Nobody waits in it any more, or its texts have got steps meanwhile.
-                self._give_turn(queue)
+        waiting = [queue for queue in self._queues.values() if queue.requests]
+        turns = nsmallest(2 * self.limits.batch_rows, waiting, key=lambda queue: queue.time)
         self._time = max([self._time, *(queue.time for queue in turns[:1])])
         return turns
-
-    def _give_turn(self, queue: _Queue) -> None:
-        queue.has_turn = bool(queue.requests)
-        if queue.has_turn:
-            heappush(self._turns, (queue.time, next(self._pushes), queue))
 
     def _join(self, requests: Sequence[Request]) -> None:
         """Let requests wait in their queues, as the last ones."""
         if len(self._queues) > 2 * self.limits.queue:
-            self._queues = {name: queue for name, queue in self._queues.items() if queue.has_turn}
-        latest = max((queue.time for *_, queue in self._turns), default=self._time)
+            self._queues = {name: queue for name, queue in self._queues.items() if queue.requests}
+        latest = max((queue.time for queue in self._queues.values() if queue.requests), default=self._time)
         for request in requests:
             queue = self._queues.setdefault(request.queue, _Queue())
+            if not queue.requests:
+                # Behind those that have waited at the same time before.
+                self._queues[request.queue] = self._queues.pop(request.queue)
+                queue.time = max(self._time, min(queue.time, latest))
             queue.requests[request] = None
             self.waiting += 1
-            if not queue.has_turn:
-                queue.time = max(self._time, min(queue.time, latest))
-                self._give_turn(queue)
 
     def _wait_again(self, paused: Sequence[Request]) -> None:
         """Let texts that lose their rows wait before all others of their queues, the oldest of them first."""
         for name in {request.queue for request in paused}:
+            self._join([text for text in paused if text.queue == name])
             requests = self._queues[name].requests
-            of_queue = [text for text in paused if text.queue == name]
-            earlier = [*takewhile(lambda text: text.generated, requests)]
-            self._join(of_queue)
-            for text in sorted(earlier + of_queue, key=lambda text: -text.arrived):
+            for text in sorted(filter(attrgetter("generated"), requests), key=lambda text: -text.arrived):
                 requests.move_to_end(text, last=False)
 
     def _displaced(self, requests: Sequence[Request]) -> list[Request]:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from ..bank import AdapterBank
 from ..recipes.models.bases import longest_text
-from ..recipes.settings import Trust
 from .base import open_base
 from .engine import Engine
 from .keys import Key, Keys
@@ -64,16 +59,6 @@ class Client:
             task.cancel()
 
 
-class Row(NamedTuple):
-    """What came out for one row."""
-
-    version: Version | None
-    """Of its adapter; None is the base."""
-    values: Tensor
-    tokens: int
-    """Of its text."""
-
-
 class Server:
     """One base, its adapters and its engine.
 
@@ -91,28 +76,13 @@ class Server:
         self.store = Store(settings.adapters, is_shared)
         try:
             opened, damaged = self.store.open()
-            self.base = open_base(
-                settings.base,
-                next((stored.source.description for stored in opened.values()), None),
-                partial(
-                    AdapterBank,
-                    slots=settings.slots,
-                    host_bytes=int(settings.host_memory * 2**30),
-                    head_bytes=int(settings.head_memory * 2**30),
-                    # Rows that would get an untrained one are refused in `rows`.
-                    own_heads=True,
-                ),
-                settings.dtype,
-                Trust(download=settings.download),
-            )
-            self.registry = Registry(
-                self.base.bank, self.store, self.base.name, self.base.between_passes, self.base.check_task
-            )
+            self.base = open_base(settings, next(iter(opened.values()), None))
+            self.registry = Registry(self.base, self.store)
             self.registry.open(opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
             self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
             self.texts = Texts(self.base, self.longest)
-            self._changes = Turns("dvora-changes")
+            self.changes = Turns("dvora-changes")
             self.engine = Engine(self.base, settings, self.longest, self.metrics)
         except BaseException:
             self.store.close()
@@ -120,7 +90,7 @@ class Server:
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what has been taken, for some seconds, and free everything."""
-        self._changes.close()
+        self.changes.close()
         self.engine.close(seconds)
         self.texts.close()
         self.base.bank.close()
@@ -142,20 +112,6 @@ class Server:
         if work not in self.works:
             raise RefusedError(400, f"{self.base.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
-    async def changed(self, change: Callable[[], T], queue: str, deadline: float) -> T:
-        """What a change of adapters gives; clients take turns, in a thread that nobody else waits for.
-
-        Raises:
-            RefusedError: 504, its turn did not come in time; what has begun is ended.
-        """
-
-        def in_time() -> T:
-            if time.monotonic() > deadline:
-                raise RefusedError(504, "others change adapters all the time, and nothing was changed", "timeout")
-            return change()
-
-        return await self._changes.run(queue, in_time)
-
     async def follow(self) -> None:
         """Serve what servers that share the adapters have changed.
 
@@ -172,36 +128,11 @@ class Server:
         An adapter that was never used is read beside the engine, so that no batch waits for a disk.
         """
         distinct = dict.fromkeys(names)
-        await self._warm(distinct)
-        with ExitStack() as held:
-            yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
-
-    async def _warm(self, names: Iterable[str | None]) -> None:
-        for name in names:
+        for name in distinct:
             if self.registry.is_cold(name):
                 await asyncio.to_thread(self.registry.warm, name)
-
-    async def rows(self, work: Work, rows: Sequence[tuple[str | None, Text]], client: Client) -> list[Row]:
-        """Classify or embed texts, each by an adapter, in as few batches as they fit.
-
-        Args:
-            work: classify or embed.
-            rows: the name of an adapter, None for the base, and its text.
-            client: who waits.
-
-        Raises:
-            RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
-        """
-        if work == "classify" and not self.base.has_own_head and any(name is None for name, _ in rows):
-            raise RefusedError(
-                400, f"{self.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
-            )
-        async with self.asking(work, rows, client, Sampling()) as (versions, parts):
-            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
-        return [
-            Row(version, answers[number].values, len(text.tokens))
-            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
-        ]
+        with ExitStack() as held:
+            yield {name: held.enter_context(self.registry.using(name)) for name in distinct}
 
     @asynccontextmanager
     async def asking(
@@ -218,16 +149,30 @@ class Server:
         Raises:
             RefusedError: an adapter is unknown or damaged, the queue is full, or it took too long.
         """
-        self.require(work)
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Answer]]()
         place: dict[Request, int] = {}
 
         def hear(request: Request, part: Piece | Answer) -> None:
-            _tell(loop, heard.put_nowait, (place[request], part))
+            # Unless the loop has ended with all who listened there.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(heard.put_nowait, (place[request], part))
 
-        # Adapters are read within the client's time.
-        await client.wait(self._warm(dict.fromkeys(name for name, _ in rows)))
-        async with self.versions(name for name, _ in rows) as versions:
+        async def parts() -> AsyncIterator[tuple[int, Piece | Answer]]:
+            answered = 0
+            while answered < len(rows):
+                number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
+                if isinstance(part, Piece):
+                    # What is generated is the client's to pay.
+                    client.key.tokens.take(1)
+                else:
+                    answered += 1
+                    if part.error is not None:
+                        raise part.error
+                yield number, part
+
+        async with AsyncExitStack() as held:
+            # Adapters are read within the client's time.
+            versions = await client.wait(held.enter_async_context(self.versions(name for name, _ in rows)))
             for number, (name, text) in enumerate(rows):
                 version, queue = versions[name], client.key.queue_of(name)
                 adapter = None if version is None else version.key
@@ -235,62 +180,25 @@ class Server:
                 place[request] = number
             self.engine.submit([*place])
             try:
-                client.key.spend(sum(len(text.tokens) for _, text in rows))
-                yield [versions[name] for name, _ in rows], _parts(len(rows), heard, client)
+                client.key.tokens.take(sum(len(text.tokens) for _, text in rows))
+                yield [versions[name] for name, _ in rows], parts()
             finally:
                 self.engine.cancel([*place])
 
     def metrics_text(self) -> bytes:
         """What Prometheus reads."""
         stats = self.base.bank.stats()
-        running, waiting = self.engine.adapters()
         names = {version.key: version.name for version in self.registry.versions()}
+        running, waiting = (sorted(names.get(key, key) for key in keys) for keys in self.engine.adapters())
         values = {
-            "queue_size": float(self.engine.waiting()),
-            "adapters": float(len(self.registry)),
-            "slots": float(stats.slots),
-            "slots_filled": float(stats.slots_filled),
-            "slot_bytes": float(stats.device_bytes),
-            "host_bytes": float(stats.host_bytes),
-            "adapter_loads": float(stats.loads),
-            "adapter_reads": float(stats.reads),
-            "adapter_evictions": float(stats.evictions),
+            "queue_size": self.engine.waiting(),
+            "adapters": len(self.registry),
+            "slots": stats.slots,
+            "slots_filled": stats.slots_filled,
+            "slot_bytes": stats.device_bytes,
+            "host_bytes": stats.host_bytes,
+            "adapter_loads": stats.loads,
+            "adapter_reads": stats.reads,
+            "adapter_evictions": stats.evictions,
         }
-        return self.metrics.text(
-            values,
-            sorted(names.get(key, key) for key in running),
-            sorted(names.get(key, key) for key in waiting),
-            stats.slots,
-        )
-
-
-def _tell(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
-    """Call something in the loop's thread, unless the loop has ended with all who listened there."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *arguments)
-
-
-async def _parts(
-    rows: int, heard: asyncio.Queue[tuple[int, Piece | Answer]], client: Client
-) -> AsyncIterator[tuple[int, Piece | Answer]]:
-    """What is heard of rows until all have their answers; what they generate is the client's to pay."""
-    generated, answered = [0] * rows, 0
-    while answered < rows:
-        number, part = heard.get_nowait() if heard.qsize() else await client.wait(heard.get())
-        if isinstance(part, Piece):
-            client.key.spend(part.tokens - generated[number])
-            generated[number] = part.tokens
-        else:
-            answered += 1
-            if part.error is not None:
-                raise _failed(part.error)
-        yield number, part
-
-
-def _failed(error: BaseException) -> RefusedError:
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, ValueError):
-        # Of the bank: an adapter's files are other ones than when it was loaded, or are gone.
-        return RefusedError(422, str(error), "adapter_error")
-    return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
+        return self.metrics.text(values, running, waiting, stats.slots)

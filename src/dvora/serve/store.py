@@ -20,11 +20,11 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import filelock
 from pydantic import TypeAdapter, ValidationError
@@ -47,7 +47,8 @@ UPLOAD = re.compile(r"[0-9a-f]{16}")
 """What the folders of uploads are called."""
 UNFINISHED = re.compile(rf"\.([0-9a-f]{{16}}\.unfinished|index\.json\.{RANDOM})")
 """What a server leaves that is killed while it writes."""
-ABSENT = object()
+LONGEST_REASON = 1000
+"""Letters of an error; some quote what is damaged."""
 CHANGING_SECONDS = 30.0
 """For which a change waits for those of other servers."""
 LINGERING_SECONDS = 3600.0
@@ -89,15 +90,15 @@ class Stored(NamedTuple):
         return content.settings, content.layers, config.task_type, json.dumps(config.auto_mapping)
 
     @property
-    def label_count(self) -> int | None:
-        """Outputs of its head, if it has one.
+    def adapter(self) -> Adapter:
+        """It as the recipes know adapters, for the class of its base and the outputs of its head.
 
         Raises:
             ValueError: it lacks the head that its settings name.
         """
         description = self.source.description
         shapes = {name: shape for name, (_, shape) in description.entries.items()}
-        return Adapter(Path(), json.loads(description.settings), shapes, ()).label_count
+        return Adapter(Path(), json.loads(description.settings), shapes, ())
 
 
 class Store:
@@ -126,7 +127,7 @@ class Store:
         self.folder.mkdir(exist_ok=True)
         self.is_shared = is_shared
         self._held = ExitStack()
-        if not (_shared_lock(lock, self._held) if is_shared else _lock(lock, self._held)):
+        if not _is_locked(lock, is_shared, self._held):
             raise ValueError(f"--adapters {source}: another server has it; stop that one, or copy the folder")
         self._changes = filelock.FileLock(changes, timeout=CHANGING_SECONDS, thread_local=False)
         self.index, self._last_read = self._read_index()
@@ -153,7 +154,7 @@ class Store:
                 # Names of folders need not be UTF-8, and the error is a ValueError.
                 name.encode()
                 opened[name] = read()
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError, RefusedError) as error:
                 # Python before 3.13 calls a loop of links a RuntimeError.
                 damaged[name.encode(errors="replace").decode()] = self.told(error)
         frequency = Counter(stored.kind for stored in opened.values())
@@ -163,7 +164,11 @@ class Store:
         """What the server was given, by name; the functions read it."""
         if self.pack is not None:
             pack = Pack.open(self.pack)
-            return {name: partial(_packed, pack, name) for name in pack.entries}
+
+            def packed(name: str) -> Stored:
+                return Stored(pack.source(name))
+
+            return {name: partial(packed, name) for name in pack.entries}
         is_empty = all(path.name[0] == "." for path in self.root.iterdir())
         folders = {} if is_empty else adapters_in(self.root)
         return {name: partial(self.given_in, folder) for name, folder in folders.items()}
@@ -188,15 +193,11 @@ class Store:
         """What the index names.
 
         Raises:
-            ValueError: it is damaged, or no server can have written it there.
+            ValueError, RefusedError: it is damaged, not there, or no server can have written it there.
         """
         "".join(entry.labels).encode()
         if not entry.is_upload:
-            try:
-                folder = self.below(entry.folder)
-            except RefusedError as refusal:
-                raise ValueError(refusal.message) from None
-            return self.given_in(folder)._replace(labels=entry.labels, digest=entry.digest)
+            return self.given_in(self.below(entry.folder))._replace(labels=entry.labels, digest=entry.digest)
         parent, _, name = entry.folder.rpartition("/")
         folder = self.folder / name
         if parent != self.folder.name or not UPLOAD.fullmatch(name) or folder.is_symlink():
@@ -225,10 +226,11 @@ class Store:
 
     def told(self, error: BaseException) -> str:
         """What clients may read of an error: without the server's paths, and without letters that no JSON has."""
-        message = str(error).encode(errors="replace").decode()
+        message = error.message if isinstance(error, RefusedError) else str(error)
+        message = message.encode(errors="replace").decode()
         for path in (self.folder, self.root):
             message = re.sub(rf"{re.escape(str(path))}[^:\s]*(: )?", "", message)
-        return message
+        return message[:LONGEST_REASON]
 
     def write(self, content: Mapping[str, bytes]) -> Path:
         """Write an upload into a folder of its own.
@@ -289,13 +291,11 @@ class Store:
         Raises:
             RefusedError: 503, others change it all the time.
         """
-        with ExitStack() as held:
-            if self.is_shared:
-                try:
-                    held.enter_context(self._changes)
-                except filelock.Timeout:
-                    raise RefusedError(503, "other servers change the adapters; try again", "unavailable") from None
-            yield
+        try:
+            with self._changes if self.is_shared else nullcontext():
+                yield
+        except filelock.Timeout:
+            raise RefusedError(503, "other servers change the adapters; try again", "unavailable") from None
 
     def is_behind(self) -> bool:
         """Whether another server changed the index since it was last read here."""
@@ -314,8 +314,7 @@ class Store:
         Until they are taken over, and also after an error, `is_behind` is true.
         """
         (index, read), before = self._read_index(), self.index
-        names = [name for name in {**before, **index} if index.get(name, ABSENT) != before.get(name, ABSENT)]
-        yield {name: index.get(name) for name in names}
+        yield {name: index.get(name) for name, _ in index.items() ^ before.items()}
         self.index, self._last_read = index, read
 
     def _read_index(self) -> tuple[dict[str, Entry | None], _ReadFile | None]:
@@ -332,13 +331,12 @@ class Store:
             ) from error
 
     def _write_index(self, index: dict[str, Entry | None]) -> None:
-        saved: dict[str, Any] = {name: None if entry is None else asdict(entry) for name, entry in index.items()}
         for name, entry in self.index.items():
             if self.is_shared and entry is not None and entry.is_upload and index.get(name) != entry:
                 # From now on it lingers.
                 with suppress(FileNotFoundError):
                     os.utime(self.root / entry.folder)
-        if len(content := json.dumps(saved, ensure_ascii=False).encode()) > LARGEST_INDEX:
+        if len(content := _Index.dump_json(index)) > LARGEST_INDEX:
             raise ValueError(f"the index of all adapters would be larger than {LARGEST_INDEX:,} bytes; delete some")
         file = self.folder / INDEX
         before = file.read_bytes() if file.exists() else None
@@ -350,10 +348,6 @@ class Store:
                 file.unlink(missing_ok=True) if before is None else write_atomically(file, before)
             raise
         self.index = index
-
-
-def _packed(pack: Pack, name: str) -> Stored:
-    return Stored(pack.source(name))
 
 
 _Index = TypeAdapter(dict[str, Entry | None])
@@ -368,23 +362,18 @@ class _ReadFile:
         self.state = os.fstat(descriptor)
 
 
-def _lock(file: Path, held: ExitStack) -> bool:
-    """Hold a lock that nobody else has."""
+def _is_locked(file: Path, is_shared: bool, held: ExitStack) -> bool:
+    """Hold a lock that nobody else has, or one that others have who share it, if it is free."""
     try:
-        held.enter_context(filelock.FileLock(file, timeout=0, thread_local=False))
-    except filelock.Timeout:
-        return False
-    return True
-
-
-def _shared_lock(file: Path, held: ExitStack) -> bool:
-    """Hold a lock that others have who share it, and nobody for himself; filelock has no such lock without SQLite."""
-    if fcntl is None:
-        raise ValueError("servers share adapters on systems with fcntl only, which this one has not; use one server")
-    opened = held.enter_context(file.open("ab"))
-    try:
-        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not is_shared:
+            held.enter_context(filelock.FileLock(file, timeout=0, thread_local=False))
+        elif fcntl is None:
+            message = "servers share adapters on systems with fcntl only, which this one has not; use one server"
+            raise ValueError(message)
+        else:
+            # filelock has no such lock without SQLite.
+            fcntl.flock(held.enter_context(file.open("ab")), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (filelock.Timeout, BlockingIOError):
         held.close()
         return False
     return True
