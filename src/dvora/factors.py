@@ -225,7 +225,9 @@ class _RowFactors(torch.autograd.Function):
         ctx.save_for_backward(m, lambda_b, lambda_d, *factors)
         ctx.set_materialize_grads(False)
         # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
-        outputs = factors.gain - adapted.row_constants.one, factors.scale, factors.gain
+        # Not finite where the norm is not, whose inverse is zero.
+        gain_minus_one = (factors.gain - adapted.row_constants.one).add_(factors.inner, alpha=0)
+        outputs = gain_minus_one, factors.scale, factors.gain
         outputs = outputs if strength == 1 else _weakened(*outputs, strength)
         ctx.mark_non_differentiable(outputs[2])
         return outputs
