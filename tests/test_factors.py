@@ -146,7 +146,7 @@ def test_the_delta_has_the_precision_of_the_forward(direction: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         delta = delta_weight(layer.adapted, layer.vectors, layer.base_layer.weight)
     dense = DenseDVoRA.of(layer)
-    assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-6
+    assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-5
 
 
 def test_norms_of_vectors_in_half_precision_are_not() -> None:
