@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora.layer import share_inputs
+from dvora.layer import current_pass, share_inputs
 from tests.cases import COPIES, fresh_copy, linear, randn, trained_layer
 from tests.reference import worst_error
 
@@ -318,3 +318,4 @@ def test_after_a_change_the_pass_is_that_of_a_fresh_layer(mode: str, kind: str, 
             found = subject.passed()
             for ours, theirs in zip(found, expected, strict=True):
                 assert worst_error(ours, theirs.double()) < (1e-2 if ours.dtype == torch.bfloat16 else 1e-5)
+        assert current_pass() is None
