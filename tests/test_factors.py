@@ -1,11 +1,11 @@
-"""The row factors of layers made at once: those of the definition; and when a model's passes make them again."""
+"""Row factors: those of the definition, alone, by row and many at once; and layers in the passes of models."""
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,150 +16,104 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
-from dvora import factors as source
-from dvora.factors import (
-    FactorSource,
-    StackConstants,
-    add_factor_pass,
-    current_pass,
-    delta_weight,
-    factors_of,
-    stacked_factors,
-)
+from dvora.factors import Factors, delta_weight, factor_rows, factors_of
 from dvora.functional import Vectors
+from dvora.layer import current_pass, share_inputs, stop_sharing_inputs, thin_outputs
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
-from tests.cases import DIRECTIONS, TOLERANCE, fresh_copy, nearly_cancelled, randn, trained_layer
+from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, nearly_cancelled, randn, trained_layer
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 9, 4
-WIDTH = 6
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-settings = st.fixed_dictionaries(
-    {"direction": st.sampled_from(DIRECTIONS), "detach_norm": st.booleans(), "alpha": st.floats(0.1, 10)}
-)
 
 
-class Stack:
-    """L layers of one shape with an adapter each."""
-
-    def __init__(
-        self,
-        layers: int,
-        shape: tuple[int, int, int] = (IN, OUT, RANK),
-        dtype: torch.dtype = torch.float64,
-        distribution: str = "kaiming_uniform",
-        **options: object,
-    ) -> None:
-        in_features, out_features, rank = shape
-        shared = SharedProjections(3, distribution)
-        self.weights = [randn(out_features, in_features, seed=10 + i, dtype=dtype) for i in range(layers)]
-        self.adapted = [AdaptedWeight(weight, rank, shared=shared, **options) for weight in self.weights]
-        norms = torch.stack([weight.norm(dim=1) for weight in self.weights])[:, None]
-        self.vectors = Vectors(
-            norms * (0.5 + randn(layers, 1, out_features, seed=4, dtype=dtype).abs()),
-            randn(layers, 1, out_features, seed=5, dtype=dtype),
-            0.3 * randn(layers, 1, rank, seed=6, dtype=dtype),
-        )
+def factors(layer: DVoRAAdapter, **options: Any) -> Factors:
+    return factors_of(layer.adapted, layer.vectors, layer.base_layer.weight, **options)
 
 
 @directions
 @distributions
-def test_second_derivatives_equal_finite_differences(distribution: str, direction: str) -> None:
-    stack = Stack(2, (3, 4, 2), distribution=distribution, direction=direction)
-    stack.weights[0][1] = 0
-    stack.adapted[0].refresh(stack.weights[0])
-    constants = StackConstants.of(stack.adapted)
-    vectors = tuple(v.requires_grad_() for v in stack.vectors)
+@pytest.mark.parametrize("rank", [2, 5])
+def test_derivatives_equal_finite_differences(rank: int, distribution: str, direction: str) -> None:
+    weight, f64 = randn(4, 3, seed=1, dtype=torch.float64), torch.float64
+    weight[1] = 0
+    adapted = AdaptedWeight(weight, rank, shared=SharedProjections(3, distribution), direction=direction)
+    shapes = [(2, 4), (2, 4), (2, rank)]
+    vectors = [randn(*shape, seed=4 + i, dtype=f64).requires_grad_() for i, shape in enumerate(shapes)]
 
-    def made(*vectors: Tensor) -> tuple[Tensor, Tensor]:
-        return stacked_factors(Vectors(*vectors), constants)[:2]
+    def outputs(*vectors: Tensor) -> tuple[Tensor, ...]:
+        return factors_of(adapted, Vectors(*vectors), strength=0.7)[:2]
 
-    assert torch.autograd.gradcheck(made, vectors, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(made, vectors)
-
-
-@distributions
-@directions
-@pytest.mark.parametrize("shape", [(64, 64, 8), (10, 20, 40), (120, 768, 64)], ids=str)
-def test_the_definition_gives_the_bits_of_the_stack(
-    shape: tuple[int, int, int], direction: str, distribution: str
-) -> None:
-    stack = Stack(3, shape, torch.float32, distribution, direction=direction)
-    together = stacked_factors(stack.vectors, StackConstants.of(stack.adapted))
-    for layer, (adapted, weight) in enumerate(zip(stack.adapted, stack.weights, strict=True)):
-        vectors = Vectors(*(vector[layer, 0] for vector in stack.vectors))
-        for ours, theirs in zip(adapted.factors(vectors, weight), together, strict=True):
-            assert torch.equal(ours, theirs[layer, 0])
-
-
-def test_constants_are_joined_only_while_they_are_parts_of_one_tensor() -> None:
-    stack = Stack(3)
-    whole = StackConstants.of(stack.adapted)
-    assert whole.fit(stack.adapted)
-    assert StackConstants.of(stack.adapted).C is whole.C
-    for order in ([1, 0, 2], [0, 1], [1, 2], [0], [0, 0, 2]):
-        chosen = [stack.adapted[index] for index in order]
-        assert not whole.fit(chosen)
-        found = StackConstants.of(chosen).C
-        assert torch.equal(found, torch.stack([adapted.C for adapted in chosen])), order
-    stack.weights[1].mul_(2)
-    stack.adapted[1].refresh(stack.weights[1])
-    assert not whole.fit(stack.adapted)
-
-
-# Rows near cancellation.
-
-
-@directions
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained base"])
-@given(ratio=st.sampled_from([0.3, 1e-2]), tokens=st.sampled_from([4, 600]))
-def test_outputs_of_nearly_cancelled_layers_are_right_to_some_hundred_thousandths(
-    frozen: bool, direction: str, ratio: float, tokens: int
-) -> None:
-    layer = nearly_cancelled(trained_layer(24, 10, 4, direction=direction, freeze_base_layer=frozen), ratio)
-    assert DenseDVoRA.of(layer).norm_ratio().max() < 3 * ratio
-    x = randn(tokens, 24, seed=8)
-    expected = DenseDVoRA.of(layer)(x)
-    # The terms are g = w / n times larger than their sum, each with its rounding: of 24 terms and g = 100, what one
-    # processor's order of summing makes 1.9e-5 and another's 2.5e-5.
-    assert worst_error(layer(x), expected) < 4e-5
-    with torch.no_grad():
-        assert worst_error(layer.eval()(x), expected) < 4e-5
+    assert torch.autograd.gradcheck(outputs, vectors, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(outputs, vectors)
 
 
 @dtypes
-def test_a_row_that_vanishes_altogether_gives_finite_numbers(dtype: torch.dtype) -> None:
-    layer = nearly_cancelled(trained_layer(3, 4, 1, dtype=dtype), 0.0)
-    x = randn(5, 3, seed=8, dtype=dtype).requires_grad_()
+@distributions
+@given(direction=st.sampled_from(DIRECTIONS), detach_norm=st.booleans(), alpha=st.floats(0.1, 10))
+def test_adapters_at_once_get_the_rows_that_they_get_one_by_one(
+    distribution: str, dtype: torch.dtype, **options: Any
+) -> None:
+    shared = SharedProjections(3, distribution)
+    weights = [
+        AdaptedWeight(randn(out, width, seed=out, dtype=dtype), rank, shared=shared, **options)
+        for out, width, rank in [(9, 6, 4), (5, 7, 0), (9, 6, 4), (6, 8, 20)]
+    ]
+    lengths = [n for w in weights for n in (w.out_features, w.out_features if w.rank else 0, w.rank)]
+    vectors = (0.5 + randn(3, sum(lengths), seed=1, dtype=dtype).abs()).requires_grad_()
+    together = factor_rows(weights, vectors)
+    ours = torch.autograd.grad(together.square().sum(), vectors)[0]
+    for vector, row, gradient in zip(vectors, together, ours, strict=True):
+        leaf, alone = vector.detach().clone().requires_grad_(), []
+        parts = iter(leaf.split(lengths))
+        for adapted in weights:
+            m, b, d = next(parts), next(parts), next(parts)
+            alone.append(factors_of(adapted, Vectors(m, b if len(b) else torch.zeros_like(m), d)).row)
+        assert worst_error(row, torch.cat(alone).double()) < TOLERANCE[dtype]
+        (expected,) = torch.autograd.grad(torch.cat(alone).square().sum(), leaf)
+        assert worst_error(gradient, expected.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (5, 2, 3), (5, 0)], ids=str)
+@given(bias=st.booleans(), distribution=st.sampled_from(DISTRIBUTIONS))
+def test_each_row_of_a_batch_gets_what_it_gets_alone(
+    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, distribution: str
+) -> None:
+    base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+    adapted = AdaptedWeight(base.weight, RANK, shared=SharedProjections(3, distribution))
+    wide, index = adapted.w.dtype, torch.tensor([2, 0, 2, 1, 2])
+    values = (0.3 * randn(3, 2 * OUT + RANK, seed=1, dtype=wide)).requires_grad_()
+    x = randn(*shape, IN, seed=8, dtype=dtype).requires_grad_()
+    d = randn(*shape, OUT, seed=9, dtype=dtype)
+
+    def outputs(x: Tensor, factors: Factors) -> Tensor:
+        return thin_outputs(base(x), x, adapted, factors, base.bias)
+
+    y = outputs(x, Factors.of_rows(values[index], RANK, x.dim()))
+    ours = torch.autograd.grad(y, [x, values], d)
+    parts = values.split([OUT, OUT, RANK], -1)
+    single = [outputs(x[row], Factors(*(part[i] for part in parts))) for row, i in enumerate(index.tolist())]
+    theirs = torch.autograd.grad(torch.stack(single), [x, values], d)
+    for one, other in zip((y, *ours), (torch.stack(single), *theirs), strict=True):
+        assert worst_error(one, other.double()) < max(10 * torch.finfo(one.dtype).eps, 1e-6 if wide != dtype else 0)
+    with torch.no_grad():
+        assert torch.equal(outputs(x, Factors.of_rows(values[index], RANK, x.dim())), y)
+
+
+@dtypes
+@pytest.mark.parametrize(("tokens", "rank"), [(2, 1), (20, 1), (2, 5)], ids=["thin", "folded", "formed"])
+def test_a_row_that_vanishes_altogether_gives_finite_numbers(tokens: int, rank: int, dtype: torch.dtype) -> None:
+    layer = nearly_cancelled(trained_layer(3, 4, rank, dtype=dtype), 0.0)
+    x = randn(tokens, 3, seed=8, dtype=dtype).requires_grad_()
     y = layer(x)
     y.sum().backward()
     assert y.isfinite().all()
     assert all(leaf.grad.isfinite().all() for leaf in (x, *layer.vectors))
-
-
-# One adapter of one layer.
-
-
-def source_of(layer: DVoRAAdapter, strength: Tensor | None = None) -> tuple[FactorSource, Tensor]:
-    return FactorSource(layer.adapted, layer.vectors, strength), layer.base_layer.weight
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, -1.0])
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_strength_scales_update_and_gain(trained: bool, strength: float) -> None:
-    layer = trained_layer(IN, OUT, RANK)
-    with torch.set_grad_enabled(trained):
-        full = factors_of(*source_of(layer))
-        scaled = factors_of(*source_of(layer, torch.tensor(strength)))
-    torch.testing.assert_close(scaled.gain_minus_one, strength * full.gain_minus_one)
-    torch.testing.assert_close(scaled.scale, strength * full.scale)
-    torch.testing.assert_close(scaled.gain, 1 + strength * full.gain_minus_one)
-    if strength == 1:
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(scaled[:4], full[:4], strict=True))
 
 
 @directions
@@ -168,57 +122,94 @@ def test_the_delta_has_the_precision_of_the_forward(direction: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         delta = delta_weight(layer.adapted, layer.vectors, layer.base_layer.weight)
     dense = DenseDVoRA.of(layer)
-    assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-6
+    assert worst_error(delta, dense.merged_weight() - dense.weight) < 1e-5
 
 
 def test_norms_of_vectors_in_half_precision_are_not() -> None:
     dtype = torch.bfloat16
-    layer, x = trained_layer(IN, OUT, RANK), randn(4, IN, seed=0)
-    for vector in layer.vectors:
-        vector.data = vector.data.to(dtype).float()
-    outputs, expected = layer(x), torch.autograd.grad(layer(x).square().sum(), layer.vectors)
-    for vector in layer.vectors:
-        vector.data = vector.data.to(dtype)
-    assert torch.equal(layer(x), outputs)
-    for ours, whole in zip(torch.autograd.grad(layer(x).square().sum(), layer.vectors), expected, strict=True):
-        assert ours.dtype == dtype
-        assert worst_error(ours, whole.double()) < 2 * torch.finfo(dtype).eps
+    for rank in (RANK, IN + 1):
+        layer, x = trained_layer(IN, OUT, rank), randn(4, IN, seed=0)
+        for vector in layer.vectors:
+            vector.data = vector.data.to(dtype).float()
+        outputs, expected = layer(x), torch.autograd.grad(layer(x).square().sum(), layer.vectors)
+        for vector in layer.vectors:
+            vector.data = vector.data.to(dtype)
+        assert torch.equal(layer(x), outputs)
+        for ours, whole in zip(torch.autograd.grad(layer(x).square().sum(), layer.vectors), expected, strict=True):
+            assert ours.dtype == dtype
+            assert worst_error(ours, whole.double()) < 2 * torch.finfo(dtype).eps
 
 
-# Passes of a model.
+# Factors that an evaluation keeps; what a change makes of them is in `test_changes`.
+
+
+@torch.no_grad()
+def test_factors_are_kept_while_nothing_changes_and_not_beside_a_gradient() -> None:
+    layer = trained_layer(IN, OUT, RANK)
+    first = factors(layer)
+    assert factors(layer) is first
+    assert factors(layer, strength=0.5) is not first
+    assert factors(layer.double()).scale.dtype == torch.float64
+    for vector in layer.vectors:
+        vector.grad = torch.zeros_like(vector)
+        assert factors(layer) is not factors(layer)
+        vector.grad = None
+    with torch.inference_mode():
+        layer.vectors.magnitude.mul_(2)
+        torch.testing.assert_close(factors(layer).gain, 2 * first.gain.double())
+        assert factors(layer) is factors(layer)
+
+
+@pytest.mark.parametrize("size", [OUT, 2**18])
+def test_other_vectors_do_not_come_to_have_the_address_of_those_that_were_kept(size: int) -> None:
+    layer = trained_layer(2, size, 1).requires_grad_(False)
+    magnitude, gain = layer.magnitude.clone(), factors(layer).gain
+    for factor in range(1, 9):
+        layer.magnitude.data = factor * magnitude
+        assert torch.allclose(factors(layer).gain, factor * gain)
+        layer.magnitude.data = torch.empty(1)
+
+
+# Layers in the passes of models.
+
+WIDTH = 6
+RANKS = {"thin": (4, RANK), "folded": (40, RANK), "formed": (4, WIDTH + 3)}
+"""Tokens and rank for which training is computed that way."""
+every_way = pytest.mark.parametrize("way", RANKS)
 
 
 class Model(nn.Module):
-    def __init__(self, count: int = 3, passes: bool = True, width: int = WIDTH, rank: int = RANK) -> None:
+    """Pairs of layers that read the same inputs."""
+
+    def __init__(self, way: str = "thin", pairs: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(trained_layer(width, width, rank) for _ in range(count))
+        self.way = way
+        self.layers = nn.ModuleList(trained_layer(WIDTH, WIDTH, RANKS[way][1]) for _ in range(2 * pairs))
         with torch.no_grad():
             for index, layer in enumerate(self.layers):
                 layer.lambda_d.mul_(1 + index)
-        if passes:
-            add_factor_pass(self)
+        share_inputs(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
+        for index in range(0, len(self.layers), 2):
+            x = torch.tanh(self.layers[index](x) - self.layers[index + 1](x))
         return x
 
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def inputs(self) -> Tensor:
+        return randn(RANKS[self.way][0], WIDTH, seed=8)
 
-    def alone(self) -> "Model":
-        made = Model(0, passes=False)
-        made.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
-        return made
-
-
-def inputs(tokens: int = 4) -> Tensor:
-    return randn(tokens, WIDTH, seed=8)
+    def alone(self) -> nn.Module:
+        """The same with new layers that share nothing."""
+        other = Model(self.way, 0)
+        stop_sharing_inputs(other)
+        other.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
+        return other
 
 
-def step(model: nn.Module, tokens: int = 4) -> list[Tensor]:
+def step(model: Model, x: Tensor | None = None) -> list[Tensor]:
+    """The gradients of a pass, in order."""
     model.zero_grad()
-    model(inputs(tokens)).square().sum().backward()
+    model(model.inputs() if x is None else x).square().sum().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -228,275 +219,119 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert worst_error(one, other.double()) < 1e-5
 
 
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many layers factors are made for, one entry for each time."""
-    made: list[int] = []
-    make = source.layer_factors
-    with monkeypatch.context() as patch:
-        patch.setattr(source, "layer_factors", lambda sources, c: made.append(len(sources)) or make(sources, c))
-        yield made
-
-
-FEW_AND_MANY = pytest.mark.parametrize("tokens", [4, 40], ids=["thin", "folded"])
-
-
-@FEW_AND_MANY
-def test_layers_are_learnt_from_the_last_pass_that_trained(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    model = Model()
-    with counted(monkeypatch) as made:
-        first = step(model, tokens)
-        assert made == [1, 1, 1]
-        second = step(model, tokens)
-        assert made[3:] == [3]
-        step(model, tokens)
-        assert made[4:] == [3]
-    assert all(map(torch.equal, first, second))
-    assert_equal(second, step(model.alone(), tokens))
-
-
-def test_evaluation_makes_factors_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model().eval()
-    with torch.no_grad(), counted(monkeypatch) as made:
-        outputs = [model(inputs()) for _ in range(4)]
-        assert made == [1, 1, 1]
-        model.layers[1].lambda_b.mul_(2)
-        changed = model(inputs())
-        assert made[3:] == [3]
-        assert all(torch.equal(outputs[0], other) for other in outputs)
-        torch.testing.assert_close(changed, model.alone()(inputs()))
-    with torch.inference_mode(), counted(monkeypatch) as made:
-        assert torch.equal(model(inputs()), changed)
-        assert made == []
-
-
-def test_a_training_pass_ends_what_evaluation_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model()
-    step(model)
-    with torch.no_grad():
-        model(inputs())
-        model(inputs())
-    with counted(monkeypatch) as made:
-        step(model)
+@every_way
+def test_a_model_trains_and_evaluates_as_its_layers_do_alone(way: str) -> None:
+    model, alone = Model(way), Model(way).alone()
+    for _ in range(2):
+        assert_equal(step(model), step(alone))
         with torch.no_grad():
-            model(inputs())
-    # Not every optimizer's step is counted as a write, and only on a CPU values are compared.
-    assert made == [3, 3]
+            assert_equal([model(model.inputs())], [alone(model.inputs())])
+    model.zero_grad()
+    sum(model(factor * model.inputs()).square().sum() for factor in (1, 2)).backward()
+    found = [parameter.grad for parameter in model.layers.parameters() if parameter.requires_grad]
+    parts = [[g.clone() for g in step(alone, factor * model.inputs())] for factor in (1, 2)]
+    assert_equal(found, [sum(each) for each in zip(*parts, strict=True)])
 
 
-def test_a_layer_called_by_itself_takes_nothing_of_the_models_last_pass() -> None:
-    model = Model()
-    step(model)
-    model(inputs())
-    layer = model.layers[0]
-    layer.lambda_b.data.mul_(1.5)
-    torch.testing.assert_close(layer(inputs()), fresh_copy(layer)(inputs()))
-
-
-def test_layers_that_are_added_used_no_more_or_gone_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model()
-    step(model)
-    model.layers.append(trained_layer(WIDTH, WIDTH, RANK))
-    step(model)
-    with counted(monkeypatch) as made:
-        step(model)
-        assert made == [4]
-    gone = [weakref.ref(model.layers[1].adapted), weakref.ref(model.layers[1].magnitude)]
-    del model.layers[1]
-    model.zero_grad(set_to_none=True)
-    step(model)
-    with counted(monkeypatch) as made:
-        found = step(model)
-    assert made == [3]
-    gc.collect()
-    assert [reference() for reference in gone] == [None, None]
-    assert_equal(found, step(model.alone()))
-
-
-def test_a_layer_that_is_not_called_gets_no_gradient() -> None:
-    model = Model()
+@every_way
+def test_a_layer_that_is_not_called_gets_no_gradient_and_a_model_can_be_freed(way: str) -> None:
+    model = Model(way)
     step(model)
     model.zero_grad()
-    first, *others = model.layers
-    model.layers = nn.ModuleList([first])
-    step(model)
-    assert first.lambda_b.grad is not None
-    assert all(parameter.grad is None for layer in others for parameter in layer.parameters())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"direction": "weight"}, {"detach_norm": True}, {"alpha": 7.0}, {"shared": SharedProjections(3)}, {"bias": False}],
-    ids=lambda options: next(iter(options)),
-)
-def test_layers_that_differ_are_stacks_of_their_own(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = Model()
-    model.layers.append(trained_layer(WIDTH, WIDTH, RANK, **options))
-    step(model)
-    with counted(monkeypatch) as made:
-        found = step(model)
-    assert made == ([4] if "bias" in options else [3, 1])
-    assert_equal(found, step(model.alone()))
-
-
-@FEW_AND_MANY
-def test_a_trained_model_can_be_freed(tokens: int) -> None:
-    model = Model()
-    for _ in range(3):
-        step(model, tokens)
+    others, model.layers = model.layers[2:], model.layers[:2]
+    assert len(step(model)) == 6
+    assert all(parameter.grad is None for parameter in others.parameters())
     with torch.no_grad():
-        model(inputs())
-    adapted = [weakref.ref(layer.adapted) for layer in model.layers]
-    del model
+        model(model.inputs())
+    adapted = [weakref.ref(layer.adapted) for layer in (*model.layers, *others)]
+    del model, others
     gc.collect()
-    assert [reference() for reference in adapted] == [None] * 3
+    assert [reference() for reference in adapted] == [None] * 4
 
 
-def test_a_trained_base_or_another_dtype_of_vectors_beside_the_others() -> None:
-    model = Model()
-    model.layers.append(trained_layer(WIDTH, WIDTH, RANK, freeze_base_layer=False))
-    for name in Vectors._fields:
-        setattr(model.layers[1], name, nn.Parameter(getattr(model.layers[1], name).detach().double()))
-    expected = step(model.alone())
-    for _ in range(3):
-        assert_equal([gradient.float() for gradient in step(model)], expected)
-    assert model.layers[1].lambda_b.grad.dtype == torch.float64
+CHECKPOINTED: dict[str, Callable[[Model], Iterable[nn.Module]]] = {
+    "the model": lambda model: [model],
+    "every layer": lambda model: model.layers,
+    "some layers": lambda model: model.layers[::2],
+}
 
 
-def test_several_passes_may_be_open_until_one_backward_pass_reaches_them() -> None:
-    model, alone = Model(), Model().alone()
-    step(model)
-    model.zero_grad()
-    for each in (model, alone):
-        sum(each(randn(tokens, WIDTH, seed=tokens)).square().sum() for tokens in (4, 40, 7)).backward()
-    assert_equal([p.grad for p in model.trained()], [p.grad for p in alone.trained()])
-
-
-class Checkpointed(Model):
-    """Every layer checkpointed, or some, or all as one part."""
-
-    parts: Callable[[int], bool] | None = None
-    use_reentrant = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.parts is None:
-            return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
-        for index, layer in enumerate(self.layers):
-            wrapped = partial(checkpoint, layer, use_reentrant=self.use_reentrant) if self.parts(index) else layer
-            x = torch.tanh(wrapped(x))
-        return x
-
-
-@FEW_AND_MANY
-@pytest.mark.parametrize("parts", [None, lambda _: True, lambda index: index % 2], ids=["one part", "each", "some"])
+@every_way
+@pytest.mark.parametrize("what", CHECKPOINTED)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_layers_train_to_the_same_gradients(
-    use_reentrant: bool, parts: Callable[[int], bool] | None, tokens: int
-) -> None:
-    model = Checkpointed()
-    model.parts, model.use_reentrant = parts, use_reentrant
-    expected = step(model.alone(), tokens)
-    for _ in range(3):
-        model.zero_grad()
-        model(inputs(tokens).requires_grad_()).square().sum().backward()
-        assert_equal([p.grad for p in model.trained()], expected)
+def test_checkpointed_layers_train_to_the_same_gradients(use_reentrant: bool, what: str, way: str) -> None:
+    model = Model(way)
+    for module in CHECKPOINTED[what](model):
+        module.forward = partial(checkpoint, module.forward, use_reentrant=use_reentrant)
+    for _ in range(2):
+        assert_equal(step(model, model.inputs().requires_grad_()), step(Model(way).alone()))
 
 
-def test_a_write_within_a_pass_is_seen_by_the_layers_that_come_after() -> None:
-    model = Model()
-
-    def write(*_: object) -> None:
+@every_way
+def test_a_pass_of_functional_call_has_the_values_that_it_was_given(way: str) -> None:
+    model, other = Model(way), Model(way)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for factor in (1.2, 0.8, 1.5):
+        values = {name: (factor * model.get_parameter(name).detach()).requires_grad_() for name in names}
+        other.load_state_dict(values, strict=False)
+        expected = other.alone()
+        y = functional_call(model, values, model.inputs())
+        assert_equal(torch.autograd.grad(y.square().sum(), [*values.values()]), step(expected))
         with torch.no_grad():
-            model.layers[2].lambda_b.mul_(1.5)
-
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            for _ in range(2):
-                model(inputs())
-            hook = model.layers[1].register_forward_hook(write)
-            y = model(inputs())
-            hook.remove()
-            torch.testing.assert_close(y, model.alone()(inputs()))
-
-
-@pytest.mark.parametrize(("width", "rank"), [(310, 16), (33, 5)])
-def test_every_evaluation_gives_the_same_bits_from_the_first_on(width: int, rank: int) -> None:
-    # Where the parts of a stack are not aligned in memory, products with them round in another way than alone.
-    model, x = Model(5, width=width, rank=rank), randn(4, width, seed=8)
-    with torch.no_grad():
-        first = model(x)
-        for _ in range(2):
-            assert torch.equal(model(x), first)
-        model.layers.extend(Model(1, width=width, rank=rank).layers)
-        longer = model(x)
-        for _ in range(2):
-            assert torch.equal(model(x), longer)
-
-
-def test_a_pass_of_functional_call_trains_the_values_that_it_was_given() -> None:
-    model = Model()
-    step(model)
-    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    values = {n: (1.2 * p.detach()).requires_grad_() for n, p in own.items()}
-    found = torch.autograd.grad(functional_call(model, values, inputs()).sum(), list(values.values()))
-    fresh = Model(passes=False)
-    fresh.load_state_dict({**model.state_dict(), **values})
-    names = dict(fresh.named_parameters())
-    assert_equal(found, torch.autograd.grad(fresh(inputs()).sum(), [names[name] for name in values]))
+            assert_equal([functional_call(model, values, model.inputs())], [expected(model.inputs())])
     assert_equal(step(model), step(model.alone()))
 
 
-# Passes begin and end.
-
-
 def test_a_model_within_a_model_has_passes_of_its_own() -> None:
-    inner = Model()
+    inner, passes = Model(), []
     outer = nn.Sequential(trained_layer(WIDTH, WIDTH, RANK), inner, trained_layer(WIDTH, WIDTH, RANK))
-    add_factor_pass(outer)
-    alone = nn.Sequential(fresh_copy(outer[0]), inner.alone(), fresh_copy(outer[2]))
-    for _ in range(3):
-        assert_equal(step(outer), step(alone))
+    share_inputs(outer)
+    share_inputs(outer)
+    for layer in (outer[0], inner.layers[0], inner.layers[1], outer[2]):
+        layer.register_forward_hook(lambda *_: passes.append(current_pass()))
+    expected = nn.Sequential(fresh_copy(outer[0]), inner.alone(), fresh_copy(outer[2]))
+    torch.testing.assert_close(outer(inner.inputs()), expected(inner.inputs()))
+    assert [passes.index(one) for one in passes] == [0, 1, 1, 0]
     assert current_pass() is None
+    stop_sharing_inputs(outer)
+    outer[2](outer[0](inner.inputs()))
+    assert passes[-2:] == [None, None]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_pass_ends_with_an_error_and_those_within_it_that_an_interruption_left_open(
     error: type[BaseException],
 ) -> None:
-    inner, outer = Model(), Model(1)
-    outer.layers.append(inner)
-    step(outer)
+    inner, outer = Model(), Model(pairs=1)
+    outer.layers.extend([inner, trained_layer(WIDTH, WIDTH, RANK)])
+    expected = step(outer)
 
     def fail(*_: object) -> None:
         raise error
 
     hook = inner.layers[1].register_forward_hook(fail)
     with pytest.raises(error):
-        outer(inputs())
+        outer(outer.inputs())
     hook.remove()
     # What a hook of PyTorch's could not end after Ctrl-C, the next pass ends.
-    assert_equal(step(outer), step(outer))
+    assert_equal(step(outer), expected)
     assert current_pass() is None
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_threads_may_train_and_evaluate_one_model_at_once() -> None:
-    model = Model()
-    expected, evaluated = step(model), model(inputs()).detach()
+@every_way
+def test_threads_may_train_and_evaluate_one_model_at_once(way: str) -> None:
+    model = Model(way)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected, evaluated = step(model.alone()), model.alone().eval()(model.inputs()).detach()
 
-    def run(index: int) -> bool:
-        for _ in range(10):
+    def run(index: int) -> None:
+        for _ in range(5):
             if index % 2:
-                found = torch.autograd.grad(model(inputs()).square().sum(), model.trained())
-                good = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+                assert_equal(torch.autograd.grad(model(model.inputs()).square().sum(), trained), expected)
             else:
                 with torch.no_grad():
-                    good = torch.equal(model(inputs()), evaluated)
-            if not good:
-                return False
-        return True
+                    assert_equal([model(model.inputs())], [evaluated])
 
     with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(run, range(6)))
+        list(pool.map(run, range(6)))

@@ -1,14 +1,12 @@
 """The frozen side of a weight: its constants follow it; and merging into a weight of any dtype."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dvora import SharedProjections
 from dvora import weight as weights
+from dvora.factors import factors_of
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import (
     COLUMNS,
@@ -126,22 +124,16 @@ def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distri
     vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2, dtype=torch.float64))
     A = adapted.shared.A(RANK, IN, torch.float64)
     A[:, 2] = 0
-    dense = DenseDVoRA(weight, None, A, adapted.B(weight), *vectors)
-    factors = adapted.factors(vectors, weight)
+    B = adapted.B(weight)
+    dense, update = DenseDVoRA(weight, None, A, B, *vectors), (B * vectors.lambda_d) @ A
+    factors = factors_of(adapted, vectors, weight)
     assert torch.equal(adapted.A(weight), A)
     assert worst_error(factors.gain, dense.gain()) < 1e-12
     assert worst_error(factors.scale, dense.scale()) < 1e-12
-    lambda_d, d_q = vectors.lambda_d.clone().requires_grad_(), randn(OUT, seed=3, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(adapted.squares(lambda_d), lambda_d, d_q)
-    assert worst_error(adapted.squares_gradient(d_q, lambda_d.detach()), expected) < 1e-12
-
-
-def test_a_pickle_holds_its_own_part_of_joined_constants_only() -> None:
-    adapted = adapted_weight(randn(OUT, IN, seed=1))
-    size = len(pickle.dumps(adapted))
-    adapted.C = torch.stack([adapted.C] * 1000)[0]
-    assert len(pickle.dumps(adapted)) == size
-    assert torch.equal(copy.deepcopy(adapted).C, adapted.C)
+    lambda_d, d_half_q = vectors.lambda_d.clone().requires_grad_(), randn(OUT, seed=3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(adapted.squares(lambda_d) / 2, lambda_d, d_half_q)
+    assert worst_error(adapted.squares_gradient(d_half_q, lambda_d.detach()), expected) < 1e-12
+    assert worst_error(adapted.update(vectors.lambda_d, factors.scale), dense.scale()[:, None] * update) < 1e-12
 
 
 def test_constants_are_made_once_for_a_weight_that_does_not_change() -> None:

@@ -77,14 +77,14 @@ def factors_of(
     if adapted.follow(weight):
         return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and any(vector.requires_grad for vector in vectors):
-        # Not every optimizer's step is counted as a write.
-        adapted.kept = None
         return _trained(adapted, vectors, strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
-            adapted.kept = kept = key, _trained(adapted, vectors, strength)
+            # With the memory of the vectors, or others could come to have their addresses.
+            aliases = [vector.detach() for vector in vectors]
+            adapted.kept = kept = key, _trained(adapted, vectors, strength), aliases
     factors: Factors = kept[1]
     return factors
 
@@ -225,7 +225,9 @@ class _RowFactors(torch.autograd.Function):
         ctx.save_for_backward(m, lambda_b, lambda_d, *factors)
         ctx.set_materialize_grads(False)
         # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
-        outputs = factors.gain - adapted.row_constants.one, factors.scale, factors.gain
+        # Not finite where the norm is not, whose inverse is zero.
+        gain_minus_one = (factors.gain - adapted.row_constants.one).add_(factors.inner, alpha=0)
+        outputs = gain_minus_one, factors.scale, factors.gain
         outputs = outputs if strength == 1 else _weakened(*outputs, strength)
         ctx.mark_non_differentiable(outputs[2])
         return outputs
@@ -234,6 +236,8 @@ class _RowFactors(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, d_g: Tensor | None, d_scale: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         adapted, strength = ctx.adapted, ctx.strength
+        # Not every optimizer's step is counted as a write.
+        adapted.kept = None
         m, lambda_b, lambda_d, *kept = ctx.saved_tensors
         if d_g is None and d_scale is None:
             return (None,) * 5

@@ -216,6 +216,8 @@ class _Formed(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         adapted, strength, needed = ctx.adapted, ctx.strength, ctx.needs_input_grad
+        # Not every optimizer's step is counted as a write.
+        adapted.kept = None
         x, m, lambda_b, lambda_d, weight, bias, update, formed, *saved = ctx.saved_tensors
         if needs_graph(dy):
             inputs = [x, m, lambda_b, lambda_d, *([] if bias is None else [bias])]

@@ -143,7 +143,8 @@ def is_traced() -> bool:
 
 def grad_recorded() -> bool:
     """Whether operations are recorded for a backward pass."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # Compilers cannot ask for inference mode.
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -186,8 +186,8 @@ class AdaptedWeight(nn.Module):
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
-        self.kept: tuple[object, Any] | None = None
-        """The row factors of the last evaluation, and what they belong to (`factors`)."""
+        self.kept: tuple[object, Any, list[Tensor]] | None = None
+        """Of the last evaluation: what its row factors belong to, they themselves, and their vectors (`factors`)."""
         self._row_constants: RowConstants | None = None
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""

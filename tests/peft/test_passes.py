@@ -1,4 +1,4 @@
-"""Passes of PEFT models: factors of all layers at once, and whatever is done to a model between or within passes.
+"""Passes of PEFT models: whatever is done to a model between or within them.
 
 Changes of values between passes are one table in `tests/test_changes.py`; here are those that PEFT's model makes.
 """
@@ -10,15 +10,11 @@ from functools import partial
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.factors import current_pass, remove_factor_pass
+from dvora.layer import current_pass, stop_sharing_inputs
 from dvora.peft import DVoRALayer
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import dvora_layers, same_bits, train_vectors
@@ -30,7 +26,7 @@ CHANGED = "lin3"
 
 
 class Tower(nn.Module):
-    """Four layers of one shape, whose factors are made together, with a place in the middle."""
+    """Four layers, of which the first two read the same inputs, with a place in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +34,7 @@ class Tower(nn.Module):
         self.middle = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(torch.tanh(self.lin1(torch.tanh(self.lin0(x)))))
+        x = self.middle(torch.tanh(self.lin1(x) - self.lin0(x)))
         return self.lin3(torch.tanh(self.lin2(x)))
 
 
@@ -73,13 +69,13 @@ def inputs() -> Tensor:
 
 
 def alone(model: PeftModel) -> PeftModel:
-    """A copy in which nothing is kept, and every layer computes its constants and factors by itself."""
+    """A copy in which nothing is kept or shared, and every layer computes its constants by itself."""
     made = copy.deepcopy(model)
     for _, layer in dvora_layers(made):
         for adapted in map(layer.adapted, layer.dvora_adapted):
             adapted.dvora_projections = copy.deepcopy(adapted.shared)
             adapted.refresh(layer.unmerged())
-    remove_factor_pass(inner(made))
+    stop_sharing_inputs(inner(made))
     return made
 
 
@@ -126,12 +122,6 @@ def no_pass_is_left() -> Iterator[None]:
     assert current_pass() is None
 
 
-# Factors of whole models by the dense method, whatever PEFT's settings say.
-
-
-# Between two passes.
-
-
 OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
     "no bias": lambda model: setattr(layer_of(model).base_layer, "bias", None),
     "a layer replaced": lambda model: setattr(inner(model), CHANGED, copy.deepcopy(layer_of(model, "lin0"))),
@@ -160,9 +150,6 @@ def test_rows_with_adapters_of_their_own_follow_each() -> None:
     assert [same_bits(*rows) for rows in zip(before, found["outputs"], strict=True)] == [n != "second" for n in names]
 
 
-# In the middle of a pass, after the factors of all layers were made and before the last layer runs.
-
-
 CHANGES: dict[str, Callable[[DVoRALayer], object]] = {
     "strength": lambda layer: layer.set_strength("default", 0.3),
     "adapter switched": lambda layer: layer.set_adapter(["second"]),
@@ -182,12 +169,6 @@ def test_a_pass_follows_a_change_in_its_middle(change: str) -> None:
         expected = trained(alone(model))
         assert worst(found, expected) < 1e-5
         assert worst(run(model), expected) < 1e-5
-
-
-# What layers of whole models share.
-
-
-# The hooks around an adapted model's forward.
 
 
 def hooks_of(model: nn.Module) -> int:
