@@ -68,6 +68,7 @@ def test_adapters_at_once_get_the_rows_that_they_get_one_by_one(
     together = factor_rows(weights, vectors)
     ours = torch.autograd.grad(together.square().sum(), vectors)[0]
     for vector, row, gradient in zip(vectors, together, ours, strict=True):
+        assert torch.equal(factor_rows(weights, vector[None])[0], row)
         leaf, alone = vector.detach().clone().requires_grad_(), []
         parts = iter(leaf.split(lengths))
         for adapted in weights:
