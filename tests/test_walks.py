@@ -1,6 +1,6 @@
 """How much a reader must follow: what of the library runs in a step, an evaluation, a bank's batch, a load.
 
-A file, a function or a call more on a walk is a reason to ask whether the code lives where it must; the numbers below may
+A file, a function or a call more on a walk is a reason to ask whether the code lives where it must; the numbers may
 only fall. What CONTRIBUTING tells of a step names every file of it.
 """
 
