@@ -40,10 +40,8 @@ __all__ = [
     "combine",
     "delta_weight",
     "dvora_linear",
-    "factors_of_norm",
     "gain",
     "merged_weight",
-    "relative_norm",
     "relative_scale",
     "rescaled_delta",
     "row_angle",
@@ -83,10 +81,6 @@ class RowFactors(NamedTuple):
     """`g beta`, of the low-rank product."""
     gain: Float[Tensor, "*L O"]
     """`g`, precise where it is far below one; a constant, since gradients go through `gain_minus_one`."""
-
-    def are_finite(self) -> bool:
-        """Whether all factors are finite."""
-        return all(bool(factor.isfinite().all()) for factor in self)
 
 
 def row_norm(weight: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
@@ -141,37 +135,13 @@ def row_factors(
         direction: what the update is added to, "unit" rows or the "weight".
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
     """
-    kappa = relative_scale(vectors.to(w.dtype).lambda_b, w, scaling, direction)
-    norm = relative_norm(kappa, cross, q)
-    return factors_of_norm(vectors, w, kappa, *norm, scaling=scaling, direction=direction, detach_norm=detach_norm)
-
-
-def relative_norm(
-    kappa: Float[Tensor, "*L O"], cross: Float[Tensor, "*L O"], q: Float[Tensor, "*L O"]
-) -> tuple[Float[Tensor, "*L O"], Float[Tensor, "*L O"]]:
-    """`eps` and `1 + eps`, the square of the norm of each row of V' in units of that of W."""
-    # In the order of `factors`, and with its fused multiply-add, for the same bits.
-    eps = kappa * (cross + torch.addcmul(cross, kappa, q))
-    return eps, 1 + eps
-
-
-def factors_of_norm(
-    vectors: Vectors,
-    w: Float[Tensor, "*L O"],
-    kappa: Float[Tensor, "*L O"],
-    eps: Float[Tensor, "*L O"],
-    square: Float[Tensor, "*L O"],
-    *,
-    scaling: float = 1.0,
-    direction: Direction = "unit",
-    detach_norm: bool = False,
-) -> RowFactors:
-    """The factors of the rows from their norm, `eps` and `1 + eps`. Other arguments as for `row_factors`."""
     magnitude, lambda_b, _ = vectors.to(w.dtype)
+    kappa = relative_scale(lambda_b, w, scaling, direction)
+    eps = kappa * (2 * cross + kappa * q)
+    # Rounding can make a squared norm negative; the floor keeps the gain of a vanishing row finite.
+    s = (1 + eps).clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
     live = w > 0
     divisor = torch.where(live, w, 1.0)
-    # Rounding can make a squared norm negative; the floor keeps the gain of a vanishing row finite.
-    s = square.clamp_min(torch.finfo(w.dtype).eps ** 2).sqrt()
     if detach_norm:
         eps, s, divisor = eps.detach(), s.detach(), divisor.detach()
     mu = magnitude / divisor

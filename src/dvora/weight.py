@@ -268,11 +268,13 @@ class AdaptedWeight(nn.Module):
     def row_constants(self) -> RowConstants:
         """What closed forms need of the rows, kept with the other constants."""
         if self._row_constants is None:
-            zero_rows = self.w == 0 if self.has_zero_rows else None
-            w = self.w if zero_rows is None else torch.where(zero_rows, 1.0, self.w)
-            unit = torch.full_like(w, self.scaling) if self.direction == "unit" else self.scaling / w
-            unit = unit if zero_rows is None else unit * ~zero_rows
-            self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows)
+            # Passes that train use them too, which inference tensors could not be.
+            with torch.inference_mode(False), torch.no_grad():
+                zero_rows = self.w == 0 if self.has_zero_rows else None
+                w = self.w if zero_rows is None else torch.where(zero_rows, 1.0, self.w)
+                unit = torch.full_like(w, self.scaling) if self.direction == "unit" else self.scaling / w
+                unit = unit if zero_rows is None else unit * ~zero_rows
+                self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows)
         return self._row_constants
 
     def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
