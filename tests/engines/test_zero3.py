@@ -163,4 +163,5 @@ def test_a_base_in_parts_is_adapted_merged_and_saved(tmp_path: Path) -> None:
         assert (first["losses"][step] + second["losses"][step]) / 2 == pytest.approx(loss, rel=1e-5)
     assert not list((tmp_path / "wrong").glob("*.safetensors"))
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "adapter").eval()
-    np.testing.assert_array_equal(outputs(loaded), first["outputs"])
+    # In one process base and update may be one product.
+    np.testing.assert_allclose(outputs(loaded), first["outputs"], rtol=1e-4, atol=1e-5)
