@@ -75,6 +75,8 @@ def factors_of(
         strength: s of `W + s (W' - W)`.
     """
     if adapted.follow(weight):
+        # Not every optimizer's step is counted as a write.
+        adapted.kept = None
         return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and vectors.are_trained():
         return _trained(adapted, vectors, strength)
