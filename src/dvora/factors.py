@@ -7,7 +7,8 @@
 | compiled, exported or transformed; a trained or sharded weight | in every pass, by `functional` |
 
 Factors that are kept belong to the addresses and versions of the vectors. PyTorch does not count writes through
-`tensor.data` or NumPy, nor fused optimizers' steps; the last are met by not keeping factors of what has a gradient.
+`tensor.data` or NumPy, nor fused optimizers' steps; for these none are kept of what has a gradient, or through a
+pass that trains.
 
 Dimensions: N adapters, O out, I in, R rank.
 """
