@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora import DVoRAAdapter, SharedProjections
+from dvora.functional import Vectors
 from dvora.layer import current_pass, share_inputs
 from tests.cases import COPIES, fresh_copy, linear, randn, trained_layer
 from tests.reference import worst_error
@@ -256,7 +257,10 @@ CHANGES: dict[str, Change] = {
     "one value": of_vectors(lambda v: v[2].mul_(1.01), 0),
     "in inference mode": of_vectors(write_in_inference_mode, 0),
     "set_parameters": lambda s: s.layer.set_parameters(other(s.layer.get_parameters())),
-    "data assigned": of_vectors(lambda v: setattr(v, "data", other(v))),
+    **{
+        f"data of {name} assigned": of_vectors(lambda v: setattr(v, "data", other(v)), index)
+        for index, name in enumerate(Vectors._fields)
+    },
     "parameters replaced": replace_parameters,
     "parameters swapped": swap_parameters,
     "vectors in float64": of_vectors(lambda v: setattr(v, "data", other(v).double())),

@@ -7,7 +7,8 @@
 | compiled, exported or transformed; a trained or sharded weight | in every pass, by `functional` |
 
 Factors that are kept belong to the addresses and versions of the vectors. PyTorch does not count writes through
-`tensor.data` or NumPy, nor fused optimizers' steps; the last are met by not keeping factors of what has a gradient.
+`tensor.data` or NumPy, nor fused optimizers' steps; for these none are kept of what has a gradient, or through a
+pass that trains.
 
 Dimensions: N adapters, O out, I in, R rank.
 """
@@ -75,6 +76,8 @@ def factors_of(
         strength: s of `W + s (W' - W)`.
     """
     if adapted.follow(weight):
+        # Not every optimizer's step is counted as a write.
+        adapted.kept = None
         return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and vectors.are_trained():
         return _trained(adapted, vectors, strength)
