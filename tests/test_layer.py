@@ -216,6 +216,16 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
         assert torch.equal(gradient, found[1][name]), name
 
 
+@pytest.mark.parametrize("rank", [RANK, IN + 4], ids=["folded", "formed"])
+def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> None:
+    layer, eye = trained_layer(IN, OUT, rank, bias=False), torch.eye(IN).repeat(2, 1)
+    for trained in (True, False):
+        with torch.set_grad_enabled(trained):
+            expected = layer(eye).bfloat16()
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(layer(eye), expected)
+
+
 # Which computation.
 
 
