@@ -81,7 +81,7 @@ def times(x: Float[Tensor, "*T N"], matrix: Float[Tensor, "N M"]) -> Float[Tenso
 
 
 def times_apart(rows: Float[Tensor, "*N K"], matrix: Float[Tensor, "K M"]) -> Float[Tensor, "*N M"]:
-    """`rows matrix`, every row by itself, so that it gets the same bits alone as among others."""
+    """`rows matrix`, of one row or of N, each by itself: so it gets the same bits alone as among others."""
     if rows.dim() == 1:
         return rows @ matrix
     return torch.bmm(rows[:, None], matrix.expand(len(rows), *matrix.shape))[:, 0]
