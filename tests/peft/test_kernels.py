@@ -13,7 +13,7 @@ from benchmarks.kernel_count import beyond_base, kernels
 
 BLOCKS, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = BLOCKS * len(TARGETS)
-MOST = {"training": 50, "a token": 5}
+MOST = {"training": 52, "a token": 5}
 
 
 def model(config: PeftConfig | None) -> nn.Module:
@@ -60,7 +60,7 @@ def test_a_layer_launches_no_more_kernels_than_the_limit(matrices: str) -> None:
 
 def test_a_magnitude_alone_launches_fewer() -> None:
     config = dvora.DVoRAConfig(r=16, target_modules=TARGETS, magnitude_modules=TARGETS)
-    assert kernels_a_layer(config, training) <= 31
+    assert kernels_a_layer(config, training) <= 33
     assert kernels_a_layer(config, one_token) <= 1
 
 
