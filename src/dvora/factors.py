@@ -103,10 +103,10 @@ def factor_rows(weights: Sequence[AdaptedWeight], vectors: Float[Tensor, "N S"])
         `g - 1`, scale and lambda_d of every layer, in the dtype of the constants.
     """
     lengths = [length for w in weights for length in (w.out_features, w.out_features if w.rank else 0, w.rank)]
-    parts, rows = iter(vectors.split(lengths, -1)), []
+    parts, rows = iter(vectors.split(lengths, -1)), list[Tensor]()
     for adapted in weights:
         m, b, d = next(parts), next(parts), next(parts)
-        rows.append(_trained(adapted, Vectors(m, b if adapted.rank else torch.zeros_like(m), d), 1.0).row)
+        rows += _trained(adapted, Vectors(m, b if adapted.rank else torch.zeros_like(m), d), 1.0)[:3]
     return torch.cat(rows, -1)
 
 
@@ -127,7 +127,10 @@ def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
 def _trained(adapted: AdaptedWeight, vectors: Vectors, strength: float) -> Factors:
     vectors = vectors.to(adapted.w.dtype)
     with full_precision(adapted.w.device):
-        gain_minus_one, scale, gain = _RowFactors.apply(*vectors, adapted, strength)
+        if grad_recorded():
+            gain_minus_one, scale, gain = _RowFactors.apply(*vectors, adapted, strength)
+        else:
+            (gain_minus_one, scale, gain), _ = _values(adapted, vectors, strength)
     return Factors(gain_minus_one, scale, vectors.lambda_d, gain)
 
 
@@ -215,6 +218,20 @@ def vector_gradients(
     return d_m, d_b, d_cross, d_half_q
 
 
+def _values(
+    adapted: AdaptedWeight, vectors: Vectors, strength: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], RelativeFactors]:
+    """`g - 1`, scale and `g` with a strength, and what they were made from."""
+    m, lambda_b, lambda_d = vectors
+    _, cross, q = adapted.terms(lambda_d)
+    factors = relative_factors(m, lambda_b, cross, q, adapted)
+    # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
+    # Not finite where the norm is not, whose inverse is zero.
+    gain_minus_one = (factors.gain - adapted.row_constants.one).add_(factors.inner, alpha=0)
+    outputs = gain_minus_one, factors.scale, factors.gain
+    return outputs if strength == 1 else _weakened(*outputs, strength), factors
+
+
 class _RowFactors(torch.autograd.Function):
     """`functional.row_factors` with a gradient in closed form; the gain has none."""
 
@@ -222,16 +239,10 @@ class _RowFactors(torch.autograd.Function):
     def forward(
         ctx: Any, m: Tensor, lambda_b: Tensor, lambda_d: Tensor, adapted: AdaptedWeight, strength: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _, cross, q = adapted.terms(lambda_d)
-        factors = relative_factors(m, lambda_b, cross, q, adapted)
+        outputs, factors = _values(adapted, Vectors(m, lambda_b, lambda_d), strength)
         ctx.adapted, ctx.strength = adapted, strength
         ctx.save_for_backward(m, lambda_b, lambda_d, *factors)
         ctx.set_materialize_grads(False)
-        # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
-        # Not finite where the norm is not, whose inverse is zero.
-        gain_minus_one = (factors.gain - adapted.row_constants.one).add_(factors.inner, alpha=0)
-        outputs = gain_minus_one, factors.scale, factors.gain
-        outputs = outputs if strength == 1 else _weakened(*outputs, strength)
         ctx.mark_non_differentiable(outputs[2])
         return outputs
 
