@@ -26,7 +26,7 @@ from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 12, 10, 4
-WAYS = {"thin": (3, RANK), "folded": (40, RANK), "formed": (3, IN + 4)}
+WAYS = {"thin": (3, RANK), "folded": (80, RANK), "formed": (3, IN + 4)}
 """Tokens and rank for which training is computed that way."""
 ROUNDING = {**TOLERANCE, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
@@ -169,7 +169,7 @@ def test_a_new_layer_is_its_base_bit_for_bit(
     base = linear(IN, OUT, bias=bias, dtype=dtype or torch.float32)
     layer = DVoRAAdapter(base, WAYS[way][1], **settings)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
-        for x in (inputs(way, base.weight.dtype), randn(50, IN, seed=8, dtype=base.weight.dtype)):
+        for x in (inputs(way, base.weight.dtype), randn(80, IN, seed=8, dtype=base.weight.dtype)):
             for gradients_are_on in (True, False):
                 with torch.set_grad_enabled(gradients_are_on):
                     assert torch.equal(layer(x), base(x))
@@ -218,7 +218,7 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
 
 @pytest.mark.parametrize("rank", [RANK, IN + 4], ids=["folded", "formed"])
 def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> None:
-    layer, eye = trained_layer(IN, OUT, rank, bias=False), torch.eye(IN).repeat(2, 1)
+    layer, eye = trained_layer(IN, OUT, rank, bias=False), torch.eye(IN).repeat(8, 1)
     for trained in (True, False):
         with torch.set_grad_enabled(trained):
             expected = layer(eye).bfloat16()
@@ -234,7 +234,7 @@ def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> No
     [
         ((768, 768, 16), 300, "thin", "thin"),
         ((768, 768, 16), 500, "folded", "formed"),
-        ((768, 8, 16), 20, "folded", "formed"),
+        ((768, 8, 16), 20, "folded", "thin"),
         ((768, 768, 512), 800, "folded", "formed"),
         ((768, 768, 700), 500, "thin", "thin"),
         ((768, 768, 700), 900, "formed", "formed"),

@@ -76,6 +76,8 @@ Computation = Literal["thin", "folded", "formed"]
 
 FOLDED_RANK = 0.7
 """Rank for each of the layer's inputs above which a layer is formed: `dy^T z` costs about as much as `dy^T x`."""
+FEW_TOKENS = 64
+"""An evaluation of fewer tokens is thin, in small layers too, where the time is that of launches."""
 SMALLEST_GAIN = 1e-2
 """Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
 _PART = 2**16
@@ -152,7 +154,8 @@ def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computati
     rank, out_features, in_features = adapted.rank, adapted.out_features, adapted.in_features
     if trained and rank > in_features:
         return "formed"
-    if tokens < out_features * in_features / (out_features + in_features) + rank / 2:
+    least = out_features * in_features / (out_features + in_features) + rank / 2
+    if tokens < (least if trained else max(least, FEW_TOKENS)):
         return "thin"
     return "folded" if trained and rank <= FOLDED_RANK * in_features else "formed"
 
