@@ -85,9 +85,11 @@ def factors_of(
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
+            # Of copies: where parts of a larger tensor are not aligned in memory, products round in another way.
+            copies = Vectors(*(vector.clone() for vector in vectors))
             # With the memory of the vectors, or others could come to have their addresses.
             aliases = [vector.detach() for vector in vectors]
-            adapted.kept = kept = key, _trained(adapted, vectors, strength), aliases
+            adapted.kept = kept = key, _trained(adapted, copies, strength), aliases
     factors: Factors = kept[1]
     return factors
 
