@@ -284,11 +284,12 @@ class AdaptedWeight(nn.Module):
             lambda_d: of one adapter or of N, in the dtype of w.
             weight: as stored.
         """
+        w, C = self.w, self.C
         if weight is not None and self.is_trained(weight):
             matrix = self.layout.matrix(weight)
-            w, update = F.row_norm(matrix), self.update(lambda_d)
-            return w, torch.linalg.vecdot(F.unit_rows(matrix, w), update), torch.linalg.vecdot(update, update)
-        return self.w, times_apart(lambda_d, as_dtype(self.C, self.w.dtype).T), self.squares(lambda_d)
+            w = F.row_norm(matrix)
+            C = self._cross(matrix, w)
+        return w, times_apart(lambda_d, as_dtype(C, w.dtype).T), self.squares(lambda_d)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
