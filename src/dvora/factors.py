@@ -70,8 +70,7 @@ def factors_of(
     """The factors of an adapter in a layer, now.
 
     Args:
-        adapted, vectors: the adapter; of a sharded weight, the vectors of this process; or of N adapters at once,
-            with one more dimension.
+        adapted, vectors: the adapter; of a sharded weight, the vectors of this process.
         weight: the base's as stored, or None where only its constants are in memory.
         strength: s of `W + s (W' - W)`.
     """
@@ -80,7 +79,7 @@ def factors_of(
         adapted.kept = None
         return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and vectors.are_trained():
-        return _trained(adapted, vectors, strength)
+        return _in_closed_form(adapted, vectors, strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
@@ -89,7 +88,7 @@ def factors_of(
             copies = Vectors(*(vector.clone() for vector in vectors))
             # With the memory of the vectors, or others could come to have their addresses.
             aliases = [vector.detach() for vector in vectors]
-            adapted.kept = kept = key, _trained(adapted, copies, strength), aliases
+            adapted.kept = kept = key, _in_closed_form(adapted, copies, strength), aliases
     factors: Factors = kept[1]
     return factors
 
@@ -108,7 +107,7 @@ def factor_rows(weights: Sequence[AdaptedWeight], vectors: Float[Tensor, "N S"])
     parts, rows = iter(vectors.split(lengths, -1)), list[Tensor]()
     for adapted in weights:
         m, b, d = next(parts), next(parts), next(parts)
-        rows += _trained(adapted, Vectors(m, b if adapted.rank else torch.zeros_like(m), d), 1.0)[:3]
+        rows += _in_closed_form(adapted, Vectors(m, b if adapted.rank else torch.zeros_like(m), d), 1.0)[:3]
     return torch.cat(rows, -1)
 
 
@@ -126,7 +125,8 @@ def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
     return *versions, m.data_ptr(), b.data_ptr(), d.data_ptr(), m.dtype, strength
 
 
-def _trained(adapted: AdaptedWeight, vectors: Vectors, strength: float) -> Factors:
+def _in_closed_form(adapted: AdaptedWeight, vectors: Vectors, strength: float) -> Factors:
+    """From the constants of a frozen weight, of one adapter or of N, with a graph where one is recorded."""
     vectors = vectors.to(adapted.w.dtype)
     with full_precision(adapted.w.device):
         if grad_recorded():
@@ -198,10 +198,12 @@ def vector_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of m, lambda_b, cross and q / 2 from those of g and scale; of the last two None with `detach_norm`.
 
-    d_t     = d_g / w + d_scale kappa,   t = m / s
-    d_m     = d_t / s,   -2 d_eps = d_m t / s
-    d_kappa = d_scale t + 2 d_eps (cross + kappa q)
-    d_cross = 2 d_eps kappa,   d_q = d_eps kappa**2
+    With `t = m / s`, `g = t / w`, `scale = t kappa` and `s**2 = 1 + eps`, `eps = kappa (2 cross + kappa q)`:
+
+        d_t     = d_g / w + d_scale kappa
+        d_m     = d_t / s,   -2 d_eps = d_m t / s
+        d_kappa = d_scale t + 2 d_eps (cross + kappa q)
+        d_cross = 2 d_eps kappa,   d_q = d_eps kappa**2
     """
     w, unit, _, zero_rows = adapted.row_constants
     _, _, shrunk, inverse, kappa, inner = factors
