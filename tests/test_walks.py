@@ -29,7 +29,7 @@ class Walk(NamedTuple):
     calls: int
 
 
-STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1241), Walk(9, 71, 1341), Walk(8, 56, 530)
+STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1115), Walk(9, 72, 1331), Walk(8, 55, 510)
 BATCH, LOAD = Walk(8, 80, 680), Walk(17, 238, 5950)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})

@@ -31,7 +31,10 @@ from .tensors import (
     grad_recorded,
     without_autocast,
 )
-from .weight import AdaptedWeight
+from .weight import AdaptedWeight, JoinedWeights, RowConstants
+
+_TOGETHER = 2**14
+"""Values by row up to which layers share operations: more would leave a processor's cache between two of them."""
 
 
 class Factors(NamedTuple):
@@ -104,11 +107,16 @@ def factor_rows(weights: Sequence[AdaptedWeight], vectors: Float[Tensor, "N S"])
         `g - 1`, scale and lambda_d of every layer, in the dtype of the constants.
     """
     lengths = [length for w in weights for length in (w.out_features, w.out_features if w.rank else 0, w.rank)]
-    parts, rows = iter(vectors.split(lengths, -1)), list[Tensor]()
-    for adapted in weights:
-        m, b, d = next(parts), next(parts), next(parts)
-        rows += _in_closed_form(adapted, Vectors(m, b if adapted.rank else torch.zeros_like(m), d), 1.0)[:3]
-    return torch.cat(rows, -1)
+    parts, rows = vectors.split(lengths, -1), list[Tensor]()
+    together = max(1, _TOGETHER // max(1, len(vectors) * max(w.out_features for w in weights)))
+    for first in range(0, len(weights), together):
+        joined, of_joined = JoinedWeights(weights[first : first + together]), parts[3 * first : 3 * (first + together)]
+        m, b, d = of_joined[::3], of_joined[1::3], of_joined[2::3]
+        b = tuple(part if part.shape[1] else torch.zeros_like(like) for part, like in zip(b, m, strict=True))
+        factors = _in_closed_form(joined, Vectors(torch.cat(m, -1), torch.cat(b, -1), torch.cat(d, -1)), 1.0)
+        columns = zip(factors[0].split(joined.rows, -1), factors[1].split(joined.rows, -1), d, strict=True)
+        rows += [column for of_layer in columns for column in of_layer]
+    return torch.cat(rows, -1).to(weights[0].w.dtype)
 
 
 def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
@@ -125,7 +133,7 @@ def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
     return *versions, m.data_ptr(), b.data_ptr(), d.data_ptr(), m.dtype, strength
 
 
-def _in_closed_form(adapted: AdaptedWeight, vectors: Vectors, strength: float) -> Factors:
+def _in_closed_form(adapted: AdaptedWeight | JoinedWeights, vectors: Vectors, strength: float) -> Factors:
     """From the constants of a frozen weight, of one adapter or of N, with a graph where one is recorded."""
     vectors = vectors.to(adapted.w.dtype)
     with full_precision(adapted.w.device):
@@ -136,20 +144,18 @@ def _in_closed_form(adapted: AdaptedWeight, vectors: Vectors, strength: float) -
     return Factors(gain_minus_one, scale, vectors.lambda_d, gain)
 
 
-def _defined(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None, strength: float) -> Factors:
+def _defined(
+    adapted: AdaptedWeight | JoinedWeights, vectors: Vectors, weight: Tensor | None, strength: float
+) -> Factors:
     """By the definition, differentiated by PyTorch, also with respect to a weight that is trained."""
     with full_precision(adapted.w.device):
         vectors = vectors.to(adapted.w.dtype)
         terms = adapted.terms(vectors.lambda_d, weight)
         gain_minus_one, scale, gain = F.row_factors(vectors, *terms, **adapted.settings)
     if strength != 1:
-        gain_minus_one, scale, gain = _weakened(gain_minus_one, scale, gain, strength)
+        gain_minus_one, scale = strength * gain_minus_one, strength * scale
+        gain = torch.lerp(torch.ones_like(gain), gain, strength)
     return Factors(gain_minus_one, scale, vectors.lambda_d, gain)
-
-
-def _weakened(gain_minus_one: Tensor, scale: Tensor, gain: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of `W + s (W' - W)`."""
-    return strength * gain_minus_one, strength * scale, torch.lerp(torch.ones_like(gain), gain, strength)
 
 
 class RelativeFactors(NamedTuple):
@@ -165,22 +171,22 @@ class RelativeFactors(NamedTuple):
     inner: Float[Tensor, "*N O"]
     """`cross + kappa q`."""
 
-    def weakened(self, strength: float) -> "RelativeFactors":
-        """With gain and scale of `W + s (W' - W)`."""
+    def weakened(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Gain and scale of `W + s (W' - W)`."""
         if strength == 1:
-            return self
-        return self._replace(gain=1 + strength * (self.gain - 1), scale=strength * self.scale)
+            return self.gain, self.scale
+        return torch.lerp(torch.ones_like(self.gain), self.gain, strength), strength * self.scale
 
 
-def relative_factors(m: Tensor, lambda_b: Tensor, cross: Tensor, q: Tensor, adapted: AdaptedWeight) -> RelativeFactors:
+def relative_factors(m: Tensor, lambda_b: Tensor, cross: Tensor, q: Tensor, constants: RowConstants) -> RelativeFactors:
     """`functional.row_factors` with few operations, and without a graph.
 
     Args:
         m, lambda_b: the vectors, (*N, O), in the dtype of w.
         cross, q: of `functional.update_terms`, (*N, O).
-        adapted: the frozen side.
+        constants: of the rows.
     """
-    w, unit, one, zero_rows = adapted.row_constants
+    w, unit, one, zero_rows, zero_scale = constants
     kappa = lambda_b * unit
     inner = torch.addcmul(cross, kappa, q)
     inverse = torch.addcmul(one, kappa, cross + inner).clamp_min_(torch.finfo(w.dtype).eps ** 2).rsqrt_()
@@ -188,13 +194,13 @@ def relative_factors(m: Tensor, lambda_b: Tensor, cross: Tensor, q: Tensor, adap
     gain, scale = shrunk / w, shrunk * kappa
     if zero_rows is not None:
         gain.masked_fill_(zero_rows, 1.0)
-        if adapted.direction == "weight":
-            scale = torch.where(zero_rows, lambda_b * adapted.scaling, scale)
+    if zero_scale is not None:
+        scale.addcmul_(lambda_b, zero_scale)
     return RelativeFactors(gain, scale, shrunk, inverse, kappa, inner)
 
 
 def vector_gradients(
-    d_g: Tensor, d_scale: Tensor, factors: RelativeFactors, adapted: AdaptedWeight
+    d_g: Tensor, d_scale: Tensor, factors: RelativeFactors, constants: RowConstants, detach_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of m, lambda_b, cross and q / 2 from those of g and scale; of the last two None with `detach_norm`.
 
@@ -205,35 +211,35 @@ def vector_gradients(
         d_kappa = d_scale t + 2 d_eps (cross + kappa q)
         d_cross = 2 d_eps kappa,   d_q = d_eps kappa**2
     """
-    w, unit, _, zero_rows = adapted.row_constants
+    w, unit, _, zero_rows, zero_scale = constants
     _, _, shrunk, inverse, kappa, inner = factors
     d_m = torch.addcmul(d_g / w, d_scale, kappa).mul_(inverse)
     if zero_rows is not None:
         d_m.masked_fill_(zero_rows, 0.0)
     d_kappa, d_cross, d_half_q = d_scale * shrunk, None, None
-    if not adapted.detach_norm:
+    if not detach_norm:
         minus_2_d_eps = (d_m * shrunk).mul_(inverse)
         d_kappa.addcmul_(minus_2_d_eps, inner, value=-1)
         d_cross = minus_2_d_eps.mul_(kappa).neg_()
         d_half_q = d_cross * kappa
     d_b = d_kappa.mul_(unit)
-    if zero_rows is not None and adapted.direction == "weight":
-        d_b = torch.where(zero_rows, d_scale * adapted.scaling, d_b)
+    if zero_scale is not None:
+        d_b.addcmul_(d_scale, zero_scale)
     return d_m, d_b, d_cross, d_half_q
 
 
 def _values(
-    adapted: AdaptedWeight, vectors: Vectors, strength: float
+    adapted: AdaptedWeight | JoinedWeights, vectors: Vectors, strength: float
 ) -> tuple[tuple[Tensor, Tensor, Tensor], RelativeFactors]:
     """`g - 1`, scale and `g` with a strength, and what they were made from."""
     m, lambda_b, lambda_d = vectors
-    _, cross, q = adapted.terms(lambda_d)
-    factors = relative_factors(m, lambda_b, cross, q, adapted)
+    constants = adapted.row_constants
+    factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
+    gain, scale = factors.weakened(strength)
     # Where it is used, `g - 1` is added to one or rounded to half precision: digits below those of g do not matter.
     # Not finite where the norm is not, whose inverse is zero.
-    gain_minus_one = (factors.gain - adapted.row_constants.one).add_(factors.inner, alpha=0)
-    outputs = gain_minus_one, factors.scale, factors.gain
-    return outputs if strength == 1 else _weakened(*outputs, strength), factors
+    gain_minus_one = (gain - constants.one).add_(factors.inner, alpha=0)
+    return (gain_minus_one, scale, gain), factors
 
 
 class _RowFactors(torch.autograd.Function):
@@ -241,7 +247,12 @@ class _RowFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, m: Tensor, lambda_b: Tensor, lambda_d: Tensor, adapted: AdaptedWeight, strength: float
+        ctx: Any,
+        m: Tensor,
+        lambda_b: Tensor,
+        lambda_d: Tensor,
+        adapted: AdaptedWeight | JoinedWeights,
+        strength: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs, factors = _values(adapted, Vectors(m, lambda_b, lambda_d), strength)
         ctx.adapted, ctx.strength = adapted, strength
@@ -263,10 +274,11 @@ class _RowFactors(torch.autograd.Function):
         d_scale = torch.zeros_like(m) if d_scale is None else d_scale
         if needs_graph(d_g, d_scale):
             inputs = m, lambda_b, lambda_d
-            return *differentiated(partial(_defined_factors, adapted, strength), inputs, (d_g, d_scale)), None, None
+            return *differentiated(partial(defined_factors, adapted, strength), inputs, (d_g, d_scale)), None, None
         if strength != 1:
             d_g, d_scale = strength * d_g, strength * d_scale
-        d_m, d_b, d_cross, d_half_q = vector_gradients(d_g, d_scale, RelativeFactors(*kept), adapted)
+        factors, constants = RelativeFactors(*kept), adapted.row_constants
+        d_m, d_b, d_cross, d_half_q = vector_gradients(d_g, d_scale, factors, constants, adapted.detach_norm)
         d_d = None
         if d_cross is not None and d_half_q is not None:
             d_d = adapted.terms_gradient(d_cross, d_half_q, lambda_d)
@@ -290,7 +302,8 @@ def differentiated(
         return torch.autograd.grad(outputs, aliases, gradients, create_graph=create_graph, allow_unused=True)
 
 
-def _defined_factors(adapted: AdaptedWeight, strength: float, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+def defined_factors(adapted: AdaptedWeight | JoinedWeights, strength: float, *vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`g - 1` and scale by the definition, for PyTorch to differentiate."""
     factors = _defined(adapted, Vectors(*vectors), None, strength)
     return factors.gain_minus_one, factors.scale
 

@@ -50,6 +50,7 @@ from . import functional as F
 from .factors import (
     Factors,
     RelativeFactors,
+    defined_factors,
     differentiated,
     factors_of,
     needs_graph,
@@ -79,7 +80,7 @@ FOLDED_RANK = 0.7
 FEW_TOKENS = 64
 """An evaluation of fewer tokens is thin, in small layers too, where the time is that of launches."""
 SMALLEST_GAIN = 1e-2
-"""Layers with smaller gains are not folded: what their gradient is divided by would have too few digits."""
+"""Layers with smaller gains are formed, not folded: what their gradient is divided by would have too few digits."""
 _PART = 2**16
 """Values that are multiplied at a time where their products are only summed."""
 _FEW_VALUES = 2**17
@@ -110,18 +111,16 @@ def adapted_linear(
     if dropout is None and adapted.rank and _is_plain(layer, x):
         trained = grad_recorded() and vectors.are_trained()
         way = computation(x.numel() // adapted.in_features, adapted, trained)
-        if way == "formed" and trained:
+        if trained and way != "thin":
             adapted.follow(weight)
-            return formed_outputs(layer, x, adapted, vectors, strength)
-        factors = factors_of(adapted, vectors, weight, strength)
+            return trained_outputs(layer, x, adapted, vectors, strength, way)
         if way == "formed":
+            factors = factors_of(adapted, vectors, weight, strength)
+            assert factors.gain is not None
             with full_precision(x.device):
-                updated = updated_weight(layer.weight, adapted, factors)
+                updated = _updated_weight(layer.weight, adapted, factors.lambda_d, factors.gain, factors.scale)
             return linear(x, updated, layer.bias)
-        if way == "folded" and _divides(factors):
-            return folded_outputs(layer, x, adapted, factors)
-    else:
-        factors = factors_of(adapted, vectors, weight, strength)
+    factors = factors_of(adapted, vectors, weight, strength)
     base_output = layer(x)
     # Only now: engines gather it for the base's forward.
     bias = bias_of(layer, measured_bias)
@@ -185,28 +184,49 @@ def _as_multiplied(x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T I"]:
     return x if autocast is None else as_dtype(x, autocast)
 
 
-def updated_weight(weight: Float[Tensor, "O I"], adapted: AdaptedWeight, factors: Factors) -> Float[Tensor, "O I"]:
+def _updated_weight(
+    weight: Float[Tensor, "O I"],
+    adapted: AdaptedWeight,
+    lambda_d: Float[Tensor, "R"],
+    gain: Float[Tensor, "O"],
+    scale: Float[Tensor, "O"],
+    update: Float[Tensor, "O I"] | None = None,
+) -> Float[Tensor, "O I"]:
     """`W'' = diag(g) W + diag(scale) D`; W itself, bit for bit, where nothing was trained."""
-    assert factors.gain is not None
-    return torch.addcmul(adapted.update(factors.lambda_d, factors.scale), weight, factors.gain[:, None])
+    if update is not None:
+        return torch.addcmul(weight * gain[:, None], update, scale[:, None])
+    update = adapted.update(lambda_d, scale)
+    # Fresh memory takes as long as the sum.
+    add = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
+    return add(update, weight, gain[:, None])
 
 
-def formed_outputs(
-    layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, vectors: Vectors, strength: float
+def trained_outputs(
+    layer: nn.Linear,
+    x: Float[Tensor, "*T I"],
+    adapted: AdaptedWeight,
+    vectors: Vectors,
+    strength: float,
+    way: Literal["folded", "formed"],
 ) -> Float[Tensor, "*T O"]:
-    """The outputs by way of the update itself. Arguments as for `adapted_linear`."""
-    x = _as_multiplied(x)
-    y: Tensor = _Formed.apply(x, *vectors.to(adapted.w.dtype), layer.weight, layer.bias, adapted, strength)
+    """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
+    z = project(adapted, x) if way == "folded" else None
+    x, vectors = _as_multiplied(x), vectors.to(adapted.w.dtype)
+    y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength)
     return y
 
 
-class _Formed(torch.autograd.Function):
-    """`x W''^T + bias` from the vectors."""
+class _Updated(torch.autograd.Function):
+    """`x W''^T + bias` from the vectors: folded with z, formed without.
+
+    z gets no gradient here, since that of x includes it; it is an input for derivatives of higher order.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        z: Tensor | None,
         m: Tensor,
         lambda_b: Tensor,
         lambda_d: Tensor,
@@ -215,18 +235,27 @@ class _Formed(torch.autograd.Function):
         adapted: AdaptedWeight,
         strength: float,
     ) -> Tensor:
+        update, constants = None, adapted.row_constants
         with full_precision(x.device):
-            update = adapted.update(lambda_d)
-            cross = vecdot(weight, update).div_(adapted.row_constants.w)
-            factors = relative_factors(m, lambda_b, cross, vecdot(update, update), adapted)
-            formed = as_dtype(_with_update(weight, update, factors.weakened(strength)), x.dtype)
-        y = linear(x, formed, bias)
-        # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
-        large = update.numel() > max(x.numel(), y.numel())
+            if z is not None:
+                factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
+                gain, scale = factors.weakened(strength)
+                # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
+                if gain.is_cpu and not float(gain.min()) > SMALLEST_GAIN:
+                    z = None
+            if z is None:
+                update = adapted.update(lambda_d)
+                cross = vecdot(weight, update).div_(constants.w)
+                factors = relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
+                gain, scale = factors.weakened(strength)
+            updated = as_dtype(_updated_weight(weight, adapted, lambda_d, gain, scale, update), x.dtype)
+        y = linear(x, updated, bias)
         ctx.adapted, ctx.strength = adapted, strength
-        ctx.save_for_backward(
-            x, m, lambda_b, lambda_d, weight, bias, *((None, None) if large else (update, formed)), *factors
-        )
+        # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
+        large = updated.numel() > (x.numel() if z is not None else max(x.numel(), y.numel()))
+        inputs = (x, None, None) if z is None else (None, z, y)
+        formed = (None, None) if large else (update, updated)
+        ctx.save_for_backward(*inputs, m, lambda_b, lambda_d, weight, bias, *formed, *factors)
         return y
 
     @staticmethod
@@ -235,123 +264,51 @@ class _Formed(torch.autograd.Function):
         adapted, strength, needed = ctx.adapted, ctx.strength, ctx.needs_input_grad
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
-        x, m, lambda_b, lambda_d, weight, bias, update, formed, *saved = ctx.saved_tensors
-        if needs_graph(dy):
-            inputs = [x, m, lambda_b, lambda_d, *([] if bias is None else [bias])]
-            defined = partial(_defined_outputs, weight, adapted, strength)
-            gradients = differentiated(defined, inputs, [dy])
-            return *gradients[:4], None, None if bias is None else gradients[4], None, None
-        factors, rows, d_x = RelativeFactors(*saved), dy.reshape(-1, len(m)), None
-        update = adapted.update(lambda_d) if update is None else update
+        x, z, y, m, lambda_b, lambda_d, weight, bias, update, updated, *saved = _saved(ctx)
+        factors, graph = RelativeFactors(*saved), needs_graph(dy)
+        gain, scale = factors.weakened(strength)
+        if graph:
+            gain_minus_one, scale = defined_factors(adapted, strength, m, lambda_b, lambda_d)
+            gain, update, updated = 1 + gain_minus_one, None, None
+        if z is None and update is None:
+            update = adapted.update(lambda_d)
+        rows, d_x = dy.reshape(-1, len(m)), None
         if needed[0]:
-            formed = _with_update(weight, update, factors.weakened(strength)) if formed is None else formed
-            d_x = dy @ as_dtype(formed, dy.dtype)
-        d_bias = rows.sum(0, dtype=m.dtype) if needed[5] else None
-        G = as_dtype(rows.T @ x.reshape(len(rows), -1), m.dtype)
-        G = G if strength == 1 else G * strength
-        d_m, d_b, d_cross, d_half_q = vector_gradients(vecdot(G, weight), vecdot(G, update), factors, adapted)
-        d_update = G.mul_(factors.scale[:, None])
-        if d_cross is not None and d_half_q is not None:
-            d_update.addcmul_(weight, d_cross.div_(adapted.row_constants.w)[:, None])
-            d_update.addcmul_(update, d_half_q[:, None])
-        d_d = adapted.matrices.update_gradient(d_update, len(lambda_d))
-        return d_x, d_m, d_b, d_d, None, d_bias, None, None
-
-
-def _with_update(
-    weight: Float[Tensor, "O I"], update: Float[Tensor, "O I"], factors: RelativeFactors
-) -> Float[Tensor, "O I"]:
-    """`updated_weight` where the update is there."""
-    return torch.addcmul(weight * factors.gain[:, None], update, factors.scale[:, None])
-
-
-def _defined_outputs(
-    weight: Float[Tensor, "O I"],
-    adapted: AdaptedWeight,
-    strength: float,
-    x: Float[Tensor, "*T I"],
-    m: Float[Tensor, "O"],
-    lambda_b: Float[Tensor, "O"],
-    lambda_d: Float[Tensor, "R"],
-    bias: Float[Tensor, "O"] | None = None,
-) -> Float[Tensor, "*T O"]:
-    """The outputs of a formed layer by plain operations."""
-    update, unit = adapted.update(lambda_d), F.unit_rows(weight, adapted.w)
-    terms = adapted.w, vecdot(unit, update), vecdot(update, update)
-    gain_minus_one, scale, _ = F.row_factors(Vectors(m, lambda_b, lambda_d), *terms, **adapted.settings)
-    delta = gain_minus_one[:, None] * weight + scale[:, None] * update
-    return linear(x, as_dtype(weight + strength * delta, x.dtype), None if bias is None else as_dtype(bias, x.dtype))
-
-
-def folded_outputs(
-    layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, factors: Factors
-) -> Float[Tensor, "*T O"]:
-    """The outputs by way of the folded weight. Arguments as for `adapted_linear`, and the factors."""
-    z = project(adapted, x)
-    x = _as_multiplied(x)
-    y: Tensor = _Folded.apply(x, z, *factors, layer.weight, layer.bias, adapted)
-    return y
-
-
-def _divides(factors: Factors) -> bool:
-    """Whether the gradient of g may be computed from the outputs, which divides by g."""
-    assert factors.gain is not None
-    # On other devices a look at the values would synchronise: there a tiny gain costs digits of its own gradient.
-    return not factors.gain.is_cpu or float(factors.gain.min()) > SMALLEST_GAIN
-
-
-class _Folded(torch.autograd.Function):
-    """`x W''^T + bias`. z gets no gradient here: that of x includes it.
-
-    The backward pass is differentiable in all that it saves, for derivatives of higher order, and so z is an input.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        gain_minus_one: Tensor,
-        scale: Tensor,
-        lambda_d: Tensor,
-        gain: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        adapted: AdaptedWeight,
-    ) -> Tensor:
-        factors = Factors(gain_minus_one, scale, lambda_d, gain)
-        with full_precision(x.device):
-            folded = as_dtype(updated_weight(weight, adapted, factors), x.dtype)
-        y = linear(x, folded, bias)
-        ctx.adapted = adapted
-        # Made again in the backward pass where it is larger than the inputs, which need not be kept.
-        ctx.save_for_backward(z, *factors, y, weight, bias, folded if folded.numel() <= x.numel() else None)
-        return y
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, gain_minus_one, scale, lambda_d, gain, y, weight, bias, folded = _saved(ctx)
-        adapted, needed, wide = ctx.adapted, ctx.needs_input_grad, scale.dtype
-        if torch.is_grad_enabled():
-            gain, folded = 1 + gain_minus_one, None
-        rows, d_x = dy.reshape(-1, len(scale)), None
-        if needed[0]:
-            if folded is None:
-                factors = Factors(gain_minus_one, scale, lambda_d, gain)
-                folded = updated_weight(weight, adapted, factors)
-            d_x = dy @ as_dtype(folded, dy.dtype)
-        E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), wide)
-        products = E * adapted.matrices.rows("B", len(lambda_d), len(scale), wide, scale.device)
-        d_scale, d_d = products @ lambda_d, scale @ products
-        d_g, d_bias = _column_dots(rows, y.reshape(rows.shape), wide), None
-        if bias is not None:
-            d_bias = rows.sum(0, dtype=wide)
-            d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, wide), value=-1)
-        # Only on a CPU it is known that no gain is zero: elsewhere its own gradient is left out then.
-        gain = gain if gain.is_cpu else gain.masked_fill(gain == 0, float("inf"))
-        d_g = torch.addcmul(d_g, scale, d_scale, value=-1) / gain
-        return d_x, None, d_g, d_scale, d_d, None, None, d_bias if needed[7] else None, None
+            if updated is None:
+                updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
+            d_x = dy @ as_dtype(updated, dy.dtype)
+        d_bias = None if bias is None or (z is None and not needed[6]) else rows.sum(0, dtype=m.dtype)
+        if z is None:
+            G = as_dtype(rows.T @ x.reshape(len(rows), -1), m.dtype)
+            d_g, d_scale, d_update = vecdot(G, weight), vecdot(G, update), G * scale[:, None]
+        else:
+            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), m.dtype)
+            products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
+            d_scale, d_d = products @ lambda_d, scale @ products
+            d_g = _column_dots(rows, y.reshape(rows.shape), m.dtype)
+            if d_bias is not None:
+                d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, m.dtype), value=-1)
+            # Only on a CPU it is known that no gain is zero: elsewhere its own gradient is left out then.
+            gain = gain if gain.is_cpu else gain.masked_fill(gain == 0, float("inf"))
+            d_g = torch.addcmul(d_g, scale, d_scale, value=-1) / gain
+        if graph:
+            of_factors = partial(defined_factors, adapted, strength)
+            d_m, d_b, d_norm = differentiated(of_factors, (m, lambda_b, lambda_d), (d_g, d_scale))
+            d_d = adapted.matrices.update_gradient(d_update, len(lambda_d)) if z is None else d_d
+            d_d = d_d if d_norm is None else d_d + d_norm
+        else:
+            constants = adapted.row_constants
+            if strength != 1:
+                d_g, d_scale = strength * d_g, strength * d_scale
+            d_m, d_b, d_cross, d_half_q = vector_gradients(d_g, d_scale, factors, constants, adapted.detach_norm)
+            if z is None:
+                if d_cross is not None and d_half_q is not None:
+                    d_update.addcmul_(weight, d_cross.div_(constants.w)[:, None])
+                    d_update.addcmul_(update, d_half_q[:, None])
+                d_d = adapted.matrices.update_gradient(d_update, len(lambda_d))
+            elif d_cross is not None and d_half_q is not None:
+                d_d += adapted.terms_gradient(d_cross, d_half_q, lambda_d)
+        return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:

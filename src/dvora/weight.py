@@ -9,7 +9,7 @@ Dimensions: O out, I in, R rank, E experts.
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,8 @@ class RowConstants(NamedTuple):
     one: Float[Tensor, ""]
     zero_rows: Tensor | None
     """Which rows are zero; None: none."""
+    zero_scale: Float[Tensor, "O"] | None
+    """Scale of a lambda_b of one in zero rows, where those get the update too (direction "weight"); else None."""
 
 
 class AdaptedWeight(nn.Module):
@@ -273,8 +275,11 @@ class AdaptedWeight(nn.Module):
                 zero_rows = self.w == 0 if self.has_zero_rows else None
                 w = self.w if zero_rows is None else torch.where(zero_rows, 1.0, self.w)
                 unit = torch.full_like(w, self.scaling) if self.direction == "unit" else self.scaling / w
-                unit = unit if zero_rows is None else unit * ~zero_rows
-                self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows)
+                zero_scale = None
+                if zero_rows is not None:
+                    unit = unit * ~zero_rows
+                    zero_scale = self.scaling * zero_rows.to(w.dtype) if self.direction == "weight" else None
+                self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows, zero_scale)
         return self._row_constants
 
     def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +306,7 @@ class AdaptedWeight(nn.Module):
         """`B diag(lambda_d) A`, with rows times a scale, dense."""
         if not self.rank:
             return lambda_d.new_zeros(self.out_features, self.in_features)
-        D = self.shared.impl.update(lambda_d, self.in_features, self.out_features, scale)
+        D = self.dvora_projections.impl.update(lambda_d, self.in_features, self.out_features, scale)
         return D if self.padding_column is None else _without_column(D, self.padding_column)
 
     def squares(self, lambda_d: Float[Tensor, "*N R"]) -> Float[Tensor, "*N O"]:
@@ -494,6 +499,61 @@ def _sample(weight: Tensor) -> Float[Tensor, "2 O"]:
     fixed = torch.frac(torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32) * 0.6180339887)
     norms = F.row_norm(rows)
     return torch.stack([norms, (rows @ (fixed - 0.5).to(rows.dtype)).to(norms.dtype)])
+
+
+class JoinedWeights:
+    """Frozen weights as one whose rows follow one another: what is computed by row is one operation for all.
+
+    It has what `factors` asks of an `AdaptedWeight`.
+
+    Args:
+        weights: of one device and one `direction` and `detach_norm`.
+    """
+
+    def __init__(self, weights: Sequence[AdaptedWeight]) -> None:
+        self.weights = weights
+        self.rows = [adapted.out_features for adapted in weights]
+        self.ranks = [adapted.rank for adapted in weights]
+        self.w = torch.cat([adapted.w for adapted in weights])
+        self.direction, self.detach_norm = weights[0].direction, weights[0].detach_norm
+        self.kept: object = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As of one weight; the scaling of each row."""
+        scaling = torch.cat([torch.full_like(adapted.w, adapted.scaling) for adapted in self.weights])
+        return {"scaling": scaling, "direction": self.direction, "detach_norm": self.detach_norm}
+
+    @property
+    def row_constants(self) -> RowConstants:
+        """Those of all rows."""
+        w, unit, one, zero_rows, zero_scale = zip(*(a.row_constants for a in self.weights), strict=True)
+        return RowConstants(torch.cat(w), torch.cat(unit), one[0], _joined(zero_rows, w), _joined(zero_scale, w))
+
+    def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """w, cross and q, from constants. `lambda_d` has those of all weights."""
+        assert weight is None
+        parts = zip(self.weights, lambda_d.split(self.ranks, -1), strict=True)
+        cross, q = zip(*(adapted.terms(of_weight)[1:] for adapted, of_weight in parts), strict=True)
+        return self.w, torch.cat(cross, -1), torch.cat(q, -1)
+
+    def terms_gradient(
+        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
+    ) -> Float[Tensor, "*N R"]:
+        """The gradient of lambda_d from those of cross and q / 2."""
+        of_rows = d_cross.split(self.rows, -1), d_half_q.split(self.rows, -1)
+        parts = zip(self.weights, *of_rows, lambda_d.split(self.ranks, -1), strict=True)
+        return torch.cat([adapted.terms_gradient(*of_weight) for adapted, *of_weight in parts], -1)
+
+
+def _joined(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
+    """The parts as one tensor, with zeros for those that are None; None for None alone."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    return torch.cat(
+        [torch.zeros_like(w, dtype=some.dtype) if p is None else p for p, w in zip(parts, like, strict=True)]
+    )
 
 
 def _without_column(matrix: Float[Tensor, "N I"], column: int) -> Float[Tensor, "N I"]:
