@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from benchmarks.kernel_count import kernels
 from benchmarks.results import file_of, write
 from benchmarks.speed import plan
 from benchmarks.speed.arms import BASE
@@ -24,6 +25,7 @@ from benchmarks.speed.targets import Target, all_targets
 from benchmarks.speed.timing import ratios, spread
 
 LORA = "LoRA r=1"
+COUNTS = {"kernels": lambda step: kernels(step).total()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {chosen.device}: torch {torch.__version__} sees no GPU; leave the option out")
-    runs = selected(plan.QUICK if chosen.quick else plan.WHOLE, chosen)
+    plans = plan.OVERHEAD if chosen.overhead else plan.QUICK if chosen.quick else plan.WHOLE
+    runs = selected(plans, chosen)
     narrowed = chosen.part or chosen.workload or chosen.arm or chosen.rounds or chosen.device != "cpu"
     if not runs:
         raise SystemExit("no run of the plan is as described; see benchmarks/speed/plan.py")
@@ -40,17 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     report, start, console = Report(), perf_counter(), Console(stderr=True)
     for run in runs:
         with console.status(f"{run.part} {run.workload().name} {run.dtype} {run.batch} x {run.tokens}"):
-            carry_out(run, report, chosen.device)
-    if not narrowed:
+            carry_out(run, report, chosen.device, COUNTS if chosen.overhead else None)
+    if not (narrowed or chosen.overhead):
         measure_kept(
             report,
             (plan.linears_64 if chosen.quick else plan.linears_1024)(),
             plan.TINY if chosen.quick else plan.COMPARED,
         )
         measure_resident(report, () if chosen.quick else plan.FEW)
-    file: Path | None = chosen.output or (None if chosen.quick or narrowed else file_of("speed"))
+    result = "overhead" if chosen.overhead else "speed"
+    file: Path | None = chosen.output or (None if chosen.quick or narrowed else file_of(result))
     if file:
-        head = {"left_out": plan.LEFT_OUT, "not_measured": report.not_measured}
+        head = {"left_out": () if chosen.overhead else plan.LEFT_OUT, "not_measured": report.not_measured}
         write(file, report.rows, seconds=round(perf_counter() - start), **head)
     show(report, all_targets)
     return 0
@@ -108,6 +112,7 @@ def quieten() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
+    parser.add_argument("--overhead", action="store_true", help="kernels and host time a layer: with --threads 1")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--device", default="cpu", help="cuda: never tried")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")

@@ -34,12 +34,6 @@ def time_ratio(rows: Rows, arm: str, to: str, **setting: object) -> Spread | Non
     return spread(ratios(first["seconds"], second["seconds"]))
 
 
-def host_microseconds(row: Row) -> float:
-    """Median time a layer beyond the frozen base's in the same round, of a row of the part "host time"."""
-    pairs = zip(row["seconds"], row["base_seconds"], strict=True)
-    return 1e6 * spread([(seconds - of_base) / row["layers"] for seconds, of_base in pairs]).median
-
-
 def exactly(value: float) -> Spread:
     """A metric that is counted, not timed."""
     return Spread(value, value, value)

@@ -15,16 +15,17 @@ def at_rank(rank: int) -> list[Arm]:
 
 
 SMALL = [Arm("LoRA", 16), Arm("LoRA", 1), Arm("dvora structured", 64)]
-COMPARED = [BASE, FULL, *SMALL, Arm("RandLoRA", 32), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)]
+OTHERS = [Arm("LoRA", 8), ROAD]
+COMPARED = [BASE, FULL, *SMALL, *OTHERS, Arm("RandLoRA", 32), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)]
 """The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones; LoRA r=1 is as small."""
 FEW = [BASE, *SMALL, *at_rank(256), Arm("DoRA", 16)]
-WHOLE_MODEL = [*FEW, Arm("LoRA", 8), MAGNITUDE, HYPERADAPT, ROAD, IA3]
+WHOLE_MODEL = [*FEW, *OTHERS, Arm("dvora structured", 1024), MAGNITUDE, HYPERADAPT, IA3]
 TINY = [BASE, Arm("LoRA", 1), Arm("DoRA", 4), *at_rank(16)]
 """For models of hidden size 64."""
 DECODING = [*(arm for arm in COMPARED if arm != FULL), MERGED]
 LEFT_OUT = (
     "hidden 2,048: eight methods, no bfloat16, no prompts and no decoding",
-    "SmolLM2: eight methods, 128 tokens; MiniLM: thirteen methods, 16 x 32 and 64 x 32 tokens",
+    "SmolLM2: eight methods, 128 tokens; MiniLM: fourteen methods, 16 x 32 and 64 x 32 tokens",
     "bfloat16: the Llama block of hidden 1,024, 512 tokens of training",
     "GPUs: nothing here was run on one; `python -m benchmarks.speed --device cuda` would",
 )
@@ -78,6 +79,16 @@ WHOLE = (
     Run("decode", llama_1024, DECODING, batch=16, tokens=1, rounds=15),
 )
 """Every run of the committed result file."""
+_WIDE = [BASE, *SMALL, Arm("LoRA", 8), ROAD, *at_rank(256), Arm("dvora structured", 1024), Arm("DoRA", 16)]
+_NARROW = [BASE, *SMALL, Arm("LoRA", 8), ROAD, *at_rank(16), Arm("DoRA", 16)]
+OVERHEAD = (
+    Run("training", llama_1024, _WIDE, tokens=512, rounds=1),
+    Run("training", llama_1024, _WIDE, tokens=8, rounds=1),
+    Run("prefill", llama_1024, _WIDE, tokens=1, rounds=1),
+    Run("training", llama_64, _NARROW, tokens=8, rounds=15),
+    Run("prefill", llama_64, _NARROW, tokens=1, rounds=15),
+)
+"""What a method adds to every layer: kernels, and on a model without weight the host's time to launch them."""
 QUICK = (
     Run("training", linears_64, TINY, tokens=32, rounds=2),
     Run("training", llama_64, TINY, dtype="bfloat16", tokens=32, rounds=2),

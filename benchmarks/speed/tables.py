@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import Row
-from benchmarks.speed.metrics import Rows, host_microseconds, row_of, time_ratio
+from benchmarks.speed.metrics import Rows, row_of, time_ratio
+from benchmarks.speed.timing import spread
 from benchmarks.tables import table, text
 
 _TRAINING = {"part": "training", "dtype": "float32", "batch": 1}
@@ -19,7 +20,7 @@ COLUMNS: Mapping[str, dict[str, object]] = {
     "16 rows of a token": {**_DECODING, "batch": 16},
 }
 ARMS = (
-    *("full fine-tuning", "LoRA r=16", "LoRA r=1", "DoRA r=16", "VeRA r=256", "RandLoRA r=32"),
+    *("full fine-tuning", "LoRA r=16", "LoRA r=8", "LoRA r=1", "RoAd", "DoRA r=16", "VeRA r=256", "RandLoRA r=32"),
     *("dvora structured r=64", "dvora structured r=256", "dvora structured r=1024", "dvora dense r=256"),
     *("dvora dense r=1024", "dvora merged r=256"),
 )
@@ -35,7 +36,11 @@ MODELS: Mapping[str, dict[str, object]] = {
     "... 64 x 32 tokens": {**_TRAINING, "workload": "minilm", "batch": 64},
     "SmolLM2-135M, 128 tokens": {**_TRAINING, "workload": "smollm2"},
 }
-ROUTES = {"training": "training", "training, few tokens": "training, 8 tokens", "one token": "one token"}
+ROUTES: Mapping[str, dict[str, object]] = {
+    "training": {"part": "training", "tokens": 512},
+    "training, 8 tokens": {"part": "training", "tokens": 8},
+    "one token": {"part": "prefill", "tokens": 1},
+}
 SMALL_RANKS = {
     "VeRA r=256": "VeRA r=16",
     "dvora structured r=256": "dvora structured r=16",
@@ -55,7 +60,7 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
         "it adapts them and trains on 4,096 tokens.",
     )
-    arms = (*FEW_ARMS, "dvora magnitude", "HyperAdapt", "RoAd", "(IA)3")
+    arms = (*FEW_ARMS, "dvora structured r=1024", "LoRA r=8", "dvora magnitude", "HyperAdapt", "RoAd", "(IA)3")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
     return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
 
@@ -64,26 +69,26 @@ def overhead(result: Mapping[str, Any]) -> str:
     """What a method adds to every layer whatever its size: kernels, and the host's time to launch them."""
     rows: Rows = result["rows"]
     lines = []
-    for arm in FEW_ARMS:
-        counted = [
-            row_of(rows, part="kernels", device="cpu", dtype="float32", arm=arm, route=route) for route in ROUTES
-        ]
-        timed = [
-            row_of(rows, part="host time", dtype="float32", arm=SMALL_RANKS.get(arm, arm), route=route)
-            for route in list(ROUTES)[1:]
-        ]
-        lines.append(
-            (
-                arm,
-                *(
-                    "" if row is None else f"{(row['kernels'] - row['base_kernels']) / row['layers']:.1f}"
-                    for row in counted
-                ),
-                *("" if row is None else f"{host_microseconds(row):.0f}" for row in timed),
-            )
-        )
-    heads = [f"kernels, {name}" for name in ROUTES.values()] + [f"µs, {name}" for name in list(ROUTES.values())[1:]]
+    for arm in (*FEW_ARMS[:1], "LoRA r=8", FEW_ARMS[1], "RoAd", *FEW_ARMS[2:], "dvora structured r=1024"):
+        cells = [_kernels(rows, arm, workload="llama-1024", **route) for route in ROUTES.values()]
+        for route in list(ROUTES.values())[1:]:
+            cells.append(_microseconds(rows, SMALL_RANKS.get(arm, arm), workload="llama-64", **route))
+        lines.append((arm, *cells))
+    heads = [f"kernels, {name}" for name in ROUTES] + [f"µs, {name}" for name in list(ROUTES)[1:]]
     return text(table(("", *heads), lines))
+
+
+def _kernels(rows: Rows, arm: str, **setting: object) -> str:
+    row, base = (row_of(rows, arm=name, **setting) for name in (arm, "base"))
+    return "" if row is None or base is None else f"{(row['kernels'] - base['kernels']) / row['layers']:.1f}"
+
+
+def _microseconds(rows: Rows, arm: str, **setting: object) -> str:
+    row, base = (row_of(rows, arm=name, **setting) for name in (arm, "base"))
+    if row is None or base is None:
+        return ""
+    pairs = zip(row["seconds"], base["seconds"], strict=True)
+    return f"{1e6 * spread([seconds - of_base for seconds, of_base in pairs]).median / row['layers']:.0f}"
 
 
 def missing(result: Mapping[str, Any]) -> list[str]:
