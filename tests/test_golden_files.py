@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.packs import unpack, write_pack
+from dvora.adapter_file.packs import unpack, write_pack
 from tests.golden.make import ANSWERS, CASES, FLAT, GOLDEN, PACKED, TENANTS, outputs, trained
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"

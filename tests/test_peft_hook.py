@@ -39,7 +39,7 @@ def test_dvora_before_peft_reloaded_and_with_a_look_for_peft_between() -> None:
 def test_a_peft_that_does_not_fit_can_still_be_imported_and_warns() -> None:
     out = check(
         "import sys, warnings, dvora\n"
-        "sys.modules['dvora.peft.config'] = None\n"
+        "sys.modules['dvora.adapter_file.settings'] = None\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import peft\n"

@@ -26,6 +26,7 @@ ORDER = [
     "layer",
     "adapter",
     "training",
+    "adapter_file",
     "peft",
     "flat",
     "bank",
@@ -40,11 +41,11 @@ NOT_BELOW = {"sync": {"export"}, "tools": {"bank", "export", "sync"}}
 """Rooms beside each other."""
 ROOMS = {room: set(ORDER[:index]) - NOT_BELOW.get(room, set()) for index, room in enumerate(ORDER)}
 ROOMS["whole_files"] = set()
-for room_of_files in ("bank", "export", "sync", "recipes", "serve", "cli"):
+for room_of_files in ("adapter_file", "bank", "export", "sync", "recipes", "serve", "cli"):
     ROOMS[room_of_files].add("whole_files")
 ADDRESSES = {"__init__", "extras", "peft_hook", "functional", "doctor", "analysis"}
 """Of the package itself: what users import, from the rooms beneath."""
-PLAIN = set(ORDER[: ORDER.index("peft")])
+PLAIN = set(ORDER[: ORDER.index("adapter_file")])
 """Rooms of the plain layer."""
 FILES = sorted(SOURCE.rglob("*.py"))
 

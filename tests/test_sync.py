@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 import dvora
 from dvora import sync
+from dvora.adapter_file.content import SavedWhole
 from dvora.flat import Layout
-from dvora.peft.content import SavedWhole
 from dvora.sync import (
     AdapterVersion,
     BankTarget,

@@ -16,7 +16,7 @@ from benchmarks.many_adapters.gathered_scales import GatheredScales, random_scal
 from benchmarks.population import name_of, perturbed
 from benchmarks.speed.arms import HYPERADAPT, MERGED, Arm, adapted, config_of, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 
 Chosen = Callable[[], AbstractContextManager[Callable[..., Any]]]
 """Opens a context in which the model has the adapters of an arm in its rows."""

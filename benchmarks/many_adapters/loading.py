@@ -20,7 +20,7 @@ from benchmarks.population import SETTINGS, VALUES, name_of, perturbed
 from benchmarks.speed.arms import Arm, adapted, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 
 SLOTS = 4
 """Fewer than adapters, so that each of them needs a slot anew when all are used in turns."""

@@ -28,7 +28,7 @@ from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
 from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from dvora.flat import Layout
 from materials.files import lay_out
 

@@ -5,7 +5,6 @@ Dimensions: N vectors, S values, L layers of one shape, O out, R rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,26 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapter_file.content import Content
+from .adapter_file.names import VECTOR_PREFIX
+from .adapter_file.values import FolderSource
 from .checks import FAR
 from .factors import factor_rows
 from .functional import Vectors
-from .peft.content import Content, ModelAdapter, ModelOrFolder, tensors_of, values_restored_on_error
 from .peft.layer import DVoRALayer, check_unmerged
-from .peft.saving import VECTOR_PREFIX, check_layer_factors
+from .peft.model_adapter import ModelAdapter, ModelOrFolder, content_of, values_restored_on_error
+from .peft.saving import check_layer_factors
 from .tensors import Float, is_dtensor, weight_in_memory
 from .weight import AdaptedWeight
 
-__all__ = ["LayerFactors", "Layout", "vector_digest"]
+__all__ = ["LayerFactors", "Layout"]
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
-
-
-def vector_digest(layout_digest: str, data: bytes | memoryview) -> str:
-    """32 hexadecimal digits that name a flat vector: of what layout it is, and its bytes, little-endian float32."""
-    digest = hashlib.sha256(layout_digest.encode())
-    digest.update(data)
-    return digest.hexdigest()[:32]
 
 
 class LayerFactors(NamedTuple):
@@ -91,7 +86,7 @@ class Layout:
         Raises:
             TypeError, ValueError: there is no DVoRA adapter, or it is damaged or of another format.
         """
-        return cls(Content.of(source, adapter_name), adapter_name)
+        return cls(content_of(source, adapter_name), adapter_name)
 
     @torch.no_grad()
     def to_vector(self, source: ModelOrFolder) -> Float[Tensor, "S"]:
@@ -104,8 +99,8 @@ class Layout:
         if isinstance(source, nn.Module):
             tensors = self._adapter_in(source).tensors()
         else:
-            self._check_same(Content.of(source, self.adapter_name), source)
-            tensors = tensors_of(Path(source))
+            self._check_same((folder := FolderSource(Path(source))).content, source)
+            tensors = folder.tensors()
         for name, tensor in tensors.items():
             if tensor.dtype not in _NARROW:
                 raise TypeError(

@@ -27,9 +27,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .bank.adapters import LARGEST_SETTINGS, as_bytes
+from .adapter_file.content import vector_digest
+from .adapter_file.values import as_bytes
+from .adapter_file.values_file import LARGEST_SETTINGS
 from .bank.bank import AdapterBank
-from .flat import Layout, vector_digest
+from .flat import Layout
 from .peft.layer import layers_of
 from .tensors import Float
 from .whole_files import RANDOM, write_atomically

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.adapters import SETTINGS, VALUES
+from dvora.adapter_file.values_file import SETTINGS, VALUES
 from dvora.flat import Layout
 from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS, outputs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertForTokenClassification
 
 import dvora
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Served, Tenants, row_by_row, tenants
 from tests.peft.bases import BASES, FAMILIES, dense_twin, quantised, wide

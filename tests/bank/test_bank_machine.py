@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 import dvora
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from tests.bank.tenants import HEADED
 from tests.bank.versions import PATIENCE, Versions, X
 from tests.peft.kinds import saved

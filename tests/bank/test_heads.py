@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dvora
+from dvora.adapter_file.values_file import VALUES
 from dvora.bank import TenantAdamW
-from dvora.bank.adapters import VALUES
 from dvora.flat import Layout
 from tests.bank.tenants import HEADED, MLP, Served
 from tests.bank.versions import in_threads

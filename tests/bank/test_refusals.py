@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank.adapters import VALUES
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
+from dvora.adapter_file.values_file import VALUES
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, change_values, row_by_row, tenants
 from tests.peft.kinds import Kind, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES

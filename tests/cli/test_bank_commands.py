@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.bank.packs import FORMAT
+from dvora.adapter_file.packs import FORMAT
 from tests.bank.tenants import change_values
 from tests.cli.program import assert_ends_with_one_line, run
 from tests.recipes import tiny_models

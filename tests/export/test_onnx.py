@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from dvora.adapter_file.content import vector_digest
 from dvora.export.onnx import _compared
 from dvora.export.packed import graph_file, read_layout, read_packed
 from dvora.export.verified import sample_of_encoder
-from dvora.flat import vector_digest
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import dvora
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied, process, save_classifier, serving
 
 VALUES = "adapter_model.safetensors"

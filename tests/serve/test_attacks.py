@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from dvora.serve import connections, guard
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving

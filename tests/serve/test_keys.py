@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from dvora.serve import keys
 from dvora.serve.app import make_app
 from dvora.serve.keys import Allowance, Keys

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import dvora
-from dvora.bank.packs import write_pack
+from dvora.adapter_file.packs import write_pack
 from dvora.serve import store, uploads
 from tests.serve.served import ADMIN, Alone, complete, copied, save_trained, serving
 

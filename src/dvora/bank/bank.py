@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapter_file.packs import OnProgress, Pack, PackedSource
+from ..adapter_file.values import AdapterValues, FolderSource, Source, VectorSource, adapters_in
+from ..adapter_file.values_file import VALUES
 from ..flat import Layout
-from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
-from .packs import OnProgress, Pack, PackedSource
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
 from .training import TrainableAdapters

@@ -10,17 +10,16 @@ Dimensions: N adapters, S values of a vector, F values of a factor row, O out, R
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..adapter_file.content import LayerSizes, vector_digest
+from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
-from ..peft.content import LayerSizes
 from ..tensors import Float
-from .adapters import AdapterValues, is_finite
 from .served import ServedModel
 from .slots import AdapterRow, LayerPlace
 
@@ -53,7 +52,7 @@ class FactorRows:
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
-        return hashlib.sha256(f'[{self._base}, "{values.digest}"]'.encode()).hexdigest()[:32]
+        return vector_digest(f'[{self._base}, "{values.digest}"]')
 
     def base(self) -> AdapterRow:
         """The row of the base itself."""

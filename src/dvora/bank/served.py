@@ -15,13 +15,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapter_file.content import Content, LayerSizes, SavedWhole
+from ..adapter_file.names import MATRIX_PREFIX, PEFT_PREFIX, plain_key
+from ..adapter_file.settings import DVoRAConfig
+from ..adapter_file.values_file import Shape
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
-from ..peft.config import DVoRAConfig, Shape
-from ..peft.content import Content, LayerSizes, SavedWhole
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.model import DVoRAModel
-from ..peft.saving import MATRIX_PREFIX, PEFT_PREFIX, check_matrices, check_same_values, plain_key
+from ..peft.saving import check_matrices, check_same_values
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..adapter_file.content import SavedWhole
 from ..factors import Factors
-from ..peft.content import SavedWhole
 from ..tensors import Float, saved_tensors_are_hooked
 
 

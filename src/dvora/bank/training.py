@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file.values import AdapterValues
+from ..adapter_file.values_file import Shape
 from ..functional import Vectors
 from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
-from ..peft.config import Shape
 from ..tensors import Float
-from .adapters import AdapterValues
 from .factor_rows import FactorRows
 from .hooks import Batches, check_unchanged
 from .slots import GatheredRows, RowIndex, check_names, saved_here

@@ -57,7 +57,7 @@ def unpack_command(
     Example: dvora bank unpack adapters.dvora --output unpacked
     """
     with one_line(debug):
-        from ..bank.packs import unpack
+        from ..adapter_file.packs import unpack
 
         with _progress("unpacked", quiet) as on_progress:
             unpack(file, output, on_progress)

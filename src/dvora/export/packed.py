@@ -20,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..bank.adapters import FolderSource, as_bytes, is_finite
+from ..adapter_file.content import vector_digest
+from ..adapter_file.values import FolderSource, as_bytes, is_finite
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
-from ..flat import vector_digest
 from ..tensors import Float
 from ..whole_files import write_atomically
 
@@ -205,18 +205,20 @@ class Packing:
             "base": self._base_digest(),
             "entries": [{"name": e.name, "offset": e.offset, "shape": list(e.shape)} for e in self.entries],
         }
-        return {**layout, "digest": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:32]}
+        return {**layout, "digest": vector_digest(json.dumps(layout))}
 
     def _base_digest(self) -> str:
         """Of all that a graph has of the base: also of what no adapter changes, such as embeddings and activations."""
         model = self.served.model
         config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
         computed = {key: value for key, value in config.items() if key not in NO_COMPUTATION}
-        digest, state = hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()), model.state_dict()
-        for name in sorted(state.keys() - self.served.own_heads):
-            digest.update(name.encode())
-            digest.update(as_bytes(state[name]))
-        return digest.hexdigest()[:32]
+        state = model.state_dict()
+        parts = (
+            part
+            for name in sorted(state.keys() - self.served.own_heads)
+            for part in (name.encode(), as_bytes(state[name]))
+        )
+        return vector_digest(json.dumps(computed, sort_keys=True, default=str), *parts)
 
     def null(self) -> Float[Tensor, "P"]:
         """The base itself, with its own heads."""

@@ -4,11 +4,11 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
-from .config import DVoRAConfig
-from .content import hotswap_adapter
+from ..adapter_file.settings import DVoRAConfig
 from .layer import DVoRALayer
 from .merging import merged
 from .model import DVoRAModel
+from .model_adapter import hotswap_adapter
 
 __all__ = ["DVoRAConfig", "DVoRALayer", "DVoRAModel", "hotswap_adapter", "merged"]
 

@@ -17,13 +17,13 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..adapter_file.expressions import first_match
+from ..adapter_file.settings import DVoRAConfig
 from ..checks import checked_strength
 from ..factors import factors_of
 from ..functional import Vectors
 from ..tensors import Float
 from ..weight import AdaptedWeight
-from .config import DVoRAConfig
-from .expressions import first_match
 from .layer import DVoRALayer, check_unmerged, layers_of
 
 INSTEAD = (

@@ -8,19 +8,16 @@ which its own dequantisation returns garbage.
 from __future__ import annotations
 
 import importlib
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..matrices.philox import uniform_row
+from ..adapter_file.fingerprint import uniform_rows
 from ..tensors import Float, full_precision, is_partitioned
 from .layer_types import LayerType
 
@@ -28,18 +25,7 @@ CHUNK = 512
 """Rows of the identity matrix in one forward pass."""
 TOLERANCE = 0.1
 """Largest relative deviation from a linear layer; eight-bit activations deviate by 0.02."""
-BASE_TOLERANCE = 0.3
-"""Largest distance of a weight's fingerprint from that of the weight that an adapter was trained on.
-
-Unrelated weights are about 1.4 apart. Casts to half precision move them by 0.002, eight bits by
-0.006, four bits by 0.1."""
-NORM_TOLERANCE = 0.05
-"""Largest relative difference of the weights' norms."""
-CHANGE_WARNED = 0.02
-"""Distance above which an accepted base gives a warning: far above casts and eight bits, below four bits."""
-
-_SEED, _ROW_STREAM, _COLUMN_STREAM, _LINEARITY_STREAM = 0, 2**33, 2**33 + 1, 2**33 + 2
-_PROBES, _LINEARITY_PROBES = 8, 4
+_LINEARITY_STREAM, _LINEARITY_PROBES = 2**33 + 2, 4
 
 
 def stored_weight(layer: nn.Module, layer_type: LayerType, parameter_name: str) -> Tensor | None:
@@ -104,7 +90,7 @@ def read_operating_weight(layer: nn.Module, name: str) -> Float[Tensor, "O I"]:
 
         chunks = [products(_units(start, width)) for start in range(0, width, CHUNK)]
         weight = torch.cat(chunks).T
-        x = _uniform_rows(_LINEARITY_STREAM, _LINEARITY_PROBES, width)
+        x = uniform_rows(_LINEARITY_STREAM, _LINEARITY_PROBES, width)
         expected = x.to(weight) @ weight.T
         distance = (products(x) - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     if not distance <= TOLERANCE:
@@ -147,46 +133,6 @@ def keep_differentiable(layer: nn.Module) -> None:
         layer.state_dict()
 
 
-@torch.no_grad()
-def fingerprint_of(matrix: Float[Tensor, "O I"], norms: Float[Tensor, "O"]) -> list[float]:
-    """The norm of W, from those of its rows, and eight products `u^T W v` with random vectors, each of its size."""
-    u = _uniform_rows(_ROW_STREAM, _PROBES, len(matrix)).to(norms)
-    v = _uniform_rows(_COLUMN_STREAM, _PROBES, matrix.shape[1]).to(norms)
-    products = 3 * ((u @ matrix.to(u.dtype)) * v).sum(1)
-    return [float(f"{value:.4g}") for value in (float(norms.norm()), *products.tolist())]
-
-
-def alike(fingerprint: list[float], expected: list[float]) -> bool:
-    """Whether two fingerprints can be of one weight, cast or quantised."""
-    return (
-        len(fingerprint) == len(expected)
-        and abs(fingerprint[0] - expected[0]) <= NORM_TOLERANCE * expected[0]
-        and math.dist(fingerprint[1:], expected[1:]) <= BASE_TOLERANCE * math.sqrt(_PROBES) * expected[0]
-    )
-
-
-def change(fingerprint: list[float], expected: list[float]) -> float:
-    """About how far apart two weights are by their fingerprints, relative to the norm of the second."""
-    distance = math.dist(fingerprint[1:], expected[1:]) / math.sqrt(_PROBES)
-    return max(distance, abs(fingerprint[0] - expected[0])) / (expected[0] or 1.0)
-
-
-def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
-    """Warn how far a base is from the one that an adapter was trained on, if that is more than a cast explains.
-
-    `changes` are those of each adapted weight, by `change`.
-    """
-    changed = {name: size for name, size in changes.items() if size > CHANGE_WARNED}
-    if changed:
-        most = max(changed, key=lambda name: changed[name])
-        warnings.warn(
-            f"the base is not exactly the one that the adapter was made for: {len(changed)} of {len(changes)} adapted "
-            f"weights differ, {most} by about {changed[most]:.0%} of its norm, as after another "
-            "quantisation or a little training. The adapter is loaded; its outputs will differ accordingly",
-            stacklevel=stacklevel + 1,
-        )
-
-
 @contextmanager
 def _full_forward(layer: nn.Module) -> Iterator[Callable[[Float[Tensor, "T I"]], Float[Tensor, "T O"]]]:
     """A layer's forward in full precision, with outputs in float32; the layer's settings are restored afterwards."""
@@ -209,7 +155,3 @@ def _units(start: int, width: int) -> Float[Tensor, "T I"]:
     units = torch.zeros(count, width)
     units[range(count), range(start, start + count)] = 1
     return units
-
-
-def _uniform_rows(stream: int, count: int, size: int) -> Float[Tensor, "N I"]:
-    return torch.from_numpy(np.stack([uniform_row(_SEED, stream, row, size) for row in range(count)]))

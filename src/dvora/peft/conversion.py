@@ -26,15 +26,16 @@ from torch import Tensor, contiguous_format, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional as F
+from ..adapter_file.fingerprint import fingerprint_of
+from ..adapter_file.names import MATRIX_PREFIX, PEFT_PREFIX
+from ..adapter_file.settings import DVoRAConfig, own_config
 from ..matrices.vera import VeraSizes, drawn
 from ..tensors import norm_dtype
-from .base_weight import fingerprint_of, readable_weight
-from .config import DVoRAConfig, own_config
+from .base_weight import readable_weight
 from .injecting import matches
 from .layer import DVoRALayer, layers_of
 from .layer_types import is_read, layer_type_of, lookup
 from .parameters import ParamWrapper
-from .saving import MATRIX_PREFIX, PEFT_PREFIX
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
 

@@ -21,6 +21,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
+from ..adapter_file.fingerprint import alike, change, fingerprint_of, warn_of_changes
+from ..adapter_file.settings import DVoRAConfig, check_adapter_name
 from ..checks import check_bias, check_weight, checked_direction
 from ..functional import Vectors
 from ..matrices import philox
@@ -28,8 +30,7 @@ from ..matrices.interface import DISTRIBUTIONS, SharedProjections
 from ..matrices.vera import vera_sizes
 from ..tensors import bias_of, full_tensor, is_fully_sharded, is_partitioned
 from ..weight import MAGNITUDE_ONLY, AdaptedWeight
-from .base_weight import alike, change, fingerprint_of, readable_weight, stored_weight, warn_of_changes
-from .config import DVoRAConfig, check_adapter_name
+from .base_weight import readable_weight, stored_weight
 from .layer import DVoRALayer, DVoRALinear, shared_projections
 from .layer_types import (
     LAYER_TYPES,

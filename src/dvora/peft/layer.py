@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
+from ..adapter_file.fingerprint import fingerprint_of
 from ..factors import Factors, delta_weight, factors_of
 from ..functional import Vectors, row_norm
 from ..layer import adapted_linear
@@ -29,15 +30,7 @@ from ..tensors import (
     weight_in_memory,
 )
 from ..weight import AdaptedWeight, check_can_be_set, check_finite, merge, warn_of_losses
-from .base_weight import (
-    device_of,
-    fingerprint_of,
-    input_dtype,
-    keep_differentiable,
-    measured_bias,
-    readable_weight,
-    stored_weight,
-)
+from .base_weight import device_of, input_dtype, keep_differentiable, measured_bias, readable_weight, stored_weight
 from .layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient, layer_type_of, linear
 from .mixed_batch import check_rows, row_updates, updates_in
 

@@ -20,11 +20,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapter_file.settings import DVoRAConfig, own_config
 from ..functional import Vectors
 from ..layer import share_inputs, stop_sharing_inputs
 from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .base_weight import keep_differentiable
-from .config import DVoRAConfig, own_config
 from .injecting import (
     PreparedTarget,
     add_adapter,
@@ -41,7 +41,7 @@ from .layer import DVoRALayer, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
-from .saving import as_saved, check_folder, check_load, from_saved
+from .saving import as_saved, check_load, checked_folder, from_saved
 
 _COMPILED = "_orig_mod."
 
@@ -115,7 +115,7 @@ class DVoRAModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-            check_folder(model, config, adapter_name)
+            checked_folder(model, config, adapter_name, None if config.file is None else config.file.folder)
         self._prepared = {}
         for module in model.modules():
             keep_differentiable(module)

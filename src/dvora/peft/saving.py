@@ -1,149 +1,56 @@
 """Saved adapters: the names in their files, what is refused, and the way from a file into a model and back.
 
 `from_saved` is the one check of values, where they arrive and whoever hands them over. For a folder it runs before,
-too: `check_folder`, when a model has been given the adapter and can still be restored. Only what would make something
+too: `checked_folder`, when a model has been given the adapter and can still be restored. Only what would make something
 large, or never end, is refused before that: `check_file` compares a file with its settings, from the header alone.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..adapter_file.content import check_saved_ranks
+from ..adapter_file.names import (
+    MATRIX_PREFIX,
+    OF_SAVED_MODULES,
+    PEFT_PREFIX,
+    VECTOR_PREFIX,
+    is_vector,
+    layer_and_vector,
+    plain_name,
+)
+from ..adapter_file.settings import DVoRAConfig
+from ..adapter_file.values_file import Shape, check_dense, tensors_in
 from ..checks import FAR, MAX_RANK
 from ..factors import factors_of
 from ..functional import Vectors
 from ..matrices.interface import SharedProjections
 from ..tensors import weight_in_memory
-from .config import DVoRAConfig, Shape
-from .expressions import check_expressions
 from .layer import VECTORS, DVoRALayer, layers_in, layers_of, shared_projections
 from .layer_types import is_read
 from .parameters import ParamWrapper
 
-PEFT_PREFIX = "base_model.model."
-VECTOR_PREFIX = ".dvora_"
-MATRIX_PREFIX = "base_model.dvora_projections."
-OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 
 
-def layer_and_vector(key: str) -> tuple[str, str]:
-    """A key of a file as the name of the layer in it, and that of the vector without its prefix."""
-    layer, _, vector = key.removeprefix(PEFT_PREFIX).rpartition(VECTOR_PREFIX)
-    return layer, vector
-
-
-def plain_name(name: str) -> str:
-    """A layer's name without the modules that some models have around their layers."""
-    for around in ("_orig_mod.", "_fsdp_wrapped_module.", "base_layer."):
-        name = name.replace(around, "")
-    return name
-
-
-def plain_key(key: str) -> str:
-    """A key of a file by the name that its value would have in the bare base model."""
-    return plain_name(key.removeprefix(PEFT_PREFIX))
-
-
-def is_vector(key: str) -> bool:
-    """Whether an entry of a file is a vector of a layer."""
-    return VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)
-
-
-@contextmanager
-def open_values(folder: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
-    """The shapes in a folder's file of values by name, from its header alone, and what reads one value."""
-    file, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
-    if not file.exists() and pickled.exists():
-        tensors = _unpickled(pickled)
-        yield {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
-        return
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is not a file")
-    with opened(file) as found:
-        yield found
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
-    """The shapes in a safetensors file by name, from its header alone, and what reads one value.
-
-    Raises:
-        SafetensorError: it is damaged.
-    """
-    try:
-        values = safe_open(file, "pt")
-    except SafetensorError as error:
-        raise SafetensorError(f"{file} cannot be read: {error}") from error
-    with values:
-        yield {key: tuple(values.get_slice(key).get_shape()) for key in values.keys()}, values.get_tensor  # noqa: SIM118
-
-
-def _unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors in a file that `torch.save` has written; nothing else in it is made, and no code is run."""
-    try:
-        entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
-        if sum(entry.file_size for entry in entries) > file.stat().st_size:
-            raise ValueError(f"{file} is compressed; it could hold any amount of values")
-        tensors = torch.load(file, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} cannot be read as tensors: {error}") from error
-    if not (isinstance(tensors, dict) and all(type(tensor) is Tensor for tensor in tensors.values())):
-        raise ValueError(f"{file} does not hold tensors by name")
-    for name, tensor in tensors.items():
-        check_dense(str(name), tensor)
-    return {str(name): tensor for name, tensor in tensors.items()}
-
-
-def shapes_of(config: DVoRAConfig) -> Mapping[str, Shape] | None:
-    """The shapes in the file of a configuration that was read; None if there is no such file on this machine."""
-    file = config.file
-    if file is None or file.folder is None:
-        return None if file is None else file.shapes
-    if not any((file.folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-        return None
-    with open_values(file.folder) as (shapes, _):
-        return shapes
-
-
 def check_file(config: DVoRAConfig) -> None:
-    """Refuse a file of other ranks than its configuration says, before anything of that rank is made.
-
-    Without a file nothing is checked.
-
-    Raises:
-        ValueError: a rank differs, or finding it out takes too long.
-    """
-    if not (shapes := shapes_of(config)):
-        return
-    layers = {key: layer_and_vector(key)[0] for key in shapes if key.endswith(f"{VECTOR_PREFIX}lambda_d")}
-    check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
-    for key, layer in layers.items():
-        shape, rank = shapes[key], config.rank_of(plain_name(layer))
-        if shape not in ((rank,), (config.rank_of(layer),)):
-            raise ValueError(
-                f"{key} has shape {shape} in the adapter and {(rank,)} in its configuration: another rank than the "
-                "configuration says, in its r or rank_pattern"
-            )
+    """Refuse a file of other ranks than its configuration says; see `check_saved_ranks`. Without a file it is right."""
+    if config.file is not None and (shapes := config.file.shapes()):
+        check_saved_ranks(config, shapes)
 
 
 def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
     """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made."""
-    if (shapes := shapes_of(config)) is None:
+    if config.file is None or (shapes := config.file.shapes()) is None:
         return
     longest = max(chain((0,), *(shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
     for name, rank in ranks.items():
@@ -161,15 +68,6 @@ def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjection
         if matrix.dim() and len(matrix) > MAX_RANK:
             raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
     projections.check_saved_tensors(dict(matrices))
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse a plain tensor that claims more values than it has, or stores them in another format."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return
-    dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
-    if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
-        raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")
 
 
 def check_same_values(key: str, loaded: Tensor, present: Tensor) -> None:
@@ -268,26 +166,26 @@ def from_saved(
     return checked
 
 
-def check_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str) -> None:
-    """Refuse values in the folder of a configuration that could not be loaded, as `from_saved` will when they arrive.
+def checked_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str, folder: Path | None) -> dict[str, Tensor]:
+    """The values in a folder by their keys in the model, checked by `from_saved` as they will be when PEFT loads them.
 
     PEFT loads them when the adapter is complete, and knows no way back.
 
     Args:
         model: the base, with the adapter and whatever that trains whole.
-        config: of the adapter; without a folder, or if PEFT converts the names in it, nothing is checked.
+        config: of the adapter, which was read.
         adapter_name: of the adapter.
+        folder: without one, or if PEFT converts the names in it, nothing is read.
 
     Raises:
         ValueError: see `from_saved`; or a value has another shape.
     """
-    if config.file is None or config.file.folder is None or (held := shapes_of(config)) is None:
-        return
-    layers = {plain_name(layer_and_vector(key)[0]) for key in held if is_vector(key)}
+    if folder is None or config.file is None or (shapes := config.file.shapes()) is None:
+        return {}
+    layers = {plain_name(layer_and_vector(key)[0]) for key in shapes if is_vector(key)}
     if layers and layers.isdisjoint(plain_name(layer.name) for layer in layers_of(model, adapter_name)):
-        return
-    with open_values(config.file.folder) as (shapes, read):
-        entries = {key.removeprefix(PEFT_PREFIX): read(key) for key in shapes}
+        return {}
+    entries = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors_in(folder).items()}
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
@@ -297,7 +195,9 @@ def check_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str) -> No
                         f"(modules_to_save={config.modules_to_save!r:.200})"
                     )
                 entries[f"{path}.{key}"] = entries.pop(f"{path}.{saved}")
-    check_load(model, from_saved(model, config, adapter_name, entries))
+    values = from_saved(model, config, adapter_name, entries)
+    check_load(model, values)
+    return values
 
 
 def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:

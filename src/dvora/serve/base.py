@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from ..adapter_file.values import Description
 from ..bank import AdapterBank
-from ..bank.adapters import Description
 from ..bank.hooks import Batch as BankBatch
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from ..bank.adapters import Description, FolderSource
+from ..adapter_file.values import Description, FolderSource
 from ..whole_files import remove
 from .base import Base
 from .keys import BASE, Key

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import filelock
 from pydantic import TypeAdapter, ValidationError
 
-from ..bank.adapters import IN_RUN, SETTINGS, VALUES, FolderSource, adapters_in, folder_of
-from ..bank.packs import Pack, PackedSource
+from ..adapter_file.packs import Pack, PackedSource
+from ..adapter_file.values import IN_RUN, FolderSource, adapters_in, folder_of
+from ..adapter_file.values_file import SETTINGS, VALUES
 from ..recipes.files import check_no_links, read_json
 from ..recipes.models.adapter_folder import Adapter
 from ..recipes.run_folder import RECORD, checked_labels

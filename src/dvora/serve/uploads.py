@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from ..bank.adapters import SETTINGS, VALUES, Description, header_length
-from ..bank.packs import FORMAT, Pack
-from ..sync import vector_digest
+from ..adapter_file.content import vector_digest
+from ..adapter_file.packs import FORMAT, Pack
+from ..adapter_file.values import Description
+from ..adapter_file.values_file import SETTINGS, VALUES, header_length
 
 LARGEST_HEADER = 2**21
 """Bytes of a header in a request: those of some 20,000 tensors. They are parsed while others wait for the processor."""

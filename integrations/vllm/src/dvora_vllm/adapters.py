@@ -14,7 +14,8 @@ from pathlib import Path
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from dvora.bank.adapters import SETTINGS, VALUES, AdapterValues, FolderSource, adapters_in
+from dvora.adapter_file.values import AdapterValues, FolderSource, adapters_in
+from dvora.adapter_file.values_file import SETTINGS, VALUES
 
 FOLDER = "DVORA_ADAPTERS"
 """The environment variable that names the folder of adapters; without it the plug-in does nothing."""

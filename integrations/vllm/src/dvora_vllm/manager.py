@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
-from dvora.bank.adapters import FolderSource, adapters_in, errors_of
+from dvora.adapter_file.values import FolderSource, adapters_in, errors_of
 from dvora.bank.factor_rows import FactorRows
 from dvora.bank.served import ServedModel
 

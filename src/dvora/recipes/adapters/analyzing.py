@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...adapter_file.values_file import SETTINGS
 from ...tools.analysis import Analysis, analyze
 from ...whole_files import new_file
-from ..models.adapter_folder import SETTINGS, adapter_on, read_adapter
+from ..models.adapter_folder import adapter_on, read_adapter
 from ..models.adapters import load_adapted
 from ..run_folder import ADAPTER, RECORD
 from ..training.checkpoints import CHECKPOINT, step_of

@@ -5,9 +5,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ...adapter_file.values_file import VALUES
 from ...peft.conversion import dense_updates, from_vera, to_dora
 from ...whole_files import new_folder
-from ..models.adapter_folder import VALUES, read_adapter
+from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
 from ..models.inputs import difference, example_output
 from . import TARGETS, TO_LORA

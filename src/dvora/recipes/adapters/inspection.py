@@ -3,15 +3,14 @@
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ...adapter import diagnostics
-from ...peft.config import DVoRAConfig
+from ...adapter_file.values import FolderSource
+from ...adapter_file.values_file import tensors_in
 from ...peft.layer import layers_in
-from ...peft.saving import check_file
 from ..models.adapter_folder import Adapter, read_adapter
 from ..models.adapters import load_adapted
 
@@ -89,14 +88,11 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dict[str, Any]:
-    config = cast(DVoRAConfig, DVoRAConfig.from_pretrained(str(adapter.folder)))
-    check_file(config)
+    config, values = FolderSource(adapter.folder).description.config, tensors_in(adapter.folder)
     changes = {} if model is None else _changes(adapter, model)
-    with safe_open(adapter.file, "pt") as values:
-        layers = [
-            {"layer": name, "rank": rank, **_norms(values, adapter, name), **changes.get(name, {})}
-            for name, rank in ranks.items()
-        ]
+    layers = [
+        {"layer": name, "rank": rank, **_norms(values, name), **changes.get(name, {})} for name, rank in ranks.items()
+    ]
     return {
         "projections": {
             "distribution": config.projection_init,
@@ -109,13 +105,12 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
     }
 
 
-def _norms(values: Any, adapter: Adapter, layer: str) -> dict[str, float | int]:
+def _norms(values: dict[str, torch.Tensor], layer: str) -> dict[str, float | int]:
     """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of the rank."""
     norms: dict[str, float | int] = {}
     for vector in ("magnitude", "lambda_b", "lambda_d"):
         key = f"base_model.model.{layer}.dvora_{vector}"
-        if key in adapter.shapes:
-            tensor = values.get_tensor(key)
+        if (tensor := values.get(key)) is not None:
             if vector == "magnitude":
                 norms["outputs"] = len(tensor)
             norms[f"norm_of_{vector}"] = float(torch.linalg.vector_norm(tensor.double()))

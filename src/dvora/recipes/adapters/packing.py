@@ -5,9 +5,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...bank.adapters import adapters_in
-from ...bank.packs import FORMAT, OnProgress, Pack, write_pack
-from ...peft.content import Content
+from ...adapter_file.content import Content
+from ...adapter_file.packs import FORMAT, OnProgress, Pack, write_pack
+from ...adapter_file.values import adapters_in
 
 
 def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
-from safetensors import SafetensorError
 
-from ...peft.expressions import check_expressions
-from ...peft.saving import opened
+from ...adapter_file.expressions import check_expressions
+from ...adapter_file.values_file import LARGEST_SETTINGS, PICKLED, SETTINGS, VALUES, header_entries, read_header
 from ...tools.pages.text import did_you_mean
 from ..files import check_readable, read_json
 from ..run_folder import ADAPTER, RECORD, checked_labels
 from .bases import quiet_transformers
 from .hub import offline
 
-SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LARGEST_SETTINGS = 2**24
-"""Bytes; a few hundred names of layers take some thousands."""
 MOST_HEADS = 256
 ELSEWHERE = ("adapters", "megatron_config", "tokenizer_kwargs", "tokenizer_name_or_path")
 """Settings with which PEFT loads or imports what is not in the folder."""
@@ -157,10 +153,9 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        with opened(file) as (shapes, _):
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        shapes = {key: shape for key, (_, shape) in header_entries(read_header(file)).items()}
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
         raise ValueError(f"{file}: {empty[0]!r} has the shape {shapes[empty[0]]}, which holds no values")
     return shapes

@@ -22,9 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dvora
-from dvora.bank import packs
-from dvora.bank.adapters import SETTINGS, VALUES, FolderSource
-from dvora.bank.packs import FORMAT, Pack, unpack, write_pack
+from dvora.adapter_file import packs
+from dvora.adapter_file.packs import FORMAT, Pack, unpack, write_pack
+from dvora.adapter_file.values import FolderSource
+from dvora.adapter_file.values_file import SETTINGS, VALUES
 from tests.bank.tenants import HEADED, WIDE, Served, contents, many
 from tests.census import little_more_memory
 from tests.peft.kinds import edit_weights, mlp, saved

@@ -1,4 +1,4 @@
-"""What an adapter consists of, beside its values: read from a model, or from the headers of a folder.
+"""What an adapter consists of, beside its values: and where each of them stands in a vector.
 
 Vectors of two adapters are interchangeable, entry by entry, if these agree:
 
@@ -19,44 +19,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
-
 from ..functional import Vectors
-from .arithmetic import strengths_as_they_are
-from .base_weight import alike, change, warn_of_changes
-from .config import DVoRAConfig, Shape
-from .layer import DVoRALayer, layers_of
-from .saving import (
-    MATRIX_PREFIX,
-    OF_SAVED_MODULES,
-    VECTOR_PREFIX,
-    check_file,
-    check_folder,
-    check_unsharded,
-    is_vector,
-    layer_and_vector,
-    plain_key,
-    plain_name,
-    shapes_of,
-    trained_whole,
-)
+from .expressions import check_expressions
+from .fingerprint import alike
+from .names import MATRIX_PREFIX, OF_SAVED_MODULES, VECTOR_PREFIX, is_vector, layer_and_vector, plain_key, plain_name
+from .settings import DVoRAConfig
+from .values_file import Shape
 
 FORMAT_VERSION = 1
 """Of the order of a vector's entries and of what the digest covers."""
-ModelOrFolder = nn.Module | str | os.PathLike[str]
-"""A model with the adapter, or the folder of a saved one."""
 _Value = TypeVar("_Value")
+
+
+def vector_digest(layout: str | bytes, *data: bytes | memoryview) -> str:
+    """32 hexadecimal digits that name values: of what they are (a layout's digest, say), and their bytes.
+
+    Args:
+        layout: what they are.
+        data: the values; those of a flat vector are little-endian float32.
+    """
+    digest = hashlib.sha256(layout.encode() if isinstance(layout, str) else layout)
+    for part in data:
+        digest.update(part)
+    return digest.hexdigest()[:32]
 
 
 class LayerSizes(NamedTuple):
@@ -114,24 +103,6 @@ class Content(NamedTuple):
     whole: tuple[SavedWhole, ...]
     base: tuple[tuple[str, tuple[float, ...]], ...]
     """Fingerprints of the base weights by layer, where they are known."""
-
-    @classmethod
-    def of(cls, source: ModelOrFolder, adapter_name: str) -> Content:
-        """That of an adapter in a model, or of the one in a folder."""
-        if isinstance(source, nn.Module):
-            return ModelAdapter.of(source, adapter_name).content()
-        if isinstance(source, str | os.PathLike):
-            return cls.of_folder(Path(source))
-        raise TypeError(f"source must be a model or the folder of an adapter, got {type(source).__name__}")
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> Content:
-        """That of a saved adapter: its configuration, and names and shapes of its values; no value is read."""
-        config = config_in_folder(folder)
-        if not (shapes := shapes_of(config)):
-            raise ValueError(f"source: {folder} has a configuration and no file of values; save the adapter again")
-        check_file(config)
-        return cls.of_saved(config, shapes)
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
@@ -217,61 +188,6 @@ class Content(NamedTuple):
         return {**{layer.name: layer for layer in self.layers}, **{whole.name: whole for whole in self.whole}}
 
 
-class ModelAdapter(NamedTuple):
-    """An adapter in a model, looked up once."""
-
-    name: str
-    config: DVoRAConfig
-    layers: Mapping[str, DVoRALayer]
-    """By the names that files have for them, in the order of a vector."""
-    whole: Mapping[str, Tensor]
-    """What is saved whole, not copied, in the order of a vector."""
-
-    @classmethod
-    def of(cls, model: nn.Module, adapter_name: str) -> ModelAdapter:
-        """Look an adapter up, also in a model that is compiled or wrapped."""
-        base = _adapted_model(model)
-        configs: Any = vars(base).get("peft_config", {})
-        if adapter_name not in configs:
-            raise ValueError(
-                f"adapter_name: there is no adapter {adapter_name!r} in the model of type {type(base).__name__}, only "
-                f"{sorted(configs)}; pass the name of one of these, or adapt the model first"
-            )
-        config = _of_dvora(configs[adapter_name], f"adapter_name: {adapter_name!r} in the model")
-        layers = {plain_name(layer.name): layer for layer in layers_of(base, adapter_name)}
-        whole = {plain_key(key): value for key, value in trained_whole(base, config, adapter_name, saved=True).items()}
-        return cls(adapter_name, config, dict(sorted(layers.items())), {name: whole[name] for name in sorted(whole)})
-
-    def content(self) -> Content:
-        """What it consists of."""
-        adapted = [(name, layer.adapted(self.name)) for name, layer in self.layers.items()]
-        return Content(
-            CommonSettings.of(self.config),
-            tuple(LayerSizes(name, a.out_features, a.rank, a.scaling) for name, a in adapted),
-            tuple(SavedWhole(name, tuple(tensor.shape)) for name, tensor in self.whole.items()),
-            tuple((name, tuple(layer.present_fingerprint())) for name, layer in self.layers.items()),
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its values, detached and not copied, by name in the order of a vector, if this process has all of them."""
-        vectors = {
-            f"{name}{VECTOR_PREFIX}{vector}": by_adapter[self.name].detach()
-            for name, layer in self.layers.items()
-            for vector, by_adapter in zip(Vectors._fields, layer.vector_dicts(), strict=True)
-            if self.name in by_adapter
-        }
-        tensors = {**vectors, **self.whole}
-        check_unsharded(tensors)
-        if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-            raise ValueError(f"model: {absent[0]} is on the meta device and has no values yet; load the adapter first")
-        return tensors
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """The values in a folder, on the CPU, by name in the order of a vector."""
-    return in_order(load_peft_weights(str(folder), device="cpu"), config_in_folder(folder))
-
-
 def in_order(saved: Mapping[str, _Value], config: DVoRAConfig) -> dict[str, _Value]:
     """The values in a file that are the adapter's own, by name in the order of a vector."""
     vectors = {plain_key(key): value for key, value in saved.items() if is_vector(key)}
@@ -281,80 +197,21 @@ def in_order(saved: Mapping[str, _Value], config: DVoRAConfig) -> dict[str, _Val
     return {name: vectors[name] for name in names if name in vectors} | {name: whole[name] for name in sorted(whole)}
 
 
-def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
-    """Copy the values of a saved adapter over those of a loaded one, in place.
-
-    Parameters stay the same objects, so optimizers and compiled models keep working.
-
-    Args:
-        model: a PEFT model, compiled or not, or a model with injected adapters.
-        folder: of the saved adapter, which must be made for the same layers with the same ranks, scales, direction and
-            projections.
-        adapter_name: of the adapter to overwrite.
+def check_saved_ranks(config: DVoRAConfig, shapes: Mapping[str, Shape]) -> None:
+    """Refuse values of other ranks than their configuration says, before anything of that rank is made.
 
     Raises:
-        TypeError: the folder holds an adapter of another method.
-        ValueError: the adapters differ in more than their values, the adapter is merged, it is for another base, or the
-            folder is damaged; nothing is changed.
+        ValueError: a rank differs, or finding it out takes too long.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled model's own
-    adapter = ModelAdapter.of(model, adapter_name)
-    config = config_in_folder(Path(folder))
-    if difference := adapter.content().difference(Content.of_folder(Path(folder))):
-        raise ValueError(
-            f"adapter {adapter_name!r} of the model cannot take the values in {folder}: {difference}. Load them under "
-            "a name of their own instead"
-        )
-    layers, probes = list(adapter.layers.values()), config.base_probes or {}
-    warn_of_changes({x.name: change(x.fingerprint, probes[x.name]) for x in layers if x.name in probes})
-    # With its own configuration: what that does not train must be the model's already, as in loading.
-    check_folder(_adapted_model(model), config, adapter_name)
-    values = load_peft_weights(str(folder), device="cpu")
-    restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
-    try:
-        with values_restored_on_error(list(adapter.tensors().values())):
-            set_peft_model_state_dict(model, values, adapter_name)
-            for layer in layers:
-                layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
-            adapter.config.strength = config.strength
-    except BaseException:
-        restore_strengths()
-        raise
-
-
-@contextmanager
-def values_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """If anything is raised in the block, give the tensors the values back that they have now."""
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            torch._foreach_copy_(list(tensors), values)
-        raise
-
-
-def _adapted_model(model: nn.Module) -> nn.Module:
-    """The model that PEFT has put adapters into, to which names in files are relative, within what is around it."""
-    holder = next((module for module in model.modules() if vars(module).get("peft_config")), model)
-    base: nn.Module = holder.model if isinstance(holder, BaseTuner) else holder
-    return base
-
-
-def config_in_folder(folder: Path) -> DVoRAConfig:
-    """The configuration of a saved adapter."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"source: {folder} is no folder with a saved adapter: it has no adapter_config.json. Pass what "
-            "save_pretrained wrote (a folder for each adapter that is not named 'default'), downloaded first"
-        )
-    return _of_dvora(DVoRAConfig.from_pretrained(str(folder)), f"source: {folder}")
-
-
-def _of_dvora(config: PeftConfig, what: str) -> DVoRAConfig:
-    if not isinstance(config, DVoRAConfig):
-        raise TypeError(f"{what} is an adapter of type {config.peft_type}; only DVoRA adapters are read here")
-    return config
+    layers = {key: layer_and_vector(key)[0] for key in shapes if key.endswith(f"{VECTOR_PREFIX}lambda_d")}
+    check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
+    for key, layer in layers.items():
+        shape, rank = shapes[key], config.rank_of(plain_name(layer))
+        if shape not in ((rank,), (config.rank_of(layer),)):
+            raise ValueError(
+                f"{key} has shape {shape} in the adapter and {(rank,)} in its configuration: another rank than the "
+                "configuration says, in its r or rank_pattern"
+            )
 
 
 def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> LayerSizes:

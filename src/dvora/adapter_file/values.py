@@ -1,4 +1,4 @@
-"""Adapters for a bank: where each can be read (a folder, a pack, a vector), and its values, checked when they are read.
+"""An adapter by itself: where it can be read (a folder, a vector), and its values, checked when they are read.
 
 An adapter is two files: its settings (JSON), and its values (safetensors: a header, then the data). Adapters of one
 recipe have the same settings and header, which are parsed once; reading one more is reading its data.
@@ -6,7 +6,6 @@ recipe have the same settings and header, which are parsed once; reading one mor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,22 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..functional import Vectors
-from ..peft.config import DVoRAConfig, Shape
-from ..peft.content import Content, in_order
-from ..peft.saving import VECTOR_PREFIX, check_file, plain_key
 from ..tensors import Float
+from .content import Content, check_saved_ranks, in_order, vector_digest
+from .names import VECTOR_PREFIX, plain_key
+from .settings import DVoRAConfig
+from .values_file import LARGEST_SETTINGS, SETTINGS, VALUES, Shape, check_size, header_entries, read_header, tensors_of
 
-SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 IN_RUN = "adapter"
 """Where a run of `dvora train` has its adapter."""
-LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
-"""Bytes; the second is safetensors' own limit."""
 LARGEST_KEPT = 2**18
 """Bytes of settings and a header that stay in memory, parsed: those of some 2,000 tensors."""
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
 _EXACT = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
 
@@ -74,12 +67,9 @@ class Description:
 
     def digest(self, values: AdapterValues) -> str:
         """32 hexadecimal digits that name both files, byte for byte: the values have all that the data has."""
-        digest = hashlib.sha256(self.settings)
-        digest.update(self.header)
-        digest.update(values.digest.encode())
-        for tensor in values.beside.values():
-            digest.update(as_bytes(tensor))
-        return digest.hexdigest()[:32]
+        return vector_digest(
+            self.settings, self.header, values.digest.encode(), *(as_bytes(tensor) for tensor in values.beside.values())
+        )
 
     @property
     def size(self) -> int:
@@ -111,12 +101,8 @@ class AdapterValues:
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        digest = hashlib.sha256(json.dumps([_digest(self.content), self.strengths]).encode())
-        digest.update(as_bytes(self.vector))
-        for name, tensor in self.whole.items():
-            digest.update(f"{name} {tensor.dtype} ".encode())
-            digest.update(as_bytes(tensor))
-        return digest.hexdigest()[:32]
+        whole = [part for name, t in self.whole.items() for part in (f"{name} {t.dtype} ".encode(), as_bytes(t))]
+        return vector_digest(json.dumps([_digest(self.content), self.strengths]), as_bytes(self.vector), *whole)
 
 
 class Source(Protocol):
@@ -149,13 +135,9 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with errors_of(folder):
-            _, size = _file_sizes(folder)
+            _check_files(folder)
             settings = (folder / SETTINGS).read_bytes()
-            with (folder / VALUES).open("rb") as file:
-                first = file.read(8)
-                header = first + file.read(header_length(first, size) - 8)
-            self.description = described(settings, header)
-            _check_size(len(header) + self.description.data_size, size)
+            self.description = described(settings, read_header(folder / VALUES))
         self.content, self.beside = self.description.content, self.description.beside
 
     def read(self) -> AdapterValues:
@@ -177,7 +159,7 @@ class FolderSource:
         """
         with errors_of(self.folder):
             before = _state(self.folder)
-            _file_sizes(self.folder)
+            _check_files(self.folder)
             settings, values = ((self.folder / name).read_bytes() for name in (SETTINGS, VALUES))
             if _state(self.folder) != before:
                 raise ValueError("it changed while it was read; read it again when whoever writes to it is done")
@@ -186,6 +168,17 @@ class FolderSource:
                     "it is another adapter than when it was added: its settings or entries differ; add it again"
                 )
         return values[len(self.description.header) :]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All values of the adapter as they are now, in their own dtypes, by name in the order of a vector.
+
+        Raises:
+            ValueError: see `read`; whether they are finite is not looked at.
+        """
+        data = self.data()
+        with errors_of(self.folder):
+            tensors = tensors_of(self.description.entries, data)
+        return {name: tensors[key] for name, key in self.description.names.items()}
 
 
 class VectorSource:
@@ -268,7 +261,7 @@ def _described(settings: bytes, header: bytes) -> Description:
     config = DVoRAConfig.from_bytes(settings, shapes)
     if not isinstance(config, DVoRAConfig):
         raise TypeError(f"it is an adapter of type {config.peft_type}; only adapters of DVoRA share their matrices")
-    check_file(config)
+    check_saved_ranks(config, shapes)
     content = Content.of_saved(config, shapes)
     if not content.layers:
         raise ValueError(f"{VALUES} has no vectors of any layer; save the adapter again")
@@ -278,9 +271,6 @@ def _described(settings: bytes, header: bytes) -> Description:
         raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
     if {name: entries[key][1] for name, key in names.items()} != _shapes(content):
         raise ValueError(f"{VALUES} is damaged: its tensors are not those of its settings; save the adapter again")
-    for name, key in names.items():
-        if entries[key][0] not in _EXACT:
-            raise TypeError(f"{name} is {entries[key][0]}, expected torch.float32 or half precision; save it as that")
     # Most files have one dtype, and hundreds of entries, which need no view each then.
     dtypes = {dtype for dtype, _ in entries.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
@@ -290,44 +280,6 @@ def _described(settings: bytes, header: bytes) -> Description:
 
 
 _kept = lru_cache(maxsize=64)(_described)
-
-
-def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
-    """Dtypes and shapes in the header of a safetensors file, in the order of the data, which they cover.
-
-    Raises:
-        ValueError: it is damaged, or a dtype is none of an adapter.
-    """
-    try:
-        if header_length(header, LARGEST_HEADER) != len(header):
-            raise ValueError("its length is another one")
-        saved = json.loads(header[8:])
-        saved.pop("__metadata__", None)
-        entries, end = dict[str, tuple[torch.dtype, Shape]](), 0
-        for name, entry in sorted(saved.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
-            if min(shape, default=0) < 0 or start != end or stop - start != _DTYPES[dtype].itemsize * prod(shape):
-                raise ValueError(f"{name} has {stop - start} bytes at {start}")
-            entries[name], end = (_DTYPES[dtype], shape), stop
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{VALUES} is damaged: its header cannot be read ({error!r:.200})") from error
-    return entries
-
-
-def header_length(first: bytes, size: int) -> int:
-    """Bytes of the header of a safetensors file, with the eight that have its length.
-
-    Args:
-        first: the first eight bytes of the file, or more.
-        size: of the file.
-
-    Raises:
-        ValueError: the file is too short, or is none.
-    """
-    length = 8 + int.from_bytes(first[:8], "little")
-    if len(first) < 8 or not 8 < length <= min(size, LARGEST_HEADER):
-        raise ValueError(f"{VALUES} is truncated, or no safetensors file: it has {size:,} bytes and no whole header")
-    return length
 
 
 def values_of(description: Description, data: bytes) -> AdapterValues:
@@ -340,7 +292,8 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    _check_size(len(description.header) + description.data_size, len(description.header) + len(data))
+    check_size(description.entries, len(data))
+    check_exact(description)
     content, entries, names = description.content, description.entries, description.names
     buffer, parts = torch.frombuffer(bytearray(data), dtype=description.dtype), dict[str, Tensor]()
     if content.whole or description.beside or description.dtype == torch.uint8:
@@ -352,6 +305,17 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     heads = {part.name: parts[names[part.name]] for part in content.whole}
     beside = {key: parts[key] for key in description.beside}
     return _finite(AdapterValues(content, vector, description.strengths, heads, description.config, beside))
+
+
+def check_exact(description: Description) -> None:
+    """Refuse values that float32 does not hold exactly.
+
+    Raises:
+        TypeError: some are none.
+    """
+    for name, key in description.names.items():
+        if (dtype := description.entries[key][0]) not in _EXACT:
+            raise TypeError(f"{name} is {dtype}, expected torch.float32 or half precision; save it as that")
 
 
 @contextmanager
@@ -403,21 +367,14 @@ def _shapes(content: Content) -> dict[str, Shape]:
     return {**vectors, **{part.name: part.shape for part in content.whole}}
 
 
-def _check_size(expected: int, size: int) -> None:
-    if size != expected:
-        raise ValueError(f"{VALUES} has {size:,} bytes, and {expected:,} by its header: it is truncated or damaged")
-
-
-def _file_sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of both files of an adapter, which are there and not too large."""
+def _check_files(folder: Path) -> None:
+    """Refuse a folder without both files of an adapter, or with settings that are too large."""
     for name in (SETTINGS, VALUES):
         if not (folder / name).is_file():
             advice = "; a pickled adapter_model.bin is not read, save it again" if name == VALUES else ""
             raise ValueError(f"there is no file {name}, so it is no folder with a saved adapter{advice}")
-    settings, values = ((folder / name).stat().st_size for name in (SETTINGS, VALUES))
-    if settings > LARGEST_SETTINGS:
-        raise ValueError(f"{SETTINGS} has {settings:,} bytes, expected at most {LARGEST_SETTINGS:,}")
-    return settings, values
+    if (size := (folder / SETTINGS).stat().st_size) > LARGEST_SETTINGS:
+        raise ValueError(f"{SETTINGS} has {size:,} bytes, expected at most {LARGEST_SETTINGS:,}")
 
 
 def _state(folder: Path) -> list[tuple[int, int, int]]:

@@ -26,21 +26,10 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from ..peft.config import Shape
-from ..peft.content import Content
 from ..whole_files import claimed, new_folder
-from .adapters import (
-    LARGEST_HEADER,
-    LARGEST_SETTINGS,
-    SETTINGS,
-    VALUES,
-    AdapterValues,
-    Description,
-    FolderSource,
-    described,
-    errors_of,
-    values_of,
-)
+from .content import Content
+from .values import AdapterValues, Description, FolderSource, described, errors_of, values_of
+from .values_file import LARGEST_HEADER, LARGEST_SETTINGS, SETTINGS, VALUES, Shape
 
 FORMAT = "dvora pack 2"
 LARGEST_INDEX = 2**25

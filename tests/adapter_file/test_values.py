@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import dvora
-from dvora.bank.adapters import SETTINGS, VALUES, FolderSource, VectorSource, adapters_in
+from dvora.adapter_file.values import FolderSource, VectorSource, adapters_in
+from dvora.adapter_file.values_file import SETTINGS, VALUES
 from dvora.flat import Layout
 from tests.bank.tenants import HEADED, many
 from tests.peft.kinds import KINDS, bits, edit_config, edit_weights, mlp, saved

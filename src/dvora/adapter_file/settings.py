@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -28,8 +28,8 @@ from ..functional import Vectors
 from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
 from .card import write_card
 from .expressions import check_expressions, first_match
+from .values_file import Shape, shapes_in
 
-Shape = tuple[int, ...]
 BIASES = ("none", "all", "dvora_only")
 MAX_NAMES = 2**12
 """Entries of a list: PEFT compares each with every module of a model, and with every other."""
@@ -45,15 +45,29 @@ _HOLDERS = nn.ModuleDict(), nn.ParameterDict()
 _OWN_NAMES = {"weight", "bias", "base_layer"}
 
 
-class AdapterFile(NamedTuple):
-    """The file of values that belongs to a configuration which was read, not made."""
+@dataclass
+class AdapterFile:
+    """The file of values that belongs to a configuration which was read, not made.
+
+    Args:
+        sizing: the settings on which names and shapes depend, as they were read.
+        folder: where the file is, if it is on this machine.
+        known_shapes: of the values by name, where they were handed over with the settings, or were read before.
+    """
 
     sizing: dict[str, Any]
-    """The settings on which names and shapes depend, as they were read."""
     folder: Path | None = None
-    """Where the file is, if it is on this machine."""
-    shapes: Mapping[str, Shape] | None = None
-    """By name, where they were handed over with the settings."""
+    known_shapes: Mapping[str, Shape] | None = None
+
+    def shapes(self) -> Mapping[str, Shape] | None:
+        """Shapes of the values by name; None if there is no such file on this machine.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if self.known_shapes is None and self.folder is not None:
+            self.known_shapes = shapes_in(self.folder)
+        return self.known_shapes
 
 
 @dataclass
@@ -199,7 +213,7 @@ class DVoRAConfig(PeftConfig):
         read = _checked_method(lambda: json.loads(settings), "adapter_config.json")
         config: PeftConfig = cls.from_peft_type(**read)
         if isinstance(config, DVoRAConfig):
-            config.file = AdapterFile(config.sizing(), shapes=shapes)
+            config.file = AdapterFile(config.sizing(), known_shapes=shapes)
             check_expressions(vars(config))
         return config
 

@@ -1,0 +1,162 @@
+"""The file of an adapter's values: safetensors, a header and the data behind it, or a pickle with nothing but tensors.
+
+The header says which tensors there are. It is read and checked by itself, before anything of their sizes is made.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+Entries = Mapping[str, tuple[torch.dtype, Shape]]
+"""Dtypes and shapes by name, in the order of the data."""
+SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
+"""Bytes; the second is safetensors' own limit."""
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
+
+def shapes_in(folder: Path) -> dict[str, Shape] | None:
+    """The shapes of the values in the folder of an adapter, by name; None if it has no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    if (folder / VALUES).exists():
+        return {name: shape for name, (_, shape) in header_entries(read_header(folder / VALUES)).items()}
+    if (folder / PICKLED).exists():
+        return {name: tuple(tensor.shape) for name, tensor in _unpickled(folder / PICKLED).items()}
+    return None
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """The values in the folder of an adapter, on the CPU, by name.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    if not (folder / VALUES).exists() and (folder / PICKLED).exists():
+        return _unpickled(folder / PICKLED)
+    content = (folder / VALUES).read_bytes()
+    header = content[: header_length(content, len(content))]
+    return tensors_of(header_entries(header), content[len(header) :])
+
+
+def read_header(file: Path) -> bytes:
+    """The header of a safetensors file, with the eight bytes that have its length.
+
+    Raises:
+        ValueError: it is none, or truncated.
+        OSError: it cannot be read.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file")
+    with file.open("rb") as opened:
+        first, size = opened.read(8), file.stat().st_size
+        header = first + opened.read(header_length(first, size) - 8)
+    check_size(header_entries(header), size - len(header))
+    return header
+
+
+def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Dtypes and shapes in the header of a safetensors file, in the order of the data, which they cover.
+
+    Raises:
+        ValueError: it is damaged, or a dtype is none of an adapter.
+    """
+    try:
+        if header_length(header, LARGEST_HEADER) != len(header):
+            raise ValueError("its length is another one")
+        saved = json.loads(header[8:])
+        saved.pop("__metadata__", None)
+        entries, end = dict[str, tuple[torch.dtype, Shape]](), 0
+        for name, entry in sorted(saved.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+            if min(shape, default=0) < 0 or start != end or stop - start != _DTYPES[dtype].itemsize * prod(shape):
+                raise ValueError(f"{name} has {stop - start} bytes at {start}")
+            entries[name], end = (_DTYPES[dtype], shape), stop
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{VALUES} is damaged: its header cannot be read ({error!r:.200})") from error
+    return entries
+
+
+def header_length(first: bytes, size: int) -> int:
+    """Bytes of the header of a safetensors file, with the eight that have its length.
+
+    Args:
+        first: the first eight bytes of the file, or more.
+        size: of the file.
+
+    Raises:
+        ValueError: the file is too short, or is none.
+    """
+    length = 8 + int.from_bytes(first[:8], "little")
+    if len(first) < 8 or not 8 < length <= min(size, LARGEST_HEADER):
+        raise ValueError(f"{VALUES} is truncated, or no safetensors file: it has {size:,} bytes and no whole header")
+    return length
+
+
+def tensors_of(entries: Entries, data: bytes) -> dict[str, Tensor]:
+    """The tensors in the data behind a header, of which they are views.
+
+    Raises:
+        ValueError: the data is of another size.
+    """
+    check_size(entries, len(data))
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    parts = buffer.split([dtype.itemsize * prod(shape) for dtype, shape in entries.values()])
+    # Where a part does not lie at a multiple of its dtype's size it is copied.
+    return {
+        name: (part if part.storage_offset() % dtype.itemsize == 0 else part.clone()).view(dtype).view(shape)
+        for (name, (dtype, shape)), part in zip(entries.items(), parts, strict=True)
+    }
+
+
+def check_size(entries: Entries, size: int) -> None:
+    """Refuse data of another size than its header says.
+
+    Raises:
+        ValueError: it is.
+    """
+    expected = sum(dtype.itemsize * prod(shape) for dtype, shape in entries.values())
+    if size != expected:
+        raise ValueError(
+            f"{VALUES} has {size:,} bytes of data, and {expected:,} by its header: it is truncated or damaged"
+        )
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a plain tensor that claims more values than it has, or stores them in another format."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return
+    dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+    if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file that `torch.save` has written; nothing else in it is made, and no code is run."""
+    try:
+        entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+        if sum(entry.file_size for entry in entries) > file.stat().st_size:
+            raise ValueError(f"{file} is compressed; it could hold any amount of values")
+        tensors = torch.load(file, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read as tensors: {error}") from error
+    if not (isinstance(tensors, dict) and all(type(tensor) is Tensor for tensor in tensors.values())):
+        raise ValueError(f"{file} does not hold tensors by name")
+    for name, tensor in tensors.items():
+        check_dense(str(name), tensor)
+    return {str(name): tensor for name, tensor in tensors.items()}
