@@ -24,6 +24,7 @@ def interleaved(
     rounds: int,
     warm_ups: int = 1,
     at_least: float = 0.02,
+    clock: Callable[[], float] = perf_counter,
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of every step in every round; all are called equally often, so that steps of training stay together.
 
@@ -33,6 +34,7 @@ def interleaved(
         warm_ups: rounds before them that are thrown away, one at least.
         at_least: seconds that the first step should take in a round, by the last warm-up; every step is repeated as
             often as that needs.
+        clock: `time.process_time` for steps of one thread, which other processes then disturb less.
 
     Returns:
         Seconds of one step by name, and how often a step was repeated in a round.
@@ -40,11 +42,11 @@ def interleaved(
     order, seconds = list(steps), {name: list[float]() for name in steps}
     assert warm_ups > 0, "the last warm-up says how often a step is repeated"
     for _ in range(warm_ups):
-        warming = [_timed(steps[name], 1) for name in order]
+        warming = [_timed(steps[name], 1, clock) for name in order]
     repeats = max(1, round(at_least / max(warming[0], 1e-9)))
     for _ in range(rounds):
         for name in order:
-            seconds[name].append(_timed(steps[name], repeats))
+            seconds[name].append(_timed(steps[name], repeats, clock))
         # Back and forth, so that no step always follows the same one.
         order.reverse()
     return seconds, repeats
@@ -74,8 +76,8 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def _timed(step: Step, repeats: int) -> float:
-    start = perf_counter()
+def _timed(step: Step, repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(repeats):
         step()
-    return (perf_counter() - start) / repeats
+    return (clock() - start) / repeats
