@@ -5,7 +5,6 @@ Dimensions: I in, O out, R rank.
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -85,24 +84,6 @@ class SharedProjections(nn.Module):
         """A short hash of format version, distribution and some values; equal hashes mean equal matrices."""
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
         return hashlib.sha256(head + self.impl.fingerprint_values().astype("<f4").tobytes()).hexdigest()[:16]
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """The stored values as they are written into files."""
-        return self.impl.saved_tensors()
-
-    def check_saved_tensors(self, matrices: Mapping[str, Tensor]) -> None:
-        """Compare matrices of a file, as of `matrices`, with those made from the seed.
-
-        Raises:
-            ValueError: a name or a value differs.
-        """
-        for name, saved in matrices.items():
-            made = self.impl.remade(name, saved) if saved.is_floating_point() else None
-            if made is None or not torch.equal(made, saved.to(made)):
-                raise ValueError(
-                    f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
-                    f"{self.distribution!r} give; the file is damaged or was trained with other matrices"
-                )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"

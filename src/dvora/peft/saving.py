@@ -22,20 +22,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checks import FAR, MAX_RANK
+from ..checks import FAR
 from ..factors import factors_of
 from ..functional import Vectors
-from ..matrices.interface import SharedProjections
 from ..tensors import weight_in_memory
 from .config import DVoRAConfig, Shape
 from .expressions import check_expressions
-from .layer import VECTORS, DVoRALayer, layers_in, layers_of, shared_projections
+from .layer import VECTORS, DVoRALayer, layers_in, layers_of
 from .layer_types import is_read
 from .parameters import ParamWrapper
 
 PEFT_PREFIX = "base_model.model."
 VECTOR_PREFIX = ".dvora_"
 MATRIX_PREFIX = "base_model.dvora_projections."
+"""Of entries that files of earlier versions may have, and nothing reads: the matrices, which the seed makes."""
 OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
@@ -154,15 +154,6 @@ def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
             )
 
 
-def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjections) -> None:
-    """Refuse the projections of a file if they are not those that a model makes from their seed."""
-    for name, matrix in matrices.items():
-        check_dense(name, matrix)
-        if matrix.dim() and len(matrix) > MAX_RANK:
-            raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
-    projections.check_saved_tensors(dict(matrices))
-
-
 def check_dense(name: str, tensor: Tensor) -> None:
     """Refuse a plain tensor that claims more values than it has, or stores them in another format."""
     if type(tensor) not in (Tensor, nn.Parameter):
@@ -214,14 +205,10 @@ def check_unsharded(vectors: Mapping[str, Tensor]) -> None:
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a file: vectors by the names of their weights, and the projections if the configuration asks."""
+    """The entries of a file: vectors by the names of their weights."""
     check_unsharded(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
-    renamed = _renamed(vectors, _saved_names(model))
-    if not config.save_projection:
-        return renamed
-    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
-    return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+    return _renamed(vectors, _saved_names(model))
 
 
 def from_saved(
@@ -239,11 +226,9 @@ def from_saved(
         entries: of the file, those of modules trained whole by their keys in the model.
 
     Raises:
-        ValueError: the projections are not those of the configuration's seed, or a value is missing, belongs to nothing
-            that the adapter trains, is not finite, or vectors give some row no finite factors.
+        ValueError: a value is missing, belongs to nothing that the adapter trains, is not finite, or vectors give some
+            row no finite factors.
     """
-    matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
-    check_matrices(matrices, shared_projections(model, config.projection_seed, config.projection_init))
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in _saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
