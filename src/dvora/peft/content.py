@@ -33,9 +33,9 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..functional import Vectors
-from .arithmetic import strengths_as_they_are
 from .base_weight import alike, change, warn_of_changes
 from .config import DVoRAConfig, Shape
+from .injecting import restored_on_error
 from .layer import DVoRALayer, layers_of
 from .saving import (
     MATRIX_PREFIX,
@@ -310,16 +310,11 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     # With its own configuration: what that does not train must be the model's already, as in loading.
     check_folder(_adapted_model(model), config, adapter_name)
     values = load_peft_weights(str(folder), device="cpu")
-    restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
-    try:
-        with values_restored_on_error(list(adapter.tensors().values())):
-            set_peft_model_state_dict(model, values, adapter_name)
-            for layer in layers:
-                layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
-            adapter.config.strength = config.strength
-    except BaseException:
-        restore_strengths()
-        raise
+    with restored_on_error(model), values_restored_on_error(list(adapter.tensors().values())):
+        set_peft_model_state_dict(model, values, adapter_name)
+        for layer in layers:
+            layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
+        adapter.config.strength = config.strength
 
 
 @contextmanager
