@@ -229,12 +229,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
+        """`s (W' - W)` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
         weight = self.unmerged()
         return self.layer_type.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
-        """`W' - W` of several adapters together, as a matrix."""
+        """`s (W' - W)` of several adapters together, as a matrix."""
         deltas = [self.strength(n) * delta_weight(self.adapted(n), self.vectors(n), weight) for n in adapter_names]
         return sum(deltas[1:], deltas[0])
 
