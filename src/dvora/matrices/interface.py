@@ -24,8 +24,6 @@ FORMAT_VERSION = 1
 Distribution = Literal["kaiming_uniform", "structured"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 """Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
-_REMOVED = ("gaussian", "rademacher", "orthogonal")
-"""Kinds of development versions. They trained as well as "kaiming_uniform", and no faster than "structured"."""
 
 
 class SharedProjections(nn.Module):
@@ -91,12 +89,6 @@ class SharedProjections(nn.Module):
 
 def checked_distribution(distribution: str) -> str:
     """The distribution, if it is known."""
-    if distribution in _REMOVED:
-        raise ValueError(
-            f"distribution {distribution!r} was removed before version 0.1.0: take 'kaiming_uniform', which trains as "
-            "well, or 'structured', which is faster at high ranks. An adapter that was trained with it can only be "
-            "merged into its base, by the development version that made it"
-        )
     known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
     if not known:
         raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
