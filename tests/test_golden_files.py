@@ -58,6 +58,15 @@ def test_a_saved_adapter_has_the_outputs_it_had(name: str) -> None:
     check_outputs(outputs(loaded(name), x), expected)
 
 
+def test_a_bank_serves_one_whose_file_has_the_random_matrices() -> None:
+    x, (expected,) = answers(GOLDEN / "save_projection")
+    base = CASES["save_projection"].base()
+    with dvora.AdapterBank(base) as bank:
+        bank.add("a", GOLDEN / "save_projection")
+        with bank.rows(["a"] * len(x)):
+            check_outputs(outputs(base, x), expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_saving_it_again_writes_the_same(name: str, tmp_path: Path) -> None:
     # Loaded for inference, as the settings say that were saved.

@@ -100,7 +100,7 @@ def test_fingerprints_tell_seeds_and_distributions_apart() -> None:
     [
         *((seed, "structured", TypeError, f"seed must be an integer, got {seed!r}") for seed in (True, 1.0, "1", None)),
         *((seed, "structured", ValueError, rf"seed must lie in .*, got {seed}") for seed in (-1, 2**64)),
-        (0, "normal", ValueError, r"'normal'.* kaiming_uniform, structured$"),
+        (0, "gaussian", ValueError, r"unknown distribution 'gaussian'.* kaiming_uniform, structured$"),
     ],
 )
 def test_an_unknown_seed_or_distribution_is_refused_with_the_known_ones(

@@ -33,7 +33,7 @@ from .config import DVoRAConfig, own_config
 from .injecting import matches
 from .layer import DVoRALayer, layers_of
 from .layer_types import layer_type_of, lookup
-from .saving import MATRIX_PREFIX, PEFT_PREFIX
+from .saving import PEFT_PREFIX
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
 
@@ -232,7 +232,7 @@ def _entries_beside(model: PeftModel, adapter_name: str, method: str) -> dict[st
         method: the beginning of the last part of the method's own names.
     """
     entries = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    of_method = re.compile(rf"\.{method}\w+$|^{re.escape(MATRIX_PREFIX)}")
+    of_method = re.compile(rf"\.{method}\w+$")
     return {key: value for key, value in entries.items() if not of_method.search(key)}
 
 
