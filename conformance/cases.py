@@ -9,9 +9,9 @@ _CUSTOM: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP direction weight": ("MLP", {"target_modules": ["lin0", "lin1"], "direction": "weight", "alpha": 4, "r": 8}),
     "MLP detached norm": ("MLP", {"target_modules": ["lin0", "lin1"], "detach_norm": True, "r": 8}),
     "MLP structured": ("MLP", {"target_modules": ["lin0", "lin1"], "projection_init": "structured", "r": 4}),
-    "MLP matrices saved": (
+    "MLP kaiming_uniform": (
         "MLP",
-        {"target_modules": ["lin0", "lin1"], "projection_init": "kaiming_uniform", "save_projection": True, "r": 8},
+        {"target_modules": ["lin0", "lin1"], "projection_init": "kaiming_uniform", "r": 8},
     ),
     "MLP dropout and d_initial": ("MLP", {"target_modules": ["lin0"], "dvora_dropout": 0.1, "d_initial": 0.5, "r": 8}),
     "MLP all-linear": ("MLP", {"target_modules": "all-linear", "r": 8}),

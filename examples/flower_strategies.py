@@ -1,16 +1,13 @@
-"""Three ways in which Flower's server averages the vectors of its clients."""
+"""Two ways in which Flower's server averages the vectors of its clients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from peft import PeftModel
 from torch import Tensor
 
-from dvora.flat import Layout
-from examples.averaging import average_update
 from examples.checks import require
 from examples.eight_bits import EightBits
 
@@ -38,22 +35,6 @@ class Averaged(FedAvg):
 
     def average(self, server_round: int, replies: Sequence[Message]) -> Averages:
         return super().aggregate_train(server_round, replies)
-
-
-class ExactlyAveraged(Averaged):
-    """The average of the clients' updates, as a vector; every client trains on as many sentences."""
-
-    def __init__(self, make: Callable[[], PeftModel]) -> None:
-        super().__init__(fraction_evaluate=0.0)
-        self.make = make
-
-    def average(self, server_round: int, replies: Sequence[Message]) -> Averages:
-        average, metrics = super().average(server_round, replies)
-        model = self.make()
-        size = Layout.of(model).size
-        exact = average_update(model, [answer[:size] for answer in self.answers])
-        # What is behind the adapter has no product in it.
-        return ArrayRecord({"vector": torch.cat([exact, sent_in(average)[size:]])}), metrics
 
 
 class InEightBits(Averaged):

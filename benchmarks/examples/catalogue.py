@@ -136,7 +136,7 @@ CATALOGUE: tuple[Example, ...] = (
     Example(
         "federated_flower",
         "Flower's simulation",
-        "three clients; federated averages of vectors, and of updates; vectors in 8 bits",
+        "three clients; federated averages of vectors; vectors in 8 bits",
         limit_seconds=600,
         processes=2,
         needs=("flwr", "ray"),

@@ -40,10 +40,7 @@ BAD_VALUES: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"d_initial": float("nan")}, ValueError, "d_initial.*nan"),
     *[({"dvora_dropout": p}, ValueError, f"dvora_dropout.*{p}") for p in (1.0, -0.1)],
     *[({"dvora_dropout": p}, TypeError, f"dvora_dropout.*{p!r}") for p in ("0", False)],
-    *[
-        ({name: 1}, TypeError, f"{name}.*1")
-        for name in ("detach_norm", "save_projection", "init_weights", "fan_in_fan_out")
-    ],
+    *[({name: 1}, TypeError, f"{name}.*1") for name in ("detach_norm", "init_weights", "fan_in_fan_out")],
     ({"layers_pattern": "layers"}, ValueError, "layers_pattern.*layers_to_transform"),
     ({"target_modules": "query", "layers_to_transform": [0]}, ValueError, "layers_to_transform.*'query'"),
     ({"target_modules": ["query"], "layers_to_transform": "0"}, TypeError, "layers_to_transform.*'0'"),
@@ -85,7 +82,6 @@ def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
         dvora_dropout=0.1,
         projection_seed=2**64 - 1,
         projection_init="structured",
-        save_projection=True,
         bias="dvora_only",
         modules_to_save=["head"],
         rank_pattern={"a": 9},
@@ -167,14 +163,17 @@ def test_a_config_can_be_copied_pickled_and_changed() -> None:
 
 
 @pytest.mark.parametrize("reader", [DVoRAConfig, PeftConfig])
-def test_a_file_of_an_older_version_with_norm_cache_is_read_without_a_warning(
-    reader: type[PeftConfig], tmp_path: Path, recwarn: pytest.WarningsRecorder
+@pytest.mark.parametrize("removed", [{"norm_cache": "auto"}, {"save_projection": False}, {"save_projection": True}])
+def test_a_setting_that_was_removed_is_read_from_a_file_without_a_warning_and_unknown_in_code(
+    removed: dict[str, object], reader: type[PeftConfig], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    config = reader.from_pretrained(edited(tmp_path, norm_cache="auto"))
+    config = reader.from_pretrained(edited(tmp_path, **removed))
     assert config == DVoRAConfig(r=4)
     assert not recwarn.list
     config.save_pretrained(tmp_path)
-    assert "norm_cache" not in (tmp_path / "adapter_config.json").read_text()
+    assert removed.keys().isdisjoint(json.loads((tmp_path / "adapter_config.json").read_text()))
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{min(removed)}'"):
+        DVoRAConfig(r=4, **removed)
 
 
 # PEFT knows the method by name, once.

@@ -117,7 +117,7 @@ def test_under_autocast_rows_are_rounded_as_the_base_is(tmp_path: Path) -> None:
         {"target_modules": ["lin1"], "magnitude_modules": ["lin0", "lin2"]},
         {"target_modules": ["lin1"], "magnitude_modules": ["lin1"]},
         {"alpha": 3.5, "rank_pattern": {"lin1": 7}, "alpha_pattern": {"lin0": 2.0}, "direction": "weight"},
-        {"detach_norm": True, "projection_seed": 5, "save_projection": True},
+        {"detach_norm": True, "projection_seed": 5},
         {"dvora_dropout": 0.5},
     ],
     ids=["magnitudes", "magnitudes only", "patterns", "seed", "dropout"],

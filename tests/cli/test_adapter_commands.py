@@ -45,7 +45,7 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("dvora merge adapter --output base", 1, "not an empty folder"),
         ("dvora merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is not one of 'auto', 'float32'"),
         ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
-        ("dvora convert adapter --to ia3 --output ia3", 2, "'--to': 'ia3' is none of dora, dvora, dense"),
+        ("dvora convert adapter --to ia3 --output ia3", 2, "'--to': 'ia3' is none of dora, dvora"),
         ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
     ],
 )

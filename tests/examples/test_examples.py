@@ -13,7 +13,7 @@ from benchmarks.examples.catalogue import CATALOGUE, Example
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
 SHARED = {
-    *("__init__", "averaging", "checks", "eight_bits", "flower_strategies", "lying_digits", "reviews", "serving"),
+    *("__init__", "checks", "eight_bits", "flower_strategies", "lying_digits", "reviews", "serving"),
     *("spoken_lines", "sync_costs", "top_layers"),
 }
 
@@ -55,7 +55,7 @@ def test_an_example_says_what_it_is_and_reports_last(example: Example) -> None:
     # Nothing that a reader who copies it would not want.
     assert not re.search(r"^\s*(from|import) (benchmarks|demo|tests)\b", text, flags=re.MULTILINE)
     assert len(text.splitlines()) <= 150
-    # Seven simulations.
+    # Six simulations.
     assert example.limit_seconds <= (600 if example.name == "federated_flower" else 300)
 
 

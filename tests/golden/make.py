@@ -126,10 +126,8 @@ CASES = {
     "strength": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "strength": 0.5}),
     "conv1d_and_embedding": Case(gpt2, {"r": 8, "target_modules": ["c_attn", "c_proj", "wte"]}),
     "expert_stacks": Case(Mixture, {"r": 4, "target_parameters": ["experts.up", "experts.down"]}),
-    "save_projection": Case(
-        MLP,
-        {"r": 4, "target_modules": MLP_LAYERS, "projection_init": "kaiming_uniform", "save_projection": True},
-    ),
+    # Saved with `save_projection=True`: the random matrices are in the file.
+    "save_projection": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "projection_init": "kaiming_uniform"}),
     "peft_vera": Case(MLP, {"r": 4, "target_modules": ["lin1"], "projection_init": "peft_vera(r=4, in=24, out=24)"}),
     "saved_whole": Case(
         bert,

@@ -53,7 +53,7 @@ KINDS = {
         MODELS["bert"],
         {"r": 3, "target_modules": ["query"], "alpha_pattern": {"layer.0.attention.self.query": 2.0}},
     ),
-    "structured": mlp(projection_init="structured", projection_seed=7, save_projection=True),
+    "structured": mlp(projection_init="structured", projection_seed=7),
     "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
     "own biases": mlp(bias="dvora_only"),
     "all biases": Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
@@ -73,8 +73,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_bert(folder: Path) -> Path:
-    """Save a trained adapter of the tiny BERT, with its projections."""
-    config = DVoRAConfig(r=6, target_modules=LAYERS["bert"], projection_init="kaiming_uniform", save_projection=True)
+    """Save a trained adapter of the tiny BERT."""
+    config = DVoRAConfig(r=6, target_modules=LAYERS["bert"], projection_init="kaiming_uniform")
     model = get_peft_model(MODELS["bert"](), config)
     train_vectors(model)
     model.save_pretrained(folder)

@@ -36,7 +36,6 @@ SAME_VECTORS: dict[str, dict[str, Any]] = {
     "starting values": {"d_initial": 0.3, "init_weights": False},
     "gradients": {"detach_norm": True, "dvora_dropout": 0.1, "train": ["magnitude"]},
     "strength": {"strength": 0.5},
-    "matrices": {"save_projection": True},
 }
 
 

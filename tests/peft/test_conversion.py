@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.peft.conversion import dense_updates, from_vera, to_dora
+from dvora.peft.conversion import from_vera, to_dora
 from tests.peft.layer_cases import CASES, Case
 from tests.peft.tiny import LAYERS, MODELS, outputs, train_vectors
 
@@ -183,7 +181,7 @@ def test_a_row_of_zeros_is_refused() -> None:
     with torch.no_grad():
         base.lin1.weight[3] = 0
     model = trained(base, DVoRAConfig(r=4, target_modules=["lin1"]))
-    with pytest.raises(ValueError, match=r"lin1: PEFT's DoRA divides .* convert to dense instead"):
+    with pytest.raises(ValueError, match=r"lin1: PEFT's DoRA divides .* merge the adapter instead"):
         to_dora(model)
 
 
@@ -194,32 +192,3 @@ def test_a_layer_whose_name_ends_another_name_is_the_only_one_converted(tmp_path
     converted.save(tmp_path)
     dora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert [name for name, module in dora.base_model.model.named_modules() if hasattr(module, "lora_A")] == ["lin"]
-
-
-NAMES = [name for name in CASES if "tied" not in name and "weight_norm" not in name]
-
-# One parameter of each kind for all experts.
-STACKED = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5"), reason="transformers stacks Mixtral's experts since 5.0"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=STACKED if "Mixtral" in name else ()) for name in NAMES])
-def test_base_and_dense_updates_give_the_merged_model(name: str) -> None:
-    case = CASES[name]
-    base = case.base()
-    model = get_peft_model(copy.deepcopy(base), case.config(strength=0.7))
-    train_vectors(model)
-    updates = dense_updates(model)
-    weights = base.state_dict()
-    assert set(updates) <= set(weights)
-    base.load_state_dict({**weights, **{key: weights[key] + update for key, update in updates.items()}})
-    merged = model.merge_and_unload().state_dict()
-    for key, value in base.state_dict().items():
-        torch.testing.assert_close(value, merged[key])
-
-
-def test_dense_updates_of_no_adapter_are_refused() -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=2, target_modules=["lin0"]))
-    with pytest.raises(ValueError, match="no DVoRA adapter 'other'"):
-        dense_updates(model, "other")

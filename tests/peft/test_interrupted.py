@@ -80,10 +80,6 @@ ACTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Path], object]]
         two_adapters,
         lambda model, _: model.add_adapter("third", DVoRAConfig(r=5, target_modules=["lin0", "lin2"])),
     ),
-    "a combined adapter": (
-        two_adapters,
-        lambda model, _: model.base_model.interpolate_adapters("default", "default", 0.5, "third"),
-    ),
     "strength": (two_adapters, lambda model, _: model.set_strength({"lin0": 0.5, "lin2": 0.2})),
     "hot swap": (with_biases, lambda model, folder: dvora.hotswap_adapter(model, folder)),
     "merge": (two_adapters, lambda model, _: model.merge_adapter(["second"])),

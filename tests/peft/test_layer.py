@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from dvora import DVoRAAdapter, DVoRAConfig, SharedProjections
 from dvora.peft import DVoRALayer
 from tests.peft.dense_weights import DenseModel, gradients_by_parameter
+from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, inputs, outputs, same_bits, train_vectors
 
@@ -88,6 +89,17 @@ def test_models_that_read_the_weight_of_a_layer_find_it() -> None:
     assert wo.weight is wo.base_layer.weight
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "tied" not in name and "weight_norm" not in name])
+def test_the_delta_of_a_layer_is_what_merging_adds_to_its_weight(name: str) -> None:
+    model = get_peft_model(CASES[name].base(), CASES[name].config(strength=0.7))
+    train_vectors(model)
+    layers = [layer for _, layer in dvora_layers(model)]
+    expected = [layer.unmerged() + layer.get_delta_weight("default") for layer in layers]
+    model.merge_adapter()
+    for layer, weight in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.stored().detach(), weight.detach())
+
+
 # The start, and dtypes.
 
 
@@ -110,7 +122,7 @@ def test_casting_the_model_to_half_precision_leaves_vectors_and_matrices_alone(d
 
     def values() -> list[torch.Tensor]:
         vectors = [v for _, layer in dvora_layers(model) for v in layer.vectors("default")]
-        return [v.clone() for v in (*vectors, *projections(model)[0].saved_tensors().values())]
+        return [v.clone() for v in (*vectors, projections(model)[0].A(6, 32), projections(model)[0].B(6, 32))]
 
     before = values()
     model.to(dtype)

@@ -1,5 +1,9 @@
-"""Several adapters in one model, which vectors are trained, and DVoRA beside other methods."""
+"""Several adapters in one model, their strengths, which vectors are trained, and DVoRA beside other methods."""
 
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,10 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.tiny import LAYERS, MODELS, dvora_layers, loss, outputs, same_bits, train_vectors
+from tests.peft.dense_weights import DenseModel
+from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, inputs, loss, outputs, same_bits, train_vectors
 
 CONFIGS = {
     "default": {"r": 6},
@@ -158,3 +164,96 @@ def test_a_peft_model_takes_adapters_of_one_method(other: object) -> None:
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         model.add_adapter("other", other)
     assert_unchanged(model, before)
+
+
+# Strength, and sums of adapters.
+
+
+def two_adapters() -> PeftModel:
+    """The tiny MLP with adapters "default" and "second", as if trained."""
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=4, target_modules=LAYERS["mlp"])).eval()
+    model.add_adapter("second", DVoRAConfig(r=4, target_modules=LAYERS["mlp"]))
+    for seed, name in enumerate(("default", "second")):
+        train_vectors(model, name, seed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "message"),
+    [
+        (float("nan"), ValueError, "strength must be finite"),
+        ("0.5", TypeError, "strength must be a number, got '0.5'"),
+        (True, TypeError, "strength must be a number"),
+        ({"lin7": 0.5}, ValueError, "strength: no layer of adapter 'default' is named 'lin7'"),
+    ],
+)
+def test_a_bad_strength_changes_nothing(strength: object, error: type[Exception], message: str) -> None:
+    model = two_adapters()
+    before, expected = snapshot(model), outputs(model)
+    with pytest.raises(error, match=message):
+        model.set_strength(strength)
+    assert_unchanged(model, before)
+    assert same_bits(outputs(model), expected)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged into lin0; call unmerge_adapter first"):
+        model.set_strength(0.5)
+
+
+def test_a_strength_that_one_of_the_active_adapters_cannot_take_is_given_to_none() -> None:
+    model = two_adapters()
+    model.base_model.set_adapter(["default", "second"])
+    model.merge_adapter(["second"])
+    with pytest.raises(ValueError, match="adapter 'second' is merged into lin0; call unmerge_adapter first"):
+        model.set_strength(0.5)
+    assert {layer.strength("default") for _, layer in dvora_layers(model)} == {1.0}
+    assert model.peft_config["default"].strength == 1.0
+
+
+def test_a_weighted_sum_is_refused_and_the_calls_that_are_shown_give_it_exactly() -> None:
+    model = two_adapters()
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match="no single adapter") as refused:
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="svd")
+    assert_unchanged(model, before)
+    assert set(model.peft_config) == {"default", "second"}
+    exec(str(refused.value).rpartition("too: ")[2], {"model": model})
+    expected = DenseModel(MODELS["mlp"](), model, ("default", "second"))(**inputs(MODELS["mlp"]().double()))
+    assert {(layer.strength("default"), layer.strength("second")) for _, layer in dvora_layers(model)} == {(0.7, -0.4)}
+    assert worst_difference(outputs(model), expected) < 1e-5
+    model.merge_adapter(["default", "second"])
+    assert worst_difference(outputs(model), expected) < 1e-5
+
+
+def test_a_strength_by_name_is_that_of_the_layers_so_named_and_a_whole_name_comes_first() -> None:
+    model = two_adapters()
+    model.set_strength({"lin1": 0.25})
+    found = {name: float(layer.strength("default")) for name, layer in dvora_layers(model)}
+    assert found == {"lin0": 1.0, "lin1": 0.25, "lin2": 1.0}
+    assert {float(layer.strength("second")) for _, layer in dvora_layers(model)} == {1.0}
+    base = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4), sub=nn.Sequential(OrderedDict(layer=nn.Linear(4, 4)))))
+    strengths = {"layer": 0.5, "sub.layer": 0.2}
+    for start in (1.0, strengths):
+        model = get_peft_model(copy.deepcopy(base), DVoRAConfig(r=2, target_modules=["layer"], strength=start))
+        model.set_strength(strengths)
+        assert {n: float(layer.strength("default")) for n, layer in dvora_layers(model)} == pytest.approx(strengths)
+
+
+def test_a_training_step_does_not_wait_for_the_device_to_say_what_the_strength_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = two_adapters().train()
+    asked: list[str] = []
+
+    def recorded(read: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+        def ask(tensor: Tensor) -> object:
+            asked.append(Path(sys._getframe(1).f_code.co_filename).name)
+            return read(tensor)
+
+        return ask
+
+    for name in ("__bool__", "__float__"):
+        monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
+    x = torch.ones(600, 10)  # enough for the folded weight
+    model(x).sum().backward()
+    # Of tiny gains, on the CPU only.
+    assert set(asked) <= {"layer.py"}

@@ -5,6 +5,7 @@ import re
 PEFT_PREFIX = "base_model.model."
 VECTOR_PREFIX = ".dvora_"
 MATRIX_PREFIX = "base_model.dvora_projections."
+"""Of entries that files of earlier versions may have, and nothing reads: the matrices, which the seed makes."""
 OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 

@@ -102,8 +102,6 @@ class DVoRAConfig(PeftConfig):
         projection_init: their distribution: "structured", or "kaiming_uniform", the papers' independent values, which
             train as well and are slower at high ranks in wide models. Adapters converted from PEFT's VeRA have
             "peft_vera(r=R, in=I, out=O)".
-        save_projection: also write the matrices into the adapter's file. Loading never needs them: it makes them from
-            the seed, bit for bit, and checks those in the file against them.
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
         modules_to_save: further modules to train and save whole, such as a new head.
         trainable_token_indices: tokens whose embeddings are trained and saved whole, a list of indices for the input
@@ -137,7 +135,6 @@ class DVoRAConfig(PeftConfig):
     dvora_dropout: float = 0.0
     projection_seed: int = 0
     projection_init: str = "structured"
-    save_projection: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -150,11 +147,16 @@ class DVoRAConfig(PeftConfig):
     projection_format: int = FORMAT_VERSION
     projection_fingerprint: str | None = None
     base_probes: dict[str, list[float]] | None = None
-    # Taken and dropped: files of older versions hold it, and it changed no output. Removing it in `from_json_file`
-    # would not do: `PeftConfig.from_pretrained` reads files itself, and warns of what this constructor does not take.
+    # Taken and dropped: files of older versions hold them, and no output depends on them. To remove them in
+    # `from_json_file` would not do: `PeftConfig.from_pretrained` reads files itself, and warns of unknown settings.
     norm_cache: InitVar[object] = None
+    save_projection: InitVar[object] = None
 
-    def __post_init__(self, norm_cache: object) -> None:
+    def __post_init__(self, norm_cache: object, save_projection: object) -> None:
+        for name, value in (("norm_cache", norm_cache), ("save_projection", save_projection)):
+            # Files name their method, which callers do not.
+            if value is not None and self.peft_type is None:
+                raise TypeError(f"DVoRAConfig got an unexpected keyword argument {name!r}")
         super().__post_init__()
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None
@@ -324,7 +326,7 @@ _TYPES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("strength", "a number, or a dictionary from names to numbers", lambda v: not isinstance(v, dict) or _named(v)),
     ("trainable_token_indices", "lists of indices", lambda v: v is None or _all(v, int) or _by_layer(v, int)),
     ("base_probes", "a dictionary from names to lists of numbers", lambda v: v is None or _by_layer(v, float, int)),
-    ("detach_norm save_projection init_weights fan_in_fan_out", "True or False", lambda v: isinstance(v, bool)),
+    ("detach_norm init_weights fan_in_fan_out", "True or False", lambda v: isinstance(v, bool)),
     ("dvora_dropout", "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
     (
         "target_modules magnitude_modules exclude_modules layers_pattern",

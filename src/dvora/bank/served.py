@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_file.content import Content, LayerSizes, SavedWhole
-from ..adapter_file.names import MATRIX_PREFIX, PEFT_PREFIX, plain_key
+from ..adapter_file.names import MATRIX_PREFIX, plain_key
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import Shape
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.model import DVoRAModel
-from ..peft.saving import check_matrices, check_same_values
+from ..peft.saving import check_same_values
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
@@ -121,13 +121,24 @@ class ServedModel:
         comparable = content._replace(whole=self._with_own_outputs(content.whole))
         if difference := expected._replace(layers=layers, whole=heads).difference(comparable):
             raise ValueError(f"the adapter is another one than those beside it: {difference}")
-        here = self._shapes() if beside else {}
+        self._check_matrices([shape for key, shape in beside.items() if key.startswith(MATRIX_PREFIX)])
+        here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()} if beside else {}
         for key, shape in beside.items():
-            if here.get(name := plain_key(key)) != shape:
+            if not key.startswith(MATRIX_PREFIX) and here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
+    def _check_matrices(self, shapes: Sequence[Shape]) -> None:
+        """Refuse matrices in a file, which are read and not used, that are larger than those of the layers."""
+        adapted = [layer.adapted for layer in self.layers]
+        sizes = [*{(a.rank, a.in_features) for a in adapted}, *{(a.rank, a.out_features) for a in adapted}]
+        if (values := sum(map(prod, shapes))) > (most := sum(map(prod, sizes))):
+            raise ValueError(
+                f"the adapter's file has {values:,} values of random matrices, and those of the layers have {most:,}; "
+                "save it again, which leaves them out"
+            )
+
     def check_beside(self, entries: Mapping[str, Tensor]) -> None:
-        """Refuse what a file has besides the adapter, unless the model has the same: tables, biases, projections.
+        """Refuse what a file has besides the adapter, unless the model has the same: tables, biases.
 
         Args:
             entries: of shapes that `check_fits` has seen.
@@ -135,8 +146,6 @@ class ServedModel:
         Raises:
             ValueError: an entry differs.
         """
-        matrices = {key.removeprefix(MATRIX_PREFIX): entries[key] for key in entries if key.startswith(MATRIX_PREFIX)}
-        check_matrices(matrices, self.layers[0].adapted.shared)
         rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
         state = self.model.state_dict() if rest else {}
         for key, value in rest.items():
@@ -159,12 +168,6 @@ class ServedModel:
     def head_bytes(self, content: Content) -> int:
         """Bytes of an adapter's heads in the model's dtype."""
         return sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
-
-    def _shapes(self) -> dict[str, Shape]:
-        """Shapes of all that a file may have of the model, by the names in it."""
-        projections = self.layers[0].adapted.shared.saved_tensors()
-        saved = {f"{MATRIX_PREFIX.removeprefix(PEFT_PREFIX)}{name}": matrix for name, matrix in projections.items()}
-        return {name: tuple(tensor.shape) for name, tensor in {**self.model.state_dict(), **saved}.items()}
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""

@@ -13,9 +13,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
     dvora convert adapter --to dora --output as-dora
 
-    dvora convert vera-adapter --to dvora --output as-dvora
-
-    dvora convert adapter --to dense --output updates --model base
+    dvora convert vera-adapter --to dvora --output as-dvora --model base
 """
 
 
@@ -29,7 +27,7 @@ def _target(to: str) -> str:
 
 def convert_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")],
-    to: Annotated[str, typer.Option(help="dora or dense (from dvora), dvora (from PEFT's vera).", callback=_target)],
+    to: Annotated[str, typer.Option(help="dora (from dvora) or dvora (from PEFT's vera).", callback=_target)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
@@ -38,7 +36,7 @@ def convert_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Convert an adapter where that is exact: DVoRA to PEFT's DoRA or dense updates, PEFT's VeRA to DVoRA.
+    """Convert an adapter where that is exact: DVoRA to PEFT's DoRA, PEFT's VeRA to DVoRA.
 
     To LoRA it is not, and refused: DVoRA rescales rows of the weight, which no low rank can.
     """
@@ -48,5 +46,4 @@ def convert_command(
 
         shown = Output(as_json, quiet)
         shown.result(convert(adapter, to, output, model), f"Converted adapter in {output}")
-        if to != "dense":
-            shown.next_step("dvora", "inspect", str(output))
+        shown.next_step("dvora", "inspect", str(output))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..tensors import Float, full_precision, is_traced, norm_dtype
 
 Side = Literal["A", "B"]
-SIDES: tuple[Side, ...] = ("A", "B")
 Constant = tuple[str, int, int, torch.dtype]
 """Name, rank, size and dtype of what is kept."""
 
@@ -161,14 +160,6 @@ class Matrices(nn.Module):
     def fingerprint_values(self) -> np.ndarray:
         """Some values, for the fingerprint."""
         raise NotImplementedError
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """What files hold of the matrices of all reserved layers, by name."""
-        return {}
-
-    def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        """What a tensor of a file, named as in `saved_tensors`, should be; None for an unknown name."""
-        return None
 
     def extra_repr(self) -> str:
         return f"seed={self.seed}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..tensors import Float, as_dtype, autocast_dtype, norm_dtype, times
 from . import philox
-from .base import SIDES, Constant, Matrices, Side
+from .base import Constant, Matrices, Side
 
 _STREAM: dict[Side, int] = {"A": 0, "B": 1}
 _ENTRY_VARIANCE = 1 / 3
@@ -36,26 +36,6 @@ class DenseMatrices(Matrices):
     def fingerprint_values(self) -> np.ndarray:
         """Some values, (2, 8, 16), float32."""
         return np.stack([self._unscaled(side, 8, 16) for side in _STREAM])
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """The unscaled values by stream, `stream_0` and `stream_1`.
-
-        Layers whose values are no part of each other's, one of a higher rank and one wider, have a tensor each, with
-        its sizes in the name.
-        """
-        saved = {}
-        for side, stream in _STREAM.items():
-            sizes = self._saved_sizes(side)
-            for rank, size in sizes:
-                name = f"stream_{stream}" if len(sizes) == 1 else f"stream_{stream}_{rank}x{size}"
-                saved[name] = torch.from_numpy(self._unscaled(side, rank, size))
-        return saved
-
-    def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        kind, _, stream = name.partition("_")
-        if kind != "stream" or stream[:1] not in ("0", "1") or saved.dim() != 2 or not saved.numel():
-            return None
-        return torch.from_numpy(self._unscaled(SIDES[int(stream[0])], *saved.shape))
 
     def _narrow(self, side: Side, x: Float[Tensor, "*T N"], rank: int) -> Float[Tensor, "*T R"]:
         x = _as_autocast(x)
@@ -86,12 +66,6 @@ class DenseMatrices(Matrices):
 
     def _scale(self, fan_in: int) -> float:
         return math.sqrt(2 / fan_in / _ENTRY_VARIANCE)
-
-    def _saved_sizes(self, side: Side) -> list[tuple[int, int]]:
-        """Ranks and sizes of reserved layers, without those that are part of another."""
-        layers = list(self._reserved)  # another thread may add one
-        sizes = dict.fromkeys((rank, inputs if side == "A" else outputs) for rank, inputs, outputs, _ in layers)
-        return [(r, n) for r, n in sizes if not any(r <= R and n <= N and (r, n) != (R, N) for R, N in sizes)]
 
 
 def _as_autocast(x: Float[Tensor, "*T N"]) -> Float[Tensor, "*T N"]:

@@ -5,7 +5,6 @@ Dimensions: I in, O out, R rank.
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -25,8 +24,6 @@ FORMAT_VERSION = 1
 Distribution = Literal["kaiming_uniform", "structured"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 """Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
-_REMOVED = ("gaussian", "rademacher", "orthogonal")
-"""Kinds of development versions. They trained as well as "kaiming_uniform", and no faster than "structured"."""
 
 
 class SharedProjections(nn.Module):
@@ -86,36 +83,12 @@ class SharedProjections(nn.Module):
         head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
         return hashlib.sha256(head + self.impl.fingerprint_values().astype("<f4").tobytes()).hexdigest()[:16]
 
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """The stored values as they are written into files."""
-        return self.impl.saved_tensors()
-
-    def check_saved_tensors(self, matrices: Mapping[str, Tensor]) -> None:
-        """Compare matrices of a file, as of `matrices`, with those made from the seed.
-
-        Raises:
-            ValueError: a name or a value differs.
-        """
-        for name, saved in matrices.items():
-            made = self.impl.remade(name, saved) if saved.is_floating_point() else None
-            if made is None or not torch.equal(made, saved.to(made)):
-                raise ValueError(
-                    f"the saved projection matrix {name} differs from the one that seed {self.seed} and distribution "
-                    f"{self.distribution!r} give; the file is damaged or was trained with other matrices"
-                )
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"
 
 
 def checked_distribution(distribution: str) -> str:
     """The distribution, if it is known."""
-    if distribution in _REMOVED:
-        raise ValueError(
-            f"distribution {distribution!r} was removed before version 0.1.0: take 'kaiming_uniform', which trains as "
-            "well, or 'structured', which is faster at high ranks. An adapter that was trained with it can only be "
-            "merged into its base, by the development version that made it"
-        )
     known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
     if not known:
         raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import Float
-from .base import SIDES, Side
+from .base import Side
 from .dense import DenseMatrices
 
 _NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
@@ -71,12 +71,8 @@ class VeraMatrices(DenseMatrices):
         """A hash of all values: a few would not show whether this machine draws the same ones."""
         return np.frombuffer(_digest(self.seed, self.sizes), dtype=np.uint8)
 
-    def remade(self, name: str, saved: Tensor) -> Tensor | None:
-        of_drawn = any(tuple(saved.shape) in self._saved_sizes(side) for side in SIDES)
-        return super().remade(name, saved) if of_drawn else None
-
     def _unscaled(self, side: Side, rank: int, size: int) -> np.ndarray:
-        ((most, largest),) = self._saved_sizes(side)
+        most, largest = self.sizes.rank, self.sizes.in_features if side == "A" else self.sizes.out_features
         if rank > most or size > largest:
             raise ValueError(
                 f"projection_init={self.sizes.distribution!r} has matrices of rank {most} for at most {largest} "
@@ -87,10 +83,6 @@ class VeraMatrices(DenseMatrices):
 
     def _scale(self, fan_in: int) -> float:
         return 1.0  # drawn with their scale
-
-    def _saved_sizes(self, side: Side) -> list[tuple[int, int]]:
-        rank, in_features, out_features = self.sizes
-        return [(rank, in_features if side == "A" else out_features)]
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

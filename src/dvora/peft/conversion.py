@@ -1,4 +1,4 @@
-"""Conversion from PEFT's VeRA, and to PEFT's DoRA or dense updates: other files for the same weights, up to rounding.
+"""Conversion from PEFT's VeRA, and to PEFT's DoRA: other files for the same weights, up to rounding.
 
 VeRA's `W' = W + diag(lambda_b) B diag(lambda_d) A` is DVoRA with direction "weight", alpha = rank and the magnitude
 m = ||W'||_row. The matrices are drawn again from PEFT's seed (`matrices.vera`), so the file stays small and every
@@ -27,15 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional as F
 from ..adapter_file.fingerprint import fingerprint_of
-from ..adapter_file.names import MATRIX_PREFIX, PEFT_PREFIX
+from ..adapter_file.names import PEFT_PREFIX
 from ..adapter_file.settings import DVoRAConfig, own_config
 from ..matrices.vera import VeraSizes, drawn
 from ..tensors import norm_dtype
 from .base_weight import readable_weight
 from .injecting import matches
 from .layer import DVoRALayer, layers_of
-from .layer_types import is_read, layer_type_of, lookup
-from .parameters import ParamWrapper
+from .layer_types import layer_type_of, lookup
 
 _BIASES: dict[str, Literal["none", "all", "lora_only"]] = {"none": "none", "all": "all", "dvora_only": "lora_only"}
 
@@ -150,29 +149,6 @@ def to_dora(model: PeftModel, adapter_name: str = "default") -> Converted:
     return Converted(lora, values)
 
 
-def dense_updates(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What an adapter adds to the weights of its base, `s (W' - W)`, in float32 (float64 for a float64 base).
-
-    Args:
-        model: with the adapter.
-        adapter_name: of the adapter.
-
-    Returns:
-        The updates, by the name of the weight in the state dict of the base model.
-
-    Raises:
-        ValueError: the model has no such adapter.
-    """
-    updates = {}
-    for layer in layers_of(model, adapter_name):
-        is_parameter = isinstance(layer, ParamWrapper) and not is_read(layer.get_base_layer())
-        name = layer.name if is_parameter else f"{layer.name}.{layer.parameter_name}"
-        updates[name] = layer.get_delta_weight(adapter_name)
-    if not updates:
-        raise ValueError(f"the model has no DVoRA adapter {adapter_name!r}")
-    return updates
-
-
 def _check_drawn(A: Tensor, B: Tensor, seed: int, sizes: VeraSizes) -> None:
     """Refuse matrices that another process would not draw: others, or rounded ones."""
     for name, used, expected in zip(("vera_A", "vera_B"), (A, B), drawn(seed, sizes), strict=True):
@@ -205,7 +181,7 @@ def _dora_of(layer: DVoRALayer, adapter_name: str) -> tuple[Tensor, Tensor, Tens
     if not all(part.isfinite().all() for part in dora) or not norms.all():
         raise ValueError(
             f"{layer.name}: PEFT's DoRA divides by the norms of the updated rows, and one of them is zero (a row of "
-            "zeros in the base's weight, or an adapter's strength that cancels the row); convert to dense instead"
+            "zeros in the base's weight, or an adapter's strength that cancels the row); merge the adapter instead"
         )
     return A.float(), B.float(), (f * norms).float()
 
@@ -257,7 +233,7 @@ def _entries_beside(model: PeftModel, adapter_name: str, method: str) -> dict[st
         method: the beginning of the last part of the method's own names.
     """
     entries = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    of_method = re.compile(rf"\.{method}\w+$|^{re.escape(MATRIX_PREFIX)}")
+    of_method = re.compile(rf"\.{method}\w+$")
     return {key: value for key, value in entries.items() if not of_method.search(key)}
 
 

@@ -451,9 +451,11 @@ def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """If anything is raised in the block, restore attributes and children of all modules, and what is trained.
 
-    Values of tensors are not restored.
+    Configurations of adapters are restored too; values of tensors are not.
     """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    modules = list(model.modules())
+    configs = {id(c): c for module in modules for c in vars(module).get("peft_config", {}).values()}
+    attributes = [(vars(holder), dict(vars(holder))) for holder in (*modules, *configs.values())]
     values = [value for _, before in attributes for value in before.values()]
     containers = [(value, value.copy()) for value in values if isinstance(value, dict | list | set)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

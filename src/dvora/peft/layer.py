@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
+from contextlib import ExitStack
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -222,12 +222,12 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`W' - W` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
+        """`s (W' - W)` of one adapter, as the base's weight is stored, in float32 (float64 for a float64 base)."""
         weight = self.unmerged()
         return self.layer_type.layout.stored(self.summed_delta([adapter_name], weight), weight.shape)
 
     def summed_delta(self, adapter_names: Sequence[str], weight: Tensor) -> Float[Tensor, "O I"]:
-        """`W' - W` of several adapters together, as a matrix."""
+        """`s (W' - W)` of several adapters together, as a matrix."""
         deltas = [self.strength(n) * delta_weight(self.adapted(n), self.vectors(n), weight) for n in adapter_names]
         return sum(deltas[1:], deltas[0])
 
@@ -256,9 +256,13 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base's weight, as `DVoRAModel.merge_adapter` does for all layers."""
-        with merging([self], adapter_names) as losses:
-            if losses:
-                warn_of_losses(losses, self.unmerged().dtype)
+        undo = ExitStack()
+        try:
+            if lost := self.merge_quietly(adapter_names, undo):
+                warn_of_losses(lost, self.unmerged().dtype)
+        except BaseException:
+            undo.close()
+            raise
 
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that cannot be set: quantised, computed in every pass or sharded."""
@@ -301,23 +305,27 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters, self.original = state.adapters, state.original
 
     @torch.no_grad()
-    def merge_quietly(self, adapter_names: Sequence[str], before: list[tuple[DVoRALayer, MergeState]]) -> float:
-        """Merge further adapters; the share of the update that rounding changed.
+    def merge_quietly(self, adapter_names: list[str] | None, undo: ExitStack) -> dict[str, float]:
+        """Merge further adapters (None: the active ones); the share of the update that rounding changed, by name.
 
-        `before` gets the layer and its state just before it changes, for `restore`.
+        `undo` gets the way back before anything changes: it holds a copy of the weight on the CPU.
         """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dvora_adapted]
+        if not new:
+            return {}
+        self.check_mergeable()
         with onload_layer(self):
-            names, original = [*self.merged_adapters, *adapter_names], self.unmerged()
+            names, original = [*self.merged_adapters, *new], self.unmerged()
             merged = merge(self.layer_type.layout.matrix(original), self.summed_delta(names, original))
             check_finite(merged.weight, f"{self.name}: merging {', '.join(names)}")
             stored = cast(Tensor, self.stored())
             weight = self.layer_type.layout.stored(merged.weight, stored.shape)
             state = MergeState(self.merged_adapters, self.original, stored.detach().to("cpu", copy=True))
-            before.append((self, state))
+            undo.callback(self.restore, state)
             self.original = self.original if self.merged_adapters else state.weight
             self.merged_adapters = names
             stored.copy_(weight)
-        return merged.lost
+        return {self.name: merged.lost}
 
     def serves_merged(self) -> bool:
         """Whether the base's weight has adapters merged into it; refused if these are to be trained."""
@@ -427,30 +435,6 @@ def check_unmerged(model: nn.Module, adapter_name: str) -> None:
     for layer in layers_of(model, adapter_name):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into {layer.name}; call unmerge_adapter first")
-
-
-@contextmanager
-def merging(layers: Sequence[DVoRALayer], adapter_names: list[str] | None) -> Iterator[dict[str, float]]:
-    """Merge adapters (None: the active ones) into the weights of all layers; if anything is raised, into none.
-
-    Also if it is raised within the block: copies of the weights wait on the CPU until its end. Yields the share of the
-    update that rounding changed, by layer name.
-    """
-    before: list[tuple[DVoRALayer, MergeState]] = []
-    losses: dict[str, float] = {}
-    new = [[n for n in check_adapters_to_merge(layer, adapter_names) if n in layer.dvora_adapted] for layer in layers]
-    for layer, names in zip(layers, new, strict=True):
-        if names:
-            layer.check_mergeable()
-    try:
-        for layer, names in zip(layers, new, strict=True):
-            if names:
-                losses[layer.name] = layer.merge_quietly(names, before)
-        yield losses
-    except BaseException:
-        for layer, state in reversed(before):
-            layer.restore(state)
-        raise
 
 
 def vectors_in(dicts: Sequence[VectorDict], adapter_name: str) -> Vectors:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from torch import nn
+from torch import Tensor, nn
 
 from ..weight import warn_of_losses
-from .layer import DVoRALayer, MergeState, layers_in, merging
+from .layer import DVoRALayer, MergeState, layers_in
 
 
 def merge_model(
@@ -41,11 +41,11 @@ def merge_model(
     _check_mergeable(model, adapter_names)
     losses = {}
     for layer in layers_in(model):
-        with merging([layer], adapter_names) as of_layer:
-            losses |= of_layer
+        # Without the way back, so that each copy goes before the next one is made.
+        losses |= layer.merge_quietly(adapter_names, ExitStack())
         layer.original = None
-    with _others_merged(model, adapter_names, safe_merge):
-        warn_of_losses(losses, _dtype_of(model))
+    _merge_others(model, adapter_names, safe_merge, ExitStack())
+    warn_of_losses(losses, _dtype_of(model))
     return losses
 
 
@@ -55,9 +55,16 @@ def merged_or_restored(
 ) -> Iterator[dict[str, float]]:
     """Merge as `merge_model` does; if anything is raised, also within the block, all weights are restored."""
     _check_mergeable(model, adapter_names)
-    with merging(layers_in(model), adapter_names) as losses, _others_merged(model, adapter_names, safe_merge):
+    losses, undo = dict[str, float](), ExitStack()
+    try:
+        for layer in layers_in(model):
+            losses |= layer.merge_quietly(adapter_names, undo)
+        _merge_others(model, adapter_names, safe_merge, undo)
         warn_of_losses(losses, _dtype_of(model))
         yield losses
+    except BaseException:
+        undo.close()
+        raise
 
 
 def unmerge_model(model: nn.Module) -> None:
@@ -116,21 +123,18 @@ def _others_in(model: nn.Module) -> list[BaseTunerLayer]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DVoRALayer)]
 
 
-@contextmanager
-def _others_merged(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
-    """Merge PEFT's own layers; if anything is raised, also within the block, their weights are restored."""
-    before = [(m, list(m.merged_adapters), m.weight.detach().to("cpu", copy=True)) for m in _others_in(model)]
-    try:
-        for layer, _, _ in before:
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for layer, names, weight in before:
-                layer.merged_adapters[:] = names
-                layer.weight.copy_(weight)
-        raise
+def _merge_others(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, undo: ExitStack) -> None:
+    """Merge PEFT's own layers; `undo` gets the way back."""
+    for layer in _others_in(model):
+        undo.callback(_restore, layer, list(layer.merged_adapters), layer.weight.detach().to("cpu", copy=True))
+        with onload_layer(layer):
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+@torch.no_grad()
+def _restore(layer: BaseTunerLayer, names: list[str], weight: Tensor) -> None:
+    layer.merged_adapters[:] = names
+    layer.weight.copy_(weight)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

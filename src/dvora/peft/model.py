@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import PeftConfig
@@ -20,10 +20,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapter_file.expressions import first_match
 from ..adapter_file.settings import DVoRAConfig, own_config
-from ..functional import Vectors
+from ..checks import checked_strength
 from ..layer import share_inputs, stop_sharing_inputs
-from .arithmetic import combined_config, interpolated_vectors, set_strength, set_vectors, summed_vectors
 from .base_weight import keep_differentiable
 from .injecting import (
     PreparedTarget,
@@ -37,7 +37,7 @@ from .injecting import (
     restored_on_error,
     wrap,
 )
-from .layer import DVoRALayer, layers_in, layers_of
+from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
@@ -151,47 +151,40 @@ class DVoRAModel(BaseTuner):
         Raises:
             TypeError, ValueError: s is not a finite number, a name matches nothing, or the adapter is merged.
         """
-        for name in self.active_adapters if adapter_name is None else [adapter_name]:
+        by_layer = strength if isinstance(strength, dict) else {".*": strength}
+        for value in by_layer.values():
+            checked_strength(value)
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        for name in names:
             if name not in self.peft_config:
                 raise ValueError(f"adapter_name: there is no adapter {name!r}, only {sorted(self.peft_config)}")
-            set_strength(self.model, own_config(self.peft_config[name]), name, strength)
-
-    def interpolate_adapters(self, first: str, second: str, t: float, adapter_name: str) -> None:
-        """Add an adapter whose vectors lie between those of two others: the first at t = 0, the second at t = 1.
-
-        Raises:
-            ValueError: the adapters differ in more than the values of their vectors, or t does not lie in 0 .. 1.
-        """
-        config = combined_config(self.model, self._own_configs(), [first, second], adapter_name)
-        self._add_combined(adapter_name, config, interpolated_vectors(self.model, first, second, t))
+            layers = layers_of(self.model, name)
+            for pattern in by_layer:
+                if not any(first_match([pattern], layer.name) == pattern for layer in layers):
+                    raise ValueError(f"strength: no layer of adapter {name!r} is named {pattern!r}")
+            check_unmerged(self.model, name)
+        with restored_on_error(self):
+            for name in names:
+                for layer in layers_of(self.model, name):
+                    key = layer.name if layer.name in by_layer else first_match(by_layer, layer.name)
+                    layer.set_strength(name, float(by_layer.get(key, layer.strength(name))))
+                strengths = {layer.name: layer.strength(name) for layer in layers_of(self.model, name)}
+                config = own_config(self.peft_config[name])
+                config.strength = strengths if isinstance(strength, dict) else float(strength)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
-    ) -> None:
-        """Add an adapter whose update is the weighted sum of other adapters' updates, where one adapter can have it.
-
-        Args:
-            adapters: names of the adapters; they must share lambda_d up to a factor wherever they turn rows.
-            weights: one for each.
-            adapter_name: of the sum.
-            combination_type: "linear"; PEFT's others are approximations.
+        self, adapters: Sequence[str], weights: Iterable[float], *args: Any, **kwargs: Any
+    ) -> NoReturn:
+        """Refused: the weighted sum of several adapters' updates has a higher rank than one adapter can have.
 
         Raises:
-            ValueError: no single adapter has that update; the message says why and what to do instead.
+            NotImplementedError: always; it shows the calls that activate the adapters together with these weights.
         """
-        if combination_type != "linear":
-            raise ValueError(f"combination_type={combination_type!r} would only approximate the sum; use 'linear'")
-        config = combined_config(self.model, self._own_configs(), adapters, adapter_name)
-        self._add_combined(adapter_name, config, summed_vectors(self.model, adapters, weights))
-
-    def _own_configs(self) -> dict[str, DVoRAConfig]:
-        return {name: own_config(config) for name, config in self.peft_config.items()}
-
-    def _add_combined(self, adapter_name: str, config: DVoRAConfig, vectors: dict[str, Vectors]) -> None:
-        with restored_on_error(self):
-            self.peft_config[adapter_name] = config
-            self.inject_adapter(self.model, adapter_name)
-            set_vectors(self.model, adapter_name, vectors)
+        calls = [f"model.set_strength({weight!r}, {name!r})" for name, weight in zip(adapters, weights, strict=False)]
+        raise NotImplementedError(
+            "a weighted sum of DVoRA's updates is no single adapter. Activate the adapters together, which is the "
+            f"exact sum, merged too: {'; '.join([f'model.base_model.set_adapter({list(adapters)!r})', *calls])}"
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base's weights; `unmerge_adapter` restores them bit for bit.

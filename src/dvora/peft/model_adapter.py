@@ -18,7 +18,7 @@ from ..adapter_file.names import VECTOR_PREFIX, plain_key, plain_name
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values import FolderSource
 from ..functional import Vectors
-from .arithmetic import strengths_as_they_are
+from .injecting import restored_on_error
 from .layer import DVoRALayer, layers_of
 from .saving import check_unsharded, checked_folder, trained_whole
 
@@ -124,17 +124,12 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     # With its own configuration: what that does not train must be the model's already, as in loading.
     base = _adapted_model(model)
     values, state = checked_folder(base, config, adapter_name, source.folder), base.state_dict()
-    restore_strengths = strengths_as_they_are(layers, adapter.config, adapter_name)
-    try:
-        with values_restored_on_error([state[key] for key in values]):
-            for key, value in values.items():
-                state[key].copy_(value)
-            for layer in layers:
-                layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
-            adapter.config.strength = config.strength
-    except BaseException:
-        restore_strengths()
-        raise
+    with restored_on_error(model), values_restored_on_error([state[key] for key in values]):
+        for key, value in values.items():
+            state[key].copy_(value)
+        for layer in layers:
+            layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
+        adapter.config.strength = config.strength
 
 
 @contextmanager

@@ -29,12 +29,11 @@ from ..adapter_file.names import (
 )
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import Shape, check_dense, tensors_in
-from ..checks import FAR, MAX_RANK
+from ..checks import FAR
 from ..factors import factors_of
 from ..functional import Vectors
-from ..matrices.interface import SharedProjections
 from ..tensors import weight_in_memory
-from .layer import VECTORS, DVoRALayer, layers_in, layers_of, shared_projections
+from .layer import VECTORS, DVoRALayer, layers_in, layers_of
 from .layer_types import is_read
 from .parameters import ParamWrapper
 
@@ -59,15 +58,6 @@ def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
                 f"the adapter lacks vectors of adapted layers: {name} has rank {rank} in its configuration, and no "
                 f"lambda_d in its file has more than {longest} values"
             )
-
-
-def check_matrices(matrices: Mapping[str, Tensor], projections: SharedProjections) -> None:
-    """Refuse the projections of a file if they are not those that a model makes from their seed."""
-    for name, matrix in matrices.items():
-        check_dense(name, matrix)
-        if matrix.dim() and len(matrix) > MAX_RANK:
-            raise ValueError(f"the saved projection matrix {name} has {len(matrix)} rows; no rank is above {MAX_RANK}")
-    projections.check_saved_tensors(dict(matrices))
 
 
 def check_same_values(key: str, loaded: Tensor, present: Tensor) -> None:
@@ -112,14 +102,10 @@ def check_unsharded(vectors: Mapping[str, Tensor]) -> None:
 
 
 def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a file: vectors by the names of their weights, and the projections if the configuration asks."""
+    """The entries of a file: vectors by the names of their weights."""
     check_unsharded(vectors)
     config.fingerprints_to_save = {layer.name: layer.present_fingerprint() for layer in layers_of(model, adapter_name)}
-    renamed = _renamed(vectors, _saved_names(model))
-    if not config.save_projection:
-        return renamed
-    matrices = shared_projections(model, config.projection_seed, config.projection_init).saved_tensors()
-    return renamed | {f"{MATRIX_PREFIX}{name}": matrix for name, matrix in matrices.items()}
+    return _renamed(vectors, _saved_names(model))
 
 
 def from_saved(
@@ -137,11 +123,9 @@ def from_saved(
         entries: of the file, those of modules trained whole by their keys in the model.
 
     Raises:
-        ValueError: the projections are not those of the configuration's seed, or a value is missing, belongs to nothing
-            that the adapter trains, is not finite, or vectors give some row no finite factors.
+        ValueError: a value is missing, belongs to nothing that the adapter trains, is not finite, or vectors give some
+            row no finite factors.
     """
-    matrices = {k.removeprefix(MATRIX_PREFIX): v for k, v in entries.items() if k.startswith(MATRIX_PREFIX)}
-    check_matrices(matrices, shared_projections(model, config.projection_seed, config.projection_init))
     rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in _saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.

@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from ...adapter_file.values_file import VALUES
-from ...peft.conversion import dense_updates, from_vera, to_dora
+from ...peft.conversion import from_vera, to_dora
 from ...whole_files import new_folder
 from ..models.adapter_folder import read_adapter
 from ..models.adapters import load_adapted
 from ..models.inputs import difference, example_output
 from . import TARGETS, TO_LORA
 
-DENSE_FILE = "weight_updates.safetensors"
 _MAGNITUDES = ("dvora_magnitude", "lora_magnitude_vector")
 """One a layer, by the ends of their names."""
 
@@ -21,7 +18,6 @@ _MAGNITUDES = ("dvora_magnitude", "lora_magnitude_vector")
 _NOTES = {
     "dora": "trained further it is another method: PEFT's DoRA trains A and B too, without the norm's gradient",
     "dvora": "its matrices are drawn again from PEFT's seed when it is loaded, in the size of the largest layer",
-    "dense": "to be added to the base's weights, by their names in its state dict",
 }
 
 
@@ -30,7 +26,7 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> di
 
     Args:
         folder: of the adapter, or of a run of `dvora train`.
-        to: "dora" or "dense" of a DVoRA adapter, "dvora" of one of PEFT's VeRA.
+        to: "dora" of a DVoRA adapter, "dvora" of one of PEFT's VeRA.
         output: that must not exist, or be empty.
         model: the base, a folder or a name on the hub; None takes the one that the adapter names.
 
@@ -52,26 +48,19 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> di
     base = adapter.base(model)
     adapted = load_adapted(adapter, model)
     with new_folder(output) as filling:
-        if to == "dense":
-            # Copies: safetensors takes no tensors that share their memory.
-            updates = {name: value.detach().clone().contiguous() for name, value in dense_updates(adapted).items()}
-            save_file(updates, filling / DENSE_FILE, metadata={"format": "pt"})
-            file, layers, changed = DENSE_FILE, len(updates), None
-        else:
-            converted = from_vera(adapted) if to == "dvora" else to_dora(adapted)
-            converted.config.base_model_name_or_path = base
-            converted.save(filling)
-            file, layers = VALUES, sum(key.endswith(_MAGNITUDES) for key in converted.values)
-            again = load_adapted(read_adapter(filling), model)
-            changed = difference(example_output(again), example_output(adapted))
-        size = (filling / file).stat().st_size
+        converted = from_vera(adapted) if to == "dvora" else to_dora(adapted)
+        converted.config.base_model_name_or_path = base
+        converted.save(filling)
+        again = load_adapted(read_adapter(filling), model)
+        changed = difference(example_output(again), example_output(adapted))
+        size = (filling / VALUES).stat().st_size
     return {
         "source": str(adapter.folder),
         "output": str(output),
         "from_method": adapter.method,
         "to_method": to,
         "base_model": base,
-        "layers": layers,
+        "layers": sum(key.endswith(_MAGNITUDES) for key in converted.values),
         "bytes": size,
         "difference": changed,
         "note": _NOTES[to],

@@ -42,7 +42,7 @@ def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
         head_values: those of them in modules that are trained whole.
         bytes: of the adapter's file of values.
         folder_bytes: of all files in the folder.
-        projections: of DVoRA alone: distribution, seed, fingerprint, and whether the matrices are in the file.
+        projections: of DVoRA alone: distribution, seed and fingerprint.
         settings: of DVoRA alone: further ones that change what it computes.
         layers: of DVoRA alone: numbers of each layer.
 
@@ -98,7 +98,6 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
             "distribution": config.projection_init,
             "seed": config.projection_seed,
             "fingerprint": config.projection_fingerprint,
-            "in_file": any(key.startswith(FIXED) for key in adapter.shapes),
         },
         "settings": {**{name: vars(config)[name] for name in SETTINGS}, "modules_to_save": adapter.heads or None},
         "layers": layers,
