@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file.content import Content
-from .adapter_file.names import VECTOR_PREFIX
 from .adapter_file.values import FolderSource
+from .adapter_file.values_file import VECTOR_PREFIX
 from .checks import FAR
 from .factors import factor_rows
 from .functional import Vectors

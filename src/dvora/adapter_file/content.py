@@ -26,9 +26,17 @@ from typing import Any, NamedTuple, TypeVar
 from ..functional import Vectors
 from .expressions import check_expressions
 from .fingerprint import alike
-from .names import MATRIX_PREFIX, OF_SAVED_MODULES, VECTOR_PREFIX, is_vector, layer_and_vector, plain_key, plain_name
 from .settings import DVoRAConfig
-from .values_file import Shape
+from .values_file import (
+    MATRIX_PREFIX,
+    OF_SAVED_MODULES,
+    VECTOR_PREFIX,
+    Shape,
+    is_vector,
+    layer_and_vector,
+    plain_key,
+    plain_name,
+)
 
 FORMAT_VERSION = 1
 """Of the order of a vector's entries and of what the digest covers."""

@@ -24,9 +24,19 @@ from torch import Tensor
 from ..functional import Vectors
 from ..tensors import Float
 from .content import Content, check_saved_ranks, in_order, vector_digest
-from .names import VECTOR_PREFIX, plain_key
 from .settings import DVoRAConfig
-from .values_file import LARGEST_SETTINGS, SETTINGS, VALUES, Shape, check_size, header_entries, read_header, tensors_of
+from .values_file import (
+    LARGEST_SETTINGS,
+    SETTINGS,
+    VALUES,
+    VECTOR_PREFIX,
+    Shape,
+    check_size,
+    header_bytes,
+    header_entries,
+    plain_key,
+    tensors_of,
+)
 
 IN_RUN = "adapter"
 """Where a run of `dvora train` has its adapter."""
@@ -137,7 +147,9 @@ class FolderSource:
         with errors_of(folder):
             _check_files(folder)
             settings = (folder / SETTINGS).read_bytes()
-            self.description = described(settings, read_header(folder / VALUES))
+            header, size = header_bytes(folder / VALUES)
+            self.description = described(settings, header)
+            check_size(self.description.data_size, size)
         self.content, self.beside = self.description.content, self.description.beside
 
     def read(self) -> AdapterValues:
@@ -177,7 +189,7 @@ class FolderSource:
         """
         data = self.data()
         with errors_of(self.folder):
-            tensors = tensors_of(self.description.entries, data)
+            tensors = tensors_of(self.description.entries, bytearray(data))
         return {name: tensors[key] for name, key in self.description.names.items()}
 
 
@@ -292,7 +304,7 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     Raises:
         TypeError, ValueError: the data is cut off, or an entry is wider than float32 or not finite.
     """
-    check_size(description.entries, len(data))
+    check_size(description.data_size, len(data))
     check_exact(description)
     content, entries, names = description.content, description.entries, description.names
     buffer, parts = torch.frombuffer(bytearray(data), dtype=description.dtype), dict[str, Tensor]()

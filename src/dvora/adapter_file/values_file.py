@@ -1,10 +1,12 @@
-"""The file of an adapter's values: safetensors, a header and the data behind it, or a pickle with nothing but tensors.
+"""The file of an adapter's values: the names in it, and what it holds.
 
-The header says which tensors there are. It is read and checked by itself, before anything of their sizes is made.
+It is safetensors, a header and the data behind it, or a pickle of nothing but tensors. The header says which tensors
+there are; it is read and checked by itself, before anything of their sizes is made.
 """
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from math import prod
@@ -19,11 +21,39 @@ Entries = Mapping[str, tuple[torch.dtype, Shape]]
 SETTINGS, VALUES, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
 """Bytes; the second is safetensors' own limit."""
+PEFT_PREFIX = "base_model.model."
+VECTOR_PREFIX = ".dvora_"
+MATRIX_PREFIX = "base_model.dvora_projections."
+"""Of entries that files of earlier versions may have, and nothing reads: the matrices, which the seed makes."""
+OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+
+
+def layer_and_vector(key: str) -> tuple[str, str]:
+    """A key of a file as the name of the layer in it, and that of the vector without its prefix."""
+    layer, _, vector = key.removeprefix(PEFT_PREFIX).rpartition(VECTOR_PREFIX)
+    return layer, vector
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without the modules that some models have around their layers."""
+    for around in ("_orig_mod.", "_fsdp_wrapped_module.", "base_layer."):
+        name = name.replace(around, "")
+    return name
+
+
+def plain_key(key: str) -> str:
+    """A key of a file by the name that its value would have in the bare base model."""
+    return plain_name(key.removeprefix(PEFT_PREFIX))
+
+
+def is_vector(key: str) -> bool:
+    """Whether an entry of a file is a vector of a layer."""
+    return VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)
 
 
 def shapes_in(folder: Path) -> dict[str, Shape] | None:
@@ -34,7 +64,7 @@ def shapes_in(folder: Path) -> dict[str, Shape] | None:
         OSError: it cannot be read.
     """
     if (folder / VALUES).exists():
-        return {name: shape for name, (_, shape) in header_entries(read_header(folder / VALUES)).items()}
+        return {name: shape for name, (_, shape) in read_header(folder / VALUES)[1].items()}
     if (folder / PICKLED).exists():
         return {name: tuple(tensor.shape) for name, tensor in _unpickled(folder / PICKLED).items()}
     return None
@@ -49,13 +79,26 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     """
     if not (folder / VALUES).exists() and (folder / PICKLED).exists():
         return _unpickled(folder / PICKLED)
-    content = (folder / VALUES).read_bytes()
-    header = content[: header_length(content, len(content))]
-    return tensors_of(header_entries(header), content[len(header) :])
+    header, entries = read_header(folder / VALUES)
+    with (folder / VALUES).open("rb") as file:
+        file.seek(len(header))
+        return tensors_of(entries, bytearray(file.read()))
 
 
-def read_header(file: Path) -> bytes:
-    """The header of a safetensors file, with the eight bytes that have its length.
+def read_header(file: Path) -> tuple[bytes, Entries]:
+    """The header of a safetensors file, see `header_bytes`, and what it says.
+
+    Raises:
+        ValueError: it is none, truncated or damaged.
+        OSError: it cannot be read.
+    """
+    header, size = header_bytes(file)
+    check_size(data_size(entries := header_entries(header)), size)
+    return header, entries
+
+
+def header_bytes(file: Path) -> tuple[bytes, int]:
+    """The header of a safetensors file, with the eight bytes that have its length, and how many bytes follow it.
 
     Raises:
         ValueError: it is none, or truncated.
@@ -66,11 +109,10 @@ def read_header(file: Path) -> bytes:
     with file.open("rb") as opened:
         first, size = opened.read(8), file.stat().st_size
         header = first + opened.read(header_length(first, size) - 8)
-    check_size(header_entries(header), size - len(header))
-    return header
+    return header, size - len(header)
 
 
-def header_entries(header: bytes) -> dict[str, tuple[torch.dtype, Shape]]:
+def header_entries(header: bytes) -> Entries:
     """Dtypes and shapes in the header of a safetensors file, in the order of the data, which they cover.
 
     Raises:
@@ -108,14 +150,14 @@ def header_length(first: bytes, size: int) -> int:
     return length
 
 
-def tensors_of(entries: Entries, data: bytes) -> dict[str, Tensor]:
+def tensors_of(entries: Entries, data: bytearray) -> dict[str, Tensor]:
     """The tensors in the data behind a header, of which they are views.
 
     Raises:
         ValueError: the data is of another size.
     """
-    check_size(entries, len(data))
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    check_size(data_size(entries), len(data))
+    buffer = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     parts = buffer.split([dtype.itemsize * prod(shape) for dtype, shape in entries.values()])
     # Where a part does not lie at a multiple of its dtype's size it is copied.
     return {
@@ -124,13 +166,17 @@ def tensors_of(entries: Entries, data: bytes) -> dict[str, Tensor]:
     }
 
 
-def check_size(entries: Entries, size: int) -> None:
+def data_size(entries: Entries) -> int:
+    """Bytes of the data behind a header."""
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in entries.values())
+
+
+def check_size(expected: int, size: int) -> None:
     """Refuse data of another size than its header says.
 
     Raises:
         ValueError: it is.
     """
-    expected = sum(dtype.itemsize * prod(shape) for dtype, shape in entries.values())
     if size != expected:
         raise ValueError(
             f"{VALUES} has {size:,} bytes of data, and {expected:,} by its header: it is truncated or damaged"

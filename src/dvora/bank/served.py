@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_file.content import Content, LayerSizes, SavedWhole
-from ..adapter_file.names import MATRIX_PREFIX, plain_key
 from ..adapter_file.settings import DVoRAConfig
-from ..adapter_file.values_file import Shape
+from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets

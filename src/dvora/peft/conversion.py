@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional as F
 from ..adapter_file.fingerprint import fingerprint_of
-from ..adapter_file.names import PEFT_PREFIX
 from ..adapter_file.settings import DVoRAConfig, own_config
+from ..adapter_file.values_file import PEFT_PREFIX
 from ..matrices.vera import VeraSizes, drawn
 from ..tensors import norm_dtype
 from .base_weight import readable_weight

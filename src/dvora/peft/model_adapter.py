@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..adapter_file.content import CommonSettings, Content, LayerSizes, SavedWhole
 from ..adapter_file.fingerprint import change, warn_of_changes
-from ..adapter_file.names import VECTOR_PREFIX, plain_key, plain_name
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values import FolderSource
+from ..adapter_file.values_file import VECTOR_PREFIX, plain_key, plain_name
 from ..functional import Vectors
 from .injecting import restored_on_error
 from .layer import DVoRALayer, layers_of

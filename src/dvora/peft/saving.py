@@ -18,17 +18,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter_file.content import check_saved_ranks
-from ..adapter_file.names import (
+from ..adapter_file.settings import DVoRAConfig
+from ..adapter_file.values_file import (
     MATRIX_PREFIX,
     OF_SAVED_MODULES,
     PEFT_PREFIX,
     VECTOR_PREFIX,
+    Shape,
+    check_dense,
     is_vector,
     layer_and_vector,
     plain_name,
+    tensors_in,
 )
-from ..adapter_file.settings import DVoRAConfig
-from ..adapter_file.values_file import Shape, check_dense, tensors_in
 from ..checks import FAR
 from ..factors import factors_of
 from ..functional import Vectors
