@@ -168,7 +168,7 @@ def tensors_of(entries: Entries, data: bytearray) -> dict[str, Tensor]:
 
 def data_size(entries: Entries) -> int:
     """Bytes of the data behind a header."""
-    return sum(dtype.itemsize * prod(shape) for dtype, shape in entries.values())
+    return sum([dtype.itemsize * prod(shape) for dtype, shape in entries.values()])
 
 
 def check_size(expected: int, size: int) -> None:
