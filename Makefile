@@ -110,7 +110,6 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.many_adapters
 	$(PY) -m benchmarks.compiling
 	$(PY) -m benchmarks.serving
-	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
 
 docs: setup  ## write the tables and pictures of README and pages from the committed results
