@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from benchmarks.many_adapters.__main__ import SECTIONS, main
-from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
+from benchmarks.many_adapters.arms import with_adapters
 from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
 from benchmarks.many_adapters.results import merge
 from benchmarks.speed.arms import Arm, sharing_copy
@@ -48,23 +48,6 @@ def test_gathered_lora_has_the_outputs_of_peft_s(workload: Workload, tokens: int
                 expected = workload.output(partial(peft, adapter_names=[names[row] for row in rows]), inputs)
                 torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(expected, workload.output(base, inputs), atol=1e-3)
-
-
-def test_outside_of_a_batch_gathered_lora_is_the_base() -> None:
-    workload = linears(64, 176)
-    x = workload.inputs(2, 1, torch.float32)
-    with Models(workload, torch.float32, rows=2) as models, torch.no_grad():
-        with models.chosen(ManyArm("gathered", Arm("LoRA", 1), 2, known=2))() as model:
-            assert not torch.equal(workload.output(model, x), workload.output(models.base, x))
-        assert torch.equal(workload.output(model, x), workload.output(models.base, x))
-
-
-@pytest.mark.parametrize(("distinct", "known"), [(1, 64), (16, 64), (64, 64), (64, 10_000), (5, 7)])
-def test_a_batch_has_as_many_adapters_as_it_should(distinct: int, known: int) -> None:
-    rows = adapters_of_rows(ManyArm("bank", Arm("LoRA", 1), distinct, known), 64)
-    assert len(set(rows)) == distinct
-    assert (len(rows), min(rows)) == (64, 0)
-    assert max(rows) < known
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
