@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..flat import Layout
+from ..text import did_you_mean
 from .adapters import VALUES, AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
@@ -504,9 +504,8 @@ class AdapterBank:
         self._batches.check_open()
         with self._lock:
             if missing := [name for name in names if name not in self._adapters]:
-                near = difflib.get_close_matches(missing[0], list(self._adapters), 1)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
-                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank{hint}")
+                hint = did_you_mean(missing[0], self._adapters)
+                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank, {hint}")
             return [self._adapters[name] for name in names]
 
     def _rows_of(self, adapters: Sequence[_Adapter]) -> dict[str, AdapterRow]:

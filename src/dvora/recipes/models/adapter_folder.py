@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ...peft.expressions import check_expressions
 from ...peft.saving import opened
-from ...tools.pages.text import did_you_mean
+from ...text import did_you_mean
 from ..files import check_readable, read_json
 from ..run_folder import ADAPTER, RECORD, checked_labels
 from .bases import quiet_transformers
