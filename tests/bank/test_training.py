@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import dvora
 from dvora.flat import Layout
@@ -231,12 +231,3 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     with pytest.raises(ValueError, match="trainable with the same names in the same order"):
         both.adapters.load_state_dict(change(both.adapters.state_dict()))
     assert all(map(torch.equal, before, both.adapters.parameters()))
-
-
-def test_a_compiled_model_is_refused(both: Together) -> None:
-    compiled: nn.Module = torch.compile(both.model, fullgraph=True, backend="eager")
-    with (
-        pytest.raises(Exception, match=r"adapters of a bank are trained without torch\.compile"),
-        both.adapters.rows(["a"]),
-    ):
-        compiled(**inputs(both.model, 1))

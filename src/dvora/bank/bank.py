@@ -402,7 +402,7 @@ class AdapterBank:
         if base.nbytes > self._host.limit:
             raise ValueError(f"host_bytes={self._host.limit} cannot hold one adapter, which takes {base.nbytes} bytes")
         slots = Slots(self._slot_count, base, rows.places, served.device)
-        return _Fitted(served, rows, slots, served.hook(self._batches, slots))
+        return _Fitted(served, rows, slots, served.hook(self._batches))
 
     def _unfit(self) -> None:
         """Free the layers that are hooked, if any are."""
