@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples cluster vllm gguf ray web executorch conformance fuzz lint wheel versions canary bench yardstick docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm gguf ray web executorch conformance fuzz lint wheel versions canary bench docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -110,16 +110,7 @@ bench: setup  ## write benchmarks/results/*.json
 	$(PY) -m benchmarks.many_adapters
 	$(PY) -m benchmarks.compiling
 	$(PY) -m benchmarks.serving
-	$(PY) -m benchmarks.start_up
 	$(PY) -m demo --record
-
-# An environment of their own: PEFT's scripts ask for the PEFT of a clone, whose commit and branch their rows have.
-YARDSTICK := .venv-yardstick/bin/python -m benchmarks.yardstick
-yardstick:  ## PEFT's method comparison with DVoRA, on a GPU; ARGS=--first for what an hour tells, ARGS=--tryout for a trial on a CPU
-	@$(PYTHON) -m benchmarks.yardstick.needs $(ARGS)
-	$(MAKE) setup VENV=.venv-yardstick EXTRAS=demo
-	$(YARDSTICK).environment $(ARGS)
-	$(YARDSTICK) $(ARGS)
 
 docs: setup  ## write the tables and pictures of README and pages from the committed results
 	$(PY) -m benchmarks.readme

@@ -1,4 +1,4 @@
-"""Tables of an installation: which versions held, what they take on disk, and how long commands take to start."""
+"""The table of an installation: which versions held, and what they take on disk."""
 
 from typing import Any
 
@@ -10,10 +10,6 @@ TRIALS = {
     "newest": "the newest of everything (`report`)",
 }
 SHOWN = ("torch", "peft", "transformers", "accelerate", "numpy")
-INSTALLED = {"dev": "everything that the tests need", "report": "the extra `report`"}
-"""Where commands were started, by the extra that was installed."""
-STARTED = ("dvora --help", "import dvora", "dvora.DVoRAConfig", "dvora inspect EMPTY", "dvora predict RUN rows.csv")
-"""What the table shows of them: nothing is imported, PEFT is, and everything that a model needs is."""
 
 
 def versions(result: dict[str, Any]) -> str:
@@ -30,31 +26,6 @@ def versions(result: dict[str, Any]) -> str:
         f"`make versions` (`benchmarks/results/versions.json`; {result['system']}):",
         table(("installed", "Python", *SHOWN, "size", "tried", "tests"), lines),
         f"Failed: {', '.join(failures)}." if failures else "",
-    )
-
-
-def start_up(result: dict[str, Any]) -> str:
-    """Seconds until commands have started, by what is installed beside dvora."""
-    now = {
-        name: {row["command"]: row for row in result[name]["rows"] if row["source"] == "now"}
-        for name in result
-        if name in INSTALLED
-    }
-    first = next(iter(now))
-    environment = result[first]["environment"]
-    lines = (
-        (
-            f"`{command}`",
-            *(f"{rows[command]['processor_seconds']:.1f} ({rows[command]['seconds']:.1f})" for rows in now.values()),
-        )
-        for command in STARTED
-    )
-    return text(
-        f"`python -m benchmarks.start_up` (`benchmarks/results/start_up.json`; Python {environment['python']}, torch "
-        f"{environment['torch']}, PEFT {environment['peft']}, transformers {environment['transformers']}, "
-        f"{environment['cores']} cores, shared with other work). Seconds of the processor, and in brackets seconds on "
-        "the clock, medians; a command that works on a folder was given one without an adapter or a model:",
-        table(("", *(INSTALLED[name] for name in now)), lines),
     )
 
 

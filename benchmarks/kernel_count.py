@@ -3,7 +3,7 @@
 Counted is every operation that PyTorch runs, forward or backward, as one kernel, but for those that only look at a
 tensor in another way or reserve memory. That is exact for most; some operations start several kernels on a GPU (a long
 sum, a concatenation of many tensors). What is started past PyTorch's dispatcher is not seen, nor is what a compiled
-model runs. `launched` asks a GPU's own profiler, which sees all of them.
+model runs.
 """
 
 from collections import Counter

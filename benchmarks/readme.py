@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.compiling import compiling
 from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
-from benchmarks.installation_tables import start_up, versions
+from benchmarks.installation_tables import versions
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
 from benchmarks.quality.pace import parts as pace
@@ -186,7 +186,6 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
-        "start-up": start_up(load("start_up")),
     },
     "docs/compatibility.md": lambda: {
         "versions": versions(load("versions")),

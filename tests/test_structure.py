@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "dvora"
 
 # From the one that knows least to the one that knows most; each may import those before it, and no others.
 ORDER = [
+    "text",
     "tensors",
     "functional",
     "matrices",

@@ -26,7 +26,7 @@ class Example:
     name: str
     trainer: str
     shows: str
-    limit_seconds: float = 180
+    limit_seconds: float = 240
     processes: int = 1
     needs: tuple[str, ...] = ()
     launcher: tuple[str, ...] = ()
@@ -37,7 +37,6 @@ CATALOGUE: tuple[Example, ...] = (
         "transformers_trainer",
         "transformers' Trainer",
         "learning rates by group; a run goes on from its checkpoint bit for bit",
-        limit_seconds=240,
         needs=("datasets",),
     ),
     Example(
@@ -58,56 +57,45 @@ CATALOGUE: tuple[Example, ...] = (
         "accelerate_loop",
         "accelerate, a loop of one's own",
         "accumulation, clipping, groups; a run goes on bit for bit with dropout",
-        limit_seconds=240,
         needs=("accelerate",),
     ),
     Example(
         "lightning_module",
         "Lightning",
         "a checkpoint without the base; a run goes on bit for bit; grouped convolutions",
-        limit_seconds=240,
         needs=("lightning", "scikit-learn"),
     ),
     Example(
         "transformers_native",
         "transformers' `add_adapter`, `load_adapter`, `enable_adapters`",
         "the model's own methods, or PEFT's functions where they are refused",
-        limit_seconds=240,
         needs=("transformers",),
     ),
     Example(
         "diffusers_unet",
         "diffusers, a small UNet",
         "`add_adapter` and `disable_adapters` of its models; attention and convolutions",
-        limit_seconds=240,
         needs=("diffusers", "scikit-learn"),
     ),
     Example(
-        "timm_vision",
-        "timm, ConvNeXt",
-        "depthwise convolutions; the merged model",
-        limit_seconds=240,
-        needs=("timm", "scikit-learn"),
+        "timm_vision", "timm, ConvNeXt", "depthwise convolutions; the merged model", needs=("timm", "scikit-learn")
     ),
     Example(
         "torchvision_vision",
         "torchvision, MobileNetV3",
         "depthwise and pointwise convolutions, squeeze and excitation; the merged model",
-        limit_seconds=240,
         needs=("torchvision", "scikit-learn"),
     ),
     Example(
         "sentence_transformers_pairs",
         "sentence-transformers",
         "its trainer on pairs of sentences; saved and loaded",
-        limit_seconds=240,
         needs=("sentence-transformers", "datasets"),
     ),
     Example(
         "speakers",
         "dvora's bank, a loop of one's own",
         "an adapter for each speaker of Shakespeare's plays, trained in one step, beside one adapter for all",
-        limit_seconds=240,
         needs=("transformers", "gguf"),
     ),
     Example(

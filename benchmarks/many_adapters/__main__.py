@@ -39,11 +39,6 @@ class Sections:
         for ground in self.plan.grounds:
             batches.measure(report, ground)
 
-    def scaling(self, report: Report) -> None:
-        """Batches with adapters that only scale."""
-        for ground in self.plan.scaling:
-            batches.measure(report, ground)
-
     def training(self, report: Report) -> None:
         """Steps that train one adapter, and as many as rows."""
         training.measure(report, self.plan.encoder, self.plan.adapter, self._new_folder("training"), rounds=3)
@@ -70,7 +65,6 @@ class Sections:
 
 SECTIONS: dict[str, Callable[[Sections, Report], None]] = {
     "batches": Sections.batches,
-    "scaling": Sections.scaling,
     "training": Sections.training,
     "resident": Sections.resident,
     "loading": Sections.loading,

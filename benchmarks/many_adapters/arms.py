@@ -12,9 +12,8 @@ from torch import nn
 
 import dvora
 from benchmarks.many_adapters.gathered_lora import GatheredLoRA, random_factors
-from benchmarks.many_adapters.gathered_scales import GatheredScales, random_scales
 from benchmarks.population import name_of, perturbed
-from benchmarks.speed.arms import HYPERADAPT, MERGED, Arm, adapted, config_of, moved, sharing_copy
+from benchmarks.speed.arms import MERGED, Arm, adapted, config_of, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
 from dvora.adapter_file.packs import write_pack
 
@@ -26,8 +25,8 @@ class ManyArm(NamedTuple):
     """One way to serve a batch.
 
     Args:
-        way: "base", "merged", "bank", "adapter_names" (PEFT's), "gathered" (`gathered_lora`, `gathered_scales`), or in
-            training "alone" (one adapter at a time).
+        way: "base", "merged", "bank", "adapter_names" (PEFT's), "gathered" (`gathered_lora`), or in training
+            "alone" (one adapter at a time).
         adapter: method and rank.
         distinct: adapters in the batch.
         known: adapters that could have been in it.
@@ -97,7 +96,7 @@ class Models:
         return lambda: nullcontext(partial(model, adapter_names=rows))
 
     def _gathered(self, arm: ManyArm) -> Chosen:
-        model, gathered = self._once(self._scales if arm.adapter == HYPERADAPT else self._lora, arm.adapter, arm.known)
+        model, gathered = self._once(self._lora, arm.adapter, arm.known)
         rows = adapters_of_rows(arm, self.rows)
         return lambda: _within(gathered.rows(rows), model)
 
@@ -122,10 +121,6 @@ class Models:
         factors = random_factors(self.base, self.workload.targets, adapter.rank, known, self.dtype)
         return model, GatheredLoRA(model, factors)
 
-    def _scales(self, adapter: Arm, known: int) -> tuple[nn.Module, GatheredScales]:
-        model = sharing_copy(self.base)
-        return model, GatheredScales(model, random_scales(self.base, self.workload.targets, known, self.dtype))
-
     def _once(self, make: Callable[..., Any], *arguments: Any) -> Any:
         key = (make.__name__, *arguments)
         if key not in self._made:
@@ -141,7 +136,7 @@ def with_adapters(base: nn.Module, adapter: Arm, targets: Sequence[str], count: 
         for number in range(1, count):
             model.add_adapter(name_of(number), config_of(adapter, targets))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in (".lora_", ".dvora_", ".road_")))
+        parameter.requires_grad_(any(part in name for part in (".lora_", ".dvora_")))
     return moved(model).requires_grad_(False).eval(), ["default", *(name_of(number) for number in range(1, count))]
 
 

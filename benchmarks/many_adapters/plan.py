@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.many_adapters.arms import ManyArm
 from benchmarks.speed import workloads
-from benchmarks.speed.arms import HYPERADAPT, ROAD, Arm
+from benchmarks.speed.arms import Arm
 from benchmarks.speed.workloads import Workload
 
 ROWS = 64
@@ -67,7 +67,6 @@ class Plan:
 
     Args:
         grounds: of batches.
-        scaling: of batches in which adapters that only scale are compared.
         encoder: of training, and of what thousands of adapters take in memory.
         adapter: of the encoder.
         known: adapters of the banks whose memory is measured.
@@ -76,7 +75,6 @@ class Plan:
     """
 
     grounds: Sequence[Ground]
-    scaling: Sequence[Ground]
     encoder: Workload
     adapter: Arm
     known: int
@@ -88,15 +86,6 @@ def whole() -> Plan:
     """Of the committed result file."""
     return Plan(
         grounds=whole_grounds(),
-        scaling=[
-            Ground(
-                workloads.linears(1024, 2816, blocks=2),
-                "float32",
-                scaling_arms(),
-                [Phase("decode, scaling", 1, 7, PASSES)],
-            ),
-            Ground(workloads.minilm(), "float32", scaling_arms(), [Phase("prefill, scaling", 32, 5)]),
-        ],
         encoder=workloads.minilm(),
         adapter=STRUCTURED,
         known=KNOWN[-1],
@@ -110,7 +99,6 @@ def quick() -> Plan:
     tiny = workloads.bert(64, 1)
     return Plan(
         grounds=quick_grounds(),
-        scaling=[Ground(tiny, "float32", scaling_arms(8), [Phase("prefill, scaling", 4, 2)], rows=8)],
         encoder=tiny,
         adapter=Arm("dvora structured", 16),
         known=SLOTS + 4,
@@ -175,9 +163,3 @@ def by_names(*adapters: Arm) -> list[ManyArm]:
 def gathered() -> list[ManyArm]:
     """LoRA as fast as PyTorch makes it."""
     return [ManyArm("gathered", adapter, distinct, ROWS) for adapter in LORAS for distinct in (1, ROWS)]
-
-
-def scaling_arms(rows: int = ROWS) -> list[ManyArm]:
-    """What only scales rows and columns, or turns pairs of rows (RoAd), beside a bank and LoRA r=1."""
-    ways = (("bank", SMALL), ("gathered", LORAS[1]), ("gathered", HYPERADAPT), ("adapter_names", ROAD))
-    return [BASE, *(ManyArm(way, adapter, distinct, rows) for way, adapter in ways for distinct in (1, rows))]

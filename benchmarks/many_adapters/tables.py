@@ -25,16 +25,6 @@ WAYS = {
     **{f"`adapter_names`, {name}": ("adapter_names", name) for name in (SMALL, KINDS[0], *LORAS)},
     **{f"batched products, {name}": ("gathered", name) for name in LORAS},
 }
-SCALING = {
-    "linear layers, one token": {**DECODED, "part": "decode, scaling"},
-    "MiniLM, 32 tokens": {**READ, "part": "prefill, scaling"},
-}
-SCALED = {
-    "HyperAdapt, scales of the rows gathered": ("gathered", "HyperAdapt"),
-    "RoAd, `adapter_names`": ("adapter_names", "RoAd"),
-    "LoRA r=1, batched products": ("gathered", LORAS[1]),
-    f"bank, {SMALL}": ("bank", SMALL),
-}
 LOADED = ("bank, dvora structured r=64", "PEFT, dvora structured r=64", "PEFT, LoRA r=8")
 
 
@@ -48,7 +38,6 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     return {
         "many-in-short": text(_in_short(rows)),
         "many-batches": _batches(rows, source),
-        "many-scaling": _scaling(rows),
         "many-training": _training(rows),
         "many-storage": _storage(rows),
         "many-loading": _loading(rows),
@@ -92,16 +81,6 @@ def _batches(rows: Rows, source: str) -> str:
         f"adapters the bank knows changes nothing: with r=256, one token a row and {MANY:,} known 1, 16 and "
         f"{ROWS} of them take {one}, {few} and {every}; {ROWS} take {all_known} when no others are known and "
         f"{thousands} when 10,000 are.",
-    )
-
-
-def _scaling(rows: Rows) -> str:
-    """Adapters that only scale rows and columns, or turn pairs of rows."""
-    lines = [(label, *(_pair(rows, *way, setting) for setting in SCALING.values())) for label, way in SCALED.items()]
-    where = next(row["machine"] for row in rows if row["section"] == "scaling" and "machine" in row)
-    return text(
-        table(("", *SCALING), lines),
-        f"As above, in a run of its own on another machine ({where}); differences up to 0.1 are noise.",
     )
 
 

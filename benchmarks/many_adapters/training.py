@@ -16,7 +16,6 @@ from benchmarks.speed.arms import Arm, adapted
 from benchmarks.speed.runner import Report
 from benchmarks.speed.timing import Step
 from benchmarks.speed.workloads import Workload, random
-from dvora.bank import TenantAdamW
 
 TOKENS = 16
 
@@ -44,8 +43,9 @@ def _of_bank(workload: Workload, model: nn.Module, bank: dvora.AdapterBank, x: T
     tenants = bank.trainable(new=[name_of(number) for number in range(count)])
     with torch.no_grad():
         # They would start as the base, a possible shortcut.
-        tenants.vectors.add_(NOISE * random(*tenants.vectors.shape))
-    optimizer = TenantAdamW(tenants)
+        for number, parameter in enumerate(tenants.parameters()):
+            parameter.add_(NOISE * random(*parameter.shape, seed=number))
+    optimizer = torch.optim.AdamW(tenants.parameter_groups(), foreach=True)
     names = [tenants.names[row % count] for row in range(len(x))]
 
     def step() -> None:

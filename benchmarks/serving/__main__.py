@@ -27,7 +27,7 @@ from benchmarks.environment import machine
 from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.servers import TOKEN, Running, dvora, lora, started, vllm, write_lora
+from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_lora
 from dvora.adapter_file.packs import write_pack
 from dvora.flat import Layout
 from materials.files import lay_out
@@ -39,7 +39,6 @@ SLOTS = 256
 CLIENTS, WRITERS = 32, 8
 """Requests under way: classified, and generated."""
 TOKENS = 16
-PEFT_COUNTS = (16, 64)
 PROCESSES = 16
 
 
@@ -137,20 +136,8 @@ def packs_of(adapters: Mapping[str, Path], counts: Sequence[int], folder: Path) 
     return packs
 
 
-def by_peft(
-    base: Path, folder: Path, chosen: Sequence[tuple[int, int, str]], requests: int, running: ExitStack
-) -> dict[str, Load]:
-    """LoRA through the same server: rank, number of adapters, and the way in which PEFT gives rows their adapters."""
-    loads = {}
-    for rank, count, how in chosen:
-        (empty := folder / f"empty-{base.name}-{rank}-{count}-{how}").mkdir()
-        server = running.enter_context(started(lora(base, empty, rank, count, how)))
-        loads[f"LoRA r={rank}, {count} by {how}"] = Load([server], drawn(count, requests))
-    return loads
-
-
 def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
-    """Classification by heads of several sizes, beside the merged model, PEFT's LoRA, and a process for each tenant."""
+    """Classification by heads of several sizes, beside the merged model and a process for each tenant."""
     adapters = perturbed(folder / "classifier" / "adapter", folder / "classifiers", max(COUNTS))
     packs = packs_of(adapters, COUNTS, folder)
     merged, everyone = bases["merged-classifier"], ["merged-classifier"] * requests
@@ -160,8 +147,6 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
         for count in COUNTS:
             server = running.enter_context(started(dvora(bases["minilm"], packs[count], SLOTS)))
             loads[named(count)] = Load([server], drawn(count, requests))
-        ways = [(rank, count, "adapter_names") for rank in (1, 8) for count in PEFT_COUNTS]
-        loads |= by_peft(merged, folder, [*ways, (8, 16, "set_adapter")], requests, running)
         rows = {f"classify: {name}": row for name, row in in_turns(loads, turns, CLIENTS, 0, console).items()}
     with ExitStack() as running:
         servers = []
@@ -183,7 +168,7 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
 
 
 def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
-    """Generation, beside the base alone, the merged model and PEFT's LoRA."""
+    """Generation, beside the base alone and the merged model."""
     adapters = perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
     packs = packs_of(adapters, OF_TEXTS, folder / "writers")
     with ExitStack() as running:
@@ -195,8 +180,6 @@ def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
         for count in OF_TEXTS:
             server = running.enter_context(started(dvora(bases["smollm2"], packs[count], 64, WRITERS)))
             loads[named(count)] = Load([server], drawn(count, requests))
-        ways = [(1, 16, "adapter_names"), (8, 16, "adapter_names")]
-        loads |= by_peft(bases["merged-writer"], folder, ways, requests, running)
         return {f"generate: {name}": row for name, row in in_turns(loads, turns, WRITERS, TOKENS, console).items()}
 
 

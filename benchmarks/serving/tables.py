@@ -14,6 +14,8 @@ SECTIONS = {
     "engines": ("vLLM, merged model", "first token p95, ms"),
 }
 """Against what each is measured, and which latency matters."""
+OVER = ("adapter_names", "set_adapter")
+"""Rows of what is measured no more: LoRA by PEFT through the same server."""
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
@@ -22,7 +24,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     environment = result["environment"]
     blocks = []
     for work, (against, latency) in SECTIONS.items():
-        measured = [row for key, row in rows.items() if key.startswith(f"{work}: ")]
+        measured = [row for key, row in rows.items() if key.startswith(f"{work}: ") and not key.endswith(OVER)]
         reference = rows[f"{work}: {against}"]
         title = f"{work}: requests a second", "of the bold one's", latency, "share in batches", "MiB"
         blocks.append(table(("", *title), [_line(row, reference) for row in measured]))
@@ -48,8 +50,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
             "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
             "Adapters by Zipf's law (exponent 1), dvora structured r=64: one that was trained, and perturbations of "
-            "it; heads of 2, 3, 5 and 8 classes, 256 slots. LoRA by PEFT through the same server, in one batch by "
-            "`adapter_names` or one adapter after another. MiniLM on sentences of 3 to 25 tokens with 32 requests "
+            "it; heads of 2, 3, 5 and 8 classes, 256 slots. MiniLM on sentences of 3 to 25 tokens with 32 requests "
             "under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged models on one core "
             "together. vLLM 0.32 (float32, eager, one core; adapters of dvora by `dvora-vllm`) multiplies with oneDNN, "
             "which is the faster library on this AMD machine; torch's layers call another one.",

@@ -27,7 +27,6 @@ from benchmarks.quality.labelled import Labelled, Part
 from benchmarks.quality.models import SentenceReader, quietly
 from benchmarks.quality.training import FALLS, precision, rate_at, trained
 from benchmarks.tenants.sources import KINDS, tenants
-from dvora.bank import TenantAdamW
 from materials.batches import Sentences, unlabelled
 from materials.models import minilm
 
@@ -148,12 +147,8 @@ def steps_together(
     rows = Sentences(every, torch.cat([part.labels for part in parts]), parts[0].sentences.padding)
     firsts = np.cumsum([0, *(len(part.labels) for part in parts[:-1])])
     adapters = bank.trainable([tenant.name for tenant in some])
-    optimizer = TenantAdamW(
-        adapters,
-        rates.adapter,
-        learning_rates={"magnitude": rates.magnitude or rates.adapter, "head": rates.head},
-        max_grad_norm=grid.training["max_gradient_norm"],
-    )
+    own_rates = {"magnitude": rates.magnitude or rates.adapter, "head": rates.head}
+    optimizer = torch.optim.AdamW(adapters.parameter_groups(rates.adapter, learning_rates=own_rates), foreach=True)
     schedule = LambdaLR(optimizer, rate_at(run.steps, grid.training["warmup"], FALLS[arm.schedule]))
     names = np.array([tenant.name for tenant in some for _ in range(PLAN.batch)])
     for of_tenants in zip(*(tenant.batches(run.seed, run.steps) for tenant in some), strict=True):
@@ -165,6 +160,7 @@ def steps_together(
                     outputs = model({"ids": ids, "mask": mask})
                 # Of every tenant the mean over its rows of the step, wherever they are.
                 (cross_entropy(outputs, rows.labels[chosen[batch]], reduction="sum") / PLAN.batch).backward()
+        adapters.clip_grad_norm_(grid.training["max_gradient_norm"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

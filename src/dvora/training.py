@@ -54,7 +54,24 @@ def parameter_groups(
     Raises:
         ValueError: nothing is trained, a group is unknown or empty, or a number is not finite or negative.
     """
-    members = _trained(model)
+    return grouped(
+        _trained(model),
+        learning_rate,
+        weight_decay=weight_decay,
+        learning_rates=learning_rates,
+        weight_decays=weight_decays,
+    )
+
+
+def grouped(
+    members: Mapping[Group, list[Tensor]],
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.0,
+    learning_rates: Mapping[Group, float] | None = None,
+    weight_decays: Mapping[Group, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameters by group as `parameter_groups` returns them."""
     rates = dict.fromkeys(GROUPS, checked_not_negative(learning_rate, "learning_rate"))
     decays = {**dict.fromkeys(GROUPS, checked_not_negative(weight_decay, "weight_decay")), "magnitude": 0.0}
     rates |= _checked_groups(learning_rates or {}, "learning_rates", members)

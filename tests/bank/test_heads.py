@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import dvora
 from dvora.adapter_file.values_file import VALUES
-from dvora.bank import TenantAdamW
 from dvora.flat import Layout
 from tests.bank.tenants import HEADED, MLP, Served
 from tests.bank.versions import in_threads
@@ -154,7 +153,7 @@ def test_split_names_what_it_cannot_split(served: Served) -> None:
 
 def test_adapters_with_different_heads_train_together_and_are_published(served: Served, folder: Path) -> None:
     trained = served.bank.trainable(["two", "more"])
-    optimizer = TenantAdamW(trained, 0.01)
+    optimizer = torch.optim.AdamW(trained.parameter_groups(0.01), foreach=True)
     names = ["two", "more", "more"]
     x, labels = inputs(served.model, 3)["x"], torch.tensor([1, 24, 3])
     losses: list[Tensor] = []
@@ -166,7 +165,7 @@ def test_adapters_with_different_heads_train_together_and_are_published(served: 
         optimizer.zero_grad()
         losses.append(loss.detach())
     assert losses[-1] < losses[0]
-    assert not trained.heads[trained.place("two")].isnan().any()
+    assert not trained.parameters_of["two"]["head"].isnan().any()
     served.bank.publish(trained)
     with torch.no_grad():
         with served.bank.rows(names) as batch:

@@ -149,7 +149,7 @@ def test_a_base_that_was_changed(change: str, these: Tenants) -> None:
 @pytest.mark.parametrize(
     ("names", "repeats", "error", "message"),
     [
-        (["a", "bb"], 1, ValueError, "there is no adapter 'bb' among the 3 of the bank; the nearest is 'b'"),
+        (["a", "bb"], 1, ValueError, "there is no adapter 'bb' among the 3 of the bank, did you mean 'b'?"),
         ("a", 1, TypeError, "names must be a list with one name a row, got 'a'"),
         (None, 1, TypeError, "names must be a list with one name a row, got None"),
         ([], 1, ValueError, "names is empty"),
@@ -179,7 +179,7 @@ def test_wrong_names(served: Served, these: Tenants) -> None:
     with pytest.raises(TypeError, match="names must be strings, got None"):
         bank.trainable(["a", None])
     for of_one in (bank.remove, bank.digest, lambda name: bank.replace(name, these.path("a"))):
-        with pytest.raises(ValueError, match="there is no adapter 'aa' among the 3 of the bank; the nearest is 'a'"):
+        with pytest.raises(ValueError, match="there is no adapter 'aa' among the 3 of the bank, did you mean 'a'"):
             of_one("aa")
     for name in ("", None, 3):
         with pytest.raises(TypeError, match="name must be a string that is not empty"):

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import dvora
-from dvora.bank import TenantAdamW, TrainableAdapters
+from dvora.bank import TrainableAdapters
 from dvora.flat import Layout
 from dvora.training import parameter_groups
 from tests.peft.kinds import Kind, saved
@@ -55,7 +55,8 @@ class Together(NamedTuple):
     model: nn.Module
     bank: dvora.AdapterBank
     adapters: TrainableAdapters
-    optimizer: TenantAdamW
+    optimizer: torch.optim.AdamW
+    max_grad_norm: float | None = None
 
     def backward(self, batch: Batch, share: float = 1.0) -> None:
         """Add the gradients of a batch."""
@@ -65,7 +66,14 @@ class Together(NamedTuple):
     def step(self, batch: Batch) -> None:
         self.optimizer.zero_grad()
         self.backward(batch)
+        self.update()
+
+    def update(self) -> None:
+        """Step all that have a gradient."""
+        if self.max_grad_norm is not None:
+            self.adapters.clip_grad_norm_(self.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Alone:
@@ -75,7 +83,6 @@ class Alone:
         folder: of saved adapters.
         base: makes their base.
         weight_decay: as for `parameter_groups`.
-        shares: factors on the rates of an adapter.
         max_grad_norm: for `clip_grad_norm_`, if any.
     """
 
@@ -85,7 +92,6 @@ class Alone:
         base: Callable[[], nn.Module],
         *,
         weight_decay: float = 0.0,
-        shares: Mapping[str, float] | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         self.layout, self.max_grad_norm = Layout.of(folder / NAMES[0]), max_grad_norm
@@ -95,7 +101,7 @@ class Alone:
             model = PeftModel.from_pretrained(base(), folder / name, is_trainable=True).eval()
             groups = parameter_groups(model, 0.01, weight_decay=weight_decay)
             for group in groups:
-                group["lr"] = RATES[group["name"]] * (shares or {}).get(name, 1.0)
+                group["lr"] = RATES[group["name"]]
             self.models[name], self.optimizers[name] = model, torch.optim.AdamW(groups, eps=EPS)
 
     def vector(self, name: str) -> Tensor:
@@ -129,14 +135,19 @@ def save_all(kind: Kind, folder: Path, **settings: Any) -> None:
 
 
 @contextmanager
-def together(kind: Kind, folder: Path, **options: Any) -> Iterator[Together]:
+def together(
+    kind: Kind, folder: Path, *, weight_decay: float = 0.0, max_grad_norm: float | None = None
+) -> Iterator[Together]:
     """Saved adapters in a bank, in training."""
     model = kind.base().eval().requires_grad_(False)
     with dvora.AdapterBank(model) as bank:
         bank.add_folder(folder)
         adapters = bank.trainable(NAMES)
-        options = {"learning_rate": 0.01, "learning_rates": RATES, "eps": EPS, **options}
-        yield Together(model, bank, adapters, TenantAdamW(adapters, **options))
+        groups = adapters.parameter_groups(weight_decay=weight_decay)
+        for group in groups:
+            group["lr"] = RATES[group["name"]]
+        optimizer = torch.optim.AdamW(groups, eps=EPS, foreach=True)
+        yield Together(model, bank, adapters, optimizer, max_grad_norm)
 
 
 @torch.no_grad()
@@ -148,11 +159,19 @@ def gradient_vector(model: PeftModel, layout: Layout) -> Tensor:
     return layout.to_vector(model)
 
 
+@torch.no_grad()
+def gradient_of(adapters: TrainableAdapters, name: str) -> Tensor:
+    """The gradient of an adapter in the order of a flat vector; its values are lost."""
+    for parameter in adapters.parameters_of[name].values():
+        parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return adapters.flat_vector(name)
+
+
 def check_gradients(both: Together, alone: Alone, tolerance: float = 1e-6) -> None:
     """Of every adapter, together and alone."""
     for name in NAMES:
-        place, expected = both.adapters.place(name), gradient_vector(alone.models[name], alone.layout)
-        own = torch.cat([p.grad[place].float() for p in both.adapters.parameters() if p.grad is not None])
+        expected = gradient_vector(alone.models[name], alone.layout)
+        own = gradient_of(both.adapters, name)
         assert expected.any()
         assert worst_difference(own, expected) < tolerance
 

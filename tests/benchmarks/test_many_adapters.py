@@ -10,12 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from benchmarks.many_adapters.__main__ import SECTIONS, main
-from benchmarks.many_adapters.arms import ManyArm, Models, adapters_of_rows, with_adapters
+from benchmarks.many_adapters.arms import with_adapters
 from benchmarks.many_adapters.gathered_lora import Factors, GatheredLoRA
-from benchmarks.many_adapters.gathered_scales import GatheredScales, Scales
 from benchmarks.many_adapters.results import merge
-from benchmarks.parts import PartsLinear
-from benchmarks.speed.arms import HYPERADAPT, Arm, adapted, sharing_copy
+from benchmarks.speed.arms import Arm, sharing_copy
 from benchmarks.speed.runner import Report
 from benchmarks.speed.workloads import Workload, bert, linears, llama
 
@@ -50,45 +48,6 @@ def test_gathered_lora_has_the_outputs_of_peft_s(workload: Workload, tokens: int
                 expected = workload.output(partial(peft, adapter_names=[names[row] for row in rows]), inputs)
                 torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(expected, workload.output(base, inputs), atol=1e-3)
-
-
-@pytest.mark.parametrize("workload", [linears(64, 176), bert(64, 1)], ids=lambda w: w.name)
-def test_gathered_scales_have_the_outputs_of_hyperadapt(workload: Workload) -> None:
-    base, x = workload.frozen(torch.float32).eval(), workload.inputs(4, 3, torch.float32)
-    alone = [adapted(base, HYPERADAPT, workload.targets), sharing_copy(adapted(base, HYPERADAPT, workload.targets))]
-    layers = [{name: m for name, m in each.named_modules() if isinstance(m, PartsLinear)} for each in alone]
-    for layer in layers[1].values():
-        layer.rows, layer.columns = nn.Parameter(layer.rows * 1.1), nn.Parameter(layer.columns * 0.8)
-    scales = {
-        name: Scales(*(torch.stack([getattr(of[name], kind).detach() for of in layers]) for kind in Scales._fields))
-        for name in layers[0]
-    }
-    model = sharing_copy(base)
-    gathered = GatheredScales(model, scales)
-    expected = [workload.output(each.eval(), x) for each in alone]
-    for rows in ([0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]):
-        with torch.no_grad(), gathered.rows(rows):
-            outputs = workload.output(model, x)
-        for place, row in enumerate(rows):
-            torch.testing.assert_close(outputs[place], expected[row][place], rtol=1e-4, atol=1e-5)
-    assert torch.equal(workload.output(model, x), workload.output(base, x))
-
-
-def test_outside_of_a_batch_gathered_lora_is_the_base() -> None:
-    workload = linears(64, 176)
-    x = workload.inputs(2, 1, torch.float32)
-    with Models(workload, torch.float32, rows=2) as models, torch.no_grad():
-        with models.chosen(ManyArm("gathered", Arm("LoRA", 1), 2, known=2))() as model:
-            assert not torch.equal(workload.output(model, x), workload.output(models.base, x))
-        assert torch.equal(workload.output(model, x), workload.output(models.base, x))
-
-
-@pytest.mark.parametrize(("distinct", "known"), [(1, 64), (16, 64), (64, 64), (64, 10_000), (5, 7)])
-def test_a_batch_has_as_many_adapters_as_it_should(distinct: int, known: int) -> None:
-    rows = adapters_of_rows(ManyArm("bank", Arm("LoRA", 1), distinct, known), 64)
-    assert len(set(rows)) == distinct
-    assert (len(rows), min(rows)) == (64, 0)
-    assert max(rows) < known
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,6 @@ from benchmarks.plots import PICTURES
 from benchmarks.quality.evaluation import packed
 from benchmarks.quality.page import MAIN, over_time
 from benchmarks.quality.summary import Result
-from benchmarks.results import file_of, load, write
-from benchmarks.speed.runner import Report
 
 ITEMS = 50
 LIGHTEST, DARKEST = 0.4, 0.12
@@ -64,17 +62,6 @@ def test_a_run_is_as_long_as_its_steps_and_the_time_of_one() -> None:
     assert (long.steps, long.above.mean) == ((15, 15), pytest.approx(8))
     assert ours.in_time is not None
     assert ours.in_time.mean == pytest.approx(-8)
-
-
-def test_a_result_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.results.FOLDER", tmp_path)
-    report = Report()
-    report.add({"part": "training", "seconds": [1.23456789]})
-    write(file_of("speed"), report.rows, not_measured=[])
-    content = load("speed")
-    assert content["rows"] == [{"part": "training", "seconds": [1.2346]}]
-    assert content["not_measured"] == []
-    assert "torch" in content["environment"]
 
 
 @pytest.mark.parametrize("name", PICTURES)

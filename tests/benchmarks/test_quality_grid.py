@@ -1,13 +1,9 @@
 """Which runs follow from which results: as many trials for each method, and nothing chosen on test."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml  # type: ignore[import-untyped]
-
-from benchmarks.quality.grid import FILE, Run, read_grid
+from benchmarks.quality.grid import Run, read_grid
 from benchmarks.results import file_of, read_rows
 
 GRID = read_grid()
@@ -44,21 +40,3 @@ def test_the_committed_rows_are_those_of_the_grid() -> None:
     keys = {run.key for run in GRID.waiting(rows, list(GRID.tasks), list(GRID.arms))}
     assert {key for key, each in rows.items() if each["stage"] != "alone"} <= keys
     assert {key.split()[0] for key in keys - rows.keys()} == {"cron_expressions"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tasks": ["cities"]}, "names the task 'cities'"),
-        ({"rates": [], "tuned_as": "frozen"}, "tuned as 'frozen', which is no arm with rates"),
-        ({"rates": []}, "has no learning rate"),
-    ],
-)
-def test_a_grid_that_cannot_run_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    content["arms"]["lora_r1"] |= change
-    content["arms"] = {name: content["arms"][name] for name in ("frozen", "lora_r1")}
-    file = tmp_path / "grid.yaml"
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        read_grid(file)

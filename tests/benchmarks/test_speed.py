@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.speed import plan
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.arms import BASE, FULL, HYPERADAPT, METHODS, Arm, adapted
+from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted
 from benchmarks.speed.memory import saved_for_backward
 from benchmarks.speed.metrics import row_of, time_ratio
-from benchmarks.speed.runner import Report, carry_out
-from benchmarks.speed.steps import decode_step, training_step, whole_step
+from benchmarks.speed.steps import decode_step, training_step
 from benchmarks.speed.timing import Spread, interleaved, ratios
 from benchmarks.speed.workloads import linears, llama, random
 
@@ -65,23 +63,6 @@ def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
     assert torch.equal(model(x), base(x)) == (arm in (BASE, FULL))
 
 
-@pytest.mark.parametrize("arm", [BASE, HYPERADAPT, Arm("LoRA", 1)], ids=lambda arm: arm.name)
-def test_a_whole_step_in_half_precision_updates_what_is_trained(arm: Arm) -> None:
-    workload = linears(64, 192)
-    model = adapted(workload.frozen(torch.bfloat16), arm, workload.targets)
-    step = whole_step(workload, model, workload.inputs(1, 8, torch.bfloat16))
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    step()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != parameter.requires_grad
-
-
-def test_what_hyperadapt_trains_is_on_the_device_of_the_base() -> None:
-    workload = linears(64, 192)
-    model = adapted(workload.frozen(torch.float32).to("meta"), HYPERADAPT, workload.targets)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-
-
 def test_a_decoded_token_is_always_at_the_same_place() -> None:
     model = llama(64, 176, heads=4).frozen(torch.float32)
     seen: list[int] = []
@@ -101,18 +82,6 @@ def test_what_is_kept_is_counted_once_and_without_weights() -> None:
     # Views of one tensor are one tensor.
     assert saved_for_backward(layer, lambda x: (2 * x).sin() * 3, x) == 4 * 80
     assert saved_for_backward(layer, layer.requires_grad_(False), x) == 0
-
-
-def test_what_cannot_be_built_is_reported_and_the_rest_measured() -> None:
-    report = Report()
-    carry_out(
-        plan.Run("training", plan.linears_64, [BASE, Arm("VeRA", 4), Arm("VeRA", -1)], tokens=4, rounds=2), report
-    )
-    assert [row["arm"] for row in report.rows] == ["base", "VeRA r=4"]
-    assert all(len(row["seconds"]) == 2 for row in report.rows)
-    (miss,) = report.not_measured
-    assert miss["what"] == "training, linears-64, float32: VeRA r=-1"
-    assert miss["reason"].startswith("RuntimeError: Trying to create tensor with negative dimension")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

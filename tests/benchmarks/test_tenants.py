@@ -1,14 +1,10 @@
-"""A classifier for each tenant: parts that do not overlap, one start for all, and a bank that trains as one by one."""
+"""A classifier for each tenant: parts that do not overlap, and a bank that trains as one by one."""
 
 from collections.abc import Iterator
-from statistics import mean
-from typing import Any
 
 import pytest
 
 from benchmarks.quality.grid import Rates, Run
-from benchmarks.quality.models import quietly
-from benchmarks.quality.training import precision
 from benchmarks.tenants import sources, times, training
 from benchmarks.tenants.sources import KINDS, ROWS, tenants
 from benchmarks.tenants.table import LABELS
@@ -19,7 +15,6 @@ from materials.many_classes import WEBSTER
 from materials.splits import same_text
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
-STILL, USUAL = 1e-9, 0.005
 ROUNDING = 5e-3
 """Of a loss in bfloat16."""
 
@@ -45,18 +40,6 @@ def two_tenants(dictionaries: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
     training.all_tenants.cache_clear()
 
 
-def row(arm: str, rate: float, stage: Any = "trial") -> dict[str, Any]:
-    return carry_out(Run(TASK, arm, stage, 0, 6, Rates(rate, rate, rate)))
-
-
-def unadapted(divisor: int) -> float:
-    """The loss of the heads of such a part of the rows."""
-    with quietly(), precision():
-        return mean(
-            tenant.evaluate(tenant.model("float32"), "validation").loss for tenant in training.all_tenants(divisor)
-        )
-
-
 @pytest.mark.usefixtures("dictionaries")
 def test_every_tenant_has_classes_of_its_own_and_no_text_in_two_parts() -> None:
     every = tenants()
@@ -75,28 +58,12 @@ def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
 
 
 @pytest.mark.usefixtures("two_tenants")
-def test_the_head_alone_is_that_of_all_training_rows() -> None:
-    alone = carry_out(Run(TASK, "frozen", "trial", 0, 0, None))
-    assert alone["validation"]["loss"] == pytest.approx(unadapted(1))
-    assert unadapted(1) != pytest.approx(unadapted(2))
-
-
-@pytest.mark.usefixtures("two_tenants")
-@pytest.mark.parametrize("arm", ["magnitude", "lora_r1"])
-def test_every_arm_starts_from_the_fitted_head_and_leaves_it_as_it_was(arm: str) -> None:
-    before = unadapted(2)
-    moved = row(arm, USUAL)
-    assert abs(moved["validation"]["loss"] - before) > ROUNDING
-    assert 0 < moved["smallest_bytes"] < moved["saved_bytes"]
-    assert row(arm, STILL)["validation"]["loss"] == pytest.approx(before, abs=ROUNDING)
-
-
-@pytest.mark.usefixtures("two_tenants")
 def test_a_bank_trains_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    arm = IN_BANK[0]
-    together = row(arm, USUAL, "final")
+    run = Run(TASK, IN_BANK[0], "final", 0, 6, Rates(0.005, 0.005, 0.005))
+    together = carry_out(run)
     monkeypatch.setattr(training, "IN_BANK", ())
-    alone = row(arm, USUAL, "final")
+    alone = carry_out(run)
+    assert 0 < alone["smallest_bytes"] < alone["saved_bytes"]
     assert together["test"]["loss"] == pytest.approx(alone["test"]["loss"], abs=ROUNDING)
     assert [*together["scores"].values()] == pytest.approx([*alone["scores"].values()], abs=0.02)
 

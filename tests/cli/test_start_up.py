@@ -6,8 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.start_up import COMMANDS, LARGE, SOURCE, prepare
-
+SOURCE = Path(__file__).parent.parent.parent / "src"
+HELP = ("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config")
+START = (
+    *("dvora inspect EMPTY", "dvora count EMPTY", "dvora merge EMPTY --output OUT", "dvora analyze EMPTY"),
+    *("dvora convert EMPTY --to dora --output OUT", "dvora doctor EMPTY"),
+    *("dvora report RUN", "dvora evaluate RUN", "dvora generate RUN text", "dvora predict RUN rows.csv"),
+    "dvora train --task text-classification --model EMPTY --data rows.csv",
+)
+LARGE = (
+    *("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "matplotlib"),
+    *("torchao", "bitsandbytes", "hqq", "deepspeed", "scipy", "sklearn"),
+)
 # PEFT and transformers import the last four where they are installed, which no command that uses PEFT can prevent.
 FOR_PEFT = {"torch", "transformers", "peft", "accelerate", "torchao", "bitsandbytes", "hqq", "scipy"}
 FOR_DATA = FOR_PEFT | {"datasets", "pandas", "pyarrow"}
@@ -33,6 +43,16 @@ for command in commands:
 """
 
 
+def prepare(folder: Path) -> None:
+    """Make what the commands name: all that is found without large packages is right, the model is not there."""
+    (folder / "EMPTY").mkdir()
+    (folder / "RUN").mkdir()
+    (folder / "rows.csv").write_text("text,label\ngood,yes\n")
+    settings = {"task": "text-classification", "model": str(folder / "EMPTY"), "data": [str(folder / "rows.csv")]}
+    record = {"state": "finished", "settings": settings, "labels": ["no", "yes"], "data": {"files": {}}, "metrics": {}}
+    (folder / "RUN" / "run.json").write_text(json.dumps(record))
+
+
 def imported_after(folder: Path, *commands: str) -> dict[str, set[str]]:
     """The large packages that are there after each command, when a new process runs one after the other.
 
@@ -51,14 +71,14 @@ def imported_after(folder: Path, *commands: str) -> dict[str, set[str]]:
 
 
 def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
-    found = imported_after(tmp_path, "import dvora", *COMMANDS["help"], "dvora.DVoRAAdapter")
+    found = imported_after(tmp_path, "import dvora", *HELP, "dvora.DVoRAAdapter")
     assert found.pop("dvora.DVoRAAdapter") == {"torch"}
     assert not {command: names for command, names in found.items() if names}
 
 
 def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
     prepare(tmp_path)
-    allowed = {command: ALLOWED[command.split()[1]] for command in COMMANDS["start"]}
+    allowed = {command: ALLOWED[command.split()[1]] for command in START}
     found = imported_after(tmp_path, *sorted(allowed, key=lambda command: len(allowed[command])))
     assert not {command: names - allowed[command] for command, names in found.items() if names - allowed[command]}
     assert all("torch" in names for names in found.values())

@@ -2,7 +2,6 @@
 
 from .bank import AdapterBank, BankStats
 from .hooks import Batch
-from .tenant_adamw import TenantAdamW
 from .training import TrainableAdapters, TrainedRows
 
-__all__ = ["AdapterBank", "BankStats", "Batch", "TenantAdamW", "TrainableAdapters", "TrainedRows"]
+__all__ = ["AdapterBank", "BankStats", "Batch", "TrainableAdapters", "TrainedRows"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import threading
@@ -22,6 +21,7 @@ from ..adapter_file.packs import OnProgress, Pack, PackedSource
 from ..adapter_file.values import AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from ..adapter_file.values_file import VALUES
 from ..flat import Layout
+from ..text import did_you_mean
 from .factor_rows import FactorRows, check_dtype
 from .hooks import Batch, Batches, check_unchanged, check_without_bank
 from .served import ServedModel
@@ -403,7 +403,7 @@ class AdapterBank:
         if base.nbytes > self._host.limit:
             raise ValueError(f"host_bytes={self._host.limit} cannot hold one adapter, which takes {base.nbytes} bytes")
         slots = Slots(self._slot_count, base, rows.places, served.device)
-        return _Fitted(served, rows, slots, served.hook(self._batches, slots))
+        return _Fitted(served, rows, slots, served.hook(self._batches))
 
     def _unfit(self) -> None:
         """Free the layers that are hooked, if any are."""
@@ -505,9 +505,8 @@ class AdapterBank:
         self._batches.check_open()
         with self._lock:
             if missing := [name for name in names if name not in self._adapters]:
-                near = difflib.get_close_matches(missing[0], list(self._adapters), 1)
-                hint = f"; the nearest is {near[0]!r}" if near else ""
-                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank{hint}")
+                hint = did_you_mean(missing[0], self._adapters)
+                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank, {hint}")
             return [self._adapters[name] for name in names]
 
     def _rows_of(self, adapters: Sequence[_Adapter]) -> dict[str, AdapterRow]:

@@ -22,7 +22,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,11 +30,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
-from .slots import GatheredRows, HeadGroup, ServedHead, Slots
+from .slots import GatheredRows, HeadGroup, ServedHead
 
 _ENTER = {
     contextlib._GeneratorContextManager.__enter__.__code__,
@@ -94,8 +92,6 @@ class Batches:
         self._running: set[Batch] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self.key = next(_keys)
-        _of_key[self.key] = self
 
     @contextmanager
     def entered(self, rows: GatheredRows) -> Iterator[Batch]:
@@ -171,7 +167,14 @@ class Batches:
 
         Raises:
             ValueError: it is in none.
+            RuntimeError: it is compiled, exported, traced or transformed: a graph would give later batches the adapters
+                of this one.
         """
+        if is_traced():
+            raise RuntimeError(
+                "a model in an AdapterBank cannot be compiled, exported, traced or transformed by torch.func: call it "
+                "as it is, or export it with its adapters (dvora export)"
+            )
         batch = self.current()
         if batch is None:
             self._refuse()
@@ -223,33 +226,6 @@ def _generators(frame: FrameType) -> frozenset[FrameType]:
     )
 
 
-_of_key: weakref.WeakValueDictionary[int, Batches] = weakref.WeakValueDictionary()
-"""The batches of each bank by a number, since a compiled graph holds no other objects."""
-_keys = count()
-
-
-@torch.library.custom_op("dvora::slots_of_rows", mutates_args=())
-def slots_of_rows(key: int, rows: int, device: torch.device) -> Tensor:
-    """The slot of each row of the batch that a compiled graph runs in, asked for when it runs."""
-    return _of_key[key].required().rows.index(rows).clone()
-
-
-@slots_of_rows.register_fake
-def _(key: int, rows: int, device: torch.device) -> Tensor:
-    return torch.empty(rows, dtype=torch.long, device=device)
-
-
-@torch.library.custom_op("dvora::heads_of_rows", mutates_args=())
-def heads_of_rows(key: int, part: str, rows: int, of_base: Tensor) -> Tensor:
-    """A part of the head of each row, of the base's shape, asked for as `slots_of_rows` is."""
-    return _of_key[key].required().rows.part(part, rows, of_base.shape)
-
-
-@heads_of_rows.register_fake
-def _(key: int, part: str, rows: int, of_base: Tensor) -> Tensor:
-    return of_base.new_empty(rows, *of_base.shape)
-
-
 class ServedLayer(NamedTuple):
     """One layer, with the frozen side of all adapters."""
 
@@ -297,10 +273,10 @@ def frozen_tensors(layer: nn.Module, layer_type: LayerType) -> tuple[tuple[Mappi
 
 
 class _Hook:
-    """What hooks have in common: they hold a running bank, which cannot be copied with the model."""
+    """What hooks have in common: they hold a running bank, which cannot be copied with the model, nor be in a graph."""
 
-    def __init__(self, batches: Batches, slots: Slots) -> None:
-        self.batches, self.slots = batches, slots
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an AdapterBank serves this model, so it cannot be copied or saved as a whole; close the bank")
@@ -312,32 +288,22 @@ class LayerHook(_Hook):
     Args:
         layer: the layer.
         position: among the layers of the bank.
-        batches, slots: of the bank.
+        batches: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, position: int, batches: Batches, slots: Slots) -> None:
-        super().__init__(batches, slots)
-        self.layer, self.position, self.place = layer, position, slots.places[position]
+    def __init__(self, layer: ServedLayer, position: int, batches: Batches) -> None:
+        super().__init__(batches)
+        self.layer, self.position = layer, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         layer = self.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         check_gradient(module, layer.layer_type, x, base_output, layer.name)
-        if is_traced():
-            factors, dropout = self._traced(len(x), base_output), None
-        else:
-            rows = self.batches.required().rows
-            dtype = layer.adapted.w.dtype
-            factors, dropout = rows.factors(self.position, len(x), base_output.dim(), dtype), rows.dropout
-        adapter = ActiveAdapter(layer.adapted, factors, dropout)
+        rows = self.batches.required().rows
+        factors = rows.factors(self.position, len(x), base_output.dim(), layer.adapted.w.dtype)
+        adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
         bias = bias_of(module, layer.measured_bias)
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
-
-    def _traced(self, rows: int, base_output: Tensor) -> Factors:
-        place, factors = self.place, self.slots.factors
-        index = torch.ops.dvora.slots_of_rows(self.batches.key, rows, factors.device)
-        values = factors[:, place.start : place.stop].index_select(0, index)
-        return Factors.of_rows(values.to(self.layer.adapted.w.dtype), place.rank, base_output.dim())
 
 
 class _Skeleton(threading.local):
@@ -354,11 +320,11 @@ class HeadHook(_Hook):
 
     Args:
         head: the head.
-        batches, slots: of the bank.
+        batches: of the bank.
     """
 
-    def __init__(self, head: ServedHead, batches: Batches, slots: Slots) -> None:
-        super().__init__(batches, slots)
+    def __init__(self, head: ServedHead, batches: Batches) -> None:
+        super().__init__(batches)
         self.head = head
         self._skeleton = _Skeleton(head.skeleton)
 
@@ -372,8 +338,6 @@ class HeadHook(_Hook):
             )
         self._skeleton.module.train(module.training)
         count = len(args[0])
-        if is_traced():
-            return self._traced(args, base_output)
         batch = self.batches.required()
         groups = batch.rows.heads(head, count)
         parts = [self._outputs(group, args) for group in groups]
@@ -396,18 +360,6 @@ class HeadHook(_Hook):
         inputs = tuple(x.unsqueeze(0) for x in inputs)
         output: Tensor = functional_call(self._skeleton.module, parameters, inputs)
         return output.squeeze(0)
-
-    def _traced(self, args: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
-        factors, key, rows = self.slots.factors, self.batches.key, len(args[0])
-        index = torch.ops.dvora.slots_of_rows(key, rows, factors.device)
-        of_base = self.slots.heads[-1]
-        parameters = {
-            name.removeprefix(f"{self.head.name}."): torch.ops.dvora.heads_of_rows(key, name, rows, of_base[name])
-            for name in (part.name for part in self.head.parts)
-        }
-        outputs = self._outputs(HeadGroup(None, parameters), args)
-        is_base = (index == len(factors) - 1).view(-1, *(1,) * (outputs.dim() - 1))
-        return torch.where(is_base, base_output, outputs)
 
 
 def _padded(outputs: Tensor, width: int) -> Tensor:
@@ -436,7 +388,7 @@ class OutputHook(_Hook):
     """The forward hook of the model: a backward pass that begins at its outputs is the batch's."""
 
     def __call__(self, _module: nn.Module, _args: object, outputs: object) -> None:
-        if is_traced() or not torch.is_grad_enabled() or (batch := self.batches.current()) is None:
+        if not torch.is_grad_enabled() or (batch := self.batches.current()) is None:
             return
         running = weakref.ref(batch)
 

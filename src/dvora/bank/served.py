@@ -7,9 +7,11 @@ because the module around it reads its weight, cannot be served.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from .hooks import (
     check_without_bank,
     frozen_tensors,
 )
-from .slots import ServedHead, Slots
+from .slots import ServedHead
 
 
 class ServedModel:
@@ -80,16 +82,19 @@ class ServedModel:
         if len({value.dtype for value in self.own_heads.values()}) > 1:
             raise ValueError("model: its heads have several dtypes; cast them to one")
 
-    def hook(self, batches: Batches, slots: Slots) -> list[RemovableHandle]:
+    def hook(self, batches: Batches) -> list[RemovableHandle]:
         """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
+        if "torch._dynamo" in sys.modules:
+            # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
+            torch.compiler.reset()
         share_inputs(self.model)
         hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [
-            (layer.module, LayerHook(layer, position, batches, slots)) for position, layer in enumerate(self.layers)
+            (layer.module, LayerHook(layer, position, batches)) for position, layer in enumerate(self.layers)
         ]
-        hooks += [(head.module, HeadHook(head, batches, slots)) for head in self.heads]
+        hooks += [(head.module, HeadHook(head, batches)) for head in self.heads]
         # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
         handles = [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks]
-        return [*handles, self.model.register_forward_hook(OutputHook(batches, slots))]
+        return [*handles, self.model.register_forward_hook(OutputHook(batches))]
 
     def unhook(self, handles: Sequence[RemovableHandle]) -> None:
         """Take the hooks back."""

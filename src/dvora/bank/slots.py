@@ -127,7 +127,7 @@ class Slots:
     """
 
     def __init__(self, count: int, base: AdapterRow, places: Sequence[LayerPlace], device: torch.device) -> None:
-        self.count, self.places = count, places
+        self.count = count
         self._lengths = [length for place in places for length in place.lengths]
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
@@ -386,28 +386,6 @@ class GatheredRows:
             groups.append(HeadGroup(who, parameters))
         return groups
 
-    def part(self, name: str, rows: int, shape: torch.Size) -> Tensor:
-        """One part of the heads of all rows, for a compiled graph.
-
-        Raises:
-            ValueError: a head has another shape than the graph was made for.
-        """
-        heads = self._heads()
-        parts = [heads[place][name] for place in self.rows.of(rows).tolist()]
-        if any(part.shape != shape for part in parts):
-            raise ValueError(f"{name}: heads of several numbers of outputs run without torch.compile only")
-        return torch.stack(parts)
-
     def of_base(self, rows: int) -> Tensor | None:
         """Which rows are the base's; None where none can be."""
         return None if self._base is None else self.rows.of(rows) == self._base
-
-    def index(self, rows: int) -> Tensor:
-        """The slot of each row, for a compiled graph, which cannot train.
-
-        Raises:
-            RuntimeError: the rows have no slots, since they are trained.
-        """
-        if self._base is None:
-            raise RuntimeError("adapters of a bank are trained without torch.compile; call the model itself")
-        return self.rows.of(rows)

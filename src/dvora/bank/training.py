@@ -1,31 +1,33 @@
-"""Many adapters of a bank trained in one step: rows of one parameter, gathered by the rows of a batch.
+"""Many adapters of a bank trained in one step: each has parameters of its own, gathered by the rows of a batch.
 
 The gradient of one adapter comes from its own rows of the batch only, so a step equals one of each adapter alone.
 
 Dimensions: N adapters in training, n of them in a batch, B rows of a batch, S values of an adapter's vectors, H of its
-heads, F values of a factor row.
+head, F values of a factor row.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter_file.values import AdapterValues
-from ..adapter_file.values_file import Shape
-from ..functional import Vectors
 from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
 from ..tensors import Float
+from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, grouped, magnitude_rate
 from .factor_rows import FactorRows
 from .hooks import Batches, check_unchanged
 from .slots import GatheredRows, RowIndex, check_names, saved_here
 
+_VECTORS = GROUPS[:-1]
+"""In the order in which a layer has them."""
 _SHARED = ("train", "dvora_dropout", "detach_norm")
 """Settings that all adapters trained together have in common."""
 
@@ -33,8 +35,8 @@ _SHARED = ("train", "dvora_dropout", "detach_norm")
 class TrainableAdapters:
     """Adapters of one bank in training; made by `AdapterBank.trainable`.
 
-    `vectors` (N, S), float32, and `heads` (N, H) are the parameters; `dvora.bank.TenantAdamW` steps each adapter by
-    itself. Heads with fewer outputs than others are filled up with zeros, which nothing reads.
+    Every adapter has a parameter of each kind: "magnitude", "lambda_b" and "lambda_d" of all its layers, float32, and
+    "head". So an optimizer of `torch.optim` has moments and steps of each, and leaves those alone that got no gradient.
 
     Args:
         rows: how adapters become factor rows on the bank's model.
@@ -58,14 +60,21 @@ class TrainableAdapters:
         device, own_heads = self.served.device, self.served.own_heads
         started = [own_heads if start is None else self.served.heads_of(start.whole) for start in values.values()]
         self.head_shapes = [{name: tuple(values.shape) for name, values in heads.items()} for heads in started]
-        self._largest = {
-            name: [max(sizes) for sizes in zip(*(h[name].shape for h in started), strict=True)] for name in own_heads
-        }
-        vectors = [rows.start if start is None else rows.vector(start) for start in values.values()]
-        self.vectors = nn.Parameter(torch.stack(vectors).to(device))
-        self.heads = nn.Parameter(torch.stack([self._joined(heads) for heads in started]).to(device))
-        self.stepped: set[int] = set()
-        """Places of the adapters that a gradient has come for since the last step."""
+        kinds = [field for _ in self.served.layers for field in _VECTORS]
+        of_values = [kind for kind, length in zip(kinds, rows.lengths, strict=True) for _ in range(length)]
+        self._columns = torch.tensor([i for kind in _VECTORS for i, of in enumerate(of_values) if of == kind])
+        self._order = self._columns.argsort().to(device)
+        self._lengths = [of_values.count(kind) for kind in _VECTORS]
+        self.parameters_of: dict[str, dict[Group, nn.Parameter]] = {}
+        """Of each adapter by kind, those that are not trained and those without values included."""
+        for (name, start), heads in zip(values.items(), started, strict=True):
+            vector = (rows.start if start is None else rows.vector(start))[self._columns].to(device)
+            parts: dict[Group, Tensor] = dict(zip(_VECTORS, vector.split(self._lengths), strict=True))
+            parts["head"] = torch.cat([part.flatten() for part in heads.values()] or [vector[:0]]).to(device)
+            self.parameters_of[name] = {
+                kind: nn.Parameter(part.clone(), requires_grad=kind == "head" or kind in self.config.train)
+                for kind, part in parts.items()
+            }
         self._place = {name: place for place, name in enumerate(self.names)}
         self._dropout = nn.Dropout(self.config.dvora_dropout)
         for module in self.served.model.modules():
@@ -84,17 +93,16 @@ class TrainableAdapters:
         """
         check_names(names, repeats=1)
         check_unchanged(self.served.layers)
-        places = [self.place(name) for name in names]
-        present = sorted(set(places))
-        position = {place: position for position, place in enumerate(present)}
+        present = sorted(set(names), key=self.place)
+        position = {name: position for position, name in enumerate(present)}
         self._dropout.train(self.served.model.training and self._dropout.p > 0)
-        index = RowIndex([position[place] for place in places], 1, self.vectors.device)
+        index = RowIndex([position[name] for name in names], 1, self.served.device)
         trained = TrainedRows(self, present, index, self._dropout if self._dropout.training else None)
         with self._batches.entered(trained.gathered):
             yield trained
 
     def place(self, name: str) -> int:
-        """The row of an adapter in both parameters.
+        """Where an adapter stands among the names.
 
         Raises:
             ValueError: it is not trained here.
@@ -106,19 +114,79 @@ class TrainableAdapters:
 
     @torch.no_grad()
     def flat_vector(self, name: str) -> Float[Tensor, "SH"]:
-        """An adapter as a flat vector in the order of `dvora.flat.Layout`, on the CPU: its vectors, then its heads."""
-        place = self.place(name)
-        heads = self.split_heads(self.heads[place])
-        parts = [_within(heads[part], shape).flatten() for part, shape in self.head_shapes[place].items()]
-        return torch.cat([self.vectors[place].cpu(), *(values.to("cpu", torch.float32) for values in parts)])
+        """An adapter as a flat vector in the order of `dvora.flat.Layout`, on the CPU: its vectors, then its head."""
+        self.place(name)
+        return torch.cat([self._vectors([name])[0].cpu(), self.parameters_of[name]["head"].to("cpu", torch.float32)])
 
     def parameters(self) -> list[nn.Parameter]:
-        """Both parameters, of which heads may be empty."""
-        return [self.vectors, self.heads]
+        """All that is trained."""
+        return [p for own in self.parameters_of.values() for p in own.values() if p.requires_grad and p.numel()]
+
+    def parameter_groups(
+        self,
+        learning_rate: float = LAMBDA_RATE,
+        *,
+        weight_decay: float = 0.0,
+        learning_rates: Mapping[Group, float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """All that is trained by kind, for an optimizer of `torch.optim`; with `foreach=True` it steps all at once.
+
+        Args:
+            learning_rate: of lambda_b and lambda_d.
+            weight_decay: of all but magnitudes, see `dvora.training.parameter_groups`.
+            learning_rates: by kind; what is left out is as `dvora.training.recommended_rates` has it.
+
+        Returns:
+            One dictionary a kind that is trained: `name`, `params`, `lr`, `weight_decay`.
+
+        Raises:
+            ValueError: a kind is unknown or not trained, or a number is not finite or negative.
+        """
+        members: dict[Group, list[Tensor]] = {
+            kind: [p for own in self.parameters_of.values() if (p := own[kind]).requires_grad and p.numel()]
+            for kind in next(iter(self.parameters_of.values()))
+        }
+        # From the base's rows, which all adapters share.
+        magnitude = magnitude_rate(torch.cat([layer.adapted.w for layer in self.served.layers]), learning_rate)
+        usual: dict[Group, float] = {"magnitude": magnitude, "head": HEAD_RATE}
+        rates = {kind: rate for kind, rate in usual.items() if members[kind]} | dict(learning_rates or {})
+        return grouped(members, learning_rate, weight_decay=weight_decay, learning_rates=rates)
+
+    def clip_grad_norm_(self, max_norm: float) -> dict[str, float]:
+        """Clip the norm of each adapter's own gradient; one that is not finite is dropped, with a warning.
+
+        So the next step of the optimizer leaves that adapter as it is, and the others go on.
+
+        Args:
+            max_norm: of an adapter; infinite: only look whether gradients are finite.
+
+        Returns:
+            The norms by name, as they were, of adapters that have a gradient.
+        """
+        with_gradient = {
+            name: parameters
+            for name, own in self.parameters_of.items()
+            if (parameters := [p for p in own.values() if p.grad is not None])
+        }
+        if not with_gradient:
+            return {}
+        found = [nn.utils.clip_grad_norm_(parameters, max_norm) for parameters in with_gradient.values()]
+        norms: dict[str, float] = dict(zip(with_gradient, torch.stack(found).tolist(), strict=True))
+        if diverged := [name for name, norm in norms.items() if not isfinite(norm)]:
+            for name in diverged:
+                for parameter in with_gradient[name]:
+                    parameter.grad = None
+            warnings.warn(
+                f"the gradient of {', '.join(map(repr, diverged[:5]))} ({len(diverged)} of {len(norms)} adapters) is "
+                "not finite; the step leaves their values as they are, and the others go on",
+                stacklevel=2,
+            )
+        return norms
 
     def state_dict(self) -> dict[str, Any]:
         """Names and values, for a checkpoint beside the optimizer's."""
-        return {"names": self.names, "vectors": self.vectors.detach(), "heads": self.heads.detach()}
+        heads = [own["head"].detach() for own in self.parameters_of.values()]
+        return {"names": self.names, "vectors": self._vectors(self.names).detach(), "heads": heads}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -127,51 +195,41 @@ class TrainableAdapters:
         Raises:
             ValueError: it is of other adapters, or of these in another order.
         """
-        shapes = [tuple(state[part].shape) for part in ("vectors", "heads")]
-        expected = [tuple(parameter.shape) for parameter in self.parameters()]
+        shapes, expected = (
+            [tuple(of["vectors"].shape), [len(head) for head in of["heads"]]] for of in (state, self.state_dict())
+        )
         if tuple(state["names"]) != self.names or shapes != expected:
             raise ValueError(
-                f"the checkpoint has {len(state['names'])} adapters ({', '.join(state['names'][:5])}, ...) of shapes "
-                f"{shapes}, and here are {len(self.names)} ({', '.join(self.names[:5])}, ...) of {expected}; call "
-                "bank.trainable with the same names in the same order"
+                f"the checkpoint has {len(state['names'])} adapters ({', '.join(state['names'][:5])}, ...) of "
+                f"{shapes[0][-1]} values, and here are {len(self.names)} ({', '.join(self.names[:5])}, ...) of "
+                f"{expected[0][-1]}, or their heads differ; call bank.trainable with the same names in the same order"
             )
-        self.vectors.copy_(state["vectors"])
-        self.heads.copy_(state["heads"])
+        for own, vector, head in zip(self.parameters_of.values(), state["vectors"], state["heads"], strict=True):
+            parts = [*vector[self._columns.to(vector.device)].split(self._lengths), head]
+            for parameter, values in zip(own.values(), parts, strict=True):
+                parameter.copy_(values)
 
-    def values_of(self, kind: str) -> Tensor:
-        """Which of the S values belong to one kind of vector ("magnitude", "lambda_b", "lambda_d"), as a mask."""
-        kinds = torch.tensor([field == kind for field in Vectors._fields]).repeat(len(self.served.layers))
-        return kinds.repeat_interleave(torch.tensor(self._rows.lengths)).to(self.vectors.device)
+    def heads_of(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """The heads of adapters by their parts."""
+        heads = []
+        for name in names:
+            shapes = self.head_shapes[self.place(name)]
+            parts = self.parameters_of[name]["head"].split([prod(shape) for shape in shapes.values()])
+            heads.append({part: flat.view(shape) for (part, shape), flat in zip(shapes.items(), parts, strict=True)})
+        return heads
 
-    def gathered(self, parameter: nn.Parameter, places: Sequence[int]) -> Tensor:
-        """Rows of a parameter; the next step moves their adapters if a gradient comes for them."""
-        rows = parameter.index_select(0, torch.tensor(places, device=parameter.device))
-        if rows.requires_grad:
-            rows.register_hook(lambda _: self.stepped.update(places))
-        return rows
-
-    def factors(self, places: Sequence[int]) -> Float[Tensor, "n F"]:
+    def factors(self, names: Sequence[str]) -> Float[Tensor, "n F"]:
         """The factor rows of adapters, with a graph."""
-        return self._rows.of_vectors(self.gathered(self.vectors, places))
+        return self._rows.of_vectors(self._vectors(names))
 
-    def split_heads(self, heads: Float[Tensor, "*n H"]) -> dict[str, Tensor]:
-        """Heads by their parts, filled up."""
-        parts = heads.split([prod(shape) for shape in self._largest.values()], -1)
-        return {
-            name: part.unflatten(-1, shape) if shape else part.squeeze(-1)
-            for (name, shape), part in zip(self._largest.items(), parts, strict=True)
-        }
+    def version(self, names: Sequence[str]) -> int:
+        """A number that is another one as soon as a value of these adapters was written to."""
+        return sum(parameter._version for name in names for parameter in self.parameters_of[name].values())
 
-    def _joined(self, heads: Mapping[str, Tensor]) -> Float[Tensor, "H"]:
-        """The parts of a head, filled up with zeros, as one row."""
-        if not heads:
-            return torch.empty(0)
-        rows = []
-        for name, values in heads.items():
-            filled = values.new_zeros(self._largest[name])
-            _within(filled, tuple(values.shape)).copy_(values)
-            rows.append(filled.flatten())
-        return torch.cat(rows)
+    def _vectors(self, names: Sequence[str]) -> Float[Tensor, "n S"]:
+        own = [self.parameters_of[name] for name in names]
+        by_kind = [torch.stack([parameters[kind] for parameters in own]) for kind in _VECTORS]
+        return torch.cat(by_kind, 1).index_select(1, self._order)
 
     def _common_config(self, values: Mapping[str, AdapterValues | None]) -> Any:
         """The configuration of the adapters, whose settings of training are the same; new ones take these."""
@@ -206,26 +264,23 @@ class TrainableAdapters:
                 )
 
 
-def _within(filled: Tensor, shape: Shape) -> Tensor:
-    """A tensor of a shape in the one that it was filled up to."""
-    return filled if filled.shape == shape else filled[tuple(slice(size) for size in shape)]
-
-
 class TrainedRows:
     """Rows of adapters in training; their factors are made once in a pass of the model.
 
     Args:
         adapters: in training.
-        present: the places of those in the batch, n of them.
+        present: the names of those in the batch, n of them.
         rows: the position of each row's adapter among those.
         dropout: of the inputs of updates.
     """
 
     def __init__(
-        self, adapters: TrainableAdapters, present: Sequence[int], rows: RowIndex, dropout: nn.Module | None
+        self, adapters: TrainableAdapters, present: Sequence[str], rows: RowIndex, dropout: nn.Module | None
     ) -> None:
         self._adapters, self._present, self._rows = adapters, present, rows
-        self.gathered = GatheredRows(rows, adapters.row_lengths, self._matrix, self._heads, dropout=dropout)
+        self.gathered = GatheredRows(
+            rows, adapters.row_lengths, self._matrix, lambda: adapters.heads_of(present), dropout=dropout
+        )
         self._cached: _OfPass | None = None
 
     def loss(self, losses: Float[Tensor, "B"], weights: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
@@ -249,19 +304,10 @@ class TrainedRows:
         totals = torch.where(totals == 0, 1, totals)
         return (losses * weights / totals.index_select(0, index)).sum()
 
-    def _heads(self) -> list[dict[str, Tensor]]:
-        adapters = self._adapters
-        heads = adapters.split_heads(adapters.gathered(adapters.heads, self._present))
-        parts = {name: part.unbind() for name, part in heads.items()}
-        return [
-            {name: _within(parts[name][position], shape) for name, shape in adapters.head_shapes[place].items()}
-            for position, place in enumerate(self._present)
-        ]
-
     def _matrix(self) -> Tensor:
         """The factor rows of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
-        current, cached, version = current_pass(), self._cached, self._adapters.vectors._version
-        state = (version, torch.is_grad_enabled())
+        current, cached = current_pass(), self._cached
+        state = (self._adapters.version(self._present), torch.is_grad_enabled())
         if cached is None or cached.state != state or (current is not None and cached.in_pass is not current):
             # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
             with saved_here():
@@ -272,5 +318,5 @@ class TrainedRows:
 class _OfPass(NamedTuple):
     in_pass: object | None
     state: tuple[int, bool]
-    """The version of the vectors, and whether gradients were recorded."""
+    """The version of the values, and whether gradients were recorded."""
     factors: Tensor

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tools.pages.text import listed
+from ..text import listed
 from .errors import check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet
 

@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..extras import missing
+from ..text import nearest
 from .output import print_line, results_alone
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
@@ -197,4 +197,4 @@ def nearest_option(typed: str, options: Sequence[str]) -> str | None:
     words = {option: option.lstrip("-").split("-") for option in options}
     by_initials = [option for option, parts in words.items() if "".join(part[0] for part in parts) == name]
     by_word = [option for option, parts in words.items() if name in parts]
-    return next(iter((*by_initials, *get_close_matches(f"--{name}", options, n=1), *by_word)), None)
+    return next(iter((*by_initials, *nearest(f"--{name}", options), *by_word)), None)

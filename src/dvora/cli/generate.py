@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from ..tools.pages.text import visible
+from ..text import visible
 from .errors import UsageError, check_there, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.text import shown, visible
+from ..text import shown, visible
 
 _BASE = "The base model"
 Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]

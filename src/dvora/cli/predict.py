@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..tools.pages.text import shown as as_text
-from ..tools.pages.text import visible
+from ..text import shown as as_text
+from ..text import visible
 from .errors import UsageError, check_there, check_writable, one_line, wrong_input
 from .output import Debug, Download, Json, Output, OwnCode, Quiet, SecondTextColumn, TextColumn, results
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..tools.pages.text import visible
+from ..text import visible
 from .output import print_line
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from ..tools.pages.text import did_you_mean, shown
+from ..text import did_you_mean, shown
 from .files import parsed_yaml, read_small
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]

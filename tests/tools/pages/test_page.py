@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from dvora.tools.pages.page import Section, Table, matrix, page
 from dvora.tools.pages.pictures import axes_of, new_figure, svg
@@ -34,6 +35,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_page_has_the_same_bytes() -> None:
     assert example() == example()
+
+
+def test_an_image_in_a_cell_is_left_as_it_is() -> None:
+    image = Markup('<img alt="a cat">\n')
+    assert str(image) in page("Title", "Lead.", [Section("Rows", tables=[Table([{"row": image}])])], "foot")
 
 
 def test_text_is_text() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ...tools.pages.text import did_you_mean, listed
+from ...text import did_you_mean, listed
 from ..settings import Settings
 from .tables import Note
 

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ...tools.pages.text import did_you_mean, listed
+from ...text import did_you_mean, listed
 from ..files import check_no_device
 
 Note = Callable[[str], None]

@@ -11,7 +11,7 @@ from peft import PeftModel, PeftType
 
 from ...adapter_file.expressions import check_expressions
 from ...adapter_file.values_file import LARGEST_SETTINGS, PICKLED, SETTINGS, VALUES, read_header
-from ...tools.pages.text import did_you_mean
+from ...text import did_you_mean
 from ..files import check_readable, read_json
 from ..run_folder import ADAPTER, RECORD, checked_labels
 from .bases import quiet_transformers

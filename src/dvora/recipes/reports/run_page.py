@@ -12,11 +12,11 @@ import numpy as np
 from markupsafe import Markup, escape
 from peft import PeftModel
 
+from ...text import shown
 from ...tools.analysis import analyze
 from ...tools.analysis.pictures import magnitude_and_direction
 from ...tools.doctor import examine
 from ...tools.pages.page import Section, Table, matrix, page
-from ...tools.pages.text import shown
 from ...whole_files import write_atomically
 from ..data.images import opened_image
 from ..models.hub import offline

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...tools.pages.text import shown
+from ...text import shown
 
 GREATER_IS_BETTER = {"accuracy": True, "rmse": False, "loss": False}
 """The metric that a task is judged by: the first of these that it has."""

@@ -5,7 +5,7 @@ from math import isfinite, sqrt
 from statistics import fmean
 from typing import Any
 
-from ...tools.pages.text import shown
+from ...text import shown
 from .metrics import GREATER_IS_BETTER
 
 CHANGE = 0.02

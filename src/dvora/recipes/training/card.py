@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ...adapter_file.card import NEEDS, is_name_on_hub
-from ...tools.pages.text import shown, visible
+from ...text import shown, visible
 from ..models.bases import AUTO_CLASSES, TASK_TYPES
 from ..settings import Settings
 from ..tasks.metrics import metric_rows

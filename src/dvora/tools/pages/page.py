@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .text import shown
+from ...text import shown
 
 LONG_CELL = 30
 """Letters of a cell from which a table is one of text, whose rows are set as paragraphs on a phone."""
@@ -76,7 +76,7 @@ def page(
     """
     template = _TEMPLATES.get_template("page.html")
     return template.render(
-        title=title, lead=lead, sections=sections, foot=foot, verdict=verdict, figures=figures, shown=shown,
+        title=title, lead=lead, sections=sections, foot=foot, verdict=verdict, figures=figures, shown=_shown,
         OUTCOMES=OUTCOMES,
     ) + "\n"  # fmt: skip
 
@@ -96,7 +96,11 @@ def matrix(
         for name, line in zip(rows, cells, strict=True)
     ]
     template = _TEMPLATES.get_template("matrix.html")
-    return Markup(template.render(rows=named, columns=columns, description=description, shown=shown))
+    return Markup(template.render(rows=named, columns=columns, description=description, shown=_shown))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, Markup) else shown(value)
 
 
 def _class_of(cells: Sequence[Any]) -> str:

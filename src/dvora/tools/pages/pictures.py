@@ -9,7 +9,7 @@ from cycler import cycler
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from .text import visible
+from ...text import visible
 
 COLOURS = ("#3b82c4", "#e08a2c", "#3fa35b", "#c4524f", "#8f6fc0", "#9c6f5c", "#cf76b0", "#8a8a8a", "#a8a832", "#35a8b5")
 """Distinguishable on white and on black: matplotlib's ten, with similar brightness."""

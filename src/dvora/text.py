@@ -6,8 +6,6 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
-from markupsafe import Markup
-
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of what is not seen but acts: escape sequences, marks that turn the reading direction ..."""
 JOINERS = "\u200c\u200d"
@@ -29,7 +27,7 @@ def visible(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as text: numbers to four digits, lists and mappings in a line; text made visible, HTML as it is."""
+    """A value as text: numbers to four digits, lists and mappings in a line; text made visible."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -42,14 +40,19 @@ def shown(value: Any) -> str:
         return ", ".join(f"{visible(str(name))} {shown(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
-    return value if isinstance(value, Markup) else visible(str(value))
+    return visible(str(value))
+
+
+def nearest(name: str, names: Iterable[str], most: int = 1) -> list[str]:
+    """The names that are most like a given one, the likeliest first; none where none is."""
+    compared = [other for other in islice(sorted(names), MANY) if len(other) <= LONG]
+    return get_close_matches(name.lower(), compared, n=most, cutoff=0.6) if len(name) <= LONG else []
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A half sentence to append to an error: the nearest of the names that there are, else the first of them."""
     names = sorted(names)
-    compared = [other for other in islice(names, MANY) if len(other) <= LONG]
-    if len(name) <= LONG and (near := get_close_matches(name.lower(), compared, n=1, cutoff=0.6)):
+    if near := nearest(name, names):
         return f"did you mean {near[0]!r}?"
     return f"expected one of {listed(names)}" if names else "there are none"
 
