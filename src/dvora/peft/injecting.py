@@ -6,7 +6,6 @@ first, and what is known by then (`Target`, `PreparedTarget`) is what the layers
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import warnings
@@ -29,6 +28,7 @@ from ..matrices import philox
 from ..matrices.interface import DISTRIBUTIONS, SharedProjections
 from ..matrices.vera import vera_sizes
 from ..tensors import bias_of, full_tensor, is_fully_sharded, is_partitioned
+from ..text import nearest
 from ..weight import MAGNITUDE_ONLY, AdaptedWeight
 from .base_weight import readable_weight, stored_weight
 from .layer import DVoRALayer, DVoRALinear, shared_projections
@@ -265,7 +265,7 @@ def _closest(name: str, model: nn.Module) -> str:
     types = (*LAYER_TYPES, nn.MultiheadAttention, DVoRALayer)
     adaptable = (n for n, m in outside_adapters(model) if isinstance(m, types) or is_linear_by_forward(m))
     layers = sorted({name.rpartition(".")[2] for name in adaptable})
-    close = difflib.get_close_matches(name.rpartition(".")[2], layers, n=3)
+    close = nearest(name.rpartition(".")[2], layers, most=3)
     if close:
         return f" (closest: {', '.join(close)})"
     return f" (layers that can be adapted: {', '.join(layers[:10]) or 'none'})"
