@@ -28,7 +28,7 @@ from benchmarks.tables import table, text
 
 ARMS = (
     *("magnitude", "ia3", "hyperadapt", "road", "lora_r2", "lora_r8", "vera_r256"),
-    *("structured_r16", "structured_r64", "structured_r256"),
+    *("structured_r16", "structured_r64", "structured_r256", "structured_r1024"),
 )
 """Beside LoRA r=1."""
 WARM_UP, STEPS = 5, 50
