@@ -36,8 +36,8 @@ IN_TIME = {
 }
 """Likewise."""
 STEPS = {
-    "LoRA r=1": ("LoRA r=1", "LoRA r=1", -5),
-    "dvora structured r=64": ("DVoRA r=64", "DVoRA, r=64", 5),
+    "LoRA r=1": ("LoRA r=1", "LoRA r=1", 6),
+    "dvora structured r=64": ("DVoRA r=64", "DVoRA, r=64", -6),
     "dvora structured r=256": ("DVoRA r=256", "DVoRA", 4),
     "VeRA r=256": ("VeRA r=256", "VeRA", -3),
     "DoRA r=16": ("DoRA r=16", "DoRA", 3),
