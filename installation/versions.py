@@ -36,7 +36,7 @@ TESTS = (
     *("tests/matrices", "tests/test_functional.py", "tests/test_tensors.py", "tests/test_weight.py"),
     *("tests/test_factors.py", "tests/test_layer.py", "tests/test_adapter.py", "tests/test_changes.py"),
     *("tests/test_training.py", "tests/test_peft_hook.py"),
-    *("tests/peft/test_config.py", "tests/peft/test_model.py", "tests/peft/test_merging.py"),
+    *("tests/adapter_file/test_settings.py", "tests/peft/test_model.py", "tests/peft/test_merging.py"),
     *("tests/peft/test_mixed_batch.py", "tests/peft/test_conversion.py", "tests/peft/test_injecting.py"),
     *("tests/peft/test_layer.py", "tests/peft/test_layer_types.py", "tests/peft/test_saving.py"),
 )
