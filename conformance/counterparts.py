@@ -19,7 +19,8 @@ _RENAMED = {
     "vera_dropout": "dvora_dropout",
     "projection_prng_key": "projection_seed",
 }
-_ALWAYS_SO = {"use_dora"}
+_ALWAYS_SO = {"use_dora", "save_projection"}
+"""What DVoRA does whatever is said, or needs not: its matrices are made from the seed."""
 _LORA_ONLY = {
     "alora_invocation_tokens",
     "ensure_weight_tying",
