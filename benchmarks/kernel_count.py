@@ -10,10 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch._ops import OpOverload
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NOTHING_TO_LAUNCH = frozenset(
@@ -36,18 +33,6 @@ def kernels(step: Callable[[], object]) -> Counter[str]:
     with counting:
         step()
     return counting.found
-
-
-def launched(step: Callable[[], object]) -> int | None:
-    """How many kernels, copies and fills a call starts on a CUDA device; None without one, or if it tells nothing."""
-    if not torch.cuda.is_available():
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    on_device = [event for event in profiled.events() or () if event.device_type == DeviceType.CUDA]
-    # The optimizer marks its time on the device, too.
-    return sum(not event.is_user_annotation for event in on_device) or None
 
 
 def beyond_base(counts: Mapping[str, int], base: str, layers: int) -> dict[str, float]:

@@ -79,7 +79,7 @@ def show(report: Report, targets_of: Callable[[Rows], Iterable[Target]]) -> None
     for setting in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
         rows = [row for row in timed if tuple(row[key] for key in keys) == setting]
         lora = any(row["arm"] == LORA for row in rows)
-        counts = [count for count in ("kernels", "launched") if lora and rows[0].get(count)]
+        counts = ["kernels"] if lora and rows[0].get("kernels") else []
         heads = ["", "ms", "to base", "quartiles", *([f"to {LORA}"] if lora else []), *counts]
         shown = Table(*heads, title=" ".join(map(str, setting)))
         for row in rows:

@@ -19,7 +19,8 @@ OTHERS = [Arm("LoRA", 8), ROAD]
 COMPARED = [BASE, FULL, *SMALL, *OTHERS, Arm("RandLoRA", 32), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)]
 """The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones; LoRA r=1 is as small."""
 FEW = [BASE, *SMALL, *at_rank(256), Arm("DoRA", 16)]
-WHOLE_MODEL = [*FEW, *OTHERS, Arm("dvora structured", 1024), MAGNITUDE, HYPERADAPT, IA3]
+WIDE = [*FEW, *OTHERS, Arm("dvora structured", 1024)]
+WHOLE_MODEL = [*WIDE, MAGNITUDE, HYPERADAPT, IA3]
 TINY = [BASE, Arm("LoRA", 1), Arm("DoRA", 4), *at_rank(16)]
 """For models of hidden size 64."""
 DECODING = [*(arm for arm in COMPARED if arm != FULL), MERGED]
@@ -79,14 +80,14 @@ WHOLE = (
     Run("decode", llama_1024, DECODING, batch=16, tokens=1, rounds=15),
 )
 """Every run of the committed result file."""
-_WIDE = [BASE, *SMALL, Arm("LoRA", 8), ROAD, *at_rank(256), Arm("dvora structured", 1024), Arm("DoRA", 16)]
-_NARROW = [BASE, *SMALL, Arm("LoRA", 8), ROAD, *at_rank(16), Arm("DoRA", 16)]
+NARROW = [BASE, *SMALL, *OTHERS, *at_rank(16), Arm("DoRA", 16)]
+"""For models of hidden size 64, beside small ranks of other methods."""
 OVERHEAD = (
-    Run("training", llama_1024, _WIDE, tokens=512, rounds=1),
-    Run("training", llama_1024, _WIDE, tokens=8, rounds=1),
-    Run("prefill", llama_1024, _WIDE, tokens=1, rounds=1),
-    Run("training", llama_64, _NARROW, tokens=8, rounds=15),
-    Run("prefill", llama_64, _NARROW, tokens=1, rounds=15),
+    Run("training", llama_1024, WIDE, tokens=512, rounds=1),
+    Run("training", llama_1024, WIDE, tokens=8, rounds=1),
+    Run("prefill", llama_1024, WIDE, tokens=1, rounds=1),
+    Run("training", llama_64, NARROW, tokens=8, rounds=15),
+    Run("prefill", llama_64, NARROW, tokens=1, rounds=15),
 )
 """What a method adds to every layer: kernels, and on a model without weight the host's time to launch them."""
 QUICK = (

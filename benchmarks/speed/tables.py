@@ -69,7 +69,7 @@ def overhead(result: Mapping[str, Any]) -> str:
     """What a method adds to every layer whatever its size: kernels, and the host's time to launch them."""
     rows: Rows = result["rows"]
     lines = []
-    for arm in (*FEW_ARMS[:1], "LoRA r=8", FEW_ARMS[1], "RoAd", *FEW_ARMS[2:], "dvora structured r=1024"):
+    for arm in (*FEW_ARMS, "dvora structured r=1024", "LoRA r=8", "RoAd"):
         cells = [_kernels(rows, arm, workload="llama-1024", **route) for route in ROUTES.values()]
         for route in list(ROUTES.values())[1:]:
             cells.append(_microseconds(rows, SMALL_RANKS.get(arm, arm), workload="llama-64", **route))

@@ -10,6 +10,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -524,9 +525,9 @@ class JoinedWeights:
         scaling = torch.cat([torch.full_like(adapted.w, adapted.scaling) for adapted in self.weights])
         return {"scaling": scaling, "direction": self.direction, "detach_norm": self.detach_norm}
 
-    @property
+    @cached_property
     def row_constants(self) -> RowConstants:
-        """Those of all rows."""
+        """Those of all rows; the backward pass asks for them too."""
         w, unit, one, zero_rows, zero_scale = zip(*(a.row_constants for a in self.weights), strict=True)
         return RowConstants(torch.cat(w), torch.cat(unit), one[0], _joined(zero_rows, w), _joined(zero_scale, w))
 

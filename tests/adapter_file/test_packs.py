@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import cycle
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,7 +190,7 @@ def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path)
     assert description.dtype == torch.float32
     place = next(place for place, name in enumerate(description.entries) if name in description.beside)
     data = bytearray(damaged.tensors["a"])
-    data[4 * sum(description.lengths[:place])] ^= 1
+    data[4 * sum(prod(shape) for _, shape in [*description.entries.values()][:place])] ^= 1
     damaged.tensors["a"] = bytes(data)
     damaged.write(tmp_path / "damaged")
     with pytest.raises(ValueError, match="it is damaged"):

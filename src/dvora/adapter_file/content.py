@@ -1,4 +1,4 @@
-"""What an adapter consists of, beside its values: and where each of them stands in a vector.
+"""What an adapter consists of, beside its values, and where each of them stands in a vector.
 
 Vectors of two adapters are interchangeable, entry by entry, if these agree:
 

@@ -32,9 +32,11 @@ from .values_file import (
     VECTOR_PREFIX,
     Shape,
     check_size,
-    header_bytes,
+    data_size,
     header_entries,
+    open_values,
     plain_key,
+    read_header,
     tensors_of,
 )
 
@@ -60,10 +62,8 @@ class Description:
     """Names in the file of what is the adapter's, by its name there, in the order of a vector."""
     beside: Mapping[str, Shape]
     """Shapes of what the file has besides the adapter, by the names in it."""
-    dtype: torch.dtype
-    """Of all entries; bytes where they have several."""
-    lengths: list[int]
-    """Values of this dtype in every entry."""
+    dtype: torch.dtype | None
+    """Of all entries; None where they have several."""
     strengths: tuple[float, ...]
     """One a layer."""
 
@@ -86,10 +86,10 @@ class Description:
         """Bytes of both files."""
         return len(self.settings) + len(self.header) + self.data_size
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """Bytes behind the header."""
-        return sum(self.lengths) * self.dtype.itemsize
+        return data_size(self.entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +147,8 @@ class FolderSource:
         with errors_of(folder):
             _check_files(folder)
             settings = (folder / SETTINGS).read_bytes()
-            header, size = header_bytes(folder / VALUES)
+            with open_values(folder / VALUES) as file:
+                header, size = read_header(file)
             self.description = described(settings, header)
             check_size(self.description.data_size, size)
         self.content, self.beside = self.description.content, self.description.beside
@@ -283,12 +284,10 @@ def _described(settings: bytes, header: bytes) -> Description:
         raise ValueError(f"{VALUES} has two entries of one name, with and without a compiler's prefixes; keep one")
     if {name: entries[key][1] for name, key in names.items()} != _shapes(content):
         raise ValueError(f"{VALUES} is damaged: its tensors are not those of its settings; save the adapter again")
-    # Most files have one dtype, and hundreds of entries, which need no view each then.
     dtypes = {dtype for dtype, _ in entries.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
-    lengths = [own.itemsize * prod(shape) // dtype.itemsize for own, shape in entries.values()]
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
     strengths = tuple(config.strength_of(layer.name) for layer in content.layers)
-    return Description(settings, header, config, content, entries, names, beside, dtype, lengths, strengths)
+    return Description(settings, header, config, content, entries, names, beside, dtype, strengths)
 
 
 _kept = lru_cache(maxsize=64)(_described)
@@ -306,15 +305,16 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     """
     check_size(description.data_size, len(data))
     check_exact(description)
-    content, entries, names = description.content, description.entries, description.names
-    buffer, parts = torch.frombuffer(bytearray(data), dtype=description.dtype), dict[str, Tensor]()
-    if content.whole or description.beside or description.dtype == torch.uint8:
-        pairs = zip(entries.items(), buffer.split(description.lengths), strict=True)
-        parts = {key: part.view(dtype).view(shape) for (key, (dtype, shape)), part in pairs}
-    if description.dtype == torch.uint8:
-        buffer = torch.cat([part.float().view(-1) for part in parts.values()])
-    vector = buffer.float().index_select(0, description.order)
-    heads = {part.name: parts[names[part.name]] for part in content.whole}
+    content, dtype, buffer, parts = description.content, description.dtype, bytearray(data), dict[str, Tensor]()
+    # Most files have one dtype, and hundreds of entries, which need no view each then.
+    if content.whole or description.beside or dtype is None:
+        parts = tensors_of(description.entries, buffer)
+    if dtype is None:
+        values = torch.cat([part.float().view(-1) for part in parts.values()])
+    else:
+        values = torch.frombuffer(buffer, dtype=dtype).float()
+    vector = values.index_select(0, description.order)
+    heads = {part.name: parts[description.names[part.name]] for part in content.whole}
     beside = {key: parts[key] for key in description.beside}
     return _finite(AdapterValues(content, vector, description.strengths, heads, description.config, beside))
 

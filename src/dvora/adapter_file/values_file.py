@@ -5,12 +5,14 @@ there are; it is read and checked by itself, before anything of their sizes is m
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,8 @@ def shapes_in(folder: Path) -> dict[str, Shape] | None:
         OSError: it cannot be read.
     """
     if (folder / VALUES).exists():
-        return {name: shape for name, (_, shape) in read_header(folder / VALUES)[1].items()}
+        with open_values(folder / VALUES) as file:
+            return {name: shape for name, (_, shape) in read_entries(file).items()}
     if (folder / PICKLED).exists():
         return {name: tuple(tensor.shape) for name, tensor in _unpickled(folder / PICKLED).items()}
     return None
@@ -79,36 +82,42 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     """
     if not (folder / VALUES).exists() and (folder / PICKLED).exists():
         return _unpickled(folder / PICKLED)
-    header, entries = read_header(folder / VALUES)
-    with (folder / VALUES).open("rb") as file:
-        file.seek(len(header))
-        return tensors_of(entries, bytearray(file.read()))
+    # Header and data by one opening: another file may take this one's name meanwhile.
+    with open_values(folder / VALUES) as file:
+        return tensors_of(read_entries(file), bytearray(file.read()))
 
 
-def read_header(file: Path) -> tuple[bytes, Entries]:
-    """The header of a safetensors file, see `header_bytes`, and what it says.
-
-    Raises:
-        ValueError: it is none, truncated or damaged.
-        OSError: it cannot be read.
-    """
-    header, size = header_bytes(file)
-    check_size(data_size(entries := header_entries(header)), size)
-    return header, entries
-
-
-def header_bytes(file: Path) -> tuple[bytes, int]:
-    """The header of a safetensors file, with the eight bytes that have its length, and how many bytes follow it.
+def open_values(file: Path) -> BinaryIO:
+    """A file of values, open at its beginning.
 
     Raises:
-        ValueError: it is none, or truncated.
+        ValueError: it is a folder, or a pipe that might never end.
         OSError: it cannot be read.
     """
     if not file.is_file():
         raise ValueError(f"{file} is not a file")
-    with file.open("rb") as opened:
-        first, size = opened.read(8), file.stat().st_size
-        header = first + opened.read(header_length(first, size) - 8)
+    return file.open("rb")
+
+
+def read_entries(file: BinaryIO) -> Entries:
+    """What the header of a safetensors file says; the file is at its data then.
+
+    Raises:
+        ValueError: it is none, truncated or damaged.
+    """
+    header, size = read_header(file)
+    check_size(data_size(entries := header_entries(header)), size)
+    return entries
+
+
+def read_header(file: BinaryIO) -> tuple[bytes, int]:
+    """The header of a safetensors file, with the eight bytes that have its length, and how many bytes follow it.
+
+    Raises:
+        ValueError: it is none, or truncated.
+    """
+    first, size = file.read(8), os.fstat(file.fileno()).st_size
+    header = first + file.read(header_length(first, size) - 8)
     return header, size - len(header)
 
 
@@ -168,7 +177,10 @@ def tensors_of(entries: Entries, data: bytearray) -> dict[str, Tensor]:
 
 def data_size(entries: Entries) -> int:
     """Bytes of the data behind a header."""
-    return sum([dtype.itemsize * prod(shape) for dtype, shape in entries.values()])
+    size = 0
+    for dtype, shape in entries.values():
+        size += dtype.itemsize * prod(shape)
+    return size
 
 
 def check_size(expected: int, size: int) -> None:

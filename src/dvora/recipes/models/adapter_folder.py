@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel, PeftType
 
 from ...adapter_file.expressions import check_expressions
-from ...adapter_file.values_file import LARGEST_SETTINGS, PICKLED, SETTINGS, VALUES, read_header
+from ...adapter_file.values_file import LARGEST_SETTINGS, PICKLED, SETTINGS, VALUES, open_values, read_entries
 from ...text import did_you_mean
 from ..files import check_readable, read_json
 from ..run_folder import ADAPTER, RECORD, checked_labels
@@ -153,7 +153,8 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """
     check_readable([file])
     try:
-        shapes = {key: shape for key, (_, shape) in read_header(file)[1].items()}
+        with open_values(file) as opened:
+            shapes = {key: shape for key, (_, shape) in read_entries(opened).items()}
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if empty := [key for key, shape in shapes.items() if not prod(shape)]:
