@@ -13,6 +13,7 @@ from .tensors import Float
 
 MAX_RANK = 2**16
 """Far above any use, so that a damaged setting cannot allocate without end."""
+LARGEST = torch.finfo(torch.float32).max
 FAR = 1e12
 """Vectors with larger values may give factors that are not finite: only training that diverged makes them."""
 
@@ -148,8 +149,7 @@ def checked_rank(rank: int) -> int:
 
 def fits_float32(value: float) -> bool:
     """Whether a number is finite in float32; `math.isfinite` raises for integers beyond a double."""
-    limit = torch.finfo(torch.float32).max
-    return bool(-limit <= value <= limit)
+    return bool(-LARGEST <= value <= LARGEST)
 
 
 def rounds_to_zero(value: float) -> bool:

@@ -28,8 +28,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .adapter_file.content import vector_digest
-from .adapter_file.values import as_bytes
-from .adapter_file.values_file import LARGEST_SETTINGS
+from .adapter_file.values_file import LARGEST_SETTINGS, as_bytes
 from .bank.bank import AdapterBank
 from .flat import Layout
 from .peft.layer import layers_of

@@ -1,6 +1,7 @@
 """Saved adapters: what a file has, that loading it gives the same bits, and what state dicts are refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
@@ -185,6 +188,30 @@ def test_large_values_that_give_finite_ones_are_loaded(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({key: 1e20 * tensors[key]}))
     model = PeftModel.from_pretrained(MODELS["bert"](), folder)
     assert outputs(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.update({f"{QUERY}.dvora_magnitude": torch.full((48,), torch.nan)}), "not finite"),
+        (lambda tensors: tensors.pop(f"{QUERY}.dvora_magnitude"), "lacks vectors"),
+        (
+            lambda tensors: tensors.update({"base_model.model.other.dvora_magnitude": torch.ones(48)}),
+            "not adapted here",
+        ),
+    ],
+)
+def test_values_that_change_after_they_were_checked_are_checked_again(
+    folder: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    # What PEFT does, with somebody else's write between its two steps.
+    config = DVoRAConfig.from_pretrained(str(folder))
+    model = inject_adapter_in_model(config, MODELS["bert"]())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_configuration_that_was_read_serves_for_a_new_adapter_of_another_rank(folder: Path) -> None:

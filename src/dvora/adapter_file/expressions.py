@@ -51,7 +51,10 @@ _FORMS = {
 
 def first_match(patterns: Iterable[str], name: str) -> str:
     """The first of the patterns that PEFT finds at the end of a name; the name itself if there is none."""
-    return next((pattern for pattern in patterns if _matcher(_ENDING, pattern)(name)), name)
+    for pattern in patterns:
+        if _matcher(_ENDING, pattern)(name):
+            return pattern
+    return name
 
 
 def check_expressions(settings: Mapping[str, Any], names: Collection[str] = (), *, bounded: bool = True) -> None:
@@ -67,8 +70,8 @@ def check_expressions(settings: Mapping[str, Any], names: Collection[str] = (), 
     """
     longest, start = max(map(len, names), default=USUAL_LENGTH), time.monotonic()
     for setting, form in _FORMS.items():
-        expressions = _expressions(setting, form, settings.get(setting))
-        for expression in expressions:
+        value = settings.get(setting)
+        for expression in _expressions(setting, form, value) if value else ():
             match = _checked(setting, form, expression, longest, bounded)
             for name in names:
                 match(name)
@@ -83,7 +86,8 @@ def _expressions(setting: str, form: _Form, value: Any) -> list[str]:
     """The expressions of a setting; lists of whole names have none."""
     several = value if isinstance(value, list | tuple | set | dict) and not form.whole else ()
     expressions = [value] if isinstance(value, str) else [entry for entry in several if isinstance(entry, str)]
-    characters, sets = (sum(map(count, expressions)) for count in (len, lambda expression: expression.count("[")))
+    together = "".join(expressions)
+    characters, sets = len(together), together.count("[")
     if len(expressions) > form.at_most or characters > MOST_CHARACTERS or sets > MOST_SETS:
         raise ValueError(
             f"{setting} has {len(expressions)} expressions of {characters} characters and {sets} sets together, "

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def warn_of_changes(changes: Mapping[str, float], stacklevel: int = 2) -> None:
         )
 
 
+@lru_cache(maxsize=16)
 def uniform_rows(stream: int, count: int, size: int) -> Float[Tensor, "N I"]:
-    """Rows of a stream of uniform values, the same on every machine."""
+    """Rows of a stream of uniform values, the same on every machine; nobody writes to them."""
     return torch.from_numpy(np.stack([uniform_row(_SEED, stream, row, size) for row in range(count)]))

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import InitVar, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from torch import nn
 
 from ..checks import (
+    LARGEST,
     checked_alpha,
     checked_d_initial,
     checked_direction,
     checked_rank,
     checked_strength,
-    fits_float32,
     rounds_to_zero,
 )
 from ..functional import Vectors
@@ -58,6 +59,8 @@ class AdapterFile:
     sizing: dict[str, Any]
     folder: Path | None = None
     known_shapes: Mapping[str, Shape] | None = None
+    checked: tuple[str, Mapping[str, str]] | None = None
+    """A digest of the values that were checked before PEFT reads them, and the keys in the model by those here."""
 
     def shapes(self) -> Mapping[str, Shape] | None:
         """Shapes of the values by name; None if there is no such file on this machine.
@@ -306,7 +309,7 @@ def check_adapter_name(name: object, taken: Collection[str] = ()) -> None:
 
 def _all(values: object, *types: type) -> bool:
     """Whether it is a collection of values of these very types."""
-    return isinstance(values, list | tuple | set) and all(type(value) in types for value in values)
+    return isinstance(values, list | tuple | set) and set(map(type, values)) <= set(types)
 
 
 def _named(value: dict[Any, Any]) -> bool:
@@ -316,7 +319,9 @@ def _named(value: dict[Any, Any]) -> bool:
 
 def _by_layer(value: Any, *types: type) -> bool:
     """Whether it is a dictionary from names to lists of values of these very types."""
-    return isinstance(value, dict) and all(_all(values, *types) for values in value.values())
+    if not (isinstance(value, dict) and _all(list(value.values()), list, tuple, set)):
+        return False
+    return _all([*chain.from_iterable(value.values())], *types)
 
 
 _TYPES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -354,11 +359,12 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     if "" in (settings["modules_to_save"] or ()):
         # PEFT compares ends of names, so this one is every module's, the model's own included.
         raise ValueError(f"modules_to_save must not hold an empty name, got {settings['modules_to_save']!r}")
-    for layer, probes in (settings["base_probes"] or {}).items():
-        if len(probes) > MAX_PROBES:
-            raise ValueError(f"base_probes of {layer!r:.100} has {len(probes)} numbers, expected {MAX_PROBES} at most")
-        if not all(map(fits_float32, probes)):
-            raise ValueError(f"base_probes of {layer} are not finite: {probes!r}")
+    probes = settings["base_probes"] or {}
+    if layers := [layer for layer in probes if len(probes[layer]) > MAX_PROBES]:
+        name, size = layers[0], len(probes[layers[0]])
+        raise ValueError(f"base_probes of {name!r:.100} has {size} numbers, expected {MAX_PROBES} at most")
+    if layers := [layer for layer in probes for probe in probes[layer] if not -LARGEST <= probe <= LARGEST]:
+        raise ValueError(f"base_probes of {layers[0]} are not finite: {probes[layers[0]]!r}")
 
 
 def _strengths(config: DVoRAConfig) -> list[float]:

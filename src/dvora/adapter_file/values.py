@@ -31,6 +31,7 @@ from .values_file import (
     VALUES,
     VECTOR_PREFIX,
     Shape,
+    as_bytes,
     check_size,
     data_size,
     header_entries,
@@ -339,11 +340,6 @@ def errors_of(where: object) -> Iterator[None]:
         raise ValueError(f"{where}: {error.filename} is no longer there") from error
     except (ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{where}: {str(error).removeprefix('source: ')}") from error
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, not copied if it is contiguous."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:

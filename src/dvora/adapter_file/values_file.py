@@ -175,6 +175,11 @@ def tensors_of(entries: Entries, data: bytearray) -> dict[str, Tensor]:
     }
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied if it is contiguous."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def data_size(entries: Entries) -> int:
     """Bytes of the data behind a header."""
     size = 0

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter_file.content import vector_digest
-from ..adapter_file.values import FolderSource, as_bytes, is_finite
+from ..adapter_file.values import FolderSource, is_finite
+from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
 from ..tensors import Float

@@ -5,6 +5,7 @@ Dimensions: I in, O out, R rank.
 """
 
 import hashlib
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -80,8 +81,7 @@ class SharedProjections(nn.Module):
 
     def fingerprint(self) -> str:
         """A short hash of format version, distribution and some values; equal hashes mean equal matrices."""
-        head = f"dvora-projections/{FORMAT_VERSION}/{self.distribution}/".encode()
-        return hashlib.sha256(head + self.impl.fingerprint_values().astype("<f4").tobytes()).hexdigest()[:16]
+        return _fingerprint(self.seed, self.distribution)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self.seed}, distribution={self.distribution!r})"
@@ -101,6 +101,13 @@ def _matrices(seed: int, distribution: str) -> Matrices:
     sizes = vera_sizes(distribution)
     assert sizes is not None, distribution
     return VeraMatrices(seed, sizes)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(seed: int, distribution: str) -> str:
+    head = f"dvora-projections/{FORMAT_VERSION}/{distribution}/".encode()
+    values = _matrices(seed, distribution).fingerprint_values().astype("<f4").tobytes()
+    return hashlib.sha256(head + values).hexdigest()[:16]
 
 
 def _checked_seed(seed: int) -> int:

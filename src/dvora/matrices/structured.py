@@ -48,6 +48,7 @@ _ROWS: dict[Side, str] = {"A": "A rows", "B": "B rows"}
 _SQUARED = "B squared"
 
 
+@lru_cache(maxsize=1024)
 def factors_of_size(size: int) -> tuple[int, int]:
     """`n1 <= n2` with `n1 n2 = size`, as close to the square root as divisors allow; for a prime n1 = 1."""
     n1 = next(divisor for divisor in range(isqrt(size), 0, -1) if size % divisor == 0)
@@ -328,7 +329,7 @@ class StructuredMatrices(Matrices):
     def _stack(self, side: Side, rank: int, total: int, dtype: torch.dtype) -> Stack:
         blocks = []
         for rows, factors in zip(block_rows(rank, total), _blocks(self.seed, side, rank, total), strict=True):
-            left, right, signs = (torch.from_numpy(factor).to(dtype) for factor in factors)
+            left, right, signs = [torch.from_numpy(factor).to(dtype) for factor in factors]
             blocks.append(Kronecker(left, right, signs, rows))
         return Stack(tuple(blocks))
 

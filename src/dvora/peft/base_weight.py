@@ -123,14 +123,15 @@ def input_dtype(layer: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)
 
 
-def keep_differentiable(layer: nn.Module) -> None:
-    """Keep bitsandbytes from packing a 4-bit weight in its first evaluation pass on a CPU, and unpack a packed one.
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights in their first evaluation pass on a CPU, and unpack packed ones.
 
     The product with a packed weight has no backward pass, so no training could follow an evaluation.
     """
-    if "support_avx512bf16_for_cpu" in vars(layer):
-        vars(layer)["support_avx512bf16_for_cpu"] = False
-        layer.state_dict()
+    for layer in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(layer):
+            vars(layer)["support_avx512bf16_for_cpu"] = False
+            layer.state_dict()
 
 
 @contextmanager

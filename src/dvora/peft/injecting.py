@@ -90,7 +90,8 @@ class Target(NamedTuple):
     def rank(self, config: DVoRAConfig) -> int:
         """The rank that it gets; `MAGNITUDE_ONLY` where the configuration says so."""
         # Attention's output projection may be named by itself, or as a part of the attention.
-        only = any(matches(config.magnitude_modules, name) for name in (self.module_name, self.name))
+        names = config.magnitude_modules
+        only = matches(names, self.module_name) or matches(names, self.name)
         return MAGNITUDE_ONLY if only else config.rank_of(self.name)
 
 
@@ -159,26 +160,28 @@ def _parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Targ
             yield _parameter_target(holder, parameter_name, name)
 
 
-def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All modules by name, but those inside an adapter that is already there."""
+    outside: list[tuple[str, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not (inside and name.startswith(inside)):
-            yield name, module
+            outside.append((name, module))
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, f"{name}.")
+    return outside
 
 
 def names_found(names: Iterable[str], model: nn.Module) -> set[str]:
     """The target names that some module has."""
-    return _endings(name for name, _ in model.named_modules()).intersection(names)
+    return _endings([name for name, _ in model.named_modules()]).intersection(names)
 
 
 def matches(names: Collection[str] | str | None, path: str) -> bool:
     """Whether a path is one of the names, ends in one of them, or matches them as a regular expression."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names or ())
+    return f".{path}".endswith(tuple([f".{name}" for name in names or ()]))
 
 
 def _endings(paths: Iterable[str]) -> set[str]:
@@ -232,8 +235,8 @@ def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Modu
     Raises:
         NoMatchingPeftModuleError: (a ValueError) nothing matches.
     """
-    modules = _endings(name for name, _ in model.named_modules())
-    parameters = _endings(name.replace(".base_layer", "") for name, _ in model.named_parameters())
+    modules = _endings([name for name, _ in model.named_modules()])
+    parameters = _endings([name.replace(".base_layer", "") for name, _ in model.named_parameters()])
     messages = []
     for setting, present in (
         ("target_modules", modules),

@@ -340,10 +340,10 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def check_loadable(self, keys: Container[str], prefix: str) -> None:
         """Refuse keys of a state dict, after `prefix`, of a weight with merged adapters, or of the vectors of these."""
-        names = self.merged_adapters
+        if not (names := self.merged_adapters):
+            return
         refused = [f"base_layer.{self.path_from_base()}", *(f"{vector}.{name}" for vector in VECTORS for name in names)]
-        present = [prefix + key for key in refused if prefix + key in keys]
-        if names and present:
+        if present := [prefix + key for key in refused if prefix + key in keys]:
             raise ValueError(
                 f"{present[0]} cannot be loaded while adapters are merged into the weight ({', '.join(names)}): call "
                 "unmerge_adapter first. It could not be known whether a loaded weight has them merged already, "
@@ -381,7 +381,7 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
         tensors = chain(self.base_layer.named_parameters(), self.base_layer.named_buffers())
-        self._base_loads = any(f"{prefix}base_layer.{name}" in state_dict for name, _ in tensors)
+        self._base_loads = not state_dict.keys().isdisjoint([f"{prefix}base_layer.{name}" for name, _ in tensors])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _follow_base(self) -> None:

@@ -41,7 +41,7 @@ from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
 from .parameters import ParamWrapper
-from .saving import as_saved, check_load, checked_folder, from_saved
+from .saving import arriving_values, as_saved, check_load, checked_folder
 
 _COMPILED = "_orig_mod."
 
@@ -107,6 +107,7 @@ class DVoRAModel(BaseTuner):
         self._prepared = {}
         for one in prepared.values():
             self._prepared.setdefault(one.target.module_name, []).append(one)
+        disabled = any(layer.disable_adapters for layer in layers_in(model))
         with restored_on_error(self):
             super().inject_adapter(
                 model,
@@ -115,10 +116,12 @@ class DVoRAModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            if disabled:
+                for layer in layers_of(model, adapter_name):
+                    layer.enable_adapters(False)
             checked_folder(model, config, adapter_name, None if config.file is None else config.file.folder)
         self._prepared = {}
-        for module in model.modules():
-            keep_differentiable(module)
+        keep_differentiable(model)
         share_inputs(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -238,12 +241,12 @@ class DVoRAModel(BaseTuner):
         return config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         """Whether a layer is targeted, with its direction or with its magnitude only; PEFT asks for every module."""
         targeted = BaseTuner._check_target_module_exists(peft_config, key)
         if targeted or isinstance(targeted, _ExcludedModule):
             return targeted
-        return matches(own_config(peft_config).magnitude_modules, key)
+        return matches(peft_config.magnitude_modules, key)
 
     def _create_and_replace(
         self,
@@ -260,9 +263,6 @@ class DVoRAModel(BaseTuner):
         for layer, one in zip(layers, prepared, strict=True):
             add_adapter(layer, adapter_name, config, one, self.active_adapters)
         if wrapper is not target:
-            if any(other.disable_adapters for other in layers_in(self.model)):
-                for layer in layers:
-                    layer.enable_adapters(False)
             self._replace_module(parent, target_name, wrapper, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -300,7 +300,7 @@ class DVoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        values = from_saved(model, own_config(config), adapter_name, state_dict)
+        values = arriving_values(model, own_config(config), adapter_name, state_dict)
         # A tuner checks shapes where torch hands it the values: by then PEFT may have dropped some.
         if not any(isinstance(module, DVoRAModel) for module in model.modules()):
             check_load(model, values)

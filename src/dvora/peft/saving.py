@@ -8,16 +8,17 @@ large, or never end, is refused before that: `check_file` compares a file with i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapter_file.content import check_saved_ranks
+from ..adapter_file.content import check_saved_ranks, vector_digest
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import (
     MATRIX_PREFIX,
@@ -25,6 +26,7 @@ from ..adapter_file.values_file import (
     PEFT_PREFIX,
     VECTOR_PREFIX,
     Shape,
+    as_bytes,
     check_dense,
     is_vector,
     layer_and_vector,
@@ -40,6 +42,7 @@ from .layer_types import is_read
 from .parameters import ParamWrapper
 
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+_Value = TypeVar("_Value")
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
 
 
@@ -53,7 +56,8 @@ def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
     """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made."""
     if config.file is None or (shapes := config.file.shapes()) is None:
         return
-    longest = max(chain((0,), *(shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d"))))
+    ranks_in_file = [shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d")]
+    longest = max(chain((0,), *ranks_in_file))
     for name, rank in ranks.items():
         if rank > longest:
             raise ValueError(
@@ -79,7 +83,7 @@ def check_same_values(key: str, loaded: Tensor, present: Tensor) -> None:
 @torch.no_grad()
 def check_layer_factors(layer: DVoRALayer, adapter_name: str, vectors: Vectors) -> None:
     """Refuse finite vectors that give some row of a layer no finite factors."""
-    if not any(not vector.is_meta and vector.numel() and vector.abs().max() > FAR for vector in vectors):
+    if not [v for v in vectors if not v.is_meta and v.numel() and v.abs().max() > FAR]:
         return
     adapted = layer.adapted(adapter_name)
     weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
@@ -110,13 +114,20 @@ def as_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, vectors: 
     return _renamed(vectors, _saved_names(model))
 
 
-def from_saved(
-    model: nn.Module, config: DVoRAConfig, adapter_name: str, entries: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The entries of a file or a state dict by their keys in the model's own, checked but for their shapes.
+class SavedValues(NamedTuple):
+    """The values of a file or a state dict that an adapter trains, checked but for their shapes."""
 
-    Only what the adapter's configuration trains is returned: what else there is of the model must be what the model has
-    already. Biases of a state dict that does not come from a folder are taken, as by PEFT.
+    names: Mapping[str, str]
+    """In the model, by the keys in the file."""
+    values: dict[str, Tensor]
+    """By their names in the model, in its dtypes."""
+
+
+def from_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, entries: Mapping[str, Tensor]) -> SavedValues:
+    """What of a file or a state dict an adapter trains.
+
+    What else there is of the model must be what the model has already. Biases of a state dict that does not come from a
+    folder are taken, as by PEFT.
 
     Args:
         model: with the adapter.
@@ -128,34 +139,37 @@ def from_saved(
         ValueError: a value is missing, belongs to nothing that the adapter trains, is not finite, or vectors give some
             row no finite factors.
     """
-    rest = {k: v for k, v in entries.items() if not k.startswith(MATRIX_PREFIX)}
     paths = {name: path for path, name in _saved_names(model).items()}
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
-    values = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, _renamed(rest, paths))
+    # PEFT renames what a dictionary has, whatever that is: here the keys themselves.
+    keys: Any = _renamed({key: key for key in entries if not key.startswith(MATRIX_PREFIX)}, paths)
+    keys = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, keys)
     state, handed_over = model.state_dict(), config.file is None
     needed = {key: state[key] for key in state if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}
     needed |= trained_whole(model, config, adapter_name)
     biases = {key: state[key] for key in state if key.endswith(".bias") and not _SECOND_BIAS.search(key)}
-    keys = {key: key if key in state else key.removeprefix(PEFT_PREFIX) for key in values}
+    names = {key: name if name in state else name.removeprefix(PEFT_PREFIX) for name, key in keys.items()}
     if config.bias == "all" or handed_over:
         # PEFT saves those of modules_to_save a second time, under names that loading has no use for.
-        keys = {key: name for key, name in keys.items() if name in needed or not _SECOND_BIAS.search(name)}
+        names = {key: name for key, name in names.items() if name in needed or not _SECOND_BIAS.search(name)}
     trained = {**biases, **needed} if handed_over else needed
-    _check_names(keys.values(), needed, trained, state)
-    checked = dict(_checked_values(keys, values.__getitem__, trained, state))
+    _check_names(names.values(), needed, trained, state)
+    names = {key: name for key, name in names.items() if _is_trained(key, name, entries[key], trained, state)}
+    values = {name: _checked_value(key, entries[key], trained[name]) for key, name in names.items()}
     for path, layer in model.named_modules():
         if isinstance(layer, DVoRALayer) and adapter_name in layer.dvora_adapted:
-            arriving = (f"{path}.{vector}.{adapter_name}" for vector in VECTORS)
-            vectors = zip(arriving, layer.vectors(adapter_name), strict=True)
-            check_layer_factors(layer, adapter_name, Vectors(*(checked.get(key, vector) for key, vector in vectors)))
-    return checked
+            present = zip(VECTORS, layer.vectors(adapter_name), strict=True)
+            vectors = [values.get(f"{path}.{vector}.{adapter_name}", value) for vector, value in present]
+            check_layer_factors(layer, adapter_name, Vectors(*vectors))
+    return SavedValues(names, values)
 
 
 def checked_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str, folder: Path | None) -> dict[str, Tensor]:
-    """The values in a folder by their keys in the model, checked by `from_saved` as they will be when PEFT loads them.
+    """The values in a folder by their names in the model, checked as they will be when PEFT loads them.
 
-    PEFT loads them when the adapter is complete, and knows no way back.
+    PEFT loads them when the adapter is complete, and knows no way back. Until then the configuration remembers a digest
+    of what was checked.
 
     Args:
         model: the base, with the adapter and whatever that trains whole.
@@ -168,8 +182,9 @@ def checked_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str, fol
     """
     if folder is None or config.file is None or (shapes := config.file.shapes()) is None:
         return {}
-    layers = {plain_name(layer_and_vector(key)[0]) for key in shapes if is_vector(key)}
-    if layers and layers.isdisjoint(plain_name(layer.name) for layer in layers_of(model, adapter_name)):
+    layers = {layer_and_vector(key)[0] for key in shapes if is_vector(key)}
+    adapted = {plain_name(layer.name) for layer in layers_of(model, adapter_name)}
+    if layers and adapted.isdisjoint(map(plain_name, layers)):
         return {}
     entries = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors_in(folder).items()}
     for path, module in model.named_modules():
@@ -181,9 +196,28 @@ def checked_folder(model: nn.Module, config: DVoRAConfig, adapter_name: str, fol
                         f"(modules_to_save={config.modules_to_save!r:.200})"
                     )
                 entries[f"{path}.{key}"] = entries.pop(f"{path}.{saved}")
-    values = from_saved(model, config, adapter_name, entries)
-    check_load(model, values)
-    return values
+    saved_values = from_saved(model, config, adapter_name, entries)
+    check_load(model, saved_values.values)
+    config.file.checked = _digest(entries), saved_values.names
+    return saved_values.values
+
+
+def arriving_values(
+    model: nn.Module, config: DVoRAConfig, adapter_name: str, entries: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PEFT loads, by its names in the model, checked by `from_saved` unless `checked_folder` has seen the same."""
+    state, checked = model.state_dict(), config.file and config.file.checked
+    if config.file and checked:
+        config.file.checked = None
+        digest, names = checked
+        by_key = {key.removeprefix(PEFT_PREFIX): value for key, value in entries.items()}
+        for key, value in by_key.items():
+            check_dense(key, value)
+        prefix = "" if state.keys() >= set(names.values()) else PEFT_PREFIX
+        names = {key: f"{prefix}{name}" for key, name in names.items()}
+        if state.keys() >= set(names.values()) and _digest(by_key) == digest:
+            return {name: by_key[key].to(state[name].dtype) for key, name in names.items()}
+    return from_saved(model, config, adapter_name, entries).values
 
 
 def check_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -230,25 +264,25 @@ def _check_names(
         )
 
 
-def _checked_values(
-    keys: Mapping[str, str], read: Callable[[str], Tensor], trained: Mapping[str, Tensor], present: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """The values that an adapter trains, by name, in the model's dtypes; others are compared with the model's own."""
-    for key, name in keys.items():
-        value = read(key)
-        check_dense(key, value)
-        if name not in trained:
-            check_same_values(key, value, present[name])
-            continue
-        if trained[name].is_floating_point() and not value.is_floating_point():
-            raise ValueError(f"{key} has dtype {value.dtype} in the adapter, expected a floating-point vector")
-        # Cast first: a finite float64 may be infinite in the model, and there is no `isfinite` for eight bits.
-        value = value.to(trained[name].dtype)
-        if not value.isfinite().all():
-            raise ValueError(
-                f"{key} has values that are not finite in the adapter; the file is damaged or training diverged"
-            )
-        yield name, value
+def _is_trained(key: str, name: str, value: Tensor, trained: Collection[str], present: Mapping[str, Tensor]) -> bool:
+    """Whether a value is one that the adapter trains; others are compared with the model's own."""
+    check_dense(key, value)
+    if name not in trained:
+        check_same_values(key, value, present[name])
+    return name in trained
+
+
+def _checked_value(key: str, value: Tensor, present: Tensor) -> Tensor:
+    """A value that an adapter trains, in the dtype that it has in the model."""
+    if present.is_floating_point() and not value.is_floating_point():
+        raise ValueError(f"{key} has dtype {value.dtype} in the adapter, expected a floating-point vector")
+    # Cast first: a finite float64 may be infinite in the model, and there is no `isfinite` for eight bits.
+    value = value.to(present.dtype)
+    if not value.isfinite().all():
+        raise ValueError(
+            f"{key} has values that are not finite in the adapter; the file is damaged or training diverged"
+        )
+    return value
 
 
 def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
@@ -263,14 +297,20 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-def _renamed(state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _digest(entries: Mapping[str, Tensor]) -> str:
+    """That of values by name."""
+    names = sorted(entries)
+    forms = [(name, entries[name].dtype, entries[name].shape) for name in names]
+    return vector_digest(repr(forms), *[as_bytes(entries[name].cpu()) for name in names])
+
+
+def _renamed(state_dict: Mapping[str, _Value], names: Mapping[str, str]) -> dict[str, _Value]:
     """The state dict with the layers in its keys under other names."""
-
-    def renamed(key: str) -> str:
+    renamed = {}
+    for key, value in state_dict.items():
         layer, prefix, rest = key.rpartition(VECTOR_PREFIX)
-        return f"{names[layer]}{prefix}{rest}" if layer in names else key
-
-    return {renamed(key): value for key, value in state_dict.items()}
+        renamed[f"{names[layer]}{prefix}{rest}" if layer in names else key] = value
+    return renamed
 
 
 def _some(keys: Iterable[str]) -> str:
