@@ -28,6 +28,7 @@ ORDER = [
     "adapter",
     "training",
     "adapter_file",
+    "rows",
     "peft",
     "flat",
     "bank",

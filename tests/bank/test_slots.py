@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.bank.slots import AdapterRow, HostRows, LayerPlace, Slots
+from dvora.bank.slots import AdapterRow, HostRows, Slots
+from dvora.rows.gathered import LayerPlace
 from tests.bank.versions import in_threads, until
 
 

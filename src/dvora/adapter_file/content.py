@@ -24,8 +24,8 @@ from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 from ..functional import Vectors
-from .expressions import check_expressions
 from .fingerprint import alike
+from .patterns import check_expressions
 from .settings import DVoRAConfig
 from .values_file import (
     MATRIX_PREFIX,

@@ -28,7 +28,7 @@ from ..checks import (
 from ..functional import Vectors
 from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
 from .card import write_card
-from .expressions import check_expressions, first_match
+from .patterns import check_expressions, value_of
 from .values_file import Shape, shapes_in
 
 BIASES = ("none", "all", "dvora_only")
@@ -273,17 +273,16 @@ class DVoRAConfig(PeftConfig):
 
     def rank_of(self, layer_name: str) -> int:
         """The rank of a layer: its entry in `rank_pattern`, else `r`."""
-        return self.rank_pattern.get(first_match(self.rank_pattern, layer_name), self.r)
+        return value_of(self.rank_pattern, layer_name, self.r)
 
     def alpha_of(self, layer_name: str) -> float | None:
         """The alpha of a layer: its entry in `alpha_pattern`, else `alpha`."""
-        return self.alpha_pattern.get(first_match(self.alpha_pattern, layer_name), self.alpha)
+        return value_of(self.alpha_pattern, layer_name, self.alpha)
 
     def strength_of(self, layer_name: str) -> float:
         """The strength of a layer: `strength`, or its entry there, else 1."""
         if isinstance(self.strength, dict):
-            exact = layer_name in self.strength
-            return self.strength.get(layer_name if exact else first_match(self.strength, layer_name), 1.0)
+            return self.strength.get(layer_name, value_of(self.strength, layer_name, 1.0))
         return self.strength
 
 

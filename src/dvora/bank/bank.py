@@ -21,11 +21,13 @@ from ..adapter_file.packs import OnProgress, Pack, PackedSource
 from ..adapter_file.values import AdapterValues, FolderSource, Source, VectorSource, adapters_in
 from ..adapter_file.values_file import VALUES
 from ..flat import Layout
+from ..rows.batch import Batch, Batches
+from ..rows.gathered import RowIndex, check_names
 from ..text import did_you_mean
 from .factor_rows import FactorRows, check_dtype
-from .hooks import Batch, Batches, check_unchanged, check_without_bank
+from .hooks import check_unchanged, check_without_bank
 from .served import ServedModel
-from .slots import AdapterRow, HostRows, RowIndex, Slots, check_names
+from .slots import AdapterRow, HostRows, Slots
 from .training import TrainableAdapters
 
 AdapterSource = str | os.PathLike[str] | Tensor | FolderSource | PackedSource

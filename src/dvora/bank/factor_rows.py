@@ -19,9 +19,10 @@ from torch import Tensor
 from ..adapter_file.content import LayerSizes, vector_digest
 from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
+from ..rows.gathered import LayerPlace
 from ..tensors import Float
 from .served import ServedModel
-from .slots import AdapterRow, LayerPlace
+from .slots import AdapterRow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

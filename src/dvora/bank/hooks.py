@@ -1,229 +1,23 @@
-"""Which batch a call of the model is in, and what hooks on its layers and heads do for each row of that batch.
+"""What hooks on the layers and heads of a bank's model do for each row of the batch that a call is in.
 
-A batch belongs to whoever entered it: a thread, within it an asyncio task, and a generator while it runs. A call from
-anywhere else is refused, since it would get the adapters of somebody else's rows: a generator's next step may run in
-another thread, in which another batch has begun. An ended batch serves nobody, wherever it was ended.
-
-The backward pass may repeat a checkpointed layer, on a GPU in a thread of its own. There the batch is known by the
-backward pass: its first step is a hook on the model's outputs, which the batch has put there.
-
-Dimensions: B rows of a batch, O out, R rank.
+Dimensions: O out.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import copy
-import inspect
-import sys
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
-from ..tensors import TensorVersion, bias_of, is_traced
+from ..rows.batch import Batches
+from ..rows.gathered import HeadByRow, HeadGroup, ServedHead
+from ..tensors import TensorVersion, bias_of
 from ..weight import AdaptedWeight
-from .slots import GatheredRows, HeadGroup, ServedHead
-
-_ENTER = {
-    contextlib._GeneratorContextManager.__enter__.__code__,
-    contextlib._AsyncGeneratorContextManager.__aenter__.__code__,
-}
-"""What runs a generator as the beginning of a `with` block: the block is not in the generator, but around its yield."""
-
-
-class Batch:
-    """One batch of a bank, compared by identity.
-
-    Args:
-        rows: its adapters.
-    """
-
-    def __init__(self, rows: GatheredRows) -> None:
-        self.rows = rows
-        self.backward_passes: set[int] = set()
-        """By autograd's number: those that began at outputs of this batch."""
-        self.widths: dict[str, list[int]] = {}
-        """Outputs of each row, by head, once it has run."""
-        self._owner, self._generators = _owner(), _generators(sys._getframe(1))
-
-    def is_running(self) -> bool:
-        """Whether this call comes from where the batch was entered."""
-        if self._owner != _owner():
-            return False
-        return not self._generators or self._generators <= set(_frames(sys._getframe(1)))
-
-    def forget_frames(self) -> None:
-        """Let go of what the batch was entered from."""
-        self._generators = frozenset()
-
-    def split(self, outputs: Tensor, head: str | None = None) -> list[Tensor]:
-        """The outputs of a head by row, each without what was filled up for adapters with more outputs.
-
-        Args:
-            outputs: of the model in this batch, (B, ..., O).
-            head: its name, if the model has several.
-
-        Raises:
-            ValueError: no such head has run in this batch, or the outputs are of other rows.
-        """
-        if (head is None and len(self.widths) != 1) or (head is not None and head not in self.widths):
-            raise ValueError(f"head: {head!r} is none that has run in this batch: {sorted(self.widths)}")
-        widths = next(iter(self.widths.values())) if head is None else self.widths[head]
-        if len(outputs) != len(widths):
-            raise ValueError(f"outputs has {len(outputs)} rows, and the batch {len(widths)}")
-        return [row[..., :width] for row, width in zip(outputs, widths, strict=True)]
-
-
-class Batches:
-    """The batches of one bank that run now, and which of them a call belongs to."""
-
-    def __init__(self) -> None:
-        self._running: set[Batch] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    @contextmanager
-    def entered(self, rows: GatheredRows) -> Iterator[Batch]:
-        """Make a batch that of the calls from here.
-
-        Raises:
-            ValueError: they are in another one, or the bank was closed.
-        """
-        self.check_free()
-        batch = Batch(rows)
-        with self._lock:
-            self.check_open()
-            self._running.add(batch)
-        _entered.set((*_entered.get(), batch))
-        try:
-            yield batch
-        finally:
-            # Here for all; below for this context, which may be another one than the batch was entered in.
-            self._running.discard(batch)
-            batch.forget_frames()
-            _entered.set(tuple(other for other in _entered.get() if other is not batch))
-
-    def close(self) -> None:
-        """Take no more batches.
-
-        Raises:
-            ValueError: some run; nothing has changed then.
-        """
-        with self._lock:
-            if self._running:
-                raise ValueError(
-                    f"{len(self._running)} batches are in the bank, which would have the base's outputs; leave their "
-                    "`with` blocks before it is closed"
-                )
-            self._closed = True
-
-    @property
-    def are_running(self) -> bool:
-        """Whether somebody is in a batch."""
-        return bool(self._running)
-
-    def check_open(self) -> None:
-        """Refuse what comes after the end.
-
-        Raises:
-            ValueError: the bank was closed.
-        """
-        if self._closed:
-            raise ValueError("the bank was closed; make a new one")
-
-    def check_free(self) -> None:
-        """Refuse a second batch here.
-
-        Raises:
-            ValueError: this call is in one.
-        """
-        if self.current() is not None:
-            raise ValueError("this call is in a batch of the bank already; leave its `with` block first")
-
-    def current(self) -> Batch | None:
-        """The batch that this call is in."""
-        if (number := torch._C._current_graph_task_id()) != -1:
-            # Whatever thread it runs in, and whatever batch that is in.
-            entered = [batch for batch in list(self._running) if number in batch.backward_passes]
-        else:
-            entered = [batch for batch in _entered.get() if batch in self._running and batch.is_running()]
-        if len(entered) > 1:
-            raise ValueError("this call is in two batches of the bank, one of a generator; take one at a time")
-        return entered[0] if entered else None
-
-    def required(self) -> Batch:
-        """The batch that this call is in.
-
-        Raises:
-            ValueError: it is in none.
-            RuntimeError: it is compiled, exported, traced or transformed: a graph would give later batches the adapters
-                of this one.
-        """
-        if is_traced():
-            raise RuntimeError(
-                "a model in an AdapterBank cannot be compiled, exported, traced or transformed by torch.func: call it "
-                "as it is, or export it with its adapters (dvora export)"
-            )
-        batch = self.current()
-        if batch is None:
-            self._refuse()
-        return batch
-
-    def _refuse(self) -> NoReturn:
-        advice = "call it within `with bank.rows(names):`, where None names the base, or close the bank"
-        if torch._C._current_graph_task_id() != -1:
-            raise ValueError(
-                "the backward pass repeats a checkpointed layer of a bank's model and is in no batch: call backward() "
-                "within `with tenants.rows(names):`, on what was computed from the model's outputs there"
-            )
-        if any(batch in self._running for batch in _entered.get()):
-            raise ValueError(
-                "the model was called outside of bank.rows(...), from another thread, task or generator than the one "
-                f"that entered a batch here; a batch serves only the code that entered it: {advice}"
-            )
-        raise ValueError(
-            "the model is in an AdapterBank and was called outside of bank.rows(...), so nobody said which adapter "
-            f"each row has; {advice}. A batch is of the thread, the task and the generator that entered it"
-        )
-
-
-_entered: ContextVar[tuple[Batch, ...]] = ContextVar("dvora_batches", default=())
-"""Batches that were entered in this context, ended ones perhaps among them."""
-
-
-def _owner() -> tuple[int, object]:
-    """This thread, and its asyncio task: a task that another one starts gets a copy of its context."""
-    try:
-        return threading.get_ident(), asyncio.current_task()
-    except RuntimeError:
-        return threading.get_ident(), None
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _generators(frame: FrameType) -> frozenset[FrameType]:
-    """The generators that a call runs in. One may stop in the middle of a batch, and go on anywhere."""
-    kinds = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-    return frozenset(
-        caller
-        for caller in _frames(frame)
-        if caller.f_code.co_flags & kinds and not (caller.f_back is not None and caller.f_back.f_code in _ENTER)
-    )
 
 
 class ServedLayer(NamedTuple):
@@ -306,13 +100,6 @@ class LayerHook(_Hook):
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
 
 
-class _Skeleton(threading.local):
-    """A copy of a head for each thread: `functional_call` puts the parameters of its call into the module."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.module = copy.deepcopy(head)
-
-
 class HeadHook(_Hook):
     """The forward hook of a head: the outputs of each row by the head of its adapter, as if it was alone.
 
@@ -326,7 +113,7 @@ class HeadHook(_Hook):
     def __init__(self, head: ServedHead, batches: Batches) -> None:
         super().__init__(batches)
         self.head = head
-        self._skeleton = _Skeleton(head.skeleton)
+        self._by_row = HeadByRow(head)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Any) -> Tensor:
         head = self.head
@@ -336,11 +123,16 @@ class HeadHook(_Hook):
                 f"{head.name}: a head of a bank takes tensors, without keywords, and returns one; it got {got} and "
                 f"returned {type(base_output).__name__}"
             )
-        self._skeleton.module.train(module.training)
+        self._by_row.module.train(module.training)
         count = len(args[0])
         batch = self.batches.required()
         groups = batch.rows.heads(head, count)
-        parts = [self._outputs(group, args) for group in groups]
+        parts = [
+            self._by_row.outputs(
+                group.parameters, args if group.rows is None else [x.index_select(0, group.rows) for x in args]
+            )
+            for group in groups
+        ]
         of_base = batch.rows.of_base(count)
         batch.widths[head.name] = _widths(groups, parts, count)
         outputs = _filled(groups, parts, count)
@@ -349,17 +141,6 @@ class HeadHook(_Hook):
         # To the bits, which batched products need not have.
         padded = _padded(base_output, outputs.shape[-1])
         return torch.where(of_base.view(-1, *(1,) * (outputs.dim() - 1)), padded, outputs)
-
-    def _outputs(self, group: HeadGroup, args: tuple[Tensor, ...]) -> Tensor:
-        if group.rows is not None:
-            args = tuple(x.index_select(0, group.rows) for x in args)
-        outputs: Tensor = torch.vmap(self._alone, randomness="different")(group.parameters, *args)
-        return outputs
-
-    def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        inputs = tuple(x.unsqueeze(0) for x in inputs)
-        output: Tensor = functional_call(self._skeleton.module, parameters, inputs)
-        return output.squeeze(0)
 
 
 def _padded(outputs: Tensor, width: int) -> Tensor:

@@ -25,10 +25,11 @@ from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
+from ..rows.batch import Batches
+from ..rows.gathered import ServedHead
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
-    Batches,
     HeadHook,
     LayerHook,
     OutputHook,
@@ -36,7 +37,6 @@ from .hooks import (
     check_without_bank,
     frozen_tensors,
 )
-from .slots import ServedHead
 
 
 class ServedModel:

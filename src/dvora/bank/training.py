@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..adapter_file.values import AdapterValues
 from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
+from ..rows.batch import Batches
+from ..rows.gathered import GatheredRows, RowIndex, check_names, saved_here
 from ..tensors import Float
 from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, grouped, magnitude_rate
 from .factor_rows import FactorRows
-from .hooks import Batches, check_unchanged
-from .slots import GatheredRows, RowIndex, check_names, saved_here
+from .hooks import check_unchanged
 
 _VECTORS = GROUPS[:-1]
 """In the order in which a layer has them."""
@@ -77,8 +78,7 @@ class TrainableAdapters:
             }
         self._place = {name: place for place, name in enumerate(self.names)}
         self._dropout = nn.Dropout(self.config.dvora_dropout)
-        for module in self.served.model.modules():
-            keep_differentiable(module)
+        keep_differentiable(self.served.model)
 
     @contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[TrainedRows]:

@@ -8,22 +8,20 @@ Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batc
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache
 
 from ..bank.hooks import ServedLayer
-from ..bank.slots import LayerPlace, ServedHead
 from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, adapted_outputs
+from ..rows.gathered import HeadByRow, LayerPlace, ServedHead
 from ..tensors import Float, bias_of
 from .packed import Packing
 
@@ -148,7 +146,8 @@ class _LayerHook:
 class _HeadHook:
     def __init__(self, graph: AdaptedGraph, head: ServedHead, offsets: dict[str, int]) -> None:
         self.graph, self.head, self.offsets = graph, head, offsets
-        self.skeleton = copy.deepcopy(head.skeleton).eval()
+        self.by_row = HeadByRow(head)
+        self.by_row.module.eval()
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
         parameters = {}
@@ -158,11 +157,6 @@ class _HeadHook:
             parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
         if not self.graph.by_row:
             one = {name: values[0] for name, values in parameters.items()}
-            output: Tensor = functional_call(self.skeleton, one, args)
+            output: Tensor = functional_call(self.by_row.module, one, args)
             return output
-        rows: Tensor = torch.vmap(self._alone)(parameters, *args)
-        return rows
-
-    def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        output: Tensor = functional_call(self.skeleton, parameters, tuple(x.unsqueeze(0) for x in inputs))
-        return output.squeeze(0)
+        return self.by_row.outputs(parameters, args)

@@ -27,12 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional as F
 from ..adapter_file.fingerprint import fingerprint_of
+from ..adapter_file.patterns import is_named
 from ..adapter_file.settings import DVoRAConfig, own_config
 from ..adapter_file.values_file import PEFT_PREFIX
 from ..matrices.vera import VeraSizes, drawn
 from ..tensors import norm_dtype
 from .base_weight import readable_weight
-from .injecting import matches
 from .layer import DVoRALayer, layers_of
 from .layer_types import layer_type_of, lookup
 
@@ -244,6 +244,6 @@ def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
     """
     wanted = sorted(names)
     others = {name for name, _ in model.named_modules()}.difference(wanted)
-    if not any(matches(wanted, other) for other in others):
+    if not any(is_named(wanted, other) for other in others):
         return wanted
     return "|".join(re.escape(name) for name in wanted)

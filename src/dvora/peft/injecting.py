@@ -7,7 +7,6 @@ first, and what is known by then (`Target`, `PreparedTarget`) is what the layers
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from peft.utils.other import _get_input_embeddings_name
 from torch import Tensor, nn
 
 from ..adapter_file.fingerprint import alike, change, fingerprint_of, warn_of_changes
+from ..adapter_file.patterns import is_named
 from ..adapter_file.settings import DVoRAConfig, check_adapter_name
 from ..checks import check_bias, check_weight, checked_direction
 from ..functional import Vectors
@@ -91,7 +91,7 @@ class Target(NamedTuple):
         """The rank that it gets; `MAGNITUDE_ONLY` where the configuration says so."""
         # Attention's output projection may be named by itself, or as a part of the attention.
         names = config.magnitude_modules
-        only = matches(names, self.module_name) or matches(names, self.name)
+        only = is_named(names, self.module_name) or is_named(names, self.name)
         return MAGNITUDE_ONLY if only else config.rank_of(self.name)
 
 
@@ -151,7 +151,7 @@ def _parameters_named(model: nn.Module, names: Collection[str]) -> Iterator[Targ
         outer = path.replace(".base_layer", "")
         for parameter_name, _ in module.named_parameters(recurse=False):
             name = f"{outer}.{parameter_name}"
-            if not matches(names, name):
+            if not is_named(names, name):
                 continue
             holder = model.get_submodule(outer)
             if not outer or (isinstance(holder, DVoRALayer) and not isinstance(holder, ParamWrapper)):
@@ -175,13 +175,6 @@ def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def names_found(names: Iterable[str], model: nn.Module) -> set[str]:
     """The target names that some module has."""
     return _endings([name for name, _ in model.named_modules()]).intersection(names)
-
-
-def matches(names: Collection[str] | str | None, path: str) -> bool:
-    """Whether a path is one of the names, ends in one of them, or matches them as a regular expression."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return f".{path}".endswith(tuple([f".{name}" for name in names or ()]))
 
 
 def _endings(paths: Iterable[str]) -> set[str]:
@@ -312,7 +305,7 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
         return
     embeddings = _get_input_embeddings_name(model, "embed_tokens") or "embed_tokens"
     for name, indices in (tokens if isinstance(tokens, dict) else {embeddings: tokens}).items():
-        tables = [getattr(layer, "weight", ()) for path, layer in outside_adapters(model) if matches([name], path)]
+        tables = [getattr(layer, "weight", ()) for path, layer in outside_adapters(model) if is_named([name], path)]
         rows = min(map(len, tables), default=0)
         if not indices or len(set(indices)) < len(indices) or not all(0 <= index < rows for index in indices):
             raise ValueError(

@@ -1,15 +1,13 @@
 """A batch in which every row has an adapter of its own: PEFT's `adapter_names`, for one call of the model.
 
-PEFT enters `names_passed` within one function call of the model and leaves it there, so that no generator or task of a
-user can be suspended in between. Other threads and tasks may run the same modules meanwhile, so names are passed only
-where this batch is the current one of the context.
+PEFT enters `names_passed` within one call of the model and leaves it there. Other threads and tasks may run the same
+modules meanwhile, so names are passed only where this batch is the innermost one of the context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..factors import Factors
+from ..rows.batch import entered, innermost
 from ..tensors import Float, grad_recorded, is_traced
 from ..weight import AdaptedWeight
 from .layer_types import ActiveAdapter
@@ -43,31 +42,12 @@ class NamedBatch:
         """Without gradients, of every layer: generation asks for them with each token, and goes on as it began."""
 
 
-current_batch: ContextVar[NamedBatch | None] = ContextVar("dvora_adapter_names", default=None)
-"""That of the call of a model that this context is in."""
-
-
 def is_silent(module: nn.Module) -> bool:
     """Whether the adapters of a module rest in the current call."""
     if torch.compiler.is_compiling():
         return False
-    batch = current_batch.get()
+    batch = innermost(NamedBatch)
     return batch is not None and module in batch.silent
-
-
-@contextmanager
-def in_call(batch: NamedBatch | None) -> Iterator[None]:
-    """Make a batch, or None, that of this call; a model within another has no part in the rows of the outer one."""
-    if torch.compiler.is_compiling():
-        # A compiled graph has no context.
-        yield
-        return
-    before = current_batch.get()
-    current_batch.set(batch)
-    try:
-        yield
-    finally:
-        current_batch.set(before)
 
 
 @contextmanager
@@ -79,7 +59,7 @@ def names_passed(batch: NamedBatch, called: Collection[nn.Module], encoder: Coll
             names = batch.in_encoder if module in encoder else batch.names
             hook = partial(_with_names, batch=batch, names=names)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with in_call(batch):
+        with nullcontext() if torch.compiler.is_compiling() else entered(batch):
             yield
     finally:
         for handle in handles:
@@ -95,7 +75,7 @@ def _with_names(
     names: Sequence[str],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     # Another thread may run a hook that is only half registered or removed: then without `kwargs`.
-    if kwargs is None or current_batch.get() is not batch:
+    if kwargs is None or innermost(NamedBatch) is not batch:
         return None
     return args, {**kwargs, "adapter_names": names}
 
@@ -120,7 +100,7 @@ def updates_in(
     make: Callable[[Sequence[str], int], list[ActiveAdapter]],
 ) -> list[ActiveAdapter]:
     """The updates of a layer, made from names and dimensions of outputs once in a call that is not differentiated."""
-    batch = None if is_traced() or grad_recorded() else current_batch.get()
+    batch = None if is_traced() or grad_recorded() else innermost(NamedBatch)
     if batch is None or (adapter_names is not batch.names and adapter_names is not batch.in_encoder):
         return make(adapter_names, dimensions)
     key = id(layer), id(adapter_names), dimensions

@@ -20,10 +20,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapter_file.expressions import first_match
+from ..adapter_file.patterns import is_named, value_of
 from ..adapter_file.settings import DVoRAConfig, own_config
 from ..checks import checked_strength
 from ..layer import share_inputs, stop_sharing_inputs
+from ..rows.batch import batches_entered, entered
 from .base_weight import keep_differentiable
 from .injecting import (
     PreparedTarget,
@@ -32,14 +33,13 @@ from .injecting import (
     check_settings,
     check_targets,
     find_targets,
-    matches,
     names_found,
     restored_on_error,
     wrap,
 )
 from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
-from .mixed_batch import BASE, NamedBatch, current_batch, in_call, names_passed
+from .mixed_batch import BASE, NamedBatch, names_passed
 from .parameters import ParamWrapper
 from .saving import arriving_values, as_saved, check_load, checked_folder
 
@@ -163,14 +163,14 @@ class DVoRAModel(BaseTuner):
                 raise ValueError(f"adapter_name: there is no adapter {name!r}, only {sorted(self.peft_config)}")
             layers = layers_of(self.model, name)
             for pattern in by_layer:
-                if not any(first_match([pattern], layer.name) == pattern for layer in layers):
+                if not any(value_of({pattern: True}, layer.name, False) for layer in layers):
                     raise ValueError(f"strength: no layer of adapter {name!r} is named {pattern!r}")
             check_unmerged(self.model, name)
         with restored_on_error(self):
             for name in names:
                 for layer in layers_of(self.model, name):
-                    key = layer.name if layer.name in by_layer else first_match(by_layer, layer.name)
-                    layer.set_strength(name, float(by_layer.get(key, layer.strength(name))))
+                    by_pattern = value_of(by_layer, layer.name, layer.strength(name))
+                    layer.set_strength(name, float(by_layer.get(layer.name, by_pattern)))
                 strengths = {layer.name: layer.strength(name) for layer in layers_of(self.model, name)}
                 config = own_config(self.peft_config[name])
                 config.strength = strengths if isinstance(strength, dict) else float(strength)
@@ -246,7 +246,7 @@ class DVoRAModel(BaseTuner):
         targeted = BaseTuner._check_target_module_exists(peft_config, key)
         if targeted or isinstance(targeted, _ExcludedModule):
             return targeted
-        return matches(peft_config.magnitude_modules, key)
+        return is_named(peft_config.magnitude_modules, key)
 
     def _create_and_replace(
         self,
@@ -310,9 +310,9 @@ class DVoRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` to every layer for the time of one forward pass; PEFT calls this."""
         if (names := kwargs.get("adapter_names")) is None:
-            # A model within another whose rows have adapters of their own has no part in those.
-            alone = torch.compiler.is_compiling() or current_batch.get() is None
-            with nullcontext() if alone else in_call(None):
+            # A model within another has no part in the rows of the outer one. A compiled graph has no context.
+            alone = torch.compiler.is_compiling() or not batches_entered.get()
+            with nullcontext() if alone else entered(NamedBatch([], [], ())):
                 yield
             return
         if self.training:

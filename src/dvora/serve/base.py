@@ -16,10 +16,10 @@ import torch
 
 from ..adapter_file.values import Description
 from ..bank import AdapterBank
-from ..bank.hooks import Batch as BankBatch
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
+from ..rows.batch import Batch as BankBatch
 from .requests import RefusedError, model_failed
 from .settings import Settings
 from .store import Stored

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora import functional
-from dvora.bank.slots import LayerPlace
+from dvora.rows.gathered import LayerPlace
 from dvora.weight import AdaptedWeight
 
 from .private import BaseLayerWithLoRA

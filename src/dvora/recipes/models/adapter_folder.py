@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel, PeftType
 
-from ...adapter_file.expressions import check_expressions
+from ...adapter_file.patterns import check_expressions
 from ...adapter_file.values_file import LARGEST_SETTINGS, PICKLED, SETTINGS, VALUES, open_values, read_entries
 from ...text import did_you_mean
 from ..files import check_readable, read_json

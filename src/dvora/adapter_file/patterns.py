@@ -1,5 +1,6 @@
-r"""Regular expressions of a configuration: none is matched before it is known to take little time.
+r"""Names and regular expressions of a configuration: which layers they match, and which value a layer has by them.
 
+No expression of a file is matched before it is known to take little time.
 PEFT matches them against every name in a model with `re`, which has no time limit, also where no method is asked. So
 an upper bound of the steps is read off the parsed expression: repeats within repeats, as in `(.+)+!`, have none. A
 matcher with a time limit would prove nothing: the package `regex` answers at once in most cases where `re` never ends.
@@ -13,9 +14,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 MOST_CHARACTERS, MOST_EXPRESSIONS = 2**18, 2**12
 """Of a setting: more than a model with an entry for each of its layers has."""
@@ -27,6 +28,7 @@ TIME_LIMIT = 3.0
 """Seconds for all names and settings together."""
 USUAL_LENGTH = 64
 """Of a layer's name."""
+_Value = TypeVar("_Value")
 _NAME = re.compile(r"[\w.-]*")
 """A plain name, which matches in one way only."""
 
@@ -49,12 +51,19 @@ _FORMS = {
 }
 
 
-def first_match(patterns: Iterable[str], name: str) -> str:
-    """The first of the patterns that PEFT finds at the end of a name; the name itself if there is none."""
-    for pattern in patterns:
+def value_of(values: Mapping[str, _Value], name: str, default: _Value) -> _Value:
+    """The rank, alpha or strength of a layer: the first whose pattern PEFT finds at the end of its name."""
+    for pattern, value in values.items():
         if _matcher(_ENDING, pattern)(name):
-            return pattern
-    return name
+            return value
+    return default
+
+
+def is_named(names: Collection[str] | str | None, path: str) -> bool:
+    """Whether a path is one of the names, ends in one of them, or matches them as a regular expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return bool(names) and f".{path}".endswith(tuple([f".{name}" for name in names or ()]))
 
 
 def check_expressions(settings: Mapping[str, Any], names: Collection[str] = (), *, bounded: bool = True) -> None:

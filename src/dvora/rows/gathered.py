@@ -1,0 +1,210 @@
+"""The adapters of a batch by its rows: factors of layers, and heads.
+
+Dimensions: B rows of a batch, S places of adapters, F values of a factor row.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from ..adapter_file.content import SavedWhole
+from ..factors import Factors
+from ..tensors import saved_tensors_are_hooked
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer stands in a factor row."""
+
+    start: int
+    out_features: int
+    rank: int
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of `g - 1`, scale and lambda_d."""
+        return self.out_features, self.out_features, self.rank
+
+    @property
+    def stop(self) -> int:
+        """The first value behind it."""
+        return self.start + sum(self.lengths)
+
+
+class ServedHead(NamedTuple):
+    """One module that every adapter has as a whole, such as a classifier."""
+
+    name: str
+    module: nn.Module
+    skeleton: nn.Module
+    """A copy without hooks, which never runs itself."""
+    parts: tuple[SavedWhole, ...]
+    """Its parameters and buffers that adapters save, by their full names."""
+
+
+class HeadGroup(NamedTuple):
+    """Rows of a batch whose heads have the same shapes."""
+
+    rows: Tensor | None
+    """None: all."""
+    parameters: dict[str, Tensor]
+    """By their names in the head, each with one entry a row."""
+
+
+class HeadByRow(threading.local):
+    """A head that takes the parameters of each row; a copy for each thread, into which `functional_call` puts them."""
+
+    def __init__(self, head: ServedHead) -> None:
+        self.module = copy.deepcopy(head.skeleton)
+
+    def outputs(self, parameters: dict[str, Tensor], args: Sequence[Tensor]) -> Tensor:
+        """The outputs of every row by its own parameters, as if it was alone.
+
+        Args:
+            parameters: by their names in the head, each with one entry a row.
+            args: of the head, for all rows.
+        """
+        outputs: Tensor = torch.vmap(self._alone, randomness="different")(parameters, *args)
+        return outputs
+
+    def _alone(self, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        output: Tensor = functional_call(self.module, parameters, tuple([x.unsqueeze(0) for x in inputs]))
+        return output.squeeze(0)
+
+
+def saved_here() -> AbstractContextManager[object]:
+    """Within it, keep what is saved for a backward pass from the hooks around it.
+
+    A checkpoint counts what is saved in both runs of its part, of which one makes the factors and the other finds them.
+    """
+    return saved_tensors_hooks(Tensor.detach, _itself) if saved_tensors_are_hooked() else nullcontext()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class RowIndex:
+    """The place of each row's adapter in a matrix of all, also where generation repeats rows.
+
+    Args:
+        places: one a row.
+        repeats: how often generation repeats each row, one after another.
+        device: of the matrix.
+    """
+
+    def __init__(self, places: Sequence[int], repeats: int, device: torch.device) -> None:
+        self.places, self.repeats = list(places), repeats
+        self.once = torch.tensor(self.places, device=device)
+        self.repeated = self.once.repeat_interleave(repeats) if repeats > 1 else self.once
+
+    def of(self, rows: int) -> Tensor:
+        """The index for a batch as a layer has it: an encoder's rows are not repeated.
+
+        Raises:
+            ValueError: there is not one name a row.
+        """
+        if rows == len(self.repeated):
+            return self.repeated
+        if rows == len(self.once):
+            return self.once
+        given = f"{len(self.once)} names" + (f", each repeated {self.repeats} times" if self.repeats > 1 else "")
+        raise ValueError(
+            f"bank.rows got {given}, and the layer a batch of {rows} rows; give one name a row, with repeats=num_beams "
+            "(or num_return_sequences) where generation repeats rows. A layer that gets tokens without their rows (an "
+            "expert's) cannot have an adapter for each row"
+        )
+
+
+def check_names(names: Sequence[str | None], repeats: int) -> None:
+    """Refuse what cannot name the rows of a batch.
+
+    Raises:
+        TypeError, ValueError: it is no list of names, or a number is out of range.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list with one name a row, got {names!r}")
+    if wrong := [name for name in names if not (name is None or isinstance(name, str))]:
+        raise TypeError(f"names must be strings, or None for the base, got {wrong[0]!r}")
+    if not names:
+        raise ValueError("names is empty; give one name a row of the batch")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be a positive integer, got {repeats!r}")
+
+
+class GatheredRows:
+    """The adapters of a batch: factors in one matrix, gathered by its rows once for all layers, and heads.
+
+    Args:
+        rows: the place of each row's adapter.
+        lengths: of `g - 1`, scale and lambda_d of every layer.
+        factors: gives the factor rows of all, (S, F); gathered anew when that is another tensor.
+        heads: gives the parts of the heads of all, by place and name.
+        base: the place of the base, or None where no row can be its.
+        dropout: of the inputs of updates.
+    """
+
+    def __init__(
+        self,
+        rows: RowIndex,
+        lengths: Sequence[int],
+        factors: Callable[[], Tensor],
+        heads: Callable[[], Sequence[Mapping[str, Tensor]]],
+        base: int | None = None,
+        dropout: nn.Module | None = None,
+    ) -> None:
+        self.rows, self.dropout = rows, dropout
+        self._lengths, self._matrix, self._heads, self._base = lengths, factors, heads, base
+        self._of: Tensor | None = None
+        self._gathered: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, int], list[Factors]] = {}
+
+    def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
+        """The factors of a layer: a part of what is gathered and split once.
+
+        Args:
+            layer: its position.
+            rows, dimensions: of its outputs.
+            dtype: of the factors.
+        """
+        matrix = self._matrix()
+        if matrix is not self._of:
+            self._of, self._gathered, self._factors = matrix, {}, {}
+        if (rows, dimensions) not in self._factors:
+            # Slots have no gradient, and inference tensors could not be used in a later pass with gradients.
+            with nullcontext() if matrix.requires_grad else torch.inference_mode(False), saved_here():
+                if rows not in self._gathered:
+                    self._gathered[rows] = matrix.index_select(0, self.rows.of(rows)).to(dtype)
+                values = self._gathered[rows].view(rows, *(1,) * (dimensions - 2), -1)
+                parts = iter(values.split(self._lengths, -1))
+                self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
+        return self._factors[rows, dimensions][layer]
+
+    def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
+        """The parameters of a head, by groups of rows with heads of the same shapes."""
+        heads, index = self._heads(), self.rows.of(rows)
+        places = self.rows.places if index is self.rows.once else index.tolist()
+        of_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
+        for row, place in enumerate(places):
+            of_shapes.setdefault(tuple(heads[place][part.name].shape for part in head.parts), []).append(row)
+        groups = []
+        for members in of_shapes.values():
+            parameters = {
+                part.name.removeprefix(f"{head.name}."): torch.stack([heads[places[row]][part.name] for row in members])
+                for part in head.parts
+            }
+            who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
+            groups.append(HeadGroup(who, parameters))
+        return groups
+
+    def of_base(self, rows: int) -> Tensor | None:
+        """Which rows are the base's; None where none can be."""
+        return None if self._base is None else self.rows.of(rows) == self._base
