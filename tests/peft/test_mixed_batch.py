@@ -3,14 +3,15 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dvora import DVoRAConfig
+from dvora import AdapterBank, DVoRAConfig
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
@@ -52,6 +53,21 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     mixed = outputs(model, len(NAMES), adapter_names=NAMES)
     assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
     assert same_bits(outputs(model, adapter_names=[BASE] * 4), outputs(MODELS[name]()))
+
+
+def test_a_bank_whose_batch_begins_within_the_call_changes_nothing_of_it(tmp_path: Path) -> None:
+    adapted("mlp").save_pretrained(tmp_path, selected_adapters=["second"])
+    model = adapted("bert")
+    expected = outputs(model, len(NAMES), adapter_names=NAMES)
+    with AdapterBank(MODELS["mlp"]().eval()) as bank, ExitStack() as entered:
+        bank.add_folder(tmp_path)
+
+        def ask(*_: object) -> None:
+            entered.enter_context(bank.rows(["second"]))
+
+        first = next(layer for _, layer in dvora_layers(model))
+        first.register_forward_hook(ask)
+        assert same_bits(outputs(model, len(NAMES), adapter_names=NAMES), expected)
 
 
 def with_heads() -> PeftModel:
