@@ -69,12 +69,22 @@ class Description:
     """One a layer."""
 
     @cached_property
+    def places(self) -> Mapping[str, range]:
+        """Where the values of each entry stand among all values of the file, by name in the file."""
+        counts = [prod(shape) for _, shape in self.entries.values()]
+        ends = zip(self.entries, counts, accumulate(counts), strict=True)
+        return {key: range(end - count, end) for key, count, end in ends}
+
+    @cached_property
     def order(self) -> Tensor:
         """Where each value of the flat vector stands among all values of the file, (S,); made when there are values."""
-        counts = [prod(shape) for _, shape in self.entries.values()]
-        ends = dict(zip(self.entries, accumulate(counts), strict=True))
         keys = [key for name, key in self.names.items() if VECTOR_PREFIX in name]
-        return torch.cat([torch.arange(ends[key] - prod(self.entries[key][1]), ends[key]) for key in keys])
+        return torch.cat([torch.arange(self.places[key].start, self.places[key].stop) for key in keys])
+
+    def tensors(self, values: Tensor) -> dict[str, Tensor]:
+        """Views of all values of the file, in their one dtype: what is no vector of a layer, by name in the file."""
+        keys = [*self.beside, *(self.names[part.name] for part in self.content.whole)]
+        return {key: values[self.places[key].start : self.places[key].stop].view(self.entries[key][1]) for key in keys}
 
     def digest(self, values: AdapterValues) -> str:
         """32 hexadecimal digits that name both files, byte for byte: the values have all that the data has."""
@@ -306,14 +316,14 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     """
     check_size(description.data_size, len(data))
     check_exact(description)
-    content, dtype, buffer, parts = description.content, description.dtype, bytearray(data), dict[str, Tensor]()
+    content, buffer = description.content, bytearray(data)
     # Most files have one dtype, and hundreds of entries, which need no view each then.
-    if content.whole or description.beside or dtype is None:
+    if description.dtype is None:
         parts = tensors_of(description.entries, buffer)
-    if dtype is None:
         values = torch.cat([part.float().view(-1) for part in parts.values()])
     else:
-        values = torch.frombuffer(buffer, dtype=dtype).float()
+        values = torch.frombuffer(buffer, dtype=description.dtype)
+        parts, values = description.tensors(values), values.float()
     vector = values.index_select(0, description.order)
     heads = {part.name: parts[description.names[part.name]] for part in content.whole}
     beside = {key: parts[key] for key in description.beside}

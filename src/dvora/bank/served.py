@@ -161,7 +161,8 @@ class ServedModel:
         Raises:
             ValueError: the dtype cannot hold them.
         """
-        heads = {name: whole.get(name, values).to(values.dtype) for name, values in self.own_heads.items()}
+        # Copies: views would keep all that was read with them.
+        heads = {name: whole.get(name, values).to(values.dtype, copy=True) for name, values in self.own_heads.items()}
         for name, values in heads.items():
             if not values.isfinite().all():
                 raise ValueError(
