@@ -30,7 +30,7 @@ class Walk(NamedTuple):
 
 
 STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1115), Walk(9, 72, 1331), Walk(8, 55, 510)
-BATCH, LOAD = Walk(10, 81, 665), Walk(20, 237, 3230)
+BATCH, LOAD = Walk(10, 81, 665), Walk(20, 233, 3185)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 

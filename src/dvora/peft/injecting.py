@@ -47,7 +47,7 @@ from .layer_types import (
     sizes_of,
 )
 from .parameters import ParamWrapper, ReadLinear, UnfusedLinear, projections_of, wrapped
-from .saving import check_file, check_ranks
+from .saving import check_ranks
 
 _NAMES_SHOWN, _SHOWN = 20, 100
 """Names, and characters of one, that a message repeats."""
@@ -214,7 +214,6 @@ def check_settings(config: DVoRAConfig, adapter_name: object, model: nn.Module) 
     # All names that settings are matched against: parameters may be adapted by themselves.
     names = {name for name, _ in chain(model.named_modules(), model.named_parameters())}
     config.check(names, bounded=config.file is not None)
-    check_file(config)
 
 
 def check_targets(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 `from_saved` is the one check of values, where they arrive and whoever hands them over. For a folder it runs before,
 too: `checked_folder`, when a model has been given the adapter and can still be restored. Only what would make something
-large, or never end, is refused before that: `check_file` compares a file with its settings, from the header alone.
+large is refused before that: `check_ranks` compares a file with its settings, from the header alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapter_file.content import check_saved_ranks, vector_digest
+from ..adapter_file.content import vector_digest
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import (
     MATRIX_PREFIX,
@@ -44,12 +44,6 @@ from .parameters import ParamWrapper
 _SECOND_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _Value = TypeVar("_Value")
 _VECTOR = re.compile(r"\.(" + "|".join(VECTORS) + r")(\.|$)")
-
-
-def check_file(config: DVoRAConfig) -> None:
-    """Refuse a file of other ranks than its configuration says; see `check_saved_ranks`. Without a file it is right."""
-    if config.file is not None and (shapes := config.file.shapes()):
-        check_saved_ranks(config, shapes)
 
 
 def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
