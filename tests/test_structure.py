@@ -126,6 +126,18 @@ def test_a_file_says_first_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "no docstring"
 
 
+@pytest.mark.parametrize("room", ORDER[ORDER.index("adapter_file") : ORDER.index("peft")])
+def test_what_the_method_for_peft_imports_imports_peft_first(room: str) -> None:
+    # Whose import brings the method, which would find the room half imported.
+    first = next(node for node in ast.parse((SOURCE / room / "__init__.py").read_text()).body if _is_import(node))
+    assert isinstance(first, ast.Import)
+    assert first.names[0].name == "peft"
+
+
+def _is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
 def test_every_public_name_exists_and_is_documented() -> None:
     for name in dvora.__all__:
         assert getattr(dvora, name).__doc__, name

@@ -27,7 +27,7 @@ def test_a_batch_takes_all_its_slots_or_none_while_it_waits() -> None:
     held.take(first, "ab", rows)
 
     def watches() -> None:
-        until(lambda: len(held._waiting) == 1)
+        until(lambda: held.waiting() == 1)
         assert held.in_use() == 2
         assert "c" not in held
         # The base needs no slot, and no turn.
@@ -43,13 +43,13 @@ def test_batches_that_wait_are_served_in_turn_so_that_small_ones_keep_no_large_o
     held.take(first, "a", rows)
 
     def take(name: str, digests: str, turn: int) -> None:
-        until(lambda: len(held._waiting) == turn)
+        until(lambda: held.waiting() == turn)
         held.take(batch := object(), digests, rows)
         order.append(name)
         held.release(batch)
 
     def watch() -> None:
-        until(lambda: len(held._waiting) == 2)
+        until(lambda: held.waiting() == 2)
         held.release(first)
 
     # What the small one needs is in its slot all the time.

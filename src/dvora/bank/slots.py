@@ -172,6 +172,10 @@ class Slots:
         with self._changed:
             return len(self._in_use())
 
+    def waiting(self) -> int:
+        """How many batches wait for slots now."""
+        return len(self._waiting)
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""

@@ -1,1 +1,4 @@
-"""Adapters by row of a batch: whose batch a call is in, and the factors and heads of its rows."""
+"""Adapters by row of a batch: which batch a call is in, and the factors and heads of its rows."""
+
+# First, as in `adapter_file`, which this room asks.
+import peft as peft
