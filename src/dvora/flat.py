@@ -23,7 +23,8 @@ from .checks import FAR
 from .factors import factor_rows
 from .functional import Vectors
 from .peft.layer import DVoRALayer, check_unmerged
-from .peft.model_adapter import ModelAdapter, ModelOrFolder, content_of, values_restored_on_error
+from .peft.model_adapter import ModelAdapter, ModelOrFolder, content_of
+from .peft.restoring import keep_values, restored_on_error
 from .peft.saving import check_layer_factors
 from .tensors import Float, is_dtensor, weight_in_memory
 from .weight import AdaptedWeight
@@ -133,7 +134,8 @@ class Layout:
         parts = vector.detach().to(tensors[0].device).split(list(self._parts.values()))
         values = [part.view(old.shape).to(old.device, old.dtype) for part, old in zip(parts, tensors, strict=True)]
         _check_writable(by_name, values)
-        with values_restored_on_error(tensors):
+        with restored_on_error() as undo:
+            keep_values(undo, tensors)
             torch._foreach_copy_(tensors, values)
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -440,38 +439,3 @@ def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
         for row, vector in enumerate(start)
     )
     return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)
-
-
-@contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """If anything is raised in the block, restore attributes and children of all modules, and what is trained.
-
-    Configurations of adapters are restored too; values of tensors are not.
-    """
-    modules = list(model.modules())
-    configs = {id(c): c for module in modules for c in vars(module).get("peft_config", {}).values()}
-    attributes = [(vars(holder), dict(vars(holder))) for holder in (*modules, *configs.values())]
-    values = [value for _, before in attributes for value in before.values()]
-    containers = [(value, value.copy()) for value in values if isinstance(value, dict | list | set)]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for now, before in [*attributes, *containers]:
-            _put_back(now, before)
-        for parameter, requires_grad in trained:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-        raise
-
-
-def _put_back(now: Any, before: Any) -> None:
-    """Restore the contents of a container; an unchanged one is not written, as other threads may be reading it."""
-    if isinstance(now, list):
-        if [id(value) for value in now] != [id(value) for value in before]:
-            now[:] = before
-    elif list(now) != list(before) or (
-        isinstance(now, dict) and any(now[key] is not value for key, value in before.items())
-    ):
-        now.clear()
-        now.update(before)

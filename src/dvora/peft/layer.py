@@ -33,6 +33,7 @@ from ..weight import AdaptedWeight, check_can_be_set, check_finite, merge, warn_
 from .base_weight import device_of, input_dtype, keep_differentiable, measured_bias, readable_weight, stored_weight
 from .layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient, layer_type_of, linear
 from .mixed_batch import check_rows, row_updates, updates_in
+from .restoring import restored_on_error
 
 VECTORS = ("dvora_magnitude", "dvora_lambda_b", "dvora_lambda_d")
 """Attributes of a layer, in the order of `functional.Vectors`."""
@@ -256,13 +257,9 @@ class DVoRALayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base's weight, as `DVoRAModel.merge_adapter` does for all layers."""
-        undo = ExitStack()
-        try:
+        with restored_on_error(self) as undo:
             if lost := self.merge_quietly(adapter_names, undo):
                 warn_of_losses(lost, self.unmerged().dtype)
-        except BaseException:
-            undo.close()
-            raise
 
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that cannot be set: quantised, computed in every pass or sharded."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..weight import warn_of_losses
 from .layer import DVoRALayer, MergeState, layers_in
+from .restoring import restored_on_error
 
 
 def merge_model(
@@ -55,16 +56,13 @@ def merged_or_restored(
 ) -> Iterator[dict[str, float]]:
     """Merge as `merge_model` does; if anything is raised, also within the block, all weights are restored."""
     _check_mergeable(model, adapter_names)
-    losses, undo = dict[str, float](), ExitStack()
-    try:
+    losses: dict[str, float] = {}
+    with restored_on_error(model) as undo:
         for layer in layers_in(model):
             losses |= layer.merge_quietly(adapter_names, undo)
         _merge_others(model, adapter_names, safe_merge, undo)
         warn_of_losses(losses, _dtype_of(model))
         yield losses
-    except BaseException:
-        undo.close()
-        raise
 
 
 def unmerge_model(model: nn.Module) -> None:

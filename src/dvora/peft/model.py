@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, cast
 
 import torch
@@ -34,13 +34,13 @@ from .injecting import (
     check_targets,
     find_targets,
     names_found,
-    restored_on_error,
     wrap,
 )
 from .layer import DVoRALayer, check_unmerged, layers_in, layers_of
 from .merging import merge_model, merged_or_restored, unmerge_model
 from .mixed_batch import BASE, NamedBatch, names_passed
 from .parameters import ParamWrapper
+from .restoring import restored_on_error
 from .saving import arriving_values, as_saved, check_load, checked_folder
 
 _COMPILED = "_orig_mod."
@@ -216,12 +216,11 @@ class DVoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        with ExitStack() as stack:
-            stack.enter_context(restored_on_error(self))
-            if merge:
-                self._check_merge_allowed()
-                # Copies of all adapted weights stay on the CPU until the last layer is unloaded, to undo a failure.
-                stack.enter_context(merged_or_restored(self.model, adapter_names, safe_merge))
+        if merge:
+            self._check_merge_allowed()
+        # Copies of all adapted weights stay on the CPU until the last layer is unloaded, to undo a failure.
+        merging = merged_or_restored(self.model, adapter_names, safe_merge) if merge else nullcontext()
+        with restored_on_error(self), merging:
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
             stop_sharing_inputs(self.model)
         return cast(nn.Module, self.model)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values import FolderSource
 from ..adapter_file.values_file import VECTOR_PREFIX, plain_key, plain_name
 from ..functional import Vectors
-from .injecting import restored_on_error
 from .layer import DVoRALayer, layers_of
+from .restoring import keep_values, restored_on_error
 from .saving import check_unsharded, checked_folder, trained_whole
 
 ModelOrFolder = nn.Module | str | os.PathLike[str]
@@ -124,24 +123,13 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     # With its own configuration: what that does not train must be the model's already, as in loading.
     base = _adapted_model(model)
     values, state = checked_folder(base, config, adapter_name, source.folder), base.state_dict()
-    with restored_on_error(model), values_restored_on_error([state[key] for key in values]):
+    with restored_on_error(model) as undo:
+        keep_values(undo, [state[key] for key in values])
         for key, value in values.items():
             state[key].copy_(value)
         for layer in layers:
             layer.set_strength(adapter_name, float(config.strength_of(layer.name)))
         adapter.config.strength = config.strength
-
-
-@contextmanager
-def values_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """If anything is raised in the block, give the tensors the values back that they have now."""
-    values = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            torch._foreach_copy_(list(tensors), values)
-        raise
 
 
 def _adapted_model(model: nn.Module) -> nn.Module:
