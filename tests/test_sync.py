@@ -14,13 +14,13 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -36,9 +36,11 @@ from dvora.sync import (
     ModelTarget,
     Publisher,
     ServerTarget,
+    Target,
     newest,
     vector_digest,
 )
+from dvora.whole_files import locked
 from tests.peft.tiny import same_bits, train_vectors
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, TOKEN, Alone, complete, process, serving
@@ -85,6 +87,26 @@ def model(llama: Path) -> nn.Module:
 def bank(model: nn.Module, adapters: Path) -> Iterator[dvora.AdapterBank]:
     with dvora.AdapterBank(model, like=adapters / "start") as bank:
         yield bank
+
+
+@pytest.fixture
+def other_model(llama: Path) -> PeftModel:
+    """With an adapter that a target gives values."""
+    return adapted(llama)
+
+
+@pytest.fixture(params=["model", "bank", "folder", "server"])
+def target(
+    request: pytest.FixtureRequest, llama: Path, other_model: PeftModel, adapters: Path, tmp_path: Path
+) -> Iterator[Target]:
+    """One of each kind."""
+    if request.param == "server":
+        with serving(llama, adapters) as (client, _):
+            yield ServerTarget(f"{client.base_url}", TOKEN)
+    elif request.param == "bank":
+        yield BankTarget(request.getfixturevalue("bank"))
+    else:
+        yield FolderTarget(tmp_path / "shared") if request.param == "folder" else ModelTarget(other_model)
 
 
 @torch.no_grad()
@@ -245,10 +267,12 @@ def test_an_adapter_that_is_scaled_is_refused(llama: Path, trainer: PeftModel, i
 # Restarts.
 
 
-def test_a_killed_server_has_the_same_versions_again_and_takes_the_next(
-    llama: Path, trainer: PeftModel, adapters: Path
+def test_a_server_that_starts_again_has_the_same_versions_or_none_and_takes_the_next(
+    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
 ) -> None:
-    with process(llama, adapters) as (running, client):
+    """None, where it starts from an image as a container does; no stale version answers."""
+    shutil.copytree(adapters, tmp_path / "image")
+    with serving(llama, adapters) as (client, _):
         port = client.base_url.port
         publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy", keep=2)
         texts = {}
@@ -256,38 +280,23 @@ def test_a_killed_server_has_the_same_versions_again_and_takes_the_next(
             train_vectors(trainer, seed=number)
             name = publisher.publish().name
             texts[name] = served_text(client, name)
-        running.kill()
-        running.wait()
-        train_vectors(trainer, seed=4)
-        with pytest.raises(ConnectionError, match="no server answers at"):
-            publisher.publish()
-    with process(llama, adapters, port=port) as (_, client):
+    train_vectors(trainer, seed=4)
+    with pytest.raises(ConnectionError, match="no server answers at"):
+        publisher.publish()
+    with serving(llama, adapters, port=port) as (client, _):
         for name in ("policy-v2", "policy-v3"):
             assert served_text(client, name) == texts[name]
         assert complete(client, "policy-v1", "the ").status_code == 404
         assert publisher.publish().name == "policy-v4"
-        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v4"
         assert served_text(client, "policy-v4") not in texts.values()
         publisher.publish()
         assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v4", "policy-v5", "start"]
-
-
-def test_a_server_that_forgot_everything_answers_by_no_stale_version(
-    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
-) -> None:
-    """Such as a container that starts again from its image."""
-    shutil.copytree(adapters, tmp_path / "image")
-    train_vectors(trainer, seed=1)
-    with serving(llama, adapters) as (client, _):
-        port = client.base_url.port
-        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy")
-        assert publisher.publish().name == "policy-v1"
     with serving(llama, tmp_path / "image", port=port) as (client, _):
-        assert complete(client, "policy-v1", "the ").status_code == 404
-        train_vectors(trainer, seed=2)
-        assert publisher.publish().name == "policy-v2"
+        assert complete(client, "policy-v5", "the ").status_code == 404
+        train_vectors(trainer, seed=6)
+        assert publisher.publish().name == "policy-v6"
         expected = Alone(llama).continued(saved(trainer, tmp_path / "now"), "the ", 12)
-        assert served_text(client, "policy-v2") == expected
+        assert served_text(client, "policy-v6") == expected
 
 
 def test_a_new_publisher_goes_on_after_the_newest_version(trainer: PeftModel, tmp_path: Path) -> None:
@@ -312,39 +321,19 @@ def test_a_publisher_goes_on_after_what_another_one_published_and_dropped(traine
 # One name, one content.
 
 
-@pytest.mark.parametrize("kind", ["model", "bank", "folder", "server"])
-def test_a_name_that_is_there_gets_no_other_values(
-    llama: Path, trainer: PeftModel, bank: dvora.AdapterBank, adapters: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_name_that_is_there_gets_no_other_values(trainer: PeftModel, other_model: PeftModel, target: Target) -> None:
     layout = Layout.of(trainer)
     vector = layout.to_vector(trainer)
     first, other = (AdapterVersion("policy", 1, layout, vector + step) for step in (0, 0.5))
-    with serving(llama, adapters) as (client, _):
-        server = adapted(llama)
-        targets = {
-            "model": lambda: ModelTarget(server),
-            "bank": lambda: BankTarget(bank),
-            "folder": lambda: FolderTarget(tmp_path / "shared"),
-            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
-        }
-        content = {
-            "model": lambda: layout.to_vector(server).tolist(),
-            "bank": lambda: bank.digest("policy-v1"),
-            "folder": lambda: FolderTarget(tmp_path / "shared").read("policy-v1").digest,
-            "server": lambda: client.get("/v1/adapters/policy-v1").json()["digest"],
-        }
-        target = targets[kind]()
-        target.put(first)
-        before = content[kind]()
-        # Whose answer was lost.
-        target.put(first)
-        with pytest.raises(
-            ValueError, match=r"'policy-v1' with another content.* Give each publisher a name of its own"
-        ):
-            target.put(other)
-        assert content[kind]() == before
-        target.drop("policy-v1")
-        assert kind == "model" or "policy-v1" not in target.names()
+    target.put(first)
+    before = layout.to_vector(other_model)
+    with pytest.raises(ValueError, match=r"'policy-v1' with another content.* Give each publisher a name of its own"):
+        target.put(other)
+    # As it was, so that whose answer was lost may put it again.
+    assert torch.equal(layout.to_vector(other_model), before)
+    target.put(first)
+    target.drop("policy-v1")
+    assert isinstance(target, ModelTarget) or "policy-v1" not in target.names()
 
 
 RACING = """
@@ -407,7 +396,7 @@ def test_what_another_one_is_writing_is_left_alone(
     publisher = Publisher(trainer, folder, "policy")
     (tmp_path / ".policy-v1.vector.abcd1234").touch()
     monkeypatch.setattr(sync, "WAITING_SECONDS", 0)
-    with FileLock(tmp_path / ".lock"), pytest.raises(TimeoutError, match="another publisher has held the lock"):
+    with locked(tmp_path / ".lock"), pytest.raises(TimeoutError, match="another publisher has held the lock"):
         publisher.publish()
     assert (tmp_path / ".policy-v1.vector.abcd1234").exists()
     assert folder.names() == []
@@ -418,33 +407,23 @@ def test_what_another_one_is_writing_is_left_alone(
 # Nothing damaged, and nothing in the place of what is whole.
 
 
-@pytest.mark.parametrize("kind", ["model", "bank", "folder", "server"])
-def test_values_that_are_not_finite_push_out_nothing(
-    llama: Path, trainer: PeftModel, bank: dvora.AdapterBank, adapters: Path, tmp_path: Path, kind: str
-) -> None:
-    with serving(llama, adapters) as (client, _):
-        targets = {
-            "model": lambda: ModelTarget(adapted(llama)),
-            "bank": lambda: BankTarget(bank),
-            "folder": lambda: FolderTarget(tmp_path / "shared"),
-            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
-        }
-        target = targets[kind]()
-        publisher = Publisher(trainer, target, "policy")
-        for _ in range(2):
-            publisher.publish()
-        had = {*target.names()}
-        value = next(p for p in trainer.parameters() if p.requires_grad)
-        for wrong in (torch.nan, torch.inf):
-            with torch.no_grad():
-                value[0] = wrong
-            with pytest.raises(ValueError, match=r"not finite, the first at index \d+ \(\w+ of .*layers"):
-                publisher.publish()
-        assert {*target.names()} == had
-        with torch.no_grad():
-            value[0] = 0.5
+def test_values_that_are_not_finite_push_out_nothing(trainer: PeftModel, target: Target) -> None:
+    publisher = Publisher(trainer, target, "policy")
+    for _ in range(2):
         publisher.publish()
-        assert {*target.names()} - {"start"} == {"policy-v3"} | ({"policy-v2"} if kind != "model" else set())
+    had = {*target.names()}
+    value = next(p for p in trainer.parameters() if p.requires_grad)
+    for wrong in (torch.nan, torch.inf):
+        with torch.no_grad():
+            value[0] = wrong
+        with pytest.raises(ValueError, match=r"not finite, the first at index \d+ \(\w+ of .*layers"):
+            publisher.publish()
+    assert {*target.names()} == had
+    with torch.no_grad():
+        value[0] = 0.5
+    publisher.publish()
+    kept = {"policy-v3"} if isinstance(target, ModelTarget) else {"policy-v2", "policy-v3"}
+    assert {*target.names()} - {"start"} == kept
 
 
 def test_a_version_is_checked_when_it_is_made(trainer: PeftModel) -> None:
@@ -562,45 +541,38 @@ def test_values_that_were_changed_in_a_version_are_checked_again(
         put(version)
 
 
-@pytest.mark.parametrize("make", [lambda lock: lock.mkdir(), lambda lock: lock.symlink_to("nowhere")])
-def test_a_lock_that_is_no_file_is_named(trainer: PeftModel, tmp_path: Path, make: Callable[[Path], None]) -> None:
-    make(tmp_path / ".lock")
-    with pytest.raises(OSError, match=r"^\[Errno \d+\] .*; publishers lock this file, remove .*/\.lock'$"):
+def test_a_lock_that_is_a_link_is_named(trainer: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"/\.lock is a link, and nothing is locked through one; remove it"):
         Publisher(trainer, FolderTarget(tmp_path), "policy").publish()
     assert [*tmp_path.glob("*.vector")] == []
+    assert not (tmp_path / "nowhere").exists()
 
 
 # Never half a vector.
 
 PUBLISHING = """
 import sys
-from pathlib import Path
 import torch
-from dvora.sync import FolderTarget, Publisher
-from tests.test_sync import adapted
+from dvora.sync import AdapterVersion, FolderTarget
 
-torch.set_num_threads(1)
-trainer = adapted(Path(sys.argv[1]))
-values = [p for p in trainer.parameters() if p.requires_grad]
-publisher = Publisher(trainer, FolderTarget(sys.argv[2]), "policy")
-for number in range(1, 101):
-    with torch.no_grad():
-        for value in values:
-            value.fill_(number)
-    publisher.publish()
+folder = FolderTarget(sys.argv[1])
+layout = folder.read("policy-v1").layout
+for number in range(2, 101):
+    folder.put(AdapterVersion("policy", number, layout, torch.full([layout.size], float(number))))
+    folder.drop(f"policy-v{number - 2}") if number > 2 else None
 """
 
 
-def test_another_process_reads_whole_versions_while_they_come_and_go(llama: Path, tmp_path: Path) -> None:
-    folder, root = FolderTarget(tmp_path / "shared"), Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", PUBLISHING, str(llama), str(tmp_path / "shared")]
-    numbers = [0]
-    with subprocess.Popen(command, env=environment) as running:
+def test_another_process_reads_whole_versions_while_they_come_and_go(trainer: PeftModel, tmp_path: Path) -> None:
+    folder, layout, numbers = FolderTarget(tmp_path), Layout.of(trainer), [1]
+    folder.put(AdapterVersion("policy", 1, layout, torch.ones(layout.size)))
+    with subprocess.Popen([sys.executable, "-c", PUBLISHING, str(tmp_path)]) as running:
         while running.poll() is None:
-            if (version := folder.latest("policy")) is not None:
-                assert (version.vector == version.number).all()
-                numbers.append(version.number)
+            version = folder.latest("policy")
+            assert (version.vector == version.number).all()
+            numbers.append(version.number)
+            time.sleep(0.001)
     assert running.returncode == 0
     assert numbers == sorted(numbers)
     assert len({*numbers}) > 20
@@ -693,34 +665,24 @@ def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: C
 # What is refused.
 
 
-@pytest.mark.parametrize("kind", ["model", "bank", "server"])
-def test_a_target_of_another_layout_refuses(llama: Path, bank: dvora.AdapterBank, adapters: Path, kind: str) -> None:
+@pytest.mark.parametrize("target", ["model", "bank", "server"], indirect=True)
+def test_a_target_of_another_layout_refuses(llama: Path, target: Target) -> None:
     """Vectors are as long, and mean something else."""
-    trainer = adapted(llama, projection_seed=1)
-    with serving(llama, adapters) as (client, _):
-        targets = {
-            "model": lambda: ModelTarget(adapted(llama)),
-            "bank": lambda: BankTarget(bank),
-            "server": lambda: ServerTarget(f"{client.base_url}", TOKEN),
-        }
-        target = targets[kind]()
-        with pytest.raises(ValueError, match="layout"):
-            Publisher(trainer, target, "policy").publish()
-        assert newest("policy", target.names()) is None
+    with pytest.raises(ValueError, match="layout"):
+        Publisher(adapted(llama, projection_seed=1), target, "policy").publish()
+    assert newest("policy", target.names()) is None
 
 
-@pytest.mark.parametrize("kind", ["bank", "server"])
-def test_a_target_on_another_base_refuses(llama: Path, bank: dvora.AdapterBank, adapters: Path, kind: str) -> None:
+@pytest.mark.parametrize("target", ["bank", "server"], indirect=True)
+def test_a_target_on_another_base_refuses(llama: Path, target: Target) -> None:
     other = base_of(llama)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     trainer = get_peft_model(other, dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with serving(llama, adapters) as (client, _):
-        target = BankTarget(bank) if kind == "bank" else ServerTarget(f"{client.base_url}", TOKEN)
-        with pytest.raises(ValueError, match="the base models differ"):
-            Publisher(trainer, target, "policy").publish()
-        assert newest("policy", target.names()) is None
+    with pytest.raises(ValueError, match="the base models differ"):
+        Publisher(trainer, target, "policy").publish()
+    assert newest("policy", target.names()) is None
 
 
 def test_a_server_is_asked_for_its_base_once(llama: Path, trainer: PeftModel, adapters: Path) -> None:

@@ -5,7 +5,8 @@ only fall. What CONTRIBUTING tells of a step names every file of it.
 """
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -15,8 +16,11 @@ import torch
 from peft import PeftModel
 
 import dvora
+from tests.bank.versions import until
 from tests.peft.kinds import Kind, saved
 from tests.peft.tiny import LAYERS, MODELS
+from tests.recipes import tiny_models
+from tests.serve.served import save_classifiers, serving
 
 LIBRARY = Path(dvora.__file__).parent
 
@@ -30,6 +34,7 @@ class Walk(NamedTuple):
 
 
 STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1115), Walk(9, 72, 1331), Walk(8, 55, 510)
+REQUEST = Walk(23, 230, 1000)
 BATCH, LOAD = Walk(10, 81, 665), Walk(20, 233, 3185)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
@@ -49,6 +54,11 @@ def check(what: str, call: Callable[[], object], limit: Walk) -> set[str]:
         call()
     finally:
         sys.setprofile(None)
+    return hold(what, calls, limit)
+
+
+def hold(what: str, calls: Sequence[tuple[str, str]], limit: Walk) -> set[str]:
+    """Hold calls of functions in files to a limit; the files."""
     own = [(str(Path(path).relative_to(LIBRARY)), name) for path, name in calls if path.startswith(f"{LIBRARY}/")]
     files = {path for path, _ in own}
     walk = Walk(len(files), len(set(own)), len(own))
@@ -104,3 +114,29 @@ def test_a_batch_of_the_bank(tmp_path: Path) -> None:
 def test_a_load(tmp_path: Path) -> None:
     saved(BERT.fresh(), tmp_path)
     check("a load", lambda: PeftModel.from_pretrained(BERT.base(), tmp_path), LOAD)
+
+
+def test_a_request_of_the_server(tmp_path: Path) -> None:
+    """In all its threads: that of the loop, those that read texts and write answers, and the engine's."""
+    base = tiny_models.bert(tmp_path / "bert")
+    save_classifiers(base, tmp_path / "adapters")
+    calls, is_asking = list[tuple[str, str]](), threading.Event()
+    threading.setprofile(
+        lambda frame, event, _: calls.append(_of(frame)) if event == "call" and is_asking.is_set() else None
+    )
+    try:
+        with serving(base, tmp_path / "adapters") as (client, server):
+
+            def ask() -> None:
+                client.post("/v1/classify", json={"model": "two", "input": "good"}).raise_for_status()
+                # The engine lets go of its last batch when it has nothing to do.
+                until(lambda: server.base.bank.stats().slots_in_use == 0)
+
+            ask()
+            ask()
+            is_asking.set()
+            ask()
+            is_asking.clear()
+    finally:
+        threading.setprofile(None)
+    hold("POST /v1/classify", calls, REQUEST)

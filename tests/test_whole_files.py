@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, and what is no file is left what it is."""
 
+import fcntl
 import os
 import re
 import stat
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dvora.whole_files import RANDOM, new_file, new_folder, write_atomically
+from dvora.whole_files import RANDOM, locked, new_file, new_folder, write_atomically
 
 
 def test_a_file_takes_the_other_s_place_when_it_is_complete(tmp_path: Path) -> None:
@@ -84,3 +85,28 @@ def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
     reader.join(timeout=10)
     assert found == [b"content"]
     assert pipe.is_fifo()
+
+
+def test_a_lock_is_of_what_has_the_name_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever held it before may have renamed the folder between our opening it and the lock."""
+    (tmp_path / "folder").mkdir()
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        (tmp_path / "folder").rename(tmp_path / "renamed")
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", late)
+        with pytest.raises(TimeoutError, match="another process holds the lock"), locked(tmp_path / "folder"):
+            pass
+    with locked(tmp_path / "renamed"), pytest.raises(TimeoutError), locked(tmp_path / "renamed"):
+        pass
+
+
+def test_a_shared_lock_is_shared_and_a_file_that_is_not_there_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with locked(file, is_shared=True), locked(file, is_shared=True), pytest.raises(TimeoutError), locked(file):
+        pass
+    with locked(file), pytest.raises(TimeoutError), locked(file, is_shared=True):
+        pass

@@ -15,8 +15,7 @@ import re
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .adapter_file.content import vector_digest
@@ -33,7 +31,7 @@ from .bank.bank import AdapterBank
 from .flat import Layout
 from .peft.layer import layers_of
 from .tensors import Float
-from .whole_files import RANDOM, write_atomically
+from .whole_files import RANDOM, locked, write_atomically
 
 __all__ = [
     "AdapterVersion",
@@ -144,7 +142,7 @@ class Publisher:
         self._model, self._target, self._name, self._keep = model, target, name, keep
         self._newest = max(_numbers(name, target.names()), default=0)
         """Number that was used or seen."""
-        self._whole: set[int] = set()
+        self._served: set[int] = set()
         """Numbers that are known to be served."""
 
     def publish(self) -> AdapterVersion:
@@ -161,16 +159,16 @@ class Publisher:
         version = AdapterVersion(self._name, number, self.layout, self.layout.to_vector(self._model).cpu())
         self._newest = number
         self._target.put(version)
-        self._whole.add(number)
-        kept = 1
+        self._served.add(number)
+        count = 1
         for old in reversed(before):
             name = f"{self._name}-v{old}"
-            if kept == self._keep:
+            if count == self._keep:
                 self._target.drop(name)
-                self._whole.discard(old)
-            elif old in self._whole or self._target.serves(name):
-                self._whole.add(old)
-                kept += 1
+                self._served.discard(old)
+            elif old in self._served or self._target.serves(name):
+                self._served.add(old)
+                count += 1
         return version
 
 
@@ -306,7 +304,11 @@ class FolderTarget:
         version = replace(version, vector=version.vector.clone())
         head, values = {"name": version.name, "layout": version.layout.to_dict()}, as_bytes(version.vector)
         head["digest"] = _digest_of_file(head, values)
-        with self._locked():
+        busy = TimeoutError(
+            f"{self._folder}: another publisher has held the lock for {WAITING_SECONDS:g} seconds; look whether it "
+            "hangs, or publish to another folder"
+        )
+        with locked(self._folder / ".lock", WAITING_SECONDS, busy=busy):
             for file in self._folder.iterdir():
                 if _UNFINISHED.fullmatch(file.name) and file.is_file():
                     file.unlink()
@@ -374,28 +376,6 @@ class FolderTarget:
                     raise
                 missing = name
         return None
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """While a version is written: whatever becomes of the process, the system opens the lock then.
-
-        Raises:
-            TimeoutError: others have it all the time.
-            OSError: its file cannot be opened.
-        """
-        lock = self._folder / ".lock"
-        try:
-            held = FileLock(lock).acquire(WAITING_SECONDS)
-        except Timeout:
-            raise TimeoutError(
-                f"{self._folder}: another publisher has held the lock for {WAITING_SECONDS:g} seconds; look whether it "
-                "hangs, or publish to another folder"
-            ) from None
-        except OSError as error:
-            message = f"{error.strerror}; publishers lock this file, remove what is there if it is none"
-            raise OSError(error.errno, message, str(lock)) from error
-        with held:
-            yield
 
     def _file(self, name: str) -> Path:
         _check_version(name)

@@ -5,8 +5,9 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -115,9 +116,17 @@ def claimed(path: Path) -> Iterator[Path]:
     folder = path.with_name(f".{path.name}.unfinished")
     with suppress(FileExistsError):
         folder.mkdir()
-    with _lock(folder) as is_ours:
-        if not is_ours:
-            raise FileExistsError(f"another process is filling {path}; wait for it, or choose another name")
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or (fcntl is not None and state.st_uid != os.geteuid()):
+        raise FileExistsError(f"{folder} is a link, a file or of another user; this command needs the name: remove it")
+    busy = FileExistsError(f"another process is filling {path}; wait for it, or choose another name")
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder, busy=busy))
+        except OSError as error:
+            # Else of a file system without locks.
+            if error is busy:
+                raise
         try:
             for leftover in folder.iterdir():
                 remove(leftover)
@@ -128,43 +137,52 @@ def claimed(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process has the folder for itself; however a process ends, the system opens its locks.
+def locked(
+    path: Path, seconds: float = 0.0, *, is_shared: bool = False, busy: Exception | None = None
+) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made; however a process ends, the system opens its locks.
+
+    On Windows nothing is held.
+
+    Args:
+        path: of the folder or file.
+        seconds: to wait for others.
+        is_shared: whether others may hold it who share it too.
+        busy: what is raised if another one holds it, by default a TimeoutError.
 
     Raises:
-        FileExistsError: it is a link, no folder, or of another user.
+        OSError: it is a link, or cannot be opened, or its file system has no locks.
     """
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode) or (fcntl is not None and state.st_uid != os.geteuid()):
-        raise FileExistsError(f"{folder} is a link, a file or of another user; this command needs the name: remove it")
-    if fcntl is None:
-        yield True
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    until = time.monotonic() + seconds
+    while (descriptor := _lock(path, is_shared)) is None:
+        if time.monotonic() >= until:
+            raise busy or TimeoutError(f"another process holds the lock of {path}")
+        time.sleep(0.01)
     try:
-        yield _is_locked(descriptor) and _is_still(folder, descriptor)
+        yield
     finally:
         os.close(descriptor)
 
 
-def _is_locked(descriptor: int) -> bool:
-    """Whether the lock was free; true on file systems that have none."""
-    assert fcntl is not None
+def _lock(path: Path, is_shared: bool) -> int | None:
+    """A descriptor that holds the lock; None if another one holds it."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link, and nothing is locked through one; remove it")
+    descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT), 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX))
+        # Whoever held it may have renamed or removed what is locked.
+        is_held = path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat())
     except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _is_still(folder: Path, descriptor: int) -> bool:
-    """Whether the open folder has its name still; another process may have renamed or removed it before the lock."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), folder.lstat())
-    except FileNotFoundError:
-        return False
+        is_held = False
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if not is_held:
+        os.close(descriptor)
+    return descriptor if is_held else None
 
 
 def _sync(path: Path) -> None:

@@ -1,11 +1,12 @@
 """Bases and adapters that all tests of the server read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.recipes import tiny_models
-from tests.serve.served import save_classifiers, save_language_adapters
+from tests.serve.served import Serving, copied, save_classifiers, save_language_adapters, serving
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,23 @@ def language_adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters with heads of 2, 3, 5 and 1 outputs."""
     return save_classifiers(bert, tmp_path_factory.mktemp("classifiers"))
+
+
+@pytest.fixture
+def adapters(language_adapters: Path, tmp_path: Path) -> Path:
+    """Those of the language model, which a test may change."""
+    return copied(language_adapters, tmp_path / "adapters")
+
+
+@pytest.fixture(scope="session")
+def writers(llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server of the language model, whose adapters no test changes."""
+    with serving(llama, copied(language_adapters, tmp_path_factory.mktemp("writers") / "adapters")) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="session")
+def judges(bert: Path, classifiers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server of the encoder, whose adapters no test changes."""
+    with serving(bert, copied(classifiers, tmp_path_factory.mktemp("judges") / "adapters")) as pair:
+        yield pair

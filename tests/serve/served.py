@@ -29,6 +29,7 @@ from tests.recipes.saved_adapters import save
 
 TOKEN = "a secret of the tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+Serving = tuple[httpx.Client, Server]
 CLASSES = {"two": 2, "three": 3, "five": 5, "one": 1}
 TEXTS = ("the ", "a", "Once upon", "0123456789 " * 3, "good book", "!?")
 
@@ -129,6 +130,17 @@ def complete(client: httpx.Client, model: str, prompt: str, tokens: int = 8, **o
     """A greedy completion."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
     return client.post("/v1/completions", json=body)
+
+
+def text_of(client: httpx.Client, model: str) -> str:
+    text: str = complete(client, model, "the ", 12).json()["choices"][0]["text"]
+    return text
+
+
+def put(client: httpx.Client, name: str, source: Path, **query: object) -> httpx.Response:
+    """Put the adapter of a folder, or a file."""
+    content = (source / "adapter_model.safetensors" if source.is_dir() else source).read_bytes()
+    return client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)  # type: ignore[arg-type]
 
 
 class Alone:

@@ -11,7 +11,7 @@ import httpx2 as httpx
 import pytest
 
 from dvora.serve import connections
-from tests.serve.served import complete, copied, serving
+from tests.serve.served import Serving, complete, copied, serving
 
 HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HEAD
@@ -61,35 +61,33 @@ def received(connection: socket.socket) -> bytes:
     return content
 
 
-def test_what_is_no_http(
-    llama: Path, language_adapters: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
-        for name, content in NO_HTTP.items():
-            with connected(client, content) as connection:
-                answers = received(connection)
-            assert answers.startswith(b"HTTP/1.1 400 "), name
-            assert b'"object"' not in answers, name
-        # Within a body, when its request runs already.
-        with connected(client, CHUNKED + b"5\r\n00000\r\n") as connection:
-            time.sleep(0.2)
-            connection.sendall(b"zz\r\n")
-            assert received(connection).startswith(b"HTTP/1.1 400 ")
-        assert complete(client, "a0", "the ").status_code == 200
+def test_what_is_no_http(caplog: pytest.LogCaptureFixture, writers: Serving) -> None:
+    client, _ = writers
+    for name, content in NO_HTTP.items():
+        with connected(client, content) as connection:
+            answers = received(connection)
+        assert answers.startswith(b"HTTP/1.1 400 "), name
+        assert b'"object"' not in answers, name
+    # Within a body, when its request runs already.
+    with connected(client, CHUNKED + b"5\r\n00000\r\n") as connection:
+        time.sleep(0.2)
+        connection.sendall(b"zz\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 400 ")
+    assert complete(client, "a0", "the ").status_code == 200
     assert not [record for record in caplog.records if record.levelno > logging.WARNING]
 
 
-def test_other_protocols_are_not_spoken(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_other_protocols_are_not_spoken(writers: Serving) -> None:
     upgrade = b"GET /health HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: %b\r\nConnection: close\r\n" + HEAD + b"\r\n"
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
-        for content, status in (
-            (b"CONNECT elsewhere:443 HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
-            (b"GET http://elsewhere/health HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
-            (upgrade % b"websocket", b"200"),
-            (upgrade % b"h2c", b"200"),
-        ):
-            with connected(client, content) as connection:
-                assert received(connection).startswith(b"HTTP/1.1 " + status), content
+    client, _ = writers
+    for content, status in (
+        (b"CONNECT elsewhere:443 HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
+        (b"GET http://elsewhere/health HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
+        (upgrade % b"websocket", b"200"),
+        (upgrade % b"h2c", b"200"),
+    ):
+        with connected(client, content) as connection:
+            assert received(connection).startswith(b"HTTP/1.1 " + status), content
 
 
 def test_silent_and_slow_ones_are_closed(
@@ -128,15 +126,13 @@ def test_silent_ones_lock_nobody_out(llama: Path, language_adapters: Path, tmp_p
             assert stream.read().endswith(b"data: [DONE]\n\n")
 
 
-def test_answers_that_nobody_reads(
-    llama: Path, language_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, writers: Serving) -> None:
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.5)
     monkeypatch.setattr(connections, "LARGEST_HEAD", 2**20)
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
-        # More than the system keeps between two ends.
-        count = 5 * 10**7 // len(client.get("/openapi.json").content)
-        with connected(client, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count) as connection:
-            time.sleep(3)
-            assert received(connection).count(b"HTTP/1.1 200 ") < count
-        assert client.get("/health").status_code == 200
+    client, _ = writers
+    # More than the system keeps between two ends.
+    count = 5 * 10**7 // len(client.get("/openapi.json").content)
+    with connected(client, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count) as connection:
+        time.sleep(3)
+        assert received(connection).count(b"HTTP/1.1 200 ") < count
+    assert client.get("/health").status_code == 200

@@ -14,16 +14,16 @@ from huggingface_hub import InferenceClient
 from openai import OpenAI
 from transformers import AutoModel
 
-from tests.serve.served import CLASSES, Alone, copied, serving
+from tests.serve.served import CLASSES, Alone, Serving, copied, serving
 
 TEXTS = ["good movie", "the book was very bad", "it"]
 
 
-def test_classes_of_one_text_by_several_adapters_in_one_pass(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_classes_of_one_text_by_several_adapters_in_one_pass(bert: Path, classifiers: Path, judges: Serving) -> None:
     alone = Alone(bert)
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, server):
-        answer = client.post("/v1/classify", json={"model": [*CLASSES], "input": TEXTS[0]}).json()
-        assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+    client, server = judges
+    answer = client.post("/v1/classify", json={"model": [*CLASSES], "input": TEXTS[0]}).json()
+    assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
     for row in answer["data"]:
         logits = alone.logits(classifiers / row["model"], CLASSES[row["model"]], TEXTS[0])
         if len(logits) == 1:
@@ -44,17 +44,15 @@ def test_names_of_classes_are_those_of_the_run(bert: Path, classifiers: Path, tm
     assert answer[0]["score"] > answer[1]["score"]
 
 
-def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, judges: Serving) -> None:
     alone = Alone(bert)
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        several = client.post("/predict", json={"model": "three", "inputs": [[text] for text in TEXTS]}).json()
-        pair = client.post("/predict", json={"model": "three", "inputs": TEXTS[:2], "raw_scores": True}).json()
-        ranked = client.post(
-            "/rerank", json={"model": "one", "query": "good", "texts": TEXTS, "raw_scores": True}
-        ).json()
-        assert client.post("/rerank", json={"model": "two", "query": "good", "texts": TEXTS}).status_code == 400
-        assert client.get("/info").json()["works"] == ["classify", "embed"]
-        assert client.get("/health").status_code == 200
+    client, _ = judges
+    several = client.post("/predict", json={"model": "three", "inputs": [[text] for text in TEXTS]}).json()
+    pair = client.post("/predict", json={"model": "three", "inputs": TEXTS[:2], "raw_scores": True}).json()
+    ranked = client.post("/rerank", json={"model": "one", "query": "good", "texts": TEXTS, "raw_scores": True}).json()
+    assert client.post("/rerank", json={"model": "two", "query": "good", "texts": TEXTS}).status_code == 400
+    assert client.get("/info").json()["works"] == ["classify", "embed"]
+    assert client.get("/health").status_code == 200
     for text, answer in zip(TEXTS, several, strict=True):
         best = alone.logits(classifiers / "three", 3, text).softmax(-1).max()
         assert answer[0]["score"] == pytest.approx(float(best), abs=1e-5)
@@ -64,13 +62,13 @@ def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, 
     assert [row["index"] for row in ranked] == sorted(range(3), key=lambda row: -expected[row])
 
 
-def test_embeddings_are_the_merged_encoders(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_embeddings_are_the_merged_encoders(bert: Path, classifiers: Path, judges: Serving) -> None:
     alone = Alone(bert)
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (http, server):
-        client = OpenAI(base_url=f"{http.base_url}/v1", api_key="unused", max_retries=0)
-        of_adapter = client.embeddings.create(model="two", input=TEXTS).data
-        of_base = client.embeddings.create(model=server.base.name, input=TEXTS, encoding_format="float").data
-        routes = http.post("/embed", json={"inputs": TEXTS, "model": "two"}).json()
+    http, server = judges
+    client = OpenAI(base_url=f"{http.base_url}/v1", api_key="unused", max_retries=0)
+    of_adapter = client.embeddings.create(model="two", input=TEXTS).data
+    of_base = client.embeddings.create(model=server.base.name, input=TEXTS, encoding_format="float").data
+    routes = http.post("/embed", json={"inputs": TEXTS, "model": "two"}).json()
     models = {"two": alone.merged(classifiers / "two", 2).base_model, "base": AutoModel.from_pretrained(bert).eval()}
     for index, text in enumerate(TEXTS):
         for given, name in ((of_adapter[index].embedding, "two"), (of_base[index].embedding, "base")):
@@ -81,96 +79,91 @@ def test_embeddings_are_the_merged_encoders(bert: Path, classifiers: Path, tmp_p
         np.testing.assert_allclose(routes[index], of_adapter[index].embedding, atol=1e-6)
 
 
-def test_the_base_never_answers_for_an_adapter(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_the_base_never_answers_for_an_adapter(judges: Serving) -> None:
     """A head that nobody trained, unknown names and fields that are not kept are errors."""
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, server):
-        for path, body, status, message in [
-            ("/predict", {"inputs": "good"}, 400, "no trained head"),
-            ("/v1/classify", {"model": server.base.name, "input": "good"}, 400, "no trained head"),
-            ("/v1/classify", {"model": ["two", "six"], "input": "good"}, 404, "no model 'six'"),
-            ("/v1/embeddings", {"model": "six", "input": "good"}, 404, "no model 'six'"),
-            ("/v1/embeddings", {"model": "two", "input": "good", "dimensions": 4}, 400, "dimensions"),
-            ("/embed", {"model": "two", "inputs": "good", "lora": "two"}, 400, "lora"),
-            ("/v1/classify", {"model": "two", "input": "good " * 40}, 400, "42 tokens, and at most 32"),
-            ("/v1/completions", {"model": "two", "prompt": "good"}, 400, "cannot generate"),
-        ]:
-            answer = client.post(path, json=body)
-            assert answer.status_code == status, (path, answer.text)
-            assert message in answer.json()["error"]["message"]
-        cut = client.post("/v1/classify", json={"model": "two", "input": "good " * 40, "truncate": True})
-        assert cut.status_code == 200
+    client, server = judges
+    for path, body, status, message in [
+        ("/predict", {"inputs": "good"}, 400, "no trained head"),
+        ("/v1/classify", {"model": server.base.name, "input": "good"}, 400, "no trained head"),
+        ("/v1/classify", {"model": ["two", "six"], "input": "good"}, 404, "no model 'six'"),
+        ("/v1/embeddings", {"model": "six", "input": "good"}, 404, "no model 'six'"),
+        ("/v1/embeddings", {"model": "two", "input": "good", "dimensions": 4}, 400, "dimensions"),
+        ("/embed", {"model": "two", "inputs": "good", "lora": "two"}, 400, "lora"),
+        ("/v1/classify", {"model": "two", "input": "good " * 40}, 400, "42 tokens, and at most 32"),
+        ("/v1/completions", {"model": "two", "prompt": "good"}, 400, "cannot generate"),
+    ]:
+        answer = client.post(path, json=body)
+        assert answer.status_code == status, (path, answer.text)
+        assert message in answer.json()["error"]["message"]
+    cut = client.post("/v1/classify", json={"model": "two", "input": "good " * 40, "truncate": True})
+    assert cut.status_code == 200
 
 
-def test_more_rows_than_may_wait_are_refused_before_they_are_made(
-    bert: Path, classifiers: Path, tmp_path: Path
-) -> None:
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        many = {"model": ["two"] * 300_000, "input": ["x"] * 300_000}
-        answer = client.post("/v1/classify", json=many)
-        assert answer.status_code == 400
-        assert "90,000,000,000 rows" in answer.json()["error"]["message"]
-        assert client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1025}).status_code == 400
-        answer = client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1024})
-        assert len(answer.json()["data"]) == client.get("/info").json()["max_client_batch_size"] == 1024
+def test_more_rows_than_may_wait_are_refused_before_they_are_made(judges: Serving) -> None:
+    client, _ = judges
+    many = {"model": ["two"] * 300_000, "input": ["x"] * 300_000}
+    answer = client.post("/v1/classify", json=many)
+    assert answer.status_code == 400
+    assert "90,000,000,000 rows" in answer.json()["error"]["message"]
+    assert client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1025}).status_code == 400
+    answer = client.post("/v1/embeddings", json={"model": "two", "input": ["x"] * 1024})
+    assert len(answer.json()["data"]) == client.get("/info").json()["max_client_batch_size"] == 1024
 
 
-def test_hugging_faces_client(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_hugging_faces_client(bert: Path, classifiers: Path, judges: Serving) -> None:
     """It names no adapter in the body, so the address does; `POST /` is what text-embeddings-inference has there."""
     alone = Alone(bert)
     logits = alone.logits(classifiers / "three", 3, TEXTS[0])
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (http, _):
-        for path in ("/predict", "/"):
-            client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}{path}?model=three")
-            rows = client.text_classification(TEXTS[0])
-            assert [row.label for row in rows] == [f"LABEL_{index}" for index in logits.argsort(descending=True)]
-            assert [row.score for row in rows] == pytest.approx(
-                sorted(logits.softmax(-1).tolist(), reverse=True), abs=1e-5
-            )
-            for function, scores in (("sigmoid", logits.sigmoid()), ("none", logits)):
-                (best,) = client.text_classification(TEXTS[0], top_k=1, function_to_apply=function)  # type: ignore[arg-type]
-                assert best.score == pytest.approx(float(scores.max()), abs=1e-5)
-        client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}/embed?model=three")
-        options: dict[str, object] = {"normalize": True, "truncate": False, "truncation_direction": "right"}
-        vectors = client.feature_extraction(TEXTS, **options, encoding_format="float")  # type: ignore[arg-type]
-        expected = http.post("/v1/embeddings", json={"model": "three", "input": TEXTS}).json()["data"]
-        np.testing.assert_allclose(vectors, [row["embedding"] for row in expected], atol=1e-6)
-        assert http.get("/").headers["content-type"].startswith("text/html")
+    http, _ = judges
+    for path in ("/predict", "/"):
+        client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}{path}?model=three")
+        rows = client.text_classification(TEXTS[0])
+        assert [row.label for row in rows] == [f"LABEL_{index}" for index in logits.argsort(descending=True)]
+        assert [row.score for row in rows] == pytest.approx(sorted(logits.softmax(-1).tolist(), reverse=True), abs=1e-5)
+        for function, scores in (("sigmoid", logits.sigmoid()), ("none", logits)):
+            (best,) = client.text_classification(TEXTS[0], top_k=1, function_to_apply=function)  # type: ignore[arg-type]
+            assert best.score == pytest.approx(float(scores.max()), abs=1e-5)
+    client = InferenceClient(base_url=f"{str(http.base_url).rstrip('/')}/embed?model=three")
+    options: dict[str, object] = {"normalize": True, "truncate": False, "truncation_direction": "right"}
+    vectors = client.feature_extraction(TEXTS, **options, encoding_format="float")  # type: ignore[arg-type]
+    expected = http.post("/v1/embeddings", json={"model": "three", "input": TEXTS}).json()["data"]
+    np.testing.assert_allclose(vectors, [row["embedding"] for row in expected], atol=1e-6)
+    assert http.get("/").headers["content-type"].startswith("text/html")
 
 
-def test_fields_of_text_embeddings_inference_at_their_defaults(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+def test_fields_of_text_embeddings_inference_at_their_defaults(judges: Serving) -> None:
     neutral: dict[str, object] = {"truncate": False, "truncation_direction": "Right", "auto_truncate": False}
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        for path, body, others in [
-            ("/predict", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
-            ("/", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
-            ("/embed", {"inputs": "good"}, {"normalize": True, "prompt_name": None, "dimensions": None}),
-            (
-                "/rerank",
-                {"model": "one", "query": "good", "texts": ["bad"]},
-                {"return_text": False, "raw_scores": False},
-            ),
-        ]:
-            expected = client.post(path, json=body)
-            assert expected.status_code == 200, expected.text
-            for name, value in {**neutral, **others}.items():
-                for sent in (value, None):
-                    answer = client.post(path, json={**body, name: sent})
-                    assert answer.json() == expected.json(), (path, name, sent)
-        for name, value in (("normalize", False), ("truncation_direction", "Left"), ("prompt_name", "query")):
-            answer = client.post("/embed", json={"inputs": "good", name: value})
-            assert answer.status_code == 400
-            assert f"{name} is not kept here" in answer.json()["error"]["message"]
-        assert (
-            client.post("/embed", json={"inputs": [4, 5]}).json()
-            == client.post("/embed", json={"inputs": [[4, 5]]}).json()
-        )
+    client, _ = judges
+    for path, body, others in [
+        ("/predict", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
+        ("/", {"model": "two", "inputs": "good"}, {"raw_scores": False}),
+        ("/embed", {"inputs": "good"}, {"normalize": True, "prompt_name": None, "dimensions": None}),
+        (
+            "/rerank",
+            {"model": "one", "query": "good", "texts": ["bad"]},
+            {"return_text": False, "raw_scores": False},
+        ),
+    ]:
+        expected = client.post(path, json=body)
+        assert expected.status_code == 200, expected.text
+        for name, value in {**neutral, **others}.items():
+            for sent in (value, None):
+                answer = client.post(path, json={**body, name: sent})
+                assert answer.json() == expected.json(), (path, name, sent)
+    for name, value in (("normalize", False), ("truncation_direction", "Left"), ("prompt_name", "query")):
+        answer = client.post("/embed", json={"inputs": "good", name: value})
+        assert answer.status_code == 400
+        assert name in answer.json()["error"]["message"]
+    assert (
+        client.post("/embed", json={"inputs": [4, 5]}).json() == client.post("/embed", json={"inputs": [[4, 5]]}).json()
+    )
 
 
-def test_headers_name_the_version_if_it_is_one(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        one = client.post("/v1/classify", json={"model": ["two", "two"], "input": "good"})
-        several = client.post("/v1/classify", json={"model": [*CLASSES], "input": "good"})
-        embedded = client.post("/v1/embeddings", json={"model": "two", "input": "good"})
+def test_headers_name_the_version_if_it_is_one(judges: Serving) -> None:
+    client, _ = judges
+    one = client.post("/v1/classify", json={"model": ["two", "two"], "input": "good"})
+    several = client.post("/v1/classify", json={"model": [*CLASSES], "input": "good"})
+    embedded = client.post("/v1/embeddings", json={"model": "two", "input": "good"})
     digest = one.json()["data"][0]["digest"]
     for answer in (one, embedded):
         assert (answer.headers["x-dvora-adapter"], answer.headers["x-dvora-digest"]) == ("two", digest)
@@ -200,11 +193,11 @@ def test_tokens_of_one_client_beside_texts_of_another(bert: Path, classifiers: P
                 assert answer.result().json()["data"][0]["embedding"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_inputs(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        for route in ("/predict", "/", "/embed", "/rerank", "/v1/classify", "/v1/embeddings"):
-            body = {"model": "two", "inputs": [], "input": [], "query": "a", "texts": []}
-            assert client.post(route, json=body).status_code == 400
-            names = {"/rerank": ("query", "texts"), "/v1/classify": ("input",), "/v1/embeddings": ("input",)}
-            small = {"model": "two", **{name: body[name] for name in names.get(route, ("inputs",))}}
-            assert client.post(route, json=small).status_code == 400
+def test_no_inputs(judges: Serving) -> None:
+    client, _ = judges
+    for route in ("/predict", "/", "/embed", "/rerank", "/v1/classify", "/v1/embeddings"):
+        body = {"model": "two", "inputs": [], "input": [], "query": "a", "texts": []}
+        assert client.post(route, json=body).status_code == 400
+        names = {"/rerank": ("query", "texts"), "/v1/classify": ("input",), "/v1/embeddings": ("input",)}
+        small = {"model": "two", **{name: body[name] for name in names.get(route, ("inputs",))}}
+        assert client.post(route, json=small).status_code == 400

@@ -38,7 +38,7 @@ def started(base: Path, adapters: Path, **settings: Any) -> Iterator[Server]:
     server = Server(Settings(base=str(base), adapters=adapters, **settings))
     server.engine._scheduler.pass_tokens = 10**6
     for version in server.registry.versions():
-        server.registry.warm(version.name)
+        server.registry.read(version.name)
     try:
         yield server
     finally:
@@ -58,14 +58,15 @@ class Sent:
         self._answers: dict[Request, Answer] = {}
         self._begun, self._ended = threading.Event(), threading.Event()
         for one in requests:
-            work = server.works[0]
+            work = server.base.works[0]
             tokens = tokens_of(server, one.get("text", "the "))
             sampling = Sampling(**{"max_tokens": 12, "temperature": 0, **one.get("sampling", {})})
-            request = Request(work, one["adapter"], tokens, self._hear, sampling, queue=one.get("queue", ""))
+            version = server.registry.version(one["adapter"])
+            request = Request(work, version, tokens, self._deliver, sampling, queue=one.get("queue", ""))
             self._pieces[request] = []
         server.engine.submit([*self._pieces])
 
-    def _hear(self, request: Request, part: Piece | Answer) -> None:
+    def _deliver(self, request: Request, part: Piece | Answer) -> None:
         if isinstance(part, Piece):
             self._pieces[request].append(part)
             self._begun.set()
@@ -160,13 +161,16 @@ def test_a_row_of_an_encoder_that_is_not_finite_fails_alone(
     with started(bert, adapters) as server:
         ended, answers = threading.Event(), dict[Request, Answer]()
 
-        def hear(request: Request, answer: Piece | Answer) -> None:
+        def deliver(request: Request, answer: Piece | Answer) -> None:
             answers[request] = answer  # type: ignore[assignment]
             if len(answers) == 2:
                 ended.set()
 
         tokens = tokens_of(server, "good movie")
-        bad, good = (Request(work, name, tokens, hear) for name in ("two", "other"))  # type: ignore[arg-type]
+        bad, good = (
+            Request(work, server.registry.version(name), tokens, deliver)  # type: ignore[arg-type]
+            for name in ("two", "other")
+        )
         server.engine.submit([bad, good])
         assert ended.wait(60)
         assert batches(server, work) == 1
@@ -228,9 +232,9 @@ def test_texts_of_the_base_go_on_when_the_first_adapter_comes(
         texts = Sent(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
         texts.wait_for_piece()
         with server.base.between_passes():
-            server.base.bank.add("x:1", language_adapters / "a0")
+            server.base.bank.add("x", language_adapters / "a0")
         (text,) = texts.texts()
-        (of_adapter,) = ask(server, {"adapter": "x:1"})
+        (of_adapter,) = ask(server, {"adapter": "x"})
     assert text.answer == Answer(finish="length")
     assert text.text == Alone(llama).continued(None, "the ", 58)
     assert of_adapter.text == Alone(llama).continued(language_adapters / "a0", "the ", 12)

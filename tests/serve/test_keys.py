@@ -18,7 +18,7 @@ from dvora.serve.keys import Allowance, Keys
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import ADMIN, TOKEN, copied, save_trained, serving
+from tests.serve.served import ADMIN, TOKEN, save_trained, serving
 
 VALUES = "adapter_model.safetensors"
 SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
@@ -55,11 +55,6 @@ def key_file(folder: Path, content: str = FILE) -> Path:
 
 
 @pytest.fixture
-def adapters(language_adapters: Path, tmp_path: Path) -> Path:
-    return copied(language_adapters, tmp_path / "adapters")
-
-
-@pytest.fixture
 def client(llama: Path, adapters: Path, tmp_path: Path) -> Iterator[httpx.Client]:
     with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
         yield client
@@ -91,6 +86,7 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
     listed = client.get("/v1/adapters", headers=shop).json()
     assert [card["name"] for card in listed["adapters"]] == ["shop-1"]
     assert client.get("/metrics", headers=shop).status_code == 403
+    assert client.get("/info", headers=shop).json()["adapters"] == 1
 
     def hidden(method: str, path: str, name: str, **options: object) -> tuple[int, str, list[str]]:
         answer = client.request(method, path.format(name), headers=shop, **options)  # type: ignore[arg-type]
@@ -100,10 +96,16 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
         # What exists is answered like what does not.
         for method, path in (("GET", "/v1/models/{}"), ("GET", "/v1/adapters/{}")):
             assert hidden(method, path, name) == hidden(method, path, "nothing"), name
-        body = {"prompt": "the ", "max_tokens": 1}
-        of_name = hidden("POST", "/v1/completions", name, json={**body, "model": name})
-        assert of_name == hidden("POST", "/v1/completions", "nothing", json={**body, "model": "nothing"})
-        assert of_name[0] == 404
+        messages = [{"role": "user", "content": "a"}]
+        for path, body in (
+            ("/v1/completions", {"prompt": "the ", "max_tokens": 1}),
+            ("/v1/completions", {"prompt": "a" * 100, "max_tokens": 1}),
+            ("/v1/chat/completions", {"messages": messages, "max_tokens": 1}),
+        ):
+            for before in ("", "llama:"):
+                of_name = hidden("POST", path, name, json={**body, "model": before + name})
+                assert of_name == hidden("POST", path, "nothing", json={**body, "model": before + "nothing"})
+                assert of_name[0] == 404
     kept = {"content": values, "params": {"replace": False}}
     for method, options in (("PUT", {"content": values}), ("PUT", kept), ("DELETE", {})):
         assert hidden(method, "/v1/adapters/{}", "a0", **options) == hidden(
@@ -206,7 +208,7 @@ def test_no_path_leads_around_the_token(
         for method, path, body in CHANGES:
             answer = client.request(method, f"{prefix}{path}", json=body)
             assert answer.status_code in (401, 403, 404, 405), (method, path)
-            assert len(server.registry) == 6
+            assert len(server.base.bank) == 6
         if token:
             assert client.delete(f"{prefix}/v1/adapters/a1", headers=ADMIN).status_code == 200
     finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.served import Alone, copied, serving
+from tests.serve.served import Alone, Serving, copied, serving
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -76,14 +76,14 @@ def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
 
 
-def test_the_page_of_routes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
-        answer = client.get("/docs")
-        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-        with seen(f"{client.base_url}/docs", PHONE) as found:
-            found.page.wait_for_selector("text=PUT /v1/adapters/{name}")
-            text = found.page.inner_text("body")
-            for path, methods in client.get("/openapi.json").json()["paths"].items():
-                assert all(f"{method.upper()} {path}" in text for method in methods)
-            assert found.width() <= PHONE
-            assert all(line.startswith(f"asked for {client.base_url}") for line in found.complaints)
+def test_the_page_of_routes(writers: Serving) -> None:
+    client, _ = writers
+    answer = client.get("/docs")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    with seen(f"{client.base_url}/docs", PHONE) as found:
+        found.page.wait_for_selector("text=PUT /v1/adapters/{name}")
+        text = found.page.inner_text("body")
+        for path, methods in client.get("/openapi.json").json()["paths"].items():
+            assert all(f"{method.upper()} {path}" in text for method in methods)
+        assert found.width() <= PHONE
+        assert all(line.startswith(f"asked for {client.base_url}") for line in found.complaints)

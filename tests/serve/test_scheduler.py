@@ -97,7 +97,7 @@ def test_everything_runs_once_the_oldest_of_a_queue_next_and_within_the_limits(
         run(scheduler, batch)
         running = {*batch.requests, *scheduler.running}
         assert len(running) <= rows
-        assert len({one.adapter for one in running} - {None}) <= slots
+        assert len({one.version for one in running} - {None}) <= slots
         held = [one for one in running if one.work == "generate"]
         assert len(held) <= 1 or len(held) * max(one.length - 1 for one in held) <= cache
         assert scheduler.waiting == len([*scheduler.all_waiting()]) >= len(waiting)

@@ -11,17 +11,13 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from dvora.serve import store
 from dvora.serve.server import Server
-from dvora.serve.store import LINGERING_SECONDS, Store
-from tests.serve.served import ADMIN, Alone, complete, copied, serving
+from dvora.serve.store import UNUSED_SECONDS, Store
+from tests.serve.served import ADMIN, Alone, complete, copied, put, serving, text_of
 
 VALUES = "adapter_model.safetensors"
 Pair = tuple[tuple[httpx.Client, httpx.Client], tuple[Server, Server]]
-
-
-@pytest.fixture
-def adapters(language_adapters: Path, tmp_path: Path) -> Path:
-    return copied(language_adapters, tmp_path / "adapters")
 
 
 @pytest.fixture
@@ -32,15 +28,6 @@ def pair(llama: Path, adapters: Path) -> Iterator[Pair]:
         serving(llama, adapters, is_shared=True) as (two, second),
     ):
         yield (one, two), (first, second)
-
-
-def put(client: httpx.Client, name: str, folder: Path) -> httpx.Response:
-    return client.put(f"/v1/adapters/{name}", content=(folder / VALUES).read_bytes(), headers=ADMIN)
-
-
-def text_of(client: httpx.Client, model: str) -> str:
-    text: str = complete(client, model, "the ", 12).json()["choices"][0]["text"]
-    return text
 
 
 def test_a_change_at_one_is_a_change_at_all(pair: Pair, llama: Path, language_adapters: Path) -> None:
@@ -147,8 +134,10 @@ def test_a_replaced_upload_stays_for_those_who_still_read_it(
     (first,) = uploads()
     put(two, "tenant", language_adapters / "a2")
     (second,) = uploads() - {first}
+    # Whoever hears of it there lets go of the first.
+    assert one.get("/v1/adapters/tenant").status_code == 200
     for path in (first, second):
-        os.utime(path, (0, path.stat().st_mtime - LINGERING_SECONDS - 10))
+        os.utime(path, (0, path.stat().st_mtime - UNUSED_SECONDS - 10))
     put(one, "tenant", language_adapters / "a3")
     # The second was used until now, whenever it was written.
     assert first not in uploads()
@@ -164,11 +153,25 @@ def test_an_upload_that_takes_its_name_disturbs_no_other_servers_sweep(adapters:
         assert all(path.is_dir() for path in uploads.result())
 
 
-def test_what_is_shared_is_nobodys_alone(llama: Path, adapters: Path) -> None:
-    with serving(llama, adapters, is_shared=True), pytest.raises(ValueError, match="another server has it"):
-        serving(llama, adapters).__enter__()
-    with serving(llama, adapters), pytest.raises(ValueError, match="another server has it"):
-        serving(llama, adapters, is_shared=True).__enter__()
+@pytest.mark.parametrize(("first", "second"), [(False, False), (True, False), (False, True)])
+def test_what_one_server_has_no_other_has(first: bool, second: bool, llama: Path, adapters: Path) -> None:
+    """Unless both share it."""
+    with serving(llama, adapters, is_shared=first), pytest.raises(ValueError, match="another server has it"):
+        serving(llama, adapters, is_shared=second).__enter__()
+
+
+def test_every_change_is_later_than_the_one_before(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock stands still."""
+    monkeypatch.setattr(store.time, "time_ns", lambda: 10**18)
+    with closing(Store(adapters, is_shared=True)) as one, closing(Store(adapters, is_shared=True)) as two:
+        for number in range(3):
+            one._write_index({f"x{number}": None})
+            assert (adapters / ".served" / "index.json").stat().st_mtime_ns == 10**18 + number * 10**6
+            assert two.is_stale
+            with two.refreshing() as changed:
+                assert f"x{number}" in changed
+            assert not two.is_stale
+            assert not one.is_stale
 
 
 def test_what_cannot_be_read_is_no_older_answer(pair: Pair, language_adapters: Path, adapters: Path) -> None:

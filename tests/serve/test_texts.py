@@ -3,20 +3,19 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI, Request
 
+from dvora.serve.calls import Call
 from dvora.serve.guard import LARGEST_JSON
 from dvora.serve.keys import Key
 from dvora.serve.requests import RefusedError
-from dvora.serve.server import Client, Server
 from dvora.serve.texts import MANY, Texts
-from tests.serve.served import complete, copied, serving
-
-Serving = tuple[httpx.Client, Server]
+from tests.serve.served import Serving, complete, copied, serving
 
 MANY_VALUES = ("null", "[]", "{}", '""', "1", "1.5", '["",""]', '{"role":"user","content":1}')
 NO_WORDS_OF_HTTP = ("constrained", "list[", "Classify", "str.", "Input should", "NoneType", "/tmp", "site-packages")
@@ -37,18 +36,6 @@ def check_problem(answer: httpx.Response, seconds: float) -> None:
     assert not any(word in answer.text for word in NO_WORDS_OF_HTTP), answer.text
     # Of the processor: 9 where every null was a problem of its own.
     assert seconds < 3
-
-
-@pytest.fixture(scope="module")
-def writers(llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with serving(llama, copied(language_adapters, tmp_path_factory.mktemp("texts") / "adapters")) as pair:
-        yield pair
-
-
-@pytest.fixture(scope="module")
-def judges(bert: Path, classifiers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with serving(bert, copied(classifiers, tmp_path_factory.mktemp("texts") / "adapters")) as pair:
-        yield pair
 
 
 @pytest.mark.parametrize("field", ["prompt", "stop", "model", "temperature", "logit_bias", "other"])
@@ -190,16 +177,27 @@ def test_one_time_for_the_whole_request(llama: Path, language_adapters: Path, tm
         assert "[DONE]" not in stream
 
 
-def test_who_waits_is_told_in_time(llama: Path) -> None:
+def test_who_waits_is_told_in_time() -> None:
     async def wait() -> None:
-        client = Client(Key(), time.monotonic() + 0.05, asyncio.get_running_loop().create_future())
-        await client.wait(asyncio.sleep(0.001))
-        for _ in range(2):
-            with pytest.raises(RefusedError, match="no answer came"):
-                await client.wait(asyncio.sleep(30))
-        client.gone.set_result(None)
-        with pytest.raises(RefusedError, match="has gone"):
-            await client.wait(asyncio.sleep(30))
+        ends = asyncio.Event()
+
+        async def receive() -> dict[str, object]:
+            await ends.wait()
+            return {"type": "http.disconnect"}
+
+        with ExitStack() as held:
+            state = {"deadline": time.monotonic() + 0.05, "held": held}
+            request = Request({"type": "http", "app": FastAPI(), "state": state}, receive)
+            request.app.state.server = None
+            call = Call(request, Key())
+            await call.wait(asyncio.sleep(0.001))
+            for _ in range(2):
+                with pytest.raises(RefusedError, match="no answer came"):
+                    await call.wait(asyncio.sleep(30))
+            state["deadline"] += 60
+            ends.set()
+            with pytest.raises(RefusedError, match="has hung up"):
+                await call.wait(asyncio.sleep(30))
 
     asyncio.run(wait())
 

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from dvora.serve.turns import Turns
+from dvora.serve.texts import Turns
 
 
 def test_one_client_waits_for_one_call_of_another() -> None:

@@ -6,7 +6,8 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +58,23 @@ class BankStats(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Adapter:
-    """One version of an adapter under a name; a batch keeps the version that it began with."""
+class Version:
+    """One version of an adapter. A bank holds it while its name has it, or a batch or `AdapterBank.using` uses it."""
 
     name: str
     source: Source
-    allow_unchanged: bool
+    allow_unchanged: bool = False
     digest: str | None = None
     """Of its content; None until it is read."""
+    users: int = 1
+    """Its name, and everybody who uses it."""
+
+    def ended(self) -> None:
+        """Called when nobody uses it any more."""
+
+
+class UnknownAdapterError(ValueError, LookupError):
+    """No adapter has such a name, or its version has left the bank."""
 
 
 class _Fitted(NamedTuple):
@@ -119,9 +129,14 @@ class AdapterBank:
         self._host, self._reads = HostRows(host_bytes), 0
         self._batches = Batches()
         self._fitted: _Fitted | None = None
-        self._adapters: dict[str, _Adapter] = {}
+        self._versions: dict[str, Version] = {}
+        """That the names have now."""
+        self._digests = Counter[str]()
+        """Of how many versions that somebody uses."""
+        self._counting = threading.Lock()
+        """Held while these change, within any other lock."""
         self._lock = threading.RLock()
-        """Held while names change."""
+        """Held while names or users change."""
         self._reading = threading.RLock()
         """Held while adapters are read, so that none is read twice."""
         self._has_warned = own_heads
@@ -159,7 +174,7 @@ class AdapterBank:
                 layers, or changes nothing; nothing is added then.
         """
         self._check_new([name])
-        self._add([_Adapter(name, self._source(source), allow_unchanged)], allow_partial, read=read)
+        self._add([Version(name, self._source(source), allow_unchanged)], allow_partial, read=read)
 
     def add_folder(
         self,
@@ -180,7 +195,7 @@ class AdapterBank:
         self._check_new(folders)
         adapters = []
         for count, (name, path) in enumerate(folders.items(), start=1):
-            adapters.append(_Adapter(name, FolderSource(path), allow_unchanged))
+            adapters.append(Version(name, FolderSource(path), allow_unchanged))
             if on_progress is not None:
                 on_progress(count, len(folders))
         return self._add(adapters, allow_partial)
@@ -195,7 +210,7 @@ class AdapterBank:
         """
         pack = Pack.open(_as_path(file, "file"))
         self._check_new(pack.entries)
-        return self._add([_Adapter(name, pack.source(name), allow_unchanged) for name in pack.entries], allow_partial)
+        return self._add([Version(name, pack.source(name), allow_unchanged) for name in pack.entries], allow_partial)
 
     def replace(
         self, name: str, source: AdapterSource, *, allow_partial: bool = False, allow_unchanged: bool = False
@@ -211,28 +226,70 @@ class AdapterBank:
             TypeError, ValueError: there is no such name, or as for `add`; the old one stays then.
         """
         (before,) = self._named([name])
-        self._replace(before, self._source(source, before), allow_partial, allow_unchanged)
+        version = Version(name, self._source(source, before), allow_unchanged)
+        with self._loading([version], allow_partial, is_new=False):
+            pass
+
+    @contextmanager
+    def loading(self, version: Version, *, read: bool = True) -> Iterator[None]:
+        """Read and check a version, which its name has when the block ends; after an error nobody has it.
+
+        Args:
+            version: new, of a new name or of one whose version it replaces.
+            read: as for `add`.
+
+        Raises:
+            TypeError, ValueError: as for `add`.
+        """
+        with self._loading([version], read=read):
+            yield
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; batches that run go on with it.
+        """Forget an adapter; who uses it goes on with it.
 
         Raises:
             ValueError: there is no such name.
         """
         with self._lock:
-            (adapter,) = self._named([name])
-            del self._adapters[name]
-            self._forget(adapter)
+            (version,) = self._named([name])
+            del self._versions[name]
+        self._release([version])
+
+    def version(self, name: str) -> Version | None:
+        """The version that a name has now, if there is one; `using` holds it."""
+        return self._versions.get(name)
+
+    def versions(self) -> list[Version]:
+        """Those that names have now, by name."""
+        with self._lock:
+            return [self._versions[name] for name in sorted(self._versions)]
 
     @contextmanager
-    def rows(self, names: Sequence[str | None], repeats: int = 1) -> Iterator[Batch]:
+    def using(self, name: str) -> Iterator[Version]:
+        """Hold the version that a name has now, for `rows`, whatever becomes of the name; it is read if it never was.
+
+        Raises:
+            UnknownAdapterError: there is no such name.
+            ValueError: its source is damaged.
+        """
+        self._batches.check_open()
+        held = self._hold([name])
+        try:
+            if held[name].digest is None:
+                self._rows_of([held[name]])
+            yield held[name]
+        finally:
+            self._release(held.values())
+
+    @contextmanager
+    def rows(self, names: Sequence[str | Version | None], repeats: int = 1) -> Iterator[Batch]:
         """Within it, called from here, the rows of a batch have these adapters.
 
         The batch is of the thread, asyncio task and generator that enters it: calls from elsewhere are refused.
         Adapters that are not in a slot are put into one first, waiting while other threads' batches hold too many.
 
         Args:
-            names: one a row, in the order of the batch; None is the base.
+            names: one a row, or a version that is held, in the order of the batch; None is the base.
             repeats: how often generation repeats each row (num_beams, num_return_sequences).
 
         Yields:
@@ -245,26 +302,25 @@ class AdapterBank:
         Warns:
             UserWarning: once, if rows are the base's and adapters bring heads: the model's own may be random.
         """
-        check_names(names, repeats)
+        check_names(names, repeats, (str, Version))
         self._batches.check_free()
         served, _, slots, _ = self._required()
         check_unchanged(served.layers)
-        distinct = list(dict.fromkeys(name for name in names if name is not None))
-        adapters = self._named(distinct)
         if served.heads and None in names:
             self._warn_of_own_heads(served)
-        # Those that were never read get their digests.
-        self._rows_of([adapter for adapter in adapters if adapter.digest is None])
-        by_digest = {str(adapter.digest): adapter for adapter in adapters}
-        batch = object()
+        batch, versions = object(), self._hold(names)
         try:
+            # Those that were never read get their digests.
+            self._rows_of([version for version in versions.values() if version.digest is None])
+            by_digest = {str(version.digest): version for version in versions.values()}
             taken = slots.take(batch, list(by_digest), lambda digests: self._rows_of([by_digest[d] for d in digests]))
-            place = {adapter.name: taken[str(adapter.digest)] for adapter in adapters}
-            index = RowIndex([slots.count if name is None else place[name] for name in names], repeats, served.device)
+            places = {name: taken[str(version.digest)] for name, version in versions.items()}
+            index = RowIndex([slots.count if n is None else places[n] for n in names], repeats, served.device)
             with self._batches.entered(slots.rows(index)) as entered:
                 yield entered
         finally:
             slots.release(batch)
+            self._release(versions.values())
 
     def trainable(self, names: Collection[str] = (), *, new: Collection[str] = ()) -> TrainableAdapters:
         """Adapters to train together, in one step a batch; the bank serves the old ones until `publish`.
@@ -300,10 +356,8 @@ class AdapterBank:
             source = VectorSource(
                 content._replace(whole=parts), trained.config, (1.0,) * len(content.layers), trained.flat_vector(name)
             )
-            if name in self:
-                self._replace(self._named([name])[0], source, allow_unchanged=True)
-            else:
-                self._add([_Adapter(name, source, allow_unchanged=True)], read=True)
+            with self.loading(Version(name, source, allow_unchanged=True)):
+                pass
 
     @property
     def serves(self) -> bool:
@@ -342,11 +396,8 @@ class AdapterBank:
         Raises:
             ValueError: there is no such name, or its source is damaged.
         """
-        (adapter,) = self._named([name])
-        self._required()
-        if adapter.digest is None:
-            self._rows_of([adapter])
-        return str(adapter.digest)
+        with self.using(name) as version:
+            return str(version.digest)
 
     def digest_of(self, source: AdapterSource) -> str:
         """The `digest` that an adapter has once it is added: nothing is added.
@@ -368,7 +419,7 @@ class AdapterBank:
         with self._lock:
             self._batches.close()
             self._unfit()
-            self._adapters.clear()
+            self._versions.clear()
 
     def __enter__(self) -> AdapterBank:
         return self
@@ -379,13 +430,13 @@ class AdapterBank:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._adapters)
+        return len(self._versions)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        return name in self._versions
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._adapters))
+        return iter(list(self._versions))
 
     def _required(self) -> _Fitted:
         """What the first adapter said of the model."""
@@ -413,49 +464,84 @@ class AdapterBank:
             self._fitted.served.unhook(self._fitted.handles)
         self._fitted = None
 
-    def _add(self, adapters: Sequence[_Adapter], allow_partial: bool = False, *, read: bool = False) -> list[str]:
-        """Add adapters of new names: all or none. If the first ones are refused, no layer stays hooked."""
+    def _add(self, versions: Sequence[Version], allow_partial: bool = False, *, read: bool = False) -> list[str]:
+        """Add adapters of new names: all or none."""
+        with self._loading(versions, allow_partial, read=read, is_new=True):
+            pass
+        return [version.name for version in versions]
+
+    @contextmanager
+    def _loading(
+        self, versions: Sequence[Version], allow_partial: bool = False, *, read: bool = True, is_new: bool | None = None
+    ) -> Iterator[None]:
+        """Check versions, which their names have afterwards: all or none. If the first are refused, no layer is hooked.
+
+        Args:
+            versions: of different names.
+            allow_partial, read: see `add`.
+            is_new: whether their names have to be, or must not be; None: as they are.
+        """
         # The first ones come one after another: each says which layers there are, and may be refused.
-        with nullcontext() if self._adapters else self._lock:
+        with nullcontext() if self._versions else self._lock:
             self._batches.check_open()
-            if not self._adapters and not self._is_for_one_kind and not self._batches.are_running:
+            if not self._versions and not self._is_for_one_kind and not self._batches.are_running:
                 # The last one of the kind before has left.
                 self._unfit()
             first = self._fitted is None
             try:
                 if self._fitted is None:
-                    with _of_adapter(adapters[0]):
-                        self._fitted = self._fit(adapters[0].source, allow_partial)
-                for adapter in adapters:
-                    self._check_fits(adapter, allow_partial)
+                    with _of_adapter(versions[0]):
+                        self._fitted = self._fit(versions[0].source, allow_partial)
+                for version in versions:
+                    self._check_fits(version, allow_partial)
                 if read:
-                    self._rows_of(adapters)
+                    self._rows_of(versions)
+                yield
                 with self._lock:
-                    self._check_new([adapter.name for adapter in adapters])
-                    self._adapters |= {adapter.name: adapter for adapter in adapters}
+                    # Others may have changed names meanwhile.
+                    names = [version.name for version in versions]
+                    self._named(names) if is_new is False else self._check_new(names if is_new else ())
+                    replaced = [old for v in versions if (old := self._versions.get(v.name)) is not None]
+                    self._versions |= {version.name: version for version in versions}
             except BaseException:
-                if first and not self._adapters:
+                if first and not self._versions:
                     self._unfit()
+                self._release(versions)
                 raise
-        return [adapter.name for adapter in adapters]
+        self._release(replaced)
 
-    def _replace(
-        self, before: _Adapter, source: Source, allow_partial: bool = False, allow_unchanged: bool = False
-    ) -> None:
-        adapter = _Adapter(before.name, source, allow_unchanged)
-        self._check_fits(adapter, allow_partial)
-        self._rows_of([adapter])
+    def _hold(self, names: Iterable[str | Version | None]) -> dict[str | Version, Version]:
+        """Count one more user of the versions that names have now, and of versions, until `_release`."""
+        held: dict[str | Version, Version] = {}
         with self._lock:
-            (before,) = self._named([before.name])
-            self._adapters[adapter.name] = adapter
-            self._forget(before)
+            for name in names:
+                version = name if isinstance(name, Version | None) else self._versions.get(name)
+                if name is not None:
+                    if version is None or not version.users:
+                        raise self._unknown(name)
+                    held[name] = version
+            for version in held.values():
+                version.users += 1
+        return held
 
-    def _forget(self, adapter: _Adapter) -> None:
-        """Let go of the rows of a version that is no longer named, unless another name has the same content."""
-        if adapter.digest is not None and adapter.digest not in {other.digest for other in self._adapters.values()}:
-            self._host.remove(adapter.digest)
+    def _release(self, versions: Collection[Version]) -> None:
+        """Count one user less; a version that nobody uses any more leaves, and its rows unless another one has them."""
+        ended = []
+        with self._lock:
+            for version in versions:
+                version.users -= 1
+                if not version.users:
+                    ended.append(version)
+        for version in ended:
+            if version.digest is not None:
+                with self._counting:
+                    self._digests[version.digest] -= 1
+                    if not self._digests[version.digest]:
+                        del self._digests[version.digest]
+                        self._host.remove(version.digest)
+            version.ended()
 
-    def _source(self, given: AdapterSource, like: _Adapter | None = None) -> Source:
+    def _source(self, given: AdapterSource, like: Version | None = None) -> Source:
         """Where an adapter can be read.
 
         Args:
@@ -478,7 +564,7 @@ class AdapterBank:
         served = self._fitted.served
         return VectorSource(served.content, served.config, (1.0,) * len(served.layers), given)
 
-    def _check_fits(self, adapter: _Adapter, allow_partial: bool) -> None:
+    def _check_fits(self, adapter: Version, allow_partial: bool) -> None:
         with _of_adapter(adapter):
             served, content = self._required().served, adapter.source.content
             served.check_fits(content, adapter.source.beside, allow_partial)
@@ -495,10 +581,10 @@ class AdapterBank:
         for name in names:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"name must be a string that is not empty, got {name!r}")
-            if name in self._adapters:
+            if name in self._versions:
                 raise ValueError(f"name: there is an adapter {name!r} already; use bank.replace, or remove it first")
 
-    def _named(self, names: Collection[str]) -> list[_Adapter]:
+    def _named(self, names: Collection[str]) -> list[Version]:
         """The adapters of some names as they are now."""
         if isinstance(names, str):
             raise TypeError(f"names must be a list of names, got {names!r}")
@@ -506,12 +592,17 @@ class AdapterBank:
             raise TypeError(f"names must be strings, got {wrong[0]!r}")
         self._batches.check_open()
         with self._lock:
-            if missing := [name for name in names if name not in self._adapters]:
-                hint = did_you_mean(missing[0], self._adapters)
-                raise ValueError(f"names: there is no adapter {missing[0]!r} among the {len(self)} of the bank, {hint}")
-            return [self._adapters[name] for name in names]
+            if missing := [name for name in names if name not in self._versions]:
+                raise self._unknown(missing[0])
+            return [self._versions[name] for name in names]
 
-    def _rows_of(self, adapters: Sequence[_Adapter]) -> dict[str, AdapterRow]:
+    def _unknown(self, name: str | Version) -> UnknownAdapterError:
+        if isinstance(name, Version):
+            return UnknownAdapterError(f"names: a version of {name.name!r} has left the bank; hold it with bank.using")
+        hint = did_you_mean(name, self._versions)
+        return UnknownAdapterError(f"names: there is no adapter {name!r} among the {len(self)} of the bank, {hint}")
+
+    def _rows_of(self, adapters: Sequence[Version]) -> dict[str, AdapterRow]:
         """The rows of adapters by digest: from memory, or made together from their sources.
 
         Raises:
@@ -530,14 +621,17 @@ class AdapterBank:
                     row = rows.row(values, of_adapter)
                     if not adapter.allow_unchanged and rows.is_of_base(row):
                         raise ValueError("it changes nothing; pass allow_unchanged=True if that is meant")
-                adapter.digest = digest
+                if adapter.digest is None:
+                    with self._counting:
+                        self._digests[digest] += 1
+                    adapter.digest = digest
                 by_digest[digest] = row
                 self._host.put(digest, row)
                 self._reads += 1
                 _log.debug("read %s as %s", adapter.name, digest)
         return {str(digest): row for digest, row in by_digest.items()}
 
-    def _read(self, adapter: _Adapter, rows: FactorRows) -> tuple[str, AdapterValues]:
+    def _read(self, adapter: Version, rows: FactorRows) -> tuple[str, AdapterValues]:
         """The values of an adapter, and what names them."""
         with _of_adapter(adapter):
             values = adapter.source.read()
@@ -557,7 +651,7 @@ class AdapterBank:
 
 
 @contextmanager
-def _of_adapter(adapter: _Adapter) -> Iterator[None]:
+def _of_adapter(adapter: Version) -> Iterator[None]:
     """Around what concerns one adapter: errors begin with its name."""
     try:
         yield

@@ -124,7 +124,7 @@ class RowIndex:
         )
 
 
-def check_names(names: Sequence[str | None], repeats: int) -> None:
+def check_names(names: Sequence[object], repeats: int, kinds: tuple[type, ...] = (str,)) -> None:
     """Refuse what cannot name the rows of a batch.
 
     Raises:
@@ -132,7 +132,7 @@ def check_names(names: Sequence[str | None], repeats: int) -> None:
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"names must be a list with one name a row, got {names!r}")
-    if wrong := [name for name in names if not (name is None or isinstance(name, str))]:
+    if wrong := [name for name in names if not (name is None or isinstance(name, kinds))]:
         raise TypeError(f"names must be strings, or None for the base, got {wrong[0]!r}")
     if not names:
         raise ValueError("names is empty; give one name a row of the batch")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -11,12 +10,14 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field, StringConstraints
 
+from ..adapter_file.uploads import Upload
 from ..flat import Layout
-from .answers import Body, Call, Here, Switch, answer, headers_of, sent, takes
+from .bodies import Body, Switch, takes
+from .calls import Call, Here, answer, encoded, headers_of, sent
 from .keys import changing
-from .registry import Version
+from .registry import unknown
 from .requests import RefusedError
-from .uploads import Upload
+from .store import Served
 
 router = APIRouter(tags=["adapters"])
 Label = Annotated[str, StringConstraints(max_length=256)]
@@ -25,38 +26,37 @@ changes = APIRouter(tags=["adapters"], dependencies=[Depends(changing)])
 
 
 class Load(Body):
-    """Of /v1/load_lora_adapter, as vLLM has it."""
-
     lora_name: str = Field(description="a name for the adapter")
     lora_path: str = Field(description="the folder of an adapter, relative to that of all")
     load_inplace: Switch = False
 
 
-class Unload(Body, neutral={"lora_int_id": None}):
-    """Of /v1/unload_lora_adapter, as vLLM has it."""
-
+class Unload(Body):
     lora_name: str = Field(description="the name of an adapter")
+    lora_int_id: Any = None
 
 
 @router.get("/v1/adapters")
 async def adapters(call: Here) -> Response:
     """All adapters, and what a flat vector has to be like."""
-    base, registry = call.server.base.name, call.server.registry
+    registry = call.server.registry
 
-    def content(versions: Sequence[Version]) -> dict[str, Any]:
-        return {"base": base, "layout": _layout(call), "adapters": [registry.card(version) for version in versions]}
+    def content() -> bytes:
+        cards = [_card(version, call) for version in registry.versions(call.key)]
+        listed = {"adapters": cards, "left_out": registry.left_out(call.key)}
+        return encoded({"base": call.server.base.name, "layout": _layout(call), **listed})
 
-    return answer(registry.listed("adapters", call.key, content))
+    return answer(await call.in_turn(len(registry.bank), content))
 
 
 @router.get("/v1/adapters/{name}")
 async def adapter(name: str, call: Here) -> Response:
     """One adapter with its digest and size; it is read now if nobody has used it."""
-    registry = call.server.registry
-    async with call.server.versions([registry.adapter(name, call.key)]) as versions:
-        version = versions[name]
-        assert version is not None
-        return answer({**registry.card(version), "bytes": version.description.size}, [version])
+    async with call.server.versions([call.named(name)]) as versions:
+        (version,) = versions.values()
+        if version is None:
+            raise unknown(name)
+        return answer({**_card(version, call), "bytes": version.description.size}, [version])
 
 
 @changes.put("/v1/adapters/{name}")
@@ -78,7 +78,6 @@ async def put_adapter(
     `labels` are the names of the classes. With `replace=false` a name that is taken keeps its adapter: the answer is
     409, unless it is the one that was sent.
     """
-    registry = call.server.registry
     call.key.check_changes(name)
     if format != "vector" and (layout or digest):
         raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
@@ -86,17 +85,16 @@ async def put_adapter(
     if not (body := await call.request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
     upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
-    put = partial(registry.put, upload=upload, key=call.key, replaces=replace)
+    put = partial(call.server.registry.put, upload=upload, key=call.key, replaces=replace)
     version, was_there = await call.change(name, put)
-    return answer(registry.card(version), [version], 200 if was_there else 201)
+    return answer(_card(version, call), [version], 200 if was_there else 201)
 
 
 @changes.delete("/v1/adapters/{name}")
 async def delete_adapter(name: str, call: Here) -> Response:
     """Serve an adapter no longer; requests that use it end with it. Files that the server was given stay."""
-    registry = call.server.registry
-    version = await call.change(name, registry.delete)
-    return answer({"name": name} if version is None else registry.card(version))
+    version = await call.change(name, call.server.registry.delete)
+    return answer({"name": name} if version is None else _card(version, call))
 
 
 @changes.post("/v1/load_lora_adapter", openapi_extra=takes(Load))
@@ -115,6 +113,17 @@ async def unload(body: Annotated[Unload, sent(Unload)], call: Here) -> Response:
     """Serve an adapter no longer."""
     await call.change(body.lora_name, call.server.registry.delete)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _card(version: Served, call: Call) -> dict[str, Any]:
+    """What clients are told of an adapter."""
+    return {
+        "name": version.name,
+        "base": call.server.base.name,
+        "digest": version.digest,
+        "labels": version.labels,
+        "uploaded": version.upload is not None,
+    }
 
 
 def _layout(call: Call) -> dict[str, Any] | None:

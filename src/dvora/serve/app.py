@@ -7,24 +7,31 @@ import re
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .. import __version__
 from . import adapter_routes, encoder_routes, openai_routes
-from .answers import answer, refused
+from .calls import answer, refused
 from .guard import Guard
 from .keys import Asking, asking
 from .requests import RefusedError
 from .server import Server
 
-TRY, ROUTES = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.html", "routes.html"))
+PAGES = {
+    path: Path(__file__).with_name(name).read_text(encoding="utf-8")
+    for path, name in (("/", "page.html"), ("/docs", "routes.html"))
+}
+
+
+router = APIRouter(tags=["the server"])
 
 
 def make_app(server: Server) -> FastAPI:
@@ -42,44 +49,40 @@ def make_app(server: Server) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
     app.state.server = server
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Guard, server=server)
     for routes in (openai_routes, encoder_routes, adapter_routes):
         app.include_router(routes.router, dependencies=[Depends(asking)])
     app.include_router(adapter_routes.changes)
-
-    @app.get("/healthz", include_in_schema=False)
-    @app.get("/health", tags=["the server"])
-    async def health() -> Response:
-        """Whether the engine runs."""
-        return Response(status_code=200 if server.engine.is_alive else 503)
-
-    @app.get("/readyz", tags=["the server"])
-    async def ready() -> Response:
-        """Whether requests are taken, and how many adapters were left out at the start."""
-        is_ready = server.engine.takes_requests
-        content = {"ready": is_ready, "left_out": len(server.registry.damaged)}
-        return answer(content, status=200 if is_ready else 503)
-
-    @app.get("/metrics", tags=["the server"])
-    async def metrics(key: Asking) -> Response:
-        """Counters, for Prometheus; where there are keys, for one that sees all adapters."""
-        if not key.sees_all:
-            raise RefusedError(403, "metrics are of all adapters, and this key is for some", "forbidden")
-        return PlainTextResponse(server.metrics_text(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/", include_in_schema=False)
-    async def try_adapters() -> Response:
-        return _page(TRY)
-
-    @app.get("/docs", include_in_schema=False)
-    async def list_routes() -> Response:
-        return _page(ROUTES)
-
+    app.include_router(router)
+    for path, page in PAGES.items():
+        app.add_api_route(path, partial(_page, page), include_in_schema=False)
     return app
+
+
+@router.get("/healthz", include_in_schema=False)
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether the engine runs."""
+    return Response(status_code=200 if request.app.state.server.engine.is_alive else 503)
+
+
+@router.get("/readyz")
+async def ready(request: Request) -> Response:
+    """Whether requests are taken, and how many adapters were left out at the start."""
+    server = request.app.state.server
+    is_ready = server.engine.takes_requests
+    return answer({"ready": is_ready, "left_out": len(server.registry.damaged)}, status=200 if is_ready else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request, key: Asking) -> Response:
+    """Counters, for Prometheus; where there are keys, for one that sees all adapters."""
+    if not key.sees_all:
+        raise RefusedError(403, "metrics are of all adapters, and this key is for some", "forbidden")
+    return PlainTextResponse(request.app.state.server.metrics_text(), media_type="text/plain; version=0.0.4")
 
 
 async def _refused(_: Request, error: Any) -> Response:
@@ -92,7 +95,7 @@ async def _refused(_: Request, error: Any) -> Response:
     return refused(error)
 
 
-def _page(html: str) -> Response:
+async def _page(html: str) -> Response:
     """A page that loads nothing from elsewhere, in which no scripts run but its own."""
     texts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     scripts = " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)

@@ -15,50 +15,46 @@ from typing import Any
 import torch
 
 from ..adapter_file.values import Description
-from ..bank import AdapterBank
+from ..bank import AdapterBank, Version
+from ..bank import Batch as BankBatch
 from ..recipes.models.adapters import base_class
 from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
 from ..recipes.settings import Trust
-from ..rows.batch import Batch as BankBatch
-from .requests import RefusedError, model_failed
+from .requests import RefusedError, Work, model_failed
 from .settings import Settings
-from .store import Stored
+from .store import Served
 
 _log = logging.getLogger("dvora.serve")
 
 
 @dataclass(eq=False)
 class Base:
-    """What the engine computes with; `enter` and `leave` are for whoever is `passing`.
-
-    Args:
-        source: the folder of the model, or its name on the hub.
-        model: in evaluation mode.
-        tokenizer: of the model.
-        bank: of the model.
-        has_own_head: whether a classifier came with the base, so that rows without an adapter mean something.
-    """
+    """What the engine computes with; `enter` and `leave` are for whoever is `passing`."""
 
     source: str
+    """The folder of the model, or its name on the hub."""
     model: Any
     tokenizer: Any
     bank: AdapterBank
     has_own_head: bool
+    """Whether a classifier came with the base, so that rows without an adapter mean something."""
     passing: threading.RLock = field(default_factory=threading.RLock)
     """Held during every pass of the model."""
-    _names: list[str | None] | None = None
+    _versions: list[Version | None] | None = None
     _batch: BankBatch | None = None
     _entered: ExitStack = field(default_factory=ExitStack)
 
-    @property
-    def generates(self) -> bool:
-        """Whether it is a language model; else an encoder."""
-        return self.model.get_output_embeddings() is not None and self.model.can_generate()
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """What it does: generate, if it is a language model; embed, and with a head, its own or adapters', classify."""
+        if self.model.get_output_embeddings() is not None and self.model.can_generate():
+            return ("generate",)
+        return ("classify", "embed") if heads_of(self.model) else ("embed",)
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the encoder has a head, its own or those of adapters."""
-        return not self.generates and bool(heads_of(self.model))
+    def require(self, work: Work) -> None:
+        """Refuse what it does not do, with 400."""
+        if work not in self.works:
+            raise RefusedError(400, f"{self.name} cannot {work}; it is served to {' and '.join(self.works)}")
 
     @cached_property
     def name(self) -> str:
@@ -66,52 +62,48 @@ class Base:
         path = Path(self.source)
         return path.resolve().name if path.is_dir() else self.source
 
-    def enter(self, adapters: Sequence[str | None]) -> BankBatch | None:
-        """Give the rows of the next passes these adapters; staying in a batch of the bank while they are the same.
+    def enter(self, versions: Sequence[Version | None]) -> BankBatch | None:
+        """Give the rows of the next passes these versions; staying in a batch of the bank while they are the same.
 
-        Returns:
-            The batch; None where no adapter has ever been, so that rows can only be the base's.
+        It gives the batch, or None where no adapter has ever been, so that rows can only be the base's.
         """
-        names = list(adapters)
-        if names != self._names or self.bank.serves != (self._batch is not None):
+        if versions != self._versions or self.bank.serves != (self._batch is not None):
             self.leave()
             if self.bank.serves:
-                self._batch = self._entered.enter_context(self.bank.rows(names))
-            self._names = names
+                self._batch = self._entered.enter_context(self.bank.rows(versions))
+            self._versions = [*versions]
         return self._batch
 
     def leave(self) -> None:
         """Give back the slots of the last rows."""
-        self._names = self._batch = None
+        self._versions = self._batch = None
         self._entered.close()
 
-    def unreadable(self, adapters: Sequence[str | None]) -> dict[str | None, RefusedError]:
+    def unreadable(self, versions: Sequence[Version | None]) -> dict[Version | None, RefusedError]:
         """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
-        try:
-            self.enter(adapters)
-            return {}
-        except Exception as error:
-            _log.warning("the adapters of a batch cannot be read: %s", error)
-            if len({*adapters}) == 1:
+        errors: dict[Version | None, RefusedError] = {}
+        for batch in (versions, *([version] for version in dict.fromkeys(versions))):
+            try:
+                self.enter(batch)
+                if batch is versions:
+                    break
+            except Exception as error:
+                _log.warning("the adapters of a batch cannot be read: %s", error)
                 message = "the adapter's files were changed or removed since it was loaded; load it again"
                 is_of_files = isinstance(error, ValueError | OSError)
-                return {adapters[0]: RefusedError(422, message, "adapter_error") if is_of_files else model_failed()}
-        alone = [self.unreadable([adapter]) for adapter in dict.fromkeys(adapters)]
-        return {adapter: error for errors in alone for adapter, error in errors.items()}
+                if batch is not versions:
+                    errors[batch[0]] = RefusedError(422, message, "adapter_error") if is_of_files else model_failed()
+        return errors
 
     def check_task(self, description: Description) -> None:
-        """Refuse an adapter for which a server that starts again could load another class of the base.
-
-        Raises:
-            ValueError: it is one.
-        """
+        """Refuse, with a ValueError, an adapter for which a server that starts again could load another class."""
         settings, here = json.loads(description.settings), type(self.model).__name__
         task, named = settings.get("task_type"), (settings.get("auto_mapping") or {}).get("base_model_class")
-        works = "CAUSAL_LM" if self.generates else "SEQ_CLS" if self.classifies else "FEATURE_EXTRACTION"
+        here_is = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS", "embed": "FEATURE_EXTRACTION"}[self.works[0]]
         if task is None and named in (None, here) and here in (named, *(self.model.config.architectures or ())):
             return
-        if task != works:
-            raise ValueError(f"its task_type is {task!r:.40}, and this server's adapters have {works!r}")
+        if task != here_is:
+            raise ValueError(f"its task_type is {task!r:.40}, and this server's adapters have {here_is!r}")
 
     @contextmanager
     def between_passes(self) -> Iterator[None]:
@@ -121,15 +113,12 @@ class Base:
             yield
 
 
-def open_base(settings: Settings, first: Stored | None) -> Base:
+def open_base(settings: Settings, first: Served | None) -> Base:
     """Load a base model, with a bank for the kind of adapters that it will have.
 
     Args:
         settings: of the server.
-        first: of one of the adapters, whose task decides on the class and the head; None: as the model was saved.
-
-    Raises:
-        ValueError: it cannot be read, or is of no class that is served.
+        first: of the adapters, whose task decides on the class and the head; None: as the model was saved.
     """
     source, dtype, trust = settings.base, settings.dtype, Trust(download=settings.download)
     if first is None:

@@ -20,11 +20,7 @@ from .scheduler import BLOCK
 class RowCache(Cache):
     """The cache of one model.
 
-    `reserve` makes room when texts come; before a pass `begin` says which rows it is of, and how many tokens they have.
-
-    Args:
-        layers: of the model.
-        tokens: rows times room, at most.
+    `reserve` makes room when texts come, of so many tokens in all; before a pass `begin` says which rows it is of.
     """
 
     def __init__(self, layers: int, tokens: int) -> None:
@@ -51,10 +47,10 @@ class RowCache(Cache):
             self.rows, self.room = rows, room
 
     def begin(self, first: int, positions: Tensor, lengths: Tensor) -> None:
-        """Say which rows a pass is of.
+        """Say which rows a pass is of, from the first one on.
 
         Args:
-            first: of consecutive rows.
+            first: row.
             positions: of the tokens that each row gets, (rows, tokens).
             lengths: of the rows with them, (rows,); what stands behind is padding, and written as zeros.
         """
@@ -128,11 +124,7 @@ class _Layer(CacheLayerMixin):
 
 
 def check_cacheable(config: PreTrainedConfig) -> None:
-    """Refuse models whose layers remember otherwise than by the keys and values of all tokens.
-
-    Raises:
-        ValueError: it is one (a sliding window, a state space, an encoder beside the decoder).
-    """
+    """Refuse models whose layers remember otherwise than by the keys and values of all tokens, with a ValueError."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     # Absent where a model has no such layers.

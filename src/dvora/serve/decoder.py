@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from .base import Base
 from .cache import RowCache, check_cacheable
 from .requests import Answer, Chance, Finish, Piece, Request, Sampling, not_finite
 from .scheduler import Batch
-from .settings import Limits
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the beginning of a letter of which tokens are still to come."""
@@ -27,13 +25,9 @@ LONGEST_LETTER = 16
 
 
 class TextStream:
-    """The text of tokens that come one by one: given out as soon as it is certain.
+    """The text of tokens that come one by one, up to a stop text: given out as soon as it is certain.
 
     Held back are letters whose tokens are incomplete, and what may be the beginning of a stop text.
-
-    Args:
-        tokenizer: of the base.
-        stop: texts before which generation ends.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
@@ -87,30 +81,20 @@ class _State(NamedTuple):
     generator: torch.Generator
 
 
-@dataclass(eq=False)
 class Decoder:
-    """The passes of a language model.
+    """The passes of a language model, whose prompts and their continuations have so many tokens at most."""
 
-    Args:
-        base: with its bank.
-        limits: of the server.
-        longest: tokens of a prompt and its continuation.
-    """
-
-    base: Base
-    limits: Limits
-    longest: int
-    running: list[Request] = field(default_factory=list)
-    """Those whose texts are generated, by their rows in the cache."""
-
-    def __post_init__(self) -> None:
-        config = self.base.model.config
+    def __init__(self, base: Base, cache_tokens: int, longest: int) -> None:
+        self.base, self.longest = base, longest
+        self.running: list[Request] = []
+        """Those whose texts are generated, by their rows in the cache."""
+        config = base.model.config
         check_cacheable(config)
-        self.cache = RowCache(config.get_text_config().num_hidden_layers, self.limits.cache_tokens)
-        ends = self.base.model.generation_config.eos_token_id
-        self.ends = {*(ends if isinstance(ends, list) else [ends]), self.base.tokenizer.eos_token_id} - {None}
+        self.cache = RowCache(config.get_text_config().num_hidden_layers, cache_tokens)
+        ends = base.model.generation_config.eos_token_id
+        self.ends = {*(ends if isinstance(ends, list) else [ends]), base.tokenizer.eos_token_id} - {None}
         """Tokens that end a text."""
-        self._cache_argument = cache_argument(self.base.model)
+        self._cache_argument = cache_argument(base.model)
 
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
@@ -140,7 +124,10 @@ class Decoder:
         unread = [[*request.tokens, *request.generated] if new else request.generated[-1:] for request in requests]
         self.cache.reserve(len(running), max(request.length for request in running))
         for request in new:
-            request.state = request.state or self._state(request)
+            if request.state is None:
+                seed, stream = request.sampling.seed, TextStream(self.base.tokenizer, request.sampling.stop)
+                generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+                request.state, request.generated = _State(stream, generator), stream.tokens
         # Before the pass: if it fails they are dropped with what it has written.
         self.running = running
         model, device = self.base.model, self.base.model.device
@@ -155,21 +142,14 @@ class Decoder:
             self._cache_argument: self.cache,
             "use_cache": True,
         }
-        self.base.enter([request.adapter for request in requests])
+        self.base.enter([request.version for request in requests])
         # Only of tokens that something follows: logits have the size of the vocabulary.
-        kept, places = (counts - 1).unique(return_inverse=True)
-        logits: Tensor = model(input_ids=ids, logits_to_keep=kept.to(device), **arguments).logits
+        last, places = (counts - 1).unique(return_inverse=True)
+        logits: Tensor = model(input_ids=ids, logits_to_keep=last.to(device), **arguments).logits
         return requests, logits[torch.arange(len(requests)), places].float().cpu()
 
-    def _state(self, request: Request) -> _State:
-        seed = request.sampling.seed
-        generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        stream = TextStream(self.base.tokenizer, request.sampling.stop)
-        request.generated = stream.tokens
-        return _State(stream, generator)
-
     def _take(self, request: Request, logits: Tensor) -> Answer | None:
-        """Choose the next token, and tell the client of it; the answer, if the text ends with it."""
+        """Choose the next token, and deliver what it adds; the answer, if the text ends with it."""
         sampling, stream = request.sampling, request.state.stream
         token = chosen(logits, sampling, request.state.generator)
         is_full = len(stream.tokens) + 1 >= sampling.max_tokens or request.length >= self.longest
@@ -181,18 +161,12 @@ class Decoder:
             finish = "length"
             piece += stream.rest()
         chance = None if sampling.chances is None else chance_of(logits, token, sampling.chances)
-        request.hear(request, Piece(piece, chance))
+        request.deliver(request, Piece(piece, chance))
         return None if finish is None else Answer(finish=finish)
 
 
 def chosen(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token.
-
-    Args:
-        logits: (vocabulary,).
-        sampling: of the request.
-        generator: of its text.
-    """
+    """The next token, by logits, (vocabulary,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     # In float64 and at most zero: no temperature gives what is not finite, or a sum of nothing.
@@ -202,19 +176,13 @@ def chosen(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, ids = probabilities.sort(descending=True)
     # Those before which the others together have less than top_p; always the first.
-    kept = ordered * (ordered.cumsum(0) - ordered < sampling.top_p)
-    kept[0] = ordered[0]
-    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+    weights = ordered * (ordered.cumsum(0) - ordered < sampling.top_p)
+    weights[0] = ordered[0]
+    return int(ids[torch.multinomial(weights, 1, generator=generator)])
 
 
 def chance_of(logits: Tensor, token: int, count: int) -> Chance:
-    """The log-probability of a token at temperature 1, beside those of the likeliest.
-
-    Args:
-        logits: (vocabulary,).
-        token: which was chosen.
-        count: of the likeliest.
-    """
+    """The log-probability of a token at temperature 1 by logits, (vocabulary,), beside those of so many likeliest."""
     logarithms = logits.double().log_softmax(0)
     values, ids = logarithms.topk(min(count, len(logits)))
     return Chance(token, float(logarithms[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from .answers import Body, Call, Here, Inputs, Row, Switch, Texts, answer, inputs_of, sent, takes, whose
+from .bodies import Body, Inputs, Switch, Texts, inputs_of, takes
+from .calls import Here, Row, answer, sent, whose
 from .requests import RefusedError
 from .server import Server
 
@@ -23,18 +24,18 @@ Text = Annotated[str, Field(description="a text")]
 
 
 class Classify(Body):
-    """Of /v1/classify."""
-
     model: str | Texts = Field(description="the name of an adapter, or a list of such names")
     input: str | Texts | Pairs = Field(description="a text, a list of texts, or a list of lists of one text or two")
     truncate: Switch = False
 
 
-class _Inputs(Body, neutral={"truncation_direction": ("Right", "right"), "auto_truncate": (False,)}):
+class _Inputs(Body):
     """What the routes of text-embeddings-inference have in common; the adapter may stand in the query instead."""
 
     model: str | None = Field(None, description="the name of an adapter")
     truncate: Switch = False
+    truncation_direction: Literal["Right", "right"] = "Right"
+    auto_truncate: Literal[False] = Field(False, description="false")
 
 
 class Parameters(Body):
@@ -49,20 +50,19 @@ class Predict(_Inputs):
 
     inputs: str | Pair | Pairs = Field(description="a text, a pair of texts, or a list of lists of one text or two")
     raw_scores: Switch = False
-    parameters: Parameters | None = Field(
-        None, description='an object with "function_to_apply" ("sigmoid", "softmax" or "none") and "top_k", 1 or more'
+    parameters: Parameters = Field(
+        Parameters(),
+        description='an object with "function_to_apply" ("sigmoid", "softmax" or "none") and "top_k", 1 or more',
     )
 
 
-class Embed(_Inputs, neutral={"normalize": (True,), "encoding_format": ("float",)}):
-    """Of /embed."""
-
+class Embed(_Inputs):
     inputs: Inputs
+    normalize: Literal[True] = Field(True, description="true")
+    encoding_format: Literal["float"] = "float"
 
 
 class Rerank(_Inputs):
-    """Of /rerank."""
-
     query: Text
     texts: Texts = Field(description="a list of texts")
     raw_scores: Switch = False
@@ -86,8 +86,8 @@ async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Respon
     """Classes with their scores, the likeliest first; of one text with `parameters` in a list, as pipelines do."""
     is_one = isinstance(body.inputs, str) or isinstance(body.inputs[0], str)
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
-    rows = await call.rows("classify", [_model(body, call)], inputs, body.truncate)
-    if is_one and body.parameters is None:
+    rows = await call.rows("classify", [body.model], inputs, body.truncate)
+    if is_one and "parameters" not in body.model_fields_set:
         return answer(_scores(rows[0], call.server, body), [rows[0].version])
     return await call.answer_rows(rows, lambda _, row: _scores(row, call.server, body))
 
@@ -95,14 +95,14 @@ async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Respon
 @router.post("/embed", openapi_extra=takes(Embed))
 async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
     """Vectors of length one."""
-    rows = await call.rows("embed", [_model(body, call)], inputs_of(body.inputs), body.truncate)
+    rows = await call.rows("embed", [body.model], inputs_of(body.inputs), body.truncate)
     return await call.answer_rows(rows, lambda _, row: row.values.tolist())
 
 
 @router.post("/", openapi_extra=takes(Predict))
 async def root(call: Here) -> Response:
     """`/predict` where the base or adapters classify, else `/embed`."""
-    if "classify" in call.server.works:
+    if "classify" in call.server.base.works:
         return await predict(await call.read(Predict), call)
     return await embed(await call.read(Embed), call)
 
@@ -111,7 +111,7 @@ async def root(call: Here) -> Response:
 async def rerank(body: Annotated[Rerank, sent(Rerank)], call: Here) -> Response:
     """Texts by how well they fit a query, where the adapter's head gives one score."""
     pairs = [[body.query, text] for text in body.texts]
-    rows = await call.rows("classify", [_model(body, call)], pairs, body.truncate)
+    rows = await call.rows("classify", [body.model], pairs, body.truncate)
     if rows[0].values.numel() != 1:
         raise RefusedError(
             400, f"the head has {rows[0].values.numel()} outputs, and texts are ranked by one; use /predict"
@@ -131,8 +131,8 @@ async def info(call: Here) -> dict[str, Any]:
     return {
         "model_id": server.base.name,
         "model_dtype": str(server.base.model.dtype).removeprefix("torch."),
-        "works": list(server.works),
-        "adapters": sum(call.key.sees(version.name) for version in server.registry.versions()),
+        "works": server.base.works,
+        "adapters": len(server.registry.versions(call.key)),
         "slots": limits.slots,
         "max_input_length": server.longest,
         "max_batch_tokens": limits.batch_tokens,
@@ -142,44 +142,27 @@ async def info(call: Here) -> dict[str, Any]:
     }
 
 
-def _model(body: _Inputs, call: Call) -> str | None:
-    """The adapter, which stands in the query for clients that can name none in the body."""
-    return body.model or call.request.query_params.get("model")
-
-
 def classes_of(row: Row, server: Server) -> dict[str, Any]:
     """The likeliest class of a row with all probabilities, or the number that a head of one output gives."""
-    common = whose(row.version)
     if row.values.numel() == 1:
-        return {**common, "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
+        return {**whose(row.version), "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
     probabilities, labels = row.values.softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
-    return {
-        **common,
-        "label": labels[best],
-        "score": float(probabilities[best]),
-        "probs": probabilities.tolist(),
-        "labels": labels,
-        "num_classes": len(labels),
-    }
+    scores = {"label": labels[best], "score": float(probabilities[best]), "probs": probabilities.tolist()}
+    return {**whose(row.version), **scores, "labels": labels, "num_classes": len(labels)}
 
 
 def _labels(row: Row, server: Server) -> list[str]:
-    version, count = row.version, row.values.numel()
-    if version is not None and len(version.labels) == count:
-        return list(version.labels)
-    names: dict[int, str] = server.base.model.config.id2label
-    if version is None and len(names) == count:
-        return [names[index] for index in range(count)]
-    return [f"LABEL_{index}" for index in range(count)]
+    count, names = row.values.numel(), server.base.model.config.id2label
+    labels = row.version.labels if row.version is not None else [names[index] for index in sorted(names)]
+    return list(labels) if len(labels) == count else [f"LABEL_{index}" for index in range(count)]
 
 
 def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
-    parameters = body.parameters or Parameters()
     default = "none" if body.raw_scores else "sigmoid" if row.values.numel() == 1 else "softmax"
-    scores = _FUNCTIONS[parameters.function_to_apply or default](row.values)
+    scores = _FUNCTIONS[body.parameters.function_to_apply or default](row.values)
     labels = _labels(row, server)
-    order = scores.argsort(descending=True)[: parameters.top_k].tolist()
+    order = scores.argsort(descending=True)[: body.parameters.top_k].tolist()
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
 
 

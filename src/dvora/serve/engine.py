@@ -7,23 +7,56 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from ..recipes.models.pooling import pooled, pooling_of
 from .base import Base
 from .decoder import Decoder
-from .encoder import Encoder
 from .metrics import Metrics
-from .requests import Answer, RefusedError, Request, model_failed
+from .requests import Answer, RefusedError, Request, model_failed, not_finite
 from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Scheduler
 from .settings import Limits
 
 _log = logging.getLogger("dvora.serve")
 
 
+class Encoder:
+    """The forward pass of an encoder."""
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.pooling = base, pooling_of(Path(base.source))
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
+        """The answers of a batch."""
+        model = self.base.model
+        columns: dict[str, Any] = {"input_ids": [request.tokens for request in batch.requests]}
+        if any(request.token_types is not None for request in batch.requests):
+            # Tokens that a client sends have none.
+            columns["token_type_ids"] = [request.token_types or [0] * request.length for request in batch.requests]
+        inputs = self.base.tokenizer.pad(columns, return_tensors="pt").to(model.device)
+        rows = self.base.enter([request.version for request in batch.requests])
+        if batch.kind == "embed":
+            hidden = model.base_model(**inputs).last_hidden_state
+            values = list(pooled(hidden, inputs["attention_mask"], self.pooling).cpu())
+        else:
+            logits = model(**inputs).logits.float().cpu()
+            values = rows.split(logits) if rows is not None and rows.widths else list(logits)
+        answers = [Answer(value) if value.isfinite().all() else Answer(error=not_finite()) for value in values]
+        return list(zip(batch.requests, answers, strict=True))
+
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Nothing is kept of requests."""
+
+
 class Engine:
-    """Serves requests over one base until it is closed.
+    """Serves requests over one base, which only its thread uses, until it is closed.
 
     Args:
-        base: with its bank; used by the engine's thread only from now on.
+        base: with its bank.
         limits: of the server.
         longest: tokens of a text, its continuation among them.
         metrics: to count in.
@@ -32,7 +65,7 @@ class Engine:
     def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
         self.base, self.metrics = base, metrics
         self._scheduler = Scheduler(limits, PASS_ON_CPU if base.model.device.type == "cpu" else PASS_ON_ACCELERATOR)
-        self._decoder = Decoder(base, limits, longest) if base.generates else None
+        self._decoder = Decoder(base, limits.cache_tokens, longest) if "generate" in base.works else None
         self._runner = self._decoder or Encoder(base)
         self._changed = threading.Condition()
         self._is_draining = False
@@ -40,11 +73,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Let requests wait for their batch: all of them, or none.
-
-        Raises:
-            RefusedError: 429, too many wait; 503, the server is stopping.
-        """
+        """Let requests wait for their batch: all of them, or none: 429, if too many wait, 503, if the server stops."""
         with self._changed:
             if not self.takes_requests:
                 raise RefusedError(503, "the server is stopping; send the request elsewhere", "unavailable")
@@ -60,16 +89,10 @@ class Engine:
             self._scheduler.remove(requests)
             self._changed.notify()
 
-    def waiting(self) -> int:
-        """How many requests wait."""
-        return self._scheduler.waiting
-
-    def adapters(self) -> tuple[set[str], set[str]]:
-        """What the bank calls the adapters of texts that are generated, and of requests that wait."""
+    def requests(self) -> tuple[list[Request], list[Request]]:
+        """Of texts that are generated, and those that wait."""
         with self._changed:
-            running = {request.adapter for request in self._scheduler.running}
-            waiting = {request.adapter for request in self._scheduler.all_waiting()}
-        return {name for name in running if name}, {name for name in waiting if name}
+            return [*self._scheduler.running], [*self._scheduler.all_waiting()]
 
     @property
     def takes_requests(self) -> bool:
@@ -135,9 +158,9 @@ class Engine:
         """The answers of a batch. Nothing runs twice: where the model fails, all of the batch are told."""
         runner = self._runner
         with self.base.passing:
-            unreadable = self.base.unreadable([request.adapter for request in batch.requests])
-            failed = [request for request in batch.requests if request.adapter in unreadable]
-            answers = [(request, Answer(error=unreadable[request.adapter])) for request in failed]
+            unreadable = self.base.unreadable([request.version for request in batch.requests])
+            failed = [request for request in batch.requests if request.version in unreadable]
+            answers = [(request, Answer(error=unreadable[request.version])) for request in failed]
             batch = replace(batch, requests=[request for request in batch.requests if request not in failed])
             try:
                 runner.drop(failed)

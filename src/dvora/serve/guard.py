@@ -12,9 +12,10 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answers import ADAPTER, DIGEST, refused
+from .calls import ADAPTER, DIGEST, refused
 from .requests import RefusedError
 from .server import Server
 
@@ -28,72 +29,31 @@ _HOST = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(:\d*)
 _log = logging.getLogger("dvora.serve.access")
 
 
-class Budget:
-    """Bytes of all bodies and answers that are under way.
-
-    Args:
-        most: over it, slow clients are given up, the oldest first, and then new ones refused.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self.used = most, 0
-        self.exchanges: dict[Exchange, None] = {}
-
-    def take(self, exchange: Exchange, count: int) -> None:
-        """Count bytes, until the exchange ends.
-
-        Raises:
-            RefusedError: 503, there are too many.
-        """
-        for oldest in [*self.exchanges] if self.used + count > self.most else ():
-            if self.used + count <= self.most:
-                break
-            # What has just come is waited for no longer, and cannot be cancelled.
-            if oldest.held and oldest.pending is not None and oldest.pending.cancel():
-                self.give(oldest)
-        if self.used + count > self.most:
-            raise _busy()
-        self.used += count
-        exchange.held += count
-
-    def give(self, exchange: Exchange) -> None:
-        """Count the bytes of an exchange no longer."""
-        self.used -= exchange.held
-        exchange.held = 0
-
-
 class Exchange:
-    """A request and its answer, whose bytes are counted; a route raises `most` for a client that it has let in.
+    """A request and its answer, whose bytes are counted; a route raises `most` for a client that it has let in."""
 
-    Args:
-        scope, receive, send: of the server.
-        budget: of all exchanges.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, budget: Budget) -> None:
-        self.scope, self._receive, self._send, self.budget = scope, receive, send, budget
+    def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard) -> None:
+        self.scope, self._receive, self._send, self.guard = scope, receive, send, guard
         self.arrived, self.most, self.held = time.monotonic(), LARGEST_JSON, 0
-        self.status, self.headers = 500, dict[str, str]()
+        self.status, self.headers = 500, Headers()
         self.pending: asyncio.Future[Any] | None = None
         """What the client is waited for with."""
         self._is_read = self._is_over = False
-        self._declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
 
     async def receive(self) -> Message:
         """The next part of the body, and after it what the client does, which can only be hanging up.
 
-        Raises:
-            RefusedError: 413, 408, 503, or 499.
+        It is 413, if the body is too large, 408, if too slow, 503, if there is no memory, 499, if the client hangs up.
         """
         if self._is_read:
             return await self._receive()
-        self._check(self._declared)
+        self._check(int(Headers(scope=self.scope).get("content-length", 0)))
         message: Message = await self._wait(self._receive(), self.arrived + BODY_SECONDS - time.monotonic())
         if message["type"] == "http.disconnect":
-            raise RefusedError(499, "the client has gone", "client_closed_request")
+            raise RefusedError(499, "the client has hung up", "client_closed_request")
         part = message.get("body", b"")
         self._check(self.held + len(part))
-        self.budget.take(self, len(part))
+        self.guard.take(self, len(part))
         self._is_read = not message.get("more_body", False)
         return message
 
@@ -108,9 +68,9 @@ class Exchange:
         is_start, body, start = message["type"] == "http.response.start", message.get("body", b""), 0
         try:
             if is_start:
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
+                headers = Headers(raw=message["headers"])
                 if (size := int(headers.get("content-length", 0))) > PIECE:
-                    self.budget.take(self, size)
+                    self.guard.take(self, size)
                 self.status, self.headers = message["status"], headers
             while len(body) - start > PIECE:
                 await self._wait(self._send({**message, "body": body[start : start + PIECE], "more_body": True}), None)
@@ -123,11 +83,7 @@ class Exchange:
         await self._send({**message, "body": body[start:]} if start else message)
 
     async def _wait(self, client: Awaitable[Any], seconds: float | None) -> Any:
-        """Wait for the client.
-
-        Raises:
-            RefusedError: 408, it took too long; 503, others need its bytes.
-        """
+        """Wait for the client: 408, if it takes too long, 503, if others need its bytes."""
         self.pending = asyncio.ensure_future(client)
         try:
             await asyncio.wait({self.pending}, timeout=seconds)
@@ -142,18 +98,22 @@ class Exchange:
 
 
 class Guard:
-    """Around every request, whatever server it came through; what routes hold is held until the answer is sent."""
+    """Around every request, whatever server it came through; what routes hold is held until the answer is sent.
+
+    It counts the bytes of all bodies and answers under way.
+    """
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server
-        self.budget = Budget(int(server.settings.body_memory * 2**20))
+        self.most, self.used = int(server.settings.body_memory * 2**20), 0
+        self.exchanges: dict[Exchange, None] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange, settings = Exchange(scope, receive, send, self.budget), self.server.settings
-        self.budget.exchanges[exchange] = None
+        exchange, settings = Exchange(scope, receive, send, self), self.server.settings
+        self.exchanges[exchange] = None
         async with AsyncExitStack() as held:
             held.callback(self._end, exchange)
             deadline = exchange.arrived + settings.timeout
@@ -167,21 +127,32 @@ class Guard:
             else:
                 await self.app(scope, exchange.receive, exchange.send)
 
+    def take(self, exchange: Exchange, count: int) -> None:
+        """Count bytes, until the exchange ends; of too many the oldest slow clients are given up, or it is 503."""
+        for oldest in [*self.exchanges] if self.used + count > self.most else ():
+            # What has just come is waited for no longer, and cannot be cancelled.
+            if self.used + count > self.most and oldest.held and oldest.pending and oldest.pending.cancel():
+                self.give(oldest)
+        if self.used + count > self.most:
+            raise _busy()
+        self.used += count
+        exchange.held += count
+
+    def give(self, exchange: Exchange) -> None:
+        """Count the bytes of an exchange no longer."""
+        self.used -= exchange.held
+        exchange.held = 0
+
     def _end(self, exchange: Exchange) -> None:
-        del self.budget.exchanges[exchange]
-        self.budget.give(exchange)
+        del self.exchanges[exchange]
+        self.give(exchange)
         route = getattr(exchange.scope.get("route"), "path", "other")
         seconds = time.monotonic() - exchange.arrived
         self.server.metrics.request(route, exchange.status, seconds)
-        line = {
-            "route": route,
-            "method": exchange.scope["method"][:10],
-            "status": exchange.status,
-            "milliseconds": round(1000 * seconds, 1),
-            "adapter": exchange.headers.get(ADAPTER),
-            "digest": exchange.headers.get(DIGEST),
-        }
-        _log.info({name: value for name, value in line.items() if value is not None})
+        line = {"route": route, "method": exchange.scope["method"][:10], "status": exchange.status}
+        line["milliseconds"] = round(1000 * seconds, 1)
+        named = {"adapter": exchange.headers.get(ADAPTER), "digest": exchange.headers.get(DIGEST)}
+        _log.info({**line, **{name: value for name, value in named.items() if value is not None}})
 
 
 def _check_framing(scope: Scope) -> None:
@@ -194,7 +165,7 @@ def _check_framing(scope: Scope) -> None:
 
 def _check_host(scope: Scope, names: Sequence[str]) -> None:
     """Refuse names that a page from elsewhere may have been given this server's address for (DNS rebinding)."""
-    hosts = [_HOST.fullmatch(value.decode("latin-1")) for name, value in scope["headers"] if name == b"host"]
+    hosts = [_HOST.fullmatch(value) for value in Headers(scope=scope).getlist("host")]
     if len(hosts) != 1 or hosts[0] is None:
         raise RefusedError(400, "a request has one header Host, such as localhost:8000")
     host = (hosts[0]["address"] or hosts[0]["name"]).lower()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from ..recipes.files import read_small
 from .requests import RefusedError
@@ -34,16 +34,12 @@ class Tenant(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     adapters: Annotated[list[str], Field(min_length=1)]
     change: bool = False
-    requests: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] | None = None
+    requests: PositiveInt | None = None
+    tokens: PositiveInt | None = None
 
 
 class Allowance:
-    """So many of something a minute, which come back evenly. What is overdrawn is paid back first.
-
-    Args:
-        rate: a minute; None: as many as there are.
-    """
+    """So many of something a minute, or any number, which come back evenly. What is overdrawn is paid back first."""
 
     def __init__(self, rate: int | None = None) -> None:
         self.rate = rate
@@ -66,17 +62,12 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Key:
-    """What a client may do.
-
-    Args:
-        tenant: whose it is; None: of the server's token, or of everybody where there are no keys.
-        names: patterns of the adapters that it sees, as in a shell; of others it does not learn that they exist.
-        may_change: whether it may put and delete those.
-        requests, tokens: that it may have a minute, read and generated ones.
-    """
+    """What a client may do."""
 
     tenant: str | None = None
+    """Whose it is; None: of the server's token, or of everybody where there are no keys."""
     names: tuple[str, ...] = ("*",)
+    """Patterns of the adapters that it sees, as in a shell; of others it does not learn that they exist."""
     may_change: bool = False
     requests: Allowance = field(default_factory=Allowance)
     tokens: Allowance = field(default_factory=Allowance)
@@ -95,27 +86,15 @@ class Key:
         return f"{BASE if name is None else name}:" if self.tenant is None else self.tenant
 
     def admit(self) -> None:
-        """Count a request.
-
-        Raises:
-            RefusedError: 429, the tenant's minute is used up.
-        """
+        """Count a request; 429, if the tenant's minute is used up."""
         for what, allowance, needed in (("requests", self.requests, 1), ("tokens", self.tokens, 0)):
             if seconds := ceil(allowance.seconds(needed)):
-                raise RefusedError(
-                    429,
-                    f"{allowance.rate:,} {what} a minute may be had with this key; try again in {seconds} seconds",
-                    "rate_limit_exceeded",
-                    {"Retry-After": str(seconds)},
-                )
+                message = f"{allowance.rate:,} {what} a minute may be had with this key; try again in {seconds} seconds"
+                raise RefusedError(429, message, "rate_limit_exceeded", {"Retry-After": str(seconds)})
         self.requests.take(1)
 
     def check_changes(self, name: str) -> None:
-        """Refuse to change an adapter that the key is not for, whether it exists or not.
-
-        Raises:
-            RefusedError: 403.
-        """
+        """Refuse, with 403, to change an adapter that the key is not for, whether it exists or not."""
         if not self.sees(name):
             raise RefusedError(403, f"this key changes adapters of other names than {name[:200]!r}", "forbidden")
 
@@ -145,14 +124,7 @@ class Keys:
         self.may_change = any(key.may_change for key in self._keys.values())
 
     def key_of(self, authorization: bytes) -> Key:
-        """The key of a request.
-
-        Args:
-            authorization: its header.
-
-        Raises:
-            RefusedError: 401, it has none, and there are keys.
-        """
+        """The key in a request's header; 401, if it has none, and there are keys."""
         scheme, _, secret = authorization.partition(b" ")
         # Compared by their hashes, which take a time that says nothing of the secret.
         digest = hashlib.sha256(secret.strip()).hexdigest() if scheme.lower() == b"bearer" else ""
@@ -162,11 +134,7 @@ class Keys:
 
 
 async def asking(request: Request) -> Key:
-    """The key of a request that asks, counted in its minute.
-
-    Raises:
-        RefusedError: 401, there is no such key; 429, it has used up its minute.
-    """
+    """The key of a request that asks, counted in its minute: 401 without one, 429 when that is used up."""
     keys: Keys = request.app.state.server.keys
     headers: list[bytes] = [value for name, value in request.headers.raw if name == b"authorization"]
     key = keys.key_of(headers[0] if len(headers) == 1 else b"")
@@ -178,13 +146,8 @@ Asking = Annotated[Key, Depends(asking)]
 
 
 async def changing(request: Request, key: Asking) -> Key:
-    """The key of a request that changes adapters.
-
-    Raises:
-        RefusedError: 403, nobody may, or a tenant may not; 401, there is no such key.
-    """
-    keys: Keys = request.app.state.server.keys
-    if not keys.may_change:
+    """The key of a request that changes adapters: 403, if nobody may, or a tenant may not; 401 without one."""
+    if not request.app.state.server.keys.may_change:
         raise RefusedError(
             403, "adapters cannot be changed over HTTP here: the server was started without a token", "forbidden"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .scheduler import Batch
@@ -14,24 +16,20 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "dvora_requests", "Requests that were answered.", ["route", "status"], registry=self.registry
-        )
-        self._latency = Histogram(
-            "dvora_request_seconds", "From a request to its answer.", ["route"], buckets=SECONDS, registry=self.registry
-        )
-        self._batches = Counter("dvora_batches", "Batches that ran.", ["kind"], registry=self.registry)
-        self._rows = Counter("dvora_batch_rows", "Rows of batches that ran.", ["kind"], registry=self.registry)
-        self._compute = Counter("dvora_batch_seconds", "Seconds in batches.", ["kind"], registry=self.registry)
-        self._queued = Histogram(
-            "dvora_queue_seconds", "From a request to its first batch.", buckets=SECONDS, registry=self.registry
-        )
+        counter = partial(Counter, registry=self.registry)
+        self._gauge = partial(Gauge, registry=self.registry)
+        seconds = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self._requests = counter("dvora_requests", "Requests that were answered.", ["route", "status"])
+        self._latency = seconds("dvora_request_seconds", "From a request to its answer.", ["route"])
+        self._batches = counter("dvora_batches", "Batches that ran.", ["kind"])
+        self._rows = counter("dvora_batch_rows", "Rows of batches that ran.", ["kind"])
+        self._compute = counter("dvora_batch_seconds", "Seconds in batches.", ["kind"])
+        self._queued = seconds("dvora_queue_seconds", "From a request to its first batch.")
         self._gauges: dict[str, Gauge] = {}
-        self._adapters = Gauge(
+        self._adapters = self._gauge(
             "vllm:lora_requests_info",
             "Adapters of running and of waiting requests, and how many fit: what gateways route on.",
             ["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
-            registry=self.registry,
         )
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -50,16 +48,10 @@ class Metrics:
                 self._queued.observe(max(0.0, started - request.arrived))
 
     def text(self, values: dict[str, int], running: list[str], waiting: list[str], slots: int) -> bytes:
-        """All metrics as Prometheus reads them.
-
-        Args:
-            values: of the moment, by name.
-            running, waiting: names of adapters.
-            slots: how many may run.
-        """
+        """All metrics as Prometheus reads them: values of the moment, adapters that run and wait, how many fit."""
         for name, value in values.items():
             if name not in self._gauges:
-                self._gauges[name] = Gauge(f"dvora_{name}", name.replace("_", " "), registry=self.registry)
+                self._gauges[name] = self._gauge(f"dvora_{name}", name.replace("_", " "))
             self._gauges[name].set(value)
         # One series, of this moment.
         self._adapters.clear()

@@ -6,50 +6,47 @@ import base64
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from itertools import starmap
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
-from pydantic_core import to_json
 
-from .answers import (
-    Body,
-    Call,
-    Here,
-    Inputs,
-    Row,
-    Switch,
-    answer,
-    error_body,
-    headers_of,
-    inputs_of,
-    sent,
-    takes,
-    whose,
-)
-from .registry import Version
+from .bodies import Body, EmptyList, EmptyObject, Inputs, Switch, Zero, inputs_of, takes
+from .calls import Call, Here, Row, answer, encoded, error_body, headers_of, sent, whose
 from .requests import Answer, Chance, Finish, Piece, RefusedError, Sampling
 from .server import Server
+from .store import Served
 from .texts import Text
 
 router = APIRouter(tags=["OpenAI's interface"])
 MOST_MESSAGES = 1024
-NEUTRAL = dict.fromkeys(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
-PLAIN = {"n": (1,), "logit_bias": ({},), "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0)}
 Model = Annotated[str, Field(max_length=512, description="the name of a model, as GET /v1/models has it")]
 Tokens = Annotated[int, Field(ge=1, lt=2**31, description="a number of tokens, 1 or more")]
 Stop = Annotated[str, Field(max_length=256)]
 
 
-class StreamOptions(Body, neutral={"include_obfuscation": None}):
+class OpenAIBody(Body):
+    """What OpenAI's requests have in common: fields that change nothing here, whatever they are."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class StreamOptions(Body):
     """What a stream has besides the text."""
 
     include_usage: bool = False
+    include_obfuscation: Any = None
 
 
-class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
+class Generation(OpenAIBody):
     """What completions and chats have in common."""
 
     model: Model
@@ -61,6 +58,10 @@ class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
     )
     stream: Switch = False
     stream_options: StreamOptions = Field(StreamOptions(), description='{"include_usage": true} or false')
+    n: Literal[1] = 1
+    logit_bias: EmptyObject
+    frequency_penalty: Zero = 0
+    presence_penalty: Zero = 0
 
     def sampling(self, max_tokens: int, chances: int | None) -> Sampling:
         """How tokens are chosen."""
@@ -68,27 +69,31 @@ class Generation(Body, neutral={**NEUTRAL, **PLAIN}):
         return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, chances)
 
 
-class Completion(Generation, neutral={"best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,)}):
-    """Of /v1/completions."""
-
+class Completion(Generation):
     prompt: Inputs
     max_tokens: Tokens = 16
-    logprobs: int | None = Field(None, ge=0, le=5, description="a number of tokens from 0 to 5")
+    logprobs: Annotated[int, Field(ge=0, le=5)] | Literal[False] = Field(
+        False, description="a number of tokens from 0 to 5, or false"
+    )
+    best_of: Literal[1] = 1
+    echo: Literal[False] = Field(False, description="false")
+    suffix: Literal[""] = ""
 
 
 class Part(Body):
-    """Of a message."""
-
     type: Literal["text"]
     text: str
 
 
-class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],), "tool_call_id": None}):
+class Message(Body):
     """Of a chat; an answer of ours can be sent back as it is."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
+    annotations: EmptyList
+    tool_calls: EmptyList
+    tool_call_id: Any = None
 
     def plain(self) -> dict[str, str]:
         """As templates read it, which know no developers."""
@@ -97,22 +102,7 @@ class Message(Body, neutral={"annotations": ([],), "tool_calls": ([],), "tool_ca
         return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
-class Chat(
-    Generation,
-    neutral={
-        "response_format": ({"type": "text"},),
-        "tools": ([],),
-        "functions": ([],),
-        "tool_choice": ("none", "auto"),
-        "function_call": ("none", "auto"),
-        "parallel_tool_calls": (True,),
-        "modalities": (["text"],),
-        "reasoning_effort": ("none", "medium"),
-        "verbosity": ("medium",),
-    },
-):
-    """Of /v1/chat/completions."""
-
+class Chat(Generation):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)] = Field(
         description=f"1 to {MOST_MESSAGES:,} objects with role (system, developer, user, assistant or tool), content "
         '(a text, or a list of {"type": "text", "text": ...}) and perhaps name'
@@ -121,25 +111,34 @@ class Chat(
     max_completion_tokens: Tokens | None = None
     logprobs: Switch = False
     top_logprobs: int = Field(0, ge=0, le=20, description="a number of tokens from 0 to 20")
+    response_format: dict[Literal["type"], Literal["text"]] = Field({"type": "text"}, description='{"type": "text"}')
+    tools: EmptyList
+    functions: EmptyList
+    tool_choice: Literal["none", "auto"] = "none"
+    function_call: Literal["none", "auto"] = "none"
+    parallel_tool_calls: Literal[True] = Field(True, description="true")
+    modalities: list[Literal["text"]] = Field(["text"], description='["text"]')
+    reasoning_effort: Literal["none", "medium"] = "none"
+    verbosity: Literal["medium"] = "medium"
 
 
-class Embeddings(Body, neutral=NEUTRAL):
-    """Of /v1/embeddings."""
-
+class Embeddings(OpenAIBody):
     model: Model
     input: Inputs
-    encoding_format: Literal["float", "base64"] = Field("float", description="'float' or 'base64'")
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 @router.get("/v1/models")
 async def models(call: Here) -> Response:
     """The base, and every adapter with the base as its parent."""
+    registry, base = call.server.registry, call.server.base.name
 
-    def content(versions: Sequence[Version]) -> dict[str, Any]:
-        models = [*([None] if call.key.sees(None) else []), *versions]
-        return {"object": "list", "data": [_card(call.server.base.name, model) for model in models]}
+    def content() -> bytes:
+        shown = [*([None] if call.key.sees(None) else []), *registry.versions(call.key)]
+        cards = [_card(base, model) for model in shown]
+        return encoded({"object": "list", "data": cards, "left_out": registry.left_out(call.key)})
 
-    return answer(call.server.registry.listed("models", call.key, content))
+    return answer(await call.in_turn(len(registry.bank), content))
 
 
 @router.get("/v1/models/{model}")
@@ -154,9 +153,8 @@ async def model_card(model: str, call: Here) -> Response:
 async def completions(body: Annotated[Completion, sent(Completion)], call: Here) -> Response:
     """Continue a text, or each of several."""
     call.check(len(prompts := inputs_of(body.prompt)))
-    return await _generate(
-        call, body, lambda queue: call.server.texts.read(prompts, queue), body.max_tokens, body.logprobs
-    )
+    chances = None if body.logprobs is False else body.logprobs
+    return await _generate(call, body, partial(call.server.texts.read, prompts), body.max_tokens, chances)
 
 
 @router.post("/v1/chat/completions", openapi_extra=takes(Chat))
@@ -164,9 +162,9 @@ async def chat_completions(body: Annotated[Chat, sent(Chat)], call: Here) -> Res
     """Answer a chat, written with the tokenizer's template."""
     if body.top_logprobs and not body.logprobs:
         raise RefusedError(400, "top_logprobs stand beside those of the text; send logprobs: true too")
-    messages, most = [message.plain() for message in body.messages], body.max_completion_tokens or body.max_tokens
+    read = partial(call.server.texts.chat, [message.plain() for message in body.messages])
     chances = body.top_logprobs if body.logprobs else None
-    return await _generate(call, body, lambda queue: call.server.texts.chat(messages, queue), most, chances)
+    return await _generate(call, body, read, body.max_completion_tokens or body.max_tokens, chances)
 
 
 @router.post("/v1/embeddings", openapi_extra=takes(Embeddings))
@@ -186,18 +184,13 @@ async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) 
 
 
 async def _generate(
-    call: Call,
-    body: Generation,
-    read: Callable[[str], Awaitable[list[Text]]],
-    most: int | None,
-    chances: int | None,
+    call: Call, body: Generation, read: Callable[[str], Awaitable[list[Text]]], most: int | None, chances: int | None
 ) -> Response:
     """Continue texts that are read when it is clear that they may be, by at most so many tokens."""
     server = call.server
-    server.require("generate")
+    server.base.require("generate")
     name = call.named(body.model)
-    client = call.client()
-    texts = await client.wait(read(call.key.queue_of(name)))
+    texts = await call.wait(read(call.key.queue_of(name)))
     room = server.longest - max(len(text.tokens) for text in texts)
     if (most or 0) > room:
         raise RefusedError(
@@ -205,63 +198,55 @@ async def _generate(
             f"the prompt has {server.longest - room:,} tokens and {most:,} are to follow, and {server.base.name} "
             f"takes {server.longest:,} in all; ask for {room:,} or fewer",
         )
-    rows, sampling = [(name, text) for text in texts], body.sampling(most or room, chances)
     # Until the last piece is sent, or nobody wants it.
-    held = call.request.state.held.enter_async_context
-    versions, parts = await held(server.asking("generate", rows, client, sampling))
-    shape = _Shape(body, texts, versions[0], server, chances is not None)
+    asking = call.asking("generate", [(name, text) for text in texts], body.sampling(most or room, chances))
+    versions, parts = await call.request.state.held.enter_async_context(asking)
+    shape = (_Chat if isinstance(body, Chat) else _Completion)(body.model, texts, versions[0], server)
     if not body.stream:
-        return answer(await shape.whole(parts), versions)
+        return answer(await shape.response(parts), versions)
     events = shape.events(parts, body.stream_options.include_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers_of(versions))
 
 
-class _Shape:
+class _Completion:
     """The JSON of the continuations that a request gets, whole or in pieces."""
 
-    def __init__(
-        self, body: Generation, texts: Sequence[Text], version: Version | None, server: Server, has_chances: bool
-    ) -> None:
-        self.is_chat, self.has_chances, self.token = isinstance(body, Chat), has_chances, server.texts.token
-        self.prompt_tokens, self.generated = sum(len(text.tokens) for text in texts), 0
+    kind = piece_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, model: str, texts: Sequence[Text], version: Served | None, server: Server) -> None:
+        self.token, self.prompt_tokens, self.generated = server.texts.token, sum(len(t.tokens) for t in texts), 0
         self.offsets = [0] * len(texts)
         """Where the next token of each text begins."""
-        self.kind = "chat.completion" if self.is_chat else "text_completion"
         self.common = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": body.model,
+            "model": model,
             "system_fingerprint": whose(version)["digest"],
         }
 
-    async def whole(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
+    async def response(self, parts: AsyncIterator[tuple[int, Piece | Answer]]) -> dict[str, Any]:
+        """All at once."""
         texts, chances = [""] * len(self.offsets), [list[Chance]() for _ in self.offsets]
         choices = [dict[str, Any]() for _ in self.offsets]
         async for index, part in parts:
-            text, likely, finish = self.taken(part)
+            text, chance, finish = self.taken(part)
             texts[index] += text
-            chances[index] += likely
+            chances[index] += chance
             if finish is not None:
-                text = texts[index]
-                content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-                choices[index] = self.choice(index, content, chances[index], finish)
+                choices[index] = self.choice(index, self.content(texts[index]), chances[index], finish)
         return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     async def events(self, parts: AsyncIterator[tuple[int, Piece | Answer]], with_usage: bool) -> AsyncIterator[bytes]:
         """As it comes; an error that comes after the first event is one too."""
-        common = {**self.common, "object": "chat.completion.chunk" if self.is_chat else self.kind}
-        begun = set[int]()
+        common, started = {**self.common, "object": self.piece_kind}, set[int]()
         try:
             async for index, part in parts:
                 text, chances, finish = self.taken(part)
-                delta = {} if index in begun else {"role": "assistant"}
-                if not (text or chances or finish or delta):
-                    continue
-                if text or delta:
-                    delta["content"] = text
-                begun.add(index)
-                content = {"delta": delta} if self.is_chat else {"text": text}
-                yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
+                if text or chances or finish or index not in started:
+                    content = self.piece(text, index not in started)
+                    started.add(index)
+                    yield _event({**common, "choices": [self.choice(index, content, chances, finish)]})
         except RefusedError as refusal:
             yield _event(error_body(refusal))
             return
@@ -276,41 +261,63 @@ class _Shape:
         self.generated += 1
         return part.text, [] if part.chance is None else [part.chance], None
 
+    def content(self, text: str) -> dict[str, Any]:
+        """What a choice has of a text."""
+        return {"text": text}
+
+    def piece(self, text: str, is_first: bool) -> dict[str, Any]:
+        """What a choice has of a piece of a text."""
+        return self.content(text)
+
     def choice(self, index: int, content: dict[str, Any], chances: Sequence[Chance], finish: str | None) -> Any:
         """One text, or a piece of it."""
-        logarithms: dict[str, Any] | None = None
-        if self.has_chances and self.is_chat:
-            tokens = [
-                {**self.entry(chance.token, chance.logarithm), "top_logprobs": [*starmap(self.entry, chance.likeliest)]}
-                for chance in chances
-            ]
-            logarithms = {"content": tokens, "refusal": None}
-        elif self.has_chances:
-            logarithms = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-            for chance in chances:
-                token = self.token(chance.token)
-                likeliest = [*chance.likeliest, (chance.token, chance.logarithm)]
-                logarithms["tokens"].append(token)
-                logarithms["token_logprobs"].append(chance.logarithm)
-                logarithms["top_logprobs"].append({self.token(other): value for other, value in likeliest})
-                logarithms["text_offset"].append(self.offsets[index])
-                self.offsets[index] += len(token)
+        logarithms = self.logarithms(index, chances) if chances else None
         return {"index": index, **content, "logprobs": logarithms, "finish_reason": finish}
 
-    def entry(self, token: int, logarithm: float) -> dict[str, Any]:
-        """A token of a chat; one that is a part of a letter has no bytes of its own."""
-        text = self.token(token)
-        return {"token": text, "logprob": logarithm, "bytes": None if "\ufffd" in text else [*text.encode()]}
+    def logarithms(self, index: int, chances: Sequence[Chance]) -> dict[str, Any]:
+        """Log-probabilities of the tokens of a text, and where these begin."""
+        columns: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for chance in chances:
+            token, likeliest = self.token(chance.token), [*chance.likeliest, (chance.token, chance.logarithm)]
+            row = token, chance.logarithm, {self.token(one): value for one, value in likeliest}, self.offsets[index]
+            for column, value in zip(columns.values(), row, strict=True):
+                column.append(value)
+            self.offsets[index] += len(token)
+        return columns
 
     def usage(self) -> dict[str, int]:
+        """How many tokens were read and generated."""
         read, generated = self.prompt_tokens, self.generated
         return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
 
+class _Chat(_Completion):
+    kind, piece_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def piece(self, text: str, is_first: bool) -> dict[str, Any]:
+        role = {"role": "assistant"} if is_first else {}
+        return {"delta": {**role, "content": text} if text or is_first else role}
+
+    def logarithms(self, index: int, chances: Sequence[Chance]) -> dict[str, Any]:
+        tokens = [
+            {**self.entry(chance.token, chance.logarithm), "top_logprobs": [*starmap(self.entry, chance.likeliest)]}
+            for chance in chances
+        ]
+        return {"content": tokens, "refusal": None}
+
+    def entry(self, token: int, logarithm: float) -> dict[str, Any]:
+        """A token; one that is a part of a letter has no bytes of its own."""
+        text = self.token(token)
+        return {"token": text, "logprob": logarithm, "bytes": None if "\ufffd" in text else [*text.encode()]}
+
+
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(content) + b"\n\n"
+    return b"data: " + encoded(content) + b"\n\n"
 
 
-def _card(base: str, version: Version | None) -> dict[str, Any]:
+def _card(base: str, version: Served | None) -> dict[str, Any]:
     name, root, parent = (base, base, None) if version is None else (version.name, version.digest or version.name, base)
     return {"id": name, "object": "model", "created": 0, "owned_by": "dvora", "root": root, "parent": parent}

@@ -17,13 +17,9 @@ NOTED_NAMES = 1024
 
 
 class Replica:
-    """One server. It batches for itself: `serve.batch` would put every adapter into a batch of its own.
+    """One server; without a token in its settings it has that of the replica's environment.
 
-    Args:
-        settings: of the application; without a token it is that of the replica's environment.
-
-    Raises:
-        ValueError: the base or an adapter cannot be served.
+    It batches for itself: `serve.batch` would put every adapter into a batch of its own.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -42,11 +38,7 @@ class Replica:
         return app
 
     def check_health(self) -> None:
-        """Have Ray replace a replica whose engine has died.
-
-        Raises:
-            RuntimeError: it has.
-        """
+        """Have Ray replace a replica whose engine has died, by an error."""
         if not self.server.engine.is_alive:
             raise RuntimeError("the engine has died; its log says why")
 
@@ -65,7 +57,7 @@ class Noting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Only names that are served: clients write what they like.
-        if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()) in self.registry:
+        if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()) in self.registry.bank:
             await self.note(name)
         await self.app(scope, receive, send)
 
@@ -84,11 +76,7 @@ replica = serve.deployment(
 
 
 def app(args: Settings) -> serve.Application:
-    """An application for `serve run dvora.serve.ray:app base=minilm adapters=customers`, and for configurations.
-
-    Args:
-        args: as on the command line, relative paths from where the command runs.
-    """
+    """An application for `serve run dvora.serve.ray:app base=minilm adapters=customers`, and for configurations."""
     base = Path(args.base)
     paths = {
         "base": str(base.resolve()) if base.is_dir() else args.base,

@@ -1,8 +1,7 @@
-"""Adapters by name: which version answers now, which old ones requests still use, and what is on disk for a restart.
+"""Adapters by name: the versions that the bank has, and for a restart the index of the store.
 
-A version is what one load brought. The bank knows it by a key of its own, so a text that began with one version ends
-with it, whatever is loaded under the name meanwhile. Its name and the requests that use it hold it; when none does, it
-leaves the bank, and its upload the disk.
+A text that began with one version ends with it, whatever is loaded under the name meanwhile: the bank holds versions
+while requests use them, and an upload leaves the disk with its version.
 """
 
 from __future__ import annotations
@@ -10,381 +9,223 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import cast
 
-from pydantic_core import to_json
-
+from ..adapter_file.uploads import Upload
 from ..adapter_file.values import Description, FolderSource
+from ..bank import UnknownAdapterError
 from ..whole_files import remove
 from .base import Base
 from .keys import BASE, Key
 from .requests import RefusedError
-from .store import Store, Stored
-from .uploads import Upload
+from .store import Served, Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Of adapters: what can stand in a path, a header and a label; no colon, which divides a base from its adapter."""
 _log = logging.getLogger("dvora.serve")
 
 
-@dataclass(eq=False)
-class Version:
-    """One load of an adapter.
-
-    Args:
-        name: what clients call it.
-        key: what the bank calls it.
-        stored: where it is on the disk.
-    """
-
-    name: str
-    key: str
-    stored: Stored
-    digest: str | None = None
-    """Of its content; None until it is first used."""
-    holds: int = 1
-    """Of its name, and of every request that uses it."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the head's outputs; empty where nobody said."""
-        return self.stored.labels
-
-    @property
-    def description(self) -> Description:
-        """Its settings, names and shapes."""
-        return self.stored.source.description
-
-
-@dataclass(eq=False)
 class Registry:
     """The adapters of a server, safe under threads.
 
     Args:
         base: the base model, whose bank serves them.
         store: their files.
+
+    Raises:
+        ValueError: there are adapters, and none can be served; of several those that cannot are left out.
     """
 
-    base: Base
-    store: Store
-    damaged: dict[str, str] = field(default_factory=dict)
-    """Why what has these names was left out when the server started."""
-    _versions: dict[str, Version] = field(default_factory=dict)
-    _changes: int = 0
-    """Of what lists say."""
-    _lists: dict[tuple[str, tuple[str, ...]], tuple[int, bytes]] = field(default_factory=dict)
-    """With the number of changes before them."""
-    _loads: Iterator[int] = field(default_factory=lambda: count(1))
-    """Numbers of versions: no name has a colon, so no two of them have one key."""
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held while names change."""
-    _changing: threading.RLock = field(default_factory=threading.RLock)
-    """Held during a load, so that loads come one after another."""
-
-    def open(self, opened: dict[str, Stored], damaged: dict[str, str]) -> None:
-        """Take what is on disk: the adapters that the server was given, and what clients loaded and deleted later.
-
-        What cannot be served is left out.
-
-        Args:
-            opened, damaged: of the store.
-
-        Raises:
-            ValueError: there are adapters, and none can be served.
-        """
+    def __init__(self, base: Base, store: Store, opened: list[Served], damaged: dict[str, str]) -> None:
+        self.base, self.bank, self.store = base, base.bank, store
         self.damaged = dict(damaged)
-        for name, stored in opened.items():
+        """Why what has these names was left out when the server started."""
+        self._changing = threading.RLock()
+        """Held during a change, so that changes come one after another."""
+        for version in opened:
             try:
-                self._check_name(name)
-                self._versions[name] = self._loaded(name, stored, read=stored.digest is not None)
+                self._check_name(version.name)
+                with self._loading(version, read=version.put_as is not None):
+                    pass
             except (RefusedError, ValueError, TypeError, OSError) as error:
-                self.damaged[name] = self.store.told(error)
+                self.damaged[version.name] = store.public(error)
         for name, reason in self.damaged.items():
             _log.warning("%s is left out: %s", name, reason)
-        if self.damaged and not self._versions and not self.store.index:
+        if self.damaged and not len(self.bank) and not store.index:
             name, reason = next(iter(self.damaged.items()))
             raise ValueError(f"none of the {len(self.damaged)} adapters can be served; {name}: {reason}")
-        self.store.sweep()
+        store.sweep()
 
     def follow(self) -> None:
-        """Take what other servers changed that share the files.
-
-        Raises:
-            RefusedError: 503, what they left cannot be read here.
-        """
+        """Take what other servers changed that share the files; 503, if that cannot be read here."""
         with self._changing:
-            if not self.store.is_behind():
+            if not self.store.is_stale:
                 return
             try:
-                with self.store.catching_up() as changed:
+                with self.store.refreshing() as changed:
                     for name, entry in changed.items():
-                        self._point(name, None if entry is None else self._loaded(name, self.store.stored(entry)))
+                        if entry is None:
+                            self._remove(name)
+                        else:
+                            with self._loading(self.store.indexed(name, entry)):
+                                pass
             except (ValueError, TypeError, OSError, RefusedError) as error:
-                message = f"what other servers changed cannot be read: {self.store.told(error)}"
+                message = f"what other servers changed cannot be read: {self.store.public(error)}"
                 raise RefusedError(503, message, "unavailable") from error
 
-    def _loaded(self, name: str, stored: Stored, *, read: bool = True) -> Version:
-        """A version of what is on the disk, which the bank has; what was put once must be what was put."""
-        key = f"{name}:{next(self._loads)}" if read else name
+    @contextmanager
+    def _loading(self, version: Served, *, read: bool = True) -> Iterator[None]:
+        """Read and check a version, which its name has when the block ends; what was put once must be what was put."""
         # The bank's first adapter says which layers are hooked, which happens between passes.
-        with nullcontext() if self.base.bank.serves and len(self.base.bank) else self.base.between_passes():
-            self.base.bank.add(key, stored.source, allow_unchanged=True, read=read)
-        version = Version(name, key, stored, self.base.bank.digest(key) if read else None)
-        if stored.digest not in (None, version.digest):
-            self.base.bank.remove(key)
-            raise ValueError("its files are other ones than were put; put it again")
+        hooking = nullcontext() if self.bank.serves and len(self.bank) else self.base.between_passes()
+        with hooking, self.bank.loading(version, read=read):
+            if version.put_as not in (None, version.digest):
+                raise ValueError("its files are other ones than were put; put it again")
+            yield
+        version.discard = self.store.discard
+        self.damaged.pop(version.name, None)
+
+    def _remove(self, name: str) -> Served | None:
+        self.damaged.pop(name, None)
+        if (version := self.version(name)) is not None:
+            self.bank.remove(name)
         return version
 
-    def _point(self, name: str, version: Version | None) -> Version | None:
-        """Have a name answered by a version from now on; gives the one before."""
-        with self._lock:
-            before = self._versions.pop(name, None)
-            if version is not None:
-                self._versions[name] = version
-            self.damaged.pop(name, None)
-            self._changes += 1
-        if before is not None:
-            self._release(before)
-        return before
+    def version(self, name: str | None) -> Served | None:
+        """The version that answers now under a name."""
+        return None if name is None else cast(Served | None, self.bank.version(name))
 
-    def __len__(self) -> int:
-        return len(self._versions)
+    def versions(self, key: Key | None = None) -> list[Served]:
+        """Those that answer now, and that a key sees, by name."""
+        versions = cast(list[Served], self.bank.versions())
+        return versions if key is None else [version for version in versions if key.sees(version.name)]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._versions
-
-    def versions(self) -> list[Version]:
-        """Those that answer now, by name."""
-        with self._lock:
-            return [self._versions[name] for name in sorted(self._versions)]
+    def left_out(self, key: Key) -> list[dict[str, str]]:
+        """Of what a key sees, what could not be served when the server started."""
+        return [{"name": name, "reason": why} for name, why in self.damaged.items() if key.sees(name)]
 
     def named(self, model: str, key: Key) -> str | None:
-        """The adapter that a client's `model` names: an adapter, `base:adapter`, or the base, which is None.
+        """The adapter that a client's `model` names, or `base:model`; None is the base.
 
-        Raises:
-            RefusedError: 404, there is no such model, or none for this key; 422, it was left out as it is damaged.
+        It is 404 if there is none, or none for this key, and 422 if it was left out as it is damaged.
         """
         name = model.removeprefix(f"{self.base.name}:")
-        if name != self.base.name:
-            return self.adapter(name, key)
-        if not key.sees(None):
-            raise _unknown(name)
-        return None
-
-    def adapter(self, name: str, key: Key) -> str:
-        """The name of an adapter, if there is one of that.
-
-        Raises:
-            RefusedError: as `named`.
-        """
-        if not key.sees(name) or (name not in self._versions and name not in self.damaged):
-            raise _unknown(name)
-        if name not in self._versions:
+        adapter = None if name == self.base.name else name
+        if not key.sees(adapter) or (adapter and adapter not in self.bank and adapter not in self.damaged):
+            raise unknown(name)
+        if adapter in self.damaged:
             raise RefusedError(422, f"the adapter {name!r} cannot be served: {self.damaged[name]}", "adapter_error")
-        return name
-
-    def listed(self, what: str, key: Key, content_of: Callable[[Sequence[Version]], dict[str, Any]]) -> bytes:
-        """A list of all versions that a key sees, and why others were left out, written once until something changes.
-
-        Args:
-            what: is listed.
-            key: of the client.
-            content_of: gives the JSON of versions.
-        """
-        place, changes = (what, key.names), self._changes
-        if place not in self._lists or self._lists[place][0] != changes:
-            content = content_of([version for version in self.versions() if key.sees(version.name)])
-            left_out = [{"name": name, "reason": why} for name, why in self.damaged.items() if key.sees(name)]
-            self._lists[place] = changes, to_json({**content, "left_out": left_out})
-        return self._lists[place][1]
+        return adapter
 
     def like(self, name: str | None, key: Key) -> Description | None:
         """What a vector has to be like: of an adapter, or of the first that the key sees."""
-        with self._lock:
-            if name in self._versions:
-                return self._versions[name].description
-            return next((version.description for version in self.versions() if key.sees(version.name)), None)
+        version = self.version(name) or next(iter(self.versions(key)), None)
+        return None if version is None else version.description
 
-    def is_cold(self, name: str | None) -> bool:
-        """Whether the adapter of a name was never read."""
-        version = self._versions.get(name) if name is not None else None
-        return version is not None and version.digest is None
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[Served | None]:
+        """Hold the version that answers now under a name, whatever becomes of that; 404 without one, 422 if damaged."""
+        with ExitStack() as held:
+            try:
+                version = None if name is None else held.enter_context(self.bank.using(name))
+            except UnknownAdapterError:
+                raise unknown(str(name)) from None
+            except (ValueError, TypeError, OSError) as error:
+                message = f"the adapter {name!r} cannot be read: {self.store.public(error)}"
+                raise RefusedError(422, message, "adapter_error") from error
+            yield cast(Served | None, version)
 
-    def warm(self, name: str | None) -> None:
-        """Read an adapter before it is used.
-
-        Raises:
-            RefusedError: as `using`.
-        """
+    def read(self, name: str | None) -> None:
+        """Read an adapter that nobody has used yet; refusals as of `using`."""
         with self.using(name):
             pass
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[Version | None]:
-        """Hold the version that answers now under a name, whatever happens to the name; None is the base.
-
-        Raises:
-            RefusedError: 404, there is no such adapter; 422, its file is damaged.
-        """
-        if name is None:
-            yield None
-            return
-        with self._lock:
-            if (version := self._versions.get(name)) is None:
-                raise _unknown(name)
-            version.holds += 1
-        try:
-            if version.digest is None:
-                try:
-                    version.digest = self.base.bank.digest(version.key)
-                    self._changes += 1
-                except (ValueError, TypeError, OSError) as error:
-                    message = f"the adapter {name!r} cannot be read: {self.store.told(error)}"
-                    raise RefusedError(422, message, "adapter_error") from error
-            yield version
-        finally:
-            self._release(version)
-
-    def put(self, name: str, upload: Upload, *, key: Key, replaces: bool = True) -> tuple[Version, bool]:
-        """Serve what a client sent under a name from now on, and after a restart.
+    def put(self, name: str, upload: Upload, *, key: Key, replaces: bool = True) -> tuple[Served, bool]:
+        """Serve what a client sent under a name from now on, and after a restart; whether there was one of the name.
 
         Args:
-            name: new, or that of an adapter which is replaced.
+            name: of the adapter.
             upload: what was sent.
             key: of the client, who learns nothing of other adapters than its own.
-            replaces: False: a name that is taken keeps its adapter, which has to be the one that was sent.
-
-        Returns:
-            The version, and whether there was one of its name.
-
-        Raises:
-            RefusedError: 400, the name cannot be one; 409, it is taken by another adapter that must not be
-                replaced; 422, the adapter is damaged, of another base or kind, or has another number of classes than
-                labels; 507, it cannot be written.
+            replaces: False: what is taken stays, and has to be what was sent, or it is 409.
         """
-        with self._change(name):
-            before = self._versions.get(name)
+        with self._change(name), ExitStack() as unused:
+            before = self.version(name)
             if not replaces and name in self.damaged:
                 raise _taken(name)
             is_new = before is None or not replaces
-            files = upload.files(self.like(name, Key()), self.base.name if is_new else None)
-            folder = self.store.write(files)
-            with ExitStack() as unused:
-                unused.callback(remove, folder)
-                labels = upload.labels or (before.labels if before is not None else ())
-                stored = Stored(FolderSource(folder), labels, folder)
-                if len(labels) not in (0, outputs := stored.adapter.label_count):
-                    if upload.labels:
-                        raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
-                    # Those of the version before name other classes.
-                    stored = stored._replace(labels=())
-                if before is None or replaces:
-                    version = self._load(name, stored, hides=not key.sees_all)
-                    unused.pop_all()
-                    return version, before is not None
-                self.warm(name)
-                if (self.base.bank.digest_of(stored.source), stored.labels) != (before.digest, before.labels):
+            folder = self.store.write(upload.files(self.like(name, Key()), self.base.name if is_new else None))
+            unused.callback(remove, folder)
+            labels = upload.labels or (() if before is None else before.labels)
+            version = Served(name, FolderSource(folder), labels=labels, upload=folder)
+            if len(labels) not in (0, outputs := version.adapter.label_count):
+                if upload.labels:
+                    raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
+                # Those of the version before name other classes.
+                version.labels = ()
+            if before is None or replaces:
+                self._load(version, hides=not key.sees_all)
+                unused.pop_all()
+                return version, before is not None
+            with self.using(name):
+                if (self.bank.digest_of(FolderSource(folder)), version.labels) != (before.digest, before.labels):
                     raise _taken(name)
-                return before, True
+            return before, True
 
-    def load(self, name: str, path: str, *, replaces: bool) -> Version:
-        """Serve the adapter of a folder under a name from now on, and after a restart.
-
-        Args:
-            name: new, or that of an adapter which is replaced.
-            path: of the folder, below the store's; it must not change while it is served.
-            replaces: False: refuse a name that is taken.
-
-        Raises:
-            RefusedError: 400, the name cannot be one or is taken, or the path leads out of the folder; 422, as `put`.
-        """
+    def load(self, name: str, path: str, *, replaces: bool) -> Served:
+        """Serve the adapter of a folder below the store's, which must not change, as `put` does."""
         with self._change(name):
-            if name in self and not replaces:
+            if name in self.bank and not replaces:
                 message = f"the adapter {name!r} is loaded already; pass load_inplace, or unload it first"
                 raise RefusedError(400, message, "InvalidUserInput")
-            return self._load(name, self.store.given_in(self.store.below(path)))
+            return self._load(self.store.given_in(name, self.store.below(path)))
 
-    def delete(self, name: str) -> Version | None:
-        """Serve an adapter no longer, also after a restart; requests that use it end with it.
-
-        Returns:
-            What was served; None where it was damaged.
-
-        Raises:
-            RefusedError: 404, there is no such adapter; 507, the index cannot be written.
-        """
+    def delete(self, name: str) -> Served | None:
+        """Serve an adapter no longer, also after a restart; gives what was served, None where it was damaged."""
         with self._change(None):
-            if name not in self._versions and name not in self.damaged:
-                raise _unknown(name)
+            if name not in self.bank and name not in self.damaged:
+                raise unknown(name)
             # First: after an error it is served still.
             self.store.forget(name)
-            return self._point(name, None)
+            return self._remove(name)
 
     @contextmanager
     def _change(self, name: str | None) -> Iterator[None]:
-        """One change after another, of what all servers have that share the files; errors as clients read them."""
+        """One change after another, of what all servers have that share the files.
+
+        Errors are as clients read them: 400 for what cannot be a name, 422 for the adapter, 507 for the disk.
+        """
         if name is not None:
             self._check_name(name)
         with self._changing, self.store.changing():
             self.follow()
             try:
                 yield
+                if self.store.is_shared:
+                    self.store.sweep()
             except (ValueError, TypeError) as error:
-                message = f"the adapter cannot be served: {self.store.told(error)}"
+                message = f"the adapter cannot be served: {self.store.public(error)}"
                 raise RefusedError(422, message, "adapter_error") from error
             except OSError as error:
                 _log.exception("a change was not made")
                 message = f"nothing was changed: the server's files cannot be written ({error.strerror})"
                 raise RefusedError(507, message, "storage_error") from error
 
-    def _load(self, name: str, stored: Stored, hides: bool = False) -> Version:
-        """Serve an adapter that is on the disk; it is read, checked and made ready here, not in the engine's thread.
-
-        Args:
-            name: of the adapter.
-            stored: where it is.
-            hides: whether errors may say nothing of other adapters.
-        """
-        self.base.check_task(stored.source.description)
+    def _load(self, version: Served, hides: bool = False) -> Served:
+        """Serve an adapter that is on the disk; `hides` errors that say something of other adapters."""
+        self.base.check_task(version.description)
         try:
-            version = self._loaded(name, stored)
+            with self._loading(version):
+                # It answers when it is on the disk, and after an error the one before does.
+                self.store.keep(version)
         except ValueError as error:
             if not hides:
                 raise
             message = "it is of another base, rank or other layers than this server takes, or its values are not finite"
             raise ValueError(message) from error
-        try:
-            self.store.keep(name, stored, str(version.digest))
-        except BaseException:
-            self.base.bank.remove(version.key)
-            raise
-        self._point(name, version)
         return version
-
-    def _release(self, version: Version) -> None:
-        with self._lock:
-            version.holds -= 1
-            is_unused = not version.holds
-        if is_unused:
-            self.base.bank.remove(version.key)
-            if version.stored.upload is not None and not self.store.is_shared:
-                # What stays is swept when the server starts again.
-                with suppress(OSError):
-                    remove(version.stored.upload)
-
-    def card(self, version: Version) -> dict[str, Any]:
-        """What clients are told of an adapter."""
-        return {
-            "name": version.name,
-            "base": self.base.name,
-            "digest": version.digest,
-            "labels": list(version.labels),
-            "uploaded": version.stored.upload is not None,
-        }
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -404,5 +245,6 @@ def _taken(name: str) -> RefusedError:
     )
 
 
-def _unknown(name: str) -> RefusedError:
+def unknown(name: str) -> RefusedError:
+    """What is said of a model that is not there, or not for this key."""
     return RefusedError(404, f"there is no model {name[:200]!r}; GET /v1/models lists what there is", "NotFoundError")

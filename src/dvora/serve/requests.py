@@ -10,19 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from starlette.exceptions import HTTPException
 
+from ..bank import Version
+
 Work = Literal["classify", "embed", "generate"]
 Finish = Literal["stop", "length"]
 
 
 class RefusedError(HTTPException):
-    """A request that is not served, with what its client is told.
-
-    Args:
-        status: of HTTP.
-        message: what was wrong, what was expected, what to do.
-        kind: in words for programs.
-        headers: of the answer.
-    """
+    """A request that is not served: with a status, what was wrong, expected and to do, and its kind for programs."""
 
     def __init__(
         self, status: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None
@@ -45,27 +40,23 @@ def model_failed() -> RefusedError:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        max_tokens: at most so many are generated.
-        temperature: 0 takes the likeliest token.
-        top_p: only the likeliest tokens that have this probability together.
-        chances: how many of the likeliest tokens are listed beside each chosen one; None lists none, not even that.
-        seed: of the sampling; None draws another one for every request.
-        stop: texts before which generation ends.
-    """
+    """How the next token is chosen, and when generation ends."""
 
     max_tokens: int = 16
     temperature: float = 1.0
+    """0 takes the likeliest token."""
     top_p: float = 1.0
+    """Only the likeliest tokens that have this probability together."""
     seed: int | None = None
+    """None draws another one for every request."""
     stop: tuple[str, ...] = ()
+    """Texts before which generation ends."""
     chances: int | None = None
+    """How many of the likeliest tokens are listed beside each chosen one; None lists none, not even that."""
 
 
 class Answer(NamedTuple):
-    """What came out for a request: the last thing that it hears."""
+    """What came out for a request: the last thing that is delivered."""
 
     values: Any = None
     """Logits of a head, or an embedding: a tensor on the CPU. None for generated text, which comes in pieces."""
@@ -74,7 +65,7 @@ class Answer(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """The log-probability of a token, and with which log-probabilities the likeliest ones stood beside it."""
+    """The log-probability of a token, and those of the likeliest ones beside it."""
 
     token: int
     logarithm: float
@@ -91,34 +82,28 @@ class Piece(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """One row of a batch.
-
-    Args:
-        work: what is wanted.
-        adapter: what the bank knows the adapter's version by; None is the base.
-        tokens: ids of the input.
-        hear: called in the engine's thread with pieces and the answer.
-        sampling: of generated text.
-        token_types: of the input, where the tokenizer of an encoder gives them.
-        queue: where it waits, beside those of other clients, which take turns.
-        deadline: by `time.monotonic`, when nobody waits for it any more.
-    """
+    """One row of a batch."""
 
     work: Work
-    adapter: str | None
+    version: Version | None
+    """Of the adapter, held as long as somebody waits; None is the base."""
     tokens: Sequence[int]
-    hear: Callable[[Request, Piece | Answer], None]
+    deliver: Callable[[Request, Piece | Answer], None]
+    """Called in the engine's thread with pieces and the answer."""
     sampling: Sampling = Sampling()
     token_types: Sequence[int] | None = None
+    number: int = 0
+    """Among those that were asked for together."""
     queue: str = ""
+    """In which it waits, beside those of other clients, which take turns."""
     deadline: float = inf
+    """By `time.monotonic`, when nobody waits for it any more."""
     arrived: float = field(default_factory=time.monotonic)
     generated: list[int] = field(default_factory=list)
     """Tokens so far, which are read again where a text has lost its row."""
     state: Any = None
     """What the decoder keeps of a text."""
     is_cancelled: bool = False
-    """Nobody listens any more."""
 
     def is_wanted(self, now: float) -> bool:
         """Whether somebody still waits for the answer."""
@@ -136,6 +121,6 @@ class Request:
         return min(self.length + spare, len(self.tokens) + self.sampling.max_tokens)
 
     def answer(self, answer: Answer) -> None:
-        """Tell the answer, unless nobody listens."""
+        """Deliver the answer, unless nobody waits for it."""
         if not self.is_cancelled:
-            self.hear(self, answer)
+            self.deliver(self, answer)

@@ -32,23 +32,19 @@ class JsonLines(logging.Formatter):
         return json.dumps({**head, **content, **trace})
 
 
-def serve(settings: Settings, host: str, port: int, connections: int, tell: Callable[[str], None] | None) -> None:
+def serve(settings: Settings, host: str, port: int, connections: int, report: Callable[[str], None] | None) -> None:
     """Serve until a signal comes.
 
     Args:
         settings: of the server.
         host, port: to listen on; port 0 takes a free one.
         connections: at most.
-        tell: called with what whoever started it should know; None logs nothing.
-
-    Raises:
-        ValueError: the base or an adapter cannot be served, the host is none, or there are too many connections.
-        OSError: the port is taken.
+        report: called with what whoever started it should know; None logs nothing.
     """
     # Before the model is loaded, which takes seconds.
     _allow_files(connections + OTHER_FILES)
     with _listening(host, port) as listening:
-        if tell is not None:
+        if report is not None:
             handler = logging.StreamHandler()
             handler.setFormatter(JsonLines())
             logging.getLogger("dvora.serve").setLevel(logging.INFO)
@@ -57,20 +53,15 @@ def serve(settings: Settings, host: str, port: int, connections: int, tell: Call
         server = Server(settings.model_copy(update={"allow_host": (host, *settings.allow_host)}))
         # What is loaded by now stays, so that no collection of garbage goes through it.
         gc.freeze()
-        if tell is not None:
+        if report is not None:
             name = f"[{host}]" if ":" in host else host
             address = f"http://{name}:{listening.getsockname()[1]}"
-            tell(f"{server.base.name} with {len(server.registry):,} adapters at {address}; Ctrl-C stops it")
+            report(f"{server.base.name} with {len(server.base.bank):,} adapters at {address}; Ctrl-C stops it")
         uvicorn.Server(config_of(make_app(server), connections)).run(sockets=[listening])
 
 
 def config_of(app: ASGIApp, connections: int) -> uvicorn.Config:
-    """How uvicorn serves an application.
-
-    Args:
-        app: the application.
-        connections: that may be open.
-    """
+    """How uvicorn serves an application."""
     return uvicorn.Config(
         app,
         log_config=None,

@@ -36,17 +36,12 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs at once.
-
-    Args:
-        kind: of the pass.
-        requests: its rows.
-        paused: texts that lose their rows before it, and wait again.
-    """
+    """What runs at once."""
 
     kind: Kind
     requests: Sequence[Request]
     paused: Sequence[Request] = ()
+    """Texts that lose their rows before it, and wait again."""
 
 
 @dataclass(eq=False)
@@ -59,12 +54,7 @@ class _Queue:
 
 
 class Scheduler:
-    """The requests that wait and those that run; used by one thread at a time.
-
-    Args:
-        limits: of the server.
-        pass_tokens: padded tokens that cost as much as another pass.
-    """
+    """The requests that wait and those that run, by what padded tokens cost as much as another pass."""
 
     def __init__(self, limits: Limits, pass_tokens: int = PASS_ON_CPU) -> None:
         self.limits, self.pass_tokens = limits, pass_tokens
@@ -79,13 +69,9 @@ class Scheduler:
         self._prompts_were_last = False
 
     def add(self, requests: Sequence[Request]) -> list[Request]:
-        """Let requests wait: all of them, or none.
+        """Let requests wait, all or none, and give those of the longest queues that have to go for them.
 
-        Returns:
-            Those of the longest queues, that have to go for them.
-
-        Raises:
-            RefusedError: 429, too many wait, and no queue is longer.
+        It is 429 if too many wait, and no queue is longer.
         """
         displaced = self._displaced(requests)
         self.remove(displaced)
@@ -112,11 +98,11 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next batch, of requests that somebody still waits for; None if there are none."""
-        batch = None if self.running and self._prompts_were_last else self._prompts()
+        batch = self._prompts() if self.waiting and not (self.running and self._prompts_were_last) else None
         self._prompts_were_last = batch is not None and batch.kind == "prefill"
-        return batch or self._step()
+        return batch or (self._step() if self.running else None)
 
-    def _step(self) -> Batch | None:
+    def _step(self) -> Batch:
         """A step of as many texts as have room for another token."""
         running, paused = list(self.running), list[Request]()
         while not self._is_room_for(running, spare=0):
@@ -125,7 +111,7 @@ class Scheduler:
         self._wait_again(paused)
         for request in running:
             self._queues.setdefault(request.queue, _Queue()).time += 1
-        return Batch("decode", running, paused) if running else None
+        return Batch("decode", running, paused)
 
     def _prompts(self) -> Batch | None:
         """The oldest request of the queue whose turn it is, and others that are cheap to run beside it."""
@@ -200,8 +186,8 @@ class Scheduler:
     def _is_room_for(self, requests: Sequence[Request], spare: int) -> bool:
         """Whether requests may run together, if all texts grow by some tokens; one alone always may."""
         rows, room = len(requests), max((request.cached(spare) for request in requests), default=0)
-        adapters = {request.adapter for request in requests} - {None}
-        if rows > self.limits.batch_rows or len(adapters) > self.limits.slots:
+        versions = {request.version for request in requests} - {None}
+        if rows > self.limits.batch_rows or len(versions) > self.limits.slots:
             return False
         return rows <= 1 or rows * room <= self.limits.cache_tokens
 

@@ -1,17 +1,20 @@
-"""Texts as tokens, beside the loop: one text at a time, so that clients take turns; short ones do not wait for long."""
+"""Texts as tokens, beside the loop: clients take turns in a thread, and short texts do not wait for long ones."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from jinja2 import TemplateError
 
+from ..recipes.data.chats import Message, prompt_text
 from .base import Base
 from .requests import RefusedError
-from .turns import Turns
 
 PORTION, SHORT = 2**12, 2**14
 """Characters of texts that are read at once, and of one that is read in milliseconds."""
@@ -24,6 +27,30 @@ Input = str | Sequence[str] | Sequence[int]
 """A text, a pair, or tokens."""
 
 
+class Turns:
+    """A thread, used from one event loop, in which clients take turns: each waits for one call of another."""
+
+    def __init__(self, name: str) -> None:
+        self._thread, self._turn = ThreadPoolExecutor(1, name), asyncio.Lock()
+        self._clients = WeakValueDictionary[str, asyncio.Lock]()
+
+    def close(self) -> None:
+        """End the thread, once it has ended what it does."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def run(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function gives that is called in the thread, when the client's turn has come."""
+        # Of each client one call is in the line for the thread.
+        async with self._clients.setdefault(client, asyncio.Lock()), self._turn:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+            try:
+                return await asyncio.shield(running)
+            finally:
+                # What has begun is ended before the next turn, also where nobody waits for it any more.
+                if not running.done():
+                    await asyncio.wait({running})
+
+
 class Text(NamedTuple):
     """A text, or a pair of them, as tokens."""
 
@@ -32,15 +59,10 @@ class Text(NamedTuple):
 
 
 class Texts:
-    """Reads texts for a model.
-
-    Args:
-        base: with its tokenizer.
-        longest: tokens of a text, and of what follows it.
-    """
+    """Reads texts for a model, of so many tokens at most with what follows them."""
 
     def __init__(self, base: Base, longest: int) -> None:
-        self.name, self.generates, self.longest = base.name, base.generates, longest
+        self.name, self.generates, self.longest = base.name, "generate" in base.works, longest
         self.vocabulary = base.model.get_input_embeddings().num_embeddings
         # A space between words is of no piece in many vocabularies.
         self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
@@ -55,13 +77,9 @@ class Texts:
             turns.close()
 
     async def run(self, size: int, queue: str, function: Callable[..., T], *arguments: Any) -> T:
-        """What a function gives that is called with a tokenizer, when its queue has its turn.
+        """What a function gives that is called with a tokenizer in a thread, when the client's queue has its turn.
 
-        Args:
-            size: how many characters or numbers there are: what is short does not wait for what is long.
-            queue: of the client.
-            function: called in a thread.
-            arguments: behind the tokenizer.
+        What is short, by its size in characters or numbers, does not wait for what is long.
         """
         turns, tokenizer = self._lanes[size > SHORT]
         return await turns.run(queue, function, tokenizer, *arguments)
@@ -69,16 +87,13 @@ class Texts:
     async def read(
         self, texts: Sequence[Input], queue: str, *, truncate: bool = False, is_template: bool = False
     ) -> list[Text]:
-        """Texts, pairs, or tokens, as the model reads them.
+        """Texts, pairs, or tokens, as the model reads them; 400, if one is empty or too long, or all together are.
 
         Args:
             texts: as a client sent them.
             queue: of the client.
             truncate: cut what is longer than the model reads, in place of a refusal.
             is_template: whether they have the special tokens of a chat's template already.
-
-        Raises:
-            RefusedError: 400, one is empty or too long, or all together are.
         """
         read, sizes = list[Text](), [_size(text) for text in texts]
         if (size := sum(sizes)) > MOST:
@@ -116,11 +131,7 @@ class Texts:
         return read
 
     def check(self, characters: int) -> None:
-        """Refuse, unread, a text of more characters than the tokens that the model takes can have.
-
-        Raises:
-            RefusedError: 400.
-        """
+        """Refuse, unread and with 400, a text of more characters than the tokens that the model takes can have."""
         if characters > self.most_characters:
             raise RefusedError(
                 400,
@@ -128,26 +139,21 @@ class Texts:
                 f"{self.name} takes {self.longest:,} tokens; send a shorter one",
             )
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], queue: str) -> list[Text]:
-        """The prompt of a chat, written with the tokenizer's template.
-
-        Raises:
-            RefusedError: 400, there is none, it refuses these messages, or they are too long.
-        """
+    async def chat(self, messages: Sequence[Message], queue: str) -> list[Text]:
+        """The prompt of a chat; 400, if the tokenizer has no template, or that refuses the messages."""
         self.check(size := sum(len(message["content"]) for message in messages))
         prompt = await self.run(size + SHORT // 64 * len(messages), queue, self._written, messages)
         return await self.read([prompt], queue, is_template=True)
 
-    def _written(self, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    def _written(self, tokenizer: Any, messages: Sequence[Message]) -> str:
         if not tokenizer.chat_template:
             raise RefusedError(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions")
         try:
-            text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return prompt_text(messages, tokenizer)
         except Exception as error:  # of the template, which is the model's and raises what it likes
             # Only what the template says itself is for clients: other errors are of Python.
             said = f": {str(error)[:200]}" if type(error) is TemplateError else ""
             raise RefusedError(400, f"the chat template refuses these messages{said}") from error
-        return text
 
 
 def _size(text: Input) -> int:

@@ -7,20 +7,21 @@ another path.
 
 import asyncio
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from dvora.adapter_file.values import AdapterValues, FolderSource, adapters_in
+from dvora.adapter_file.values import AdapterValues, FolderSource, adapters_in, values_of
 from dvora.adapter_file.values_file import SETTINGS, VALUES
+from dvora.whole_files import locked, new_folder
 
 FOLDER = "DVORA_ADAPTERS"
 """The environment variable that names the folder of adapters; without it the plug-in does nothing."""
 COPIES = ".vllm"
 """Where the copies are, in that folder."""
+COPYING_SECONDS = 60.0
+"""For which a process waits for others that copy."""
 
 
 def adapters_folder() -> Path:
@@ -46,23 +47,16 @@ def content_path(adapter: Path, copies: Path) -> Path:
         TypeError, ValueError: it is no adapter of DVoRA, or damaged.
         OSError: it cannot be read, or no copy can be written.
     """
+    # Once, since the original may be written to meanwhile.
+    source = FolderSource(adapter)
+    description, data = source.description, source.data()
+    path = copies / description.digest(values_of(description, data))
     copies.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=copies, prefix=".new-") as folder:
-        copy = Path(folder) / "adapter"
-        copy.mkdir()
-        for name in (SETTINGS, VALUES):
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, copy / name)
-        # Of the copy, since the original may be written to meanwhile.
-        source = FolderSource(copy)
-        path = copies / source.description.digest(source.read())
+    with locked(copies, COPYING_SECONDS):
         if not path.is_dir():
-            try:
-                copy.rename(path)
-            except OSError:
-                # Another process was faster.
-                if not path.is_dir():
-                    raise
+            with new_folder(path) as filling:
+                (filling / SETTINGS).write_bytes(description.settings)
+                (filling / VALUES).write_bytes(description.header + data)
     return path
 
 

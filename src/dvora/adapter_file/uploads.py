@@ -10,41 +10,32 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from ..adapter_file.content import vector_digest
-from ..adapter_file.packs import FORMAT, Pack
-from ..adapter_file.values import Description
-from ..adapter_file.values_file import SETTINGS, VALUES, header_length
+from .content import vector_digest
+from .packs import FORMAT, Pack
+from .values import Description
+from .values_file import SETTINGS, VALUES, header_length
 
 LARGEST_HEADER = 2**21
 """Bytes of a header in a request: those of some 20,000 tensors. They are parsed while others wait for the processor."""
 
 
 class Upload(NamedTuple):
-    """An adapter in a request.
-
-    Args:
-        body: its bytes.
-        is_vector: whether these are a flat vector.
-        layout, digest: that the vector has to have, where the client says so.
-        labels: names of the classes.
-    """
+    """An adapter in a request."""
 
     body: bytes
     is_vector: bool = False
     layout: str | None = None
     digest: str | None = None
+    """Of the vector, as its layout, where the client says what they have to be."""
     labels: tuple[str, ...] = ()
 
     def files(self, like: Description | None, base: str | None) -> dict[str, bytes]:
-        """The files of the adapter.
+        """The files of the adapter; a ValueError, if it is none, or another one than was sent.
 
         Args:
             like: of the adapter that it replaces, or of another one of the bank.
             base: the name of the base model, where it replaces none: then only what all adapters of the server have in
                 common is taken.
-
-        Raises:
-            ValueError: it is no adapter, or another one than was sent.
         """
         if not self.is_vector and f'"{FORMAT}"'.encode() in self.body[:200]:
             return _of_pack(self.body)
@@ -57,19 +48,29 @@ class Upload(NamedTuple):
         if base is not None:
             of_others = {"strength": 1.0, "base_model_name_or_path": base, "revision": None}
             settings = json.dumps({**json.loads(settings), **of_others}).encode()
-        return {SETTINGS: settings, VALUES: self._values(like)}
+        if self.is_vector:
+            return {SETTINGS: settings, VALUES: self._values_of_vector(like)}
+        if (length := header_length(self.body, len(self.body))) > LARGEST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes, expected at most {LARGEST_HEADER:,}")
+        return {SETTINGS: settings, VALUES: self.body}
 
-    def _values(self, like: Description) -> bytes:
-        if not self.is_vector:
-            if (length := header_length(self.body, len(self.body))) > LARGEST_HEADER:
-                raise ValueError(f"its header has {length:,} bytes, expected at most {LARGEST_HEADER:,}")
-            return self.body
+    def _values_of_vector(self, like: Description) -> bytes:
+        """The file of values whose flat vector this is, in the order of `dvora.flat.Layout`."""
         expected = like.content.digest
         if self.layout not in (None, expected):
             raise ValueError(f"the vector's layout is {self.layout!r:.80}, expected {expected!r}")
         if self.digest is not None and self.digest != (arrived := vector_digest(expected, self.body)):
             raise ValueError(f"the vector's digest is {self.digest[:80]!r}, and that of what arrived {arrived!r}")
-        return _of_vector(self.body, like)
+        shapes = {key: like.entries[key][1] for key in like.names.values()}
+        lengths = [prod(shape) for shape in shapes.values()]
+        if len(self.body) != (size := 4 * sum(lengths)):
+            raise ValueError(
+                f"a flat vector is float32 and has {size:,} bytes here, got {len(self.body):,}; was its layout another "
+                "one?"
+            )
+        parts = torch.frombuffer(bytearray(self.body), dtype=torch.float32).split(lengths)
+        tensors = {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+        return save(tensors, metadata={"format": "pt"})
 
 
 def _of_pack(body: bytes) -> dict[str, bytes]:
@@ -84,17 +85,3 @@ def _of_pack(body: bytes) -> dict[str, bytes]:
             source = pack.source(next(iter(pack.entries)))
             data, _ = source.data()
             return {SETTINGS: source.description.settings, VALUES: source.description.header + data}
-
-
-def _of_vector(body: bytes, like: Description) -> bytes:
-    """The file of values whose flat vector this is, in the order of `dvora.flat.Layout`."""
-    shapes = {key: like.entries[key][1] for key in like.names.values()}
-    lengths = [prod(shape) for shape in shapes.values()]
-    if len(body) != 4 * sum(lengths):
-        raise ValueError(
-            f"a flat vector is float32 and has {4 * sum(lengths):,} bytes here, got {len(body):,}; was its layout "
-            "another one?"
-        )
-    parts = torch.frombuffer(bytearray(body), dtype=torch.float32).split(lengths)
-    tensors = {key: part.view(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
-    return save(tensors, metadata={"format": "pt"})
