@@ -37,16 +37,16 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("dvora inspect base", 1, "holds no adapter_config.json"),
+        ("dvora inspect base", 2, "holds no adapter_config.json"),
         ("dvora inspect nothing", 2, "nothing: no such file or folder"),
-        ("dvora count adapter", 1, "holds an adapter, not a model; name its base"),
-        ("dvora count no/such-model", 1, "no/such-model"),
-        ("dvora count base --targets nothing", 1, "nothing"),
+        ("dvora count adapter", 2, "holds an adapter, not a model; name its base"),
+        ("dvora count no/such-model", 2, "no/such-model"),
+        ("dvora count base --targets nothing", 2, "nothing"),
         ("dvora merge adapter --output base", 1, "not an empty folder"),
         ("dvora merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is not one of 'auto', 'float32'"),
         ("dvora convert adapter --to lora --output lora", 2, "is no LoRA"),
         ("dvora convert adapter --to ia3 --output ia3", 2, "'--to': 'ia3' is none of dora, dvora"),
-        ("dvora convert vera-adapter --to dora --output new", 1, "only adapters of dvora are converted to dora"),
+        ("dvora convert vera-adapter --to dora --output new", 2, "only adapters of dvora are converted to dora"),
     ],
 )
 def test_errors_are_one_line_with_what_to_do(command: str, code: int, message: str, work: Path) -> None:

@@ -53,17 +53,17 @@ def test_inspect_tells_what_is_in_it_and_shows_the_first(work: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("dvora bank pack nothing --output a.dvora", 1, "nothing is not a folder"),
-        ("dvora bank pack empty --output a.dvora", 1, "has no folders with adapters in it"),
-        ("dvora bank pack adapters/customer-1 --output a.dvora", 1, "it is an adapter itself"),
+        ("dvora bank pack nothing --output a.dvora", 2, "nothing is not a folder"),
+        ("dvora bank pack empty --output a.dvora", 2, "has no folders with adapters in it"),
+        ("dvora bank pack adapters/customer-1 --output a.dvora", 2, "it is an adapter itself"),
         ("dvora bank pack adapters --output no/folder/a.dvora", 2, "there is no folder"),
         ("dvora bank pack adapters --output base", 2, "it is a folder"),
         ("dvora bank pack adapters --output a.dvora --model base", 2, "No such option --model"),
         ("dvora bank pack adapters", 2, "Missing option '--output'"),
         ("dvora bank unpack adapters.dvora --output base", 1, "is not an empty folder"),
-        ("dvora bank unpack base --output out", 1, "is not a file"),
-        ("dvora bank inspect base/config.json", 1, "is no pack"),
-        ("dvora bank inspect base/model.safetensors", 1, "another safetensors file"),
+        ("dvora bank unpack base --output out", 2, "is not a file"),
+        ("dvora bank inspect base/config.json", 2, "is no pack"),
+        ("dvora bank inspect base/model.safetensors", 2, "another safetensors file"),
         ("dvora bank list adapters.dvora", 2, "No such command 'list'"),
     ],
 )

@@ -5,15 +5,15 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from dvora.cli.progress import shown_progress
-from dvora.recipes.training.watching import Progress
+from dvora.cli.progress import training
+from dvora.recipes.training.callbacks import Progress
 
 METRICS = {"loss": 0.5, "macro_f1": 0.25, "runtime": 3.0, "samples_per_second": 9.0}
 
 
 def said(steps: int, started: int = 0, pace: float = 0.5, evaluated_at: int | None = None) -> list[str]:
     stderr = io.StringIO()
-    with redirect_stderr(stderr), shown_progress(quiet=False) as on_progress:
+    with redirect_stderr(stderr), training(quiet=False) as on_progress:
         assert on_progress
         for step in range(started + 1, steps + 1):
             on_progress(Progress(step, steps, step - started, 0.61, pace, 10**8))
@@ -43,5 +43,5 @@ def test_a_long_run_prints_how_to_shorten_it() -> None:
 
 
 def test_nothing_is_said_quietly() -> None:
-    with shown_progress(quiet=True) as on_progress:
+    with training(quiet=True) as on_progress:
         assert on_progress is None

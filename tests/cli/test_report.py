@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dvora.recipes.reports.comparison import compared
 from dvora.recipes.reports.evaluation import unchanged_data
-from dvora.recipes.reports.prediction import Predictor
+from dvora.recipes.reports.prediction import Predictor, compared
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import run
 from tests.recipes import tiny_data

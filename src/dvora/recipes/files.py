@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from pydantic import BaseModel, ValidationError
 
 LARGEST_RECORD = 2**28
 """Bytes of a record; one that notes a loss at each of a million steps has a quarter of them."""
@@ -61,38 +62,67 @@ def check_no_links(folder: Path, inner: Callable[[str], bool]) -> None:
             check_no_links(path, lambda _: True)
 
 
-def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
-    """The text of a file of settings, or of a record.
+def read_bounded(path: Path, at_most: int = LARGEST_RECORD) -> bytes:
+    """The content of a file of settings, or of a record.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is a pipe or a device, larger than that, or not UTF-8.
+        ValueError: it is a pipe or a device, or larger than that.
     """
     check_no_device(path)
     if path.stat().st_size > at_most:
         raise ValueError(f"{path} is larger than the {at_most:,} bytes that such a file may have")
+    return path.read_bytes()
+
+
+def read_small(path: Path, at_most: int = LARGEST_RECORD) -> str:
+    """Its text, see `read_bounded`.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bounded(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def read_json(path: Path, at_most: int = LARGEST_RECORD) -> dict[str, Any]:
-    """The names and values of a JSON file that is one object.
+def read_json(path: Path, at_most: int = LARGEST_RECORD, kind: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The names and values of a JSON file that is one object, see `parsed_json`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, something else, or too large.
+        OSError, ValueError: it cannot be read, is damaged, or something else.
     """
-    text = read_small(path, at_most)
+    return parsed_json(read_bounded(path, at_most), path, kind)
+
+
+def parsed_json(content: bytes, path: Path, kind: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The names and values in the content of a JSON file, as they stand there.
+
+    Args:
+        content: one object.
+        path: of the file, for errors.
+        kind: what it has to be.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
     try:
-        values = json.loads(text)
+        values = json.loads(content)
     except RecursionError:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it is no table of settings")
+    try:
+        if kind is not None:
+            kind.model_validate(values)
+    except ValidationError as error:
+        # Without what stands there, which may be large.
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path} is damaged: {place}: {message}") from None
     return values
 
 

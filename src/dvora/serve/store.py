@@ -33,7 +33,7 @@ from ..adapter_file.packs import Pack, PackedSource
 from ..adapter_file.values import IN_RUN, FolderSource, adapters_in, folder_of
 from ..adapter_file.values_file import SETTINGS, VALUES
 from ..recipes.files import check_no_links, read_json
-from ..recipes.models.adapter_folder import Adapter
+from ..recipes.models.adapters import Adapter
 from ..recipes.run_folder import RECORD, checked_labels
 from ..whole_files import RANDOM, new_folder, remove, write_atomically
 from .requests import RefusedError

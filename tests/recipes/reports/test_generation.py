@@ -13,9 +13,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dvora.recipes.models.bases import quiet_transformers
-from dvora.recipes.models.trained import as_run
-from dvora.recipes.reports.generation import Continuation, Generator, Sampling, text_after
+from dvora.recipes.reports.generation import Continuation, Generator, text_after
+from dvora.recipes.reports.run_model import as_run
 from dvora.recipes.run_folder import Run
+from dvora.recipes.settings import Sampling, checked
 from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 
@@ -85,15 +86,15 @@ def test_draws_depend_on_the_seed_alone(generator: Generator) -> None:
     assert torch.equal(torch.rand(3), expected)
     generator.continued("another prompt", DRAWN)
     assert generator.continued(PROMPT, DRAWN) == first
-    assert generator.continued(PROMPT, replace(DRAWN, seed=4)) != first
-    assert generator.continued(PROMPT, replace(DRAWN, temperature=0.0)) != first
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"seed": 4})) != first
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"temperature": 0.0})) != first
 
 
 def test_drawing_from_the_likeliest_alone_is_greedy(generator: Generator) -> None:
     expected = generator.continued(PROMPT, GREEDY)
-    assert generator.continued(PROMPT, replace(DRAWN, top_k=1)) == expected
-    assert generator.continued(PROMPT, replace(DRAWN, top_p=1e-6)) == expected
-    assert generator.continued(PROMPT, replace(GREEDY, repetition_penalty=5.0)) != expected
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"top_k": 1})) == expected
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"top_p": 1e-6})) == expected
+    assert generator.continued(PROMPT, GREEDY.model_copy(update={"repetition_penalty": 5.0})) != expected
 
 
 def test_what_the_model_says_of_drawing_is_overruled(run: Run, generator: Generator) -> None:
@@ -140,10 +141,10 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: input should be greater than or equal to 1"),
         ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0, "top_p": 1.5}, r"top_p is 1\.5, expected above 0 and at most 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p is 1\.5: input should be less than or equal to 1"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
         ({"top_k": 5}, "top_k is set but temperature is 0"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
@@ -152,7 +153,7 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
 )
 def test_values_out_of_range_are_reported(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampling(**values)  # type: ignore[arg-type]
+        checked(Sampling, values)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_values_out_of_range_are_reported(values: dict[str, float], message: str
     [
         (None, r"holds no adapter_config\.json"),
         ("{", r"adapter_config\.json is damaged"),
-        ("{}", "has no peft_type"),
+        ("{}", "peft_type: Field required"),
         ('{"peft_type": "DVORA"}', "does not name its base model; give it with --model"),
     ],
 )

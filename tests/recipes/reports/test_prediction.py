@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dvora.recipes.data.new_files import Input, file_inputs, line_inputs, reading_settings
+from dvora.recipes.data.examples import Input, file_inputs, line_inputs, reading_settings
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_lines, stream_table
-from dvora.recipes.models.trained import load_trained
 from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.reports.prediction import Predicted, Predictor
+from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import Run
 from dvora.recipes.tasks.metrics import number_metrics
 from tests.recipes.finished_runs import finished

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvora.recipes.settings import Settings, checked_settings
-from dvora.recipes.training.watching import OnProgress, Progress
+from dvora.recipes.training.callbacks import OnProgress, Progress
 from tests.recipes.finished_runs import DATA
 
 

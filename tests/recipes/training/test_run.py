@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from dvora.recipes.data.run_data import load_data
-from dvora.recipes.models.adapter_folder import read_adapter
-from dvora.recipes.models.trained import load_trained
+from dvora.recipes.models.adapters import read_adapter
+from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import read_record, read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
+from dvora.recipes.training.callbacks import Progress
 from dvora.recipes.training.checkpoints import checkpoints
-from dvora.recipes.training.run import InputError, train
+from dvora.recipes.training.run import train
 from dvora.recipes.training.trainers import length_of_run
-from dvora.recipes.training.watching import Progress
 from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 from tests.recipes.finished_runs import DATA
@@ -106,7 +106,7 @@ def test_a_stopped_run_is_refused_unless_it_is_resumed(models: dict[str, Path], 
     assert (outcome.run, outcome.stopped_at) == (None, 8)
     with pytest.raises(ValueError, match="is not finished"):
         read_run(tmp_path / "stopped")
-    with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
+    with pytest.raises(ValueError, match="holds an unfinished run; --resume goes on"):
         train(settings)
     steps: list[int] = []
     assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
@@ -196,7 +196,7 @@ def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp
 def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = train(run.settings("out")).run
-    with pytest.raises(InputError, match="holds a finished run; --resume shows it, --output NAME starts another"):
+    with pytest.raises(ValueError, match="holds a finished run; --resume shows it, --output NAME starts another"):
         train(run.settings("out"))
     steps: list[Progress] = []
     again = train(run.settings("out"), resume=True, on_progress=steps.append).run
@@ -204,11 +204,11 @@ def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -
     assert again is not None
     assert again.record == json.loads(json.dumps(first.record))
     assert not steps
-    with pytest.raises(InputError, match=r"started with other settings .epochs 2.0 is now 3.0."):
+    with pytest.raises(ValueError, match=r"started with other settings .epochs 2.0 is now 3.0."):
         train(run.settings("out", epochs=3), resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(InputError, match=r"is not empty \(it holds thesis.txt\)"):
+    with pytest.raises(ValueError, match=r"is not empty \(it holds thesis.txt\)"):
         train(run.settings("mine"))
 
 
@@ -217,7 +217,7 @@ def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path:
     train(run.settings("out"), on_progress=signal_after(2))
     with run.data.open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(InputError, match=r"reviews\.csv has changed since the run started"):
+    with pytest.raises(ValueError, match=r"reviews\.csv has changed since the run started"):
         train(run.settings("out"), resume=True)
 
 
@@ -294,7 +294,7 @@ def test_a_mismatch_is_reported_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     run = Run(models, tmp_path, str(changes.get("task", "text-classification")))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         train(run.settings("out", **changes))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 

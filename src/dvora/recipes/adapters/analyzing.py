@@ -8,8 +8,7 @@ from pathlib import Path
 from ...adapter_file.values_file import SETTINGS
 from ...tools.analysis import Analysis, analyze
 from ...whole_files import new_file
-from ..models.adapter_folder import adapter_on, read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import adapter_on, load_adapted, read_adapter
 from ..run_folder import ADAPTER, RECORD
 from ..training.checkpoints import CHECKPOINT, step_of
 

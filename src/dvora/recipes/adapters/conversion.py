@@ -6,8 +6,7 @@ from typing import Any
 from ...adapter_file.values_file import VALUES
 from ...peft.conversion import from_vera, to_dora
 from ...whole_files import new_folder
-from ..models.adapter_folder import read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import load_adapted, read_adapter
 from ..models.inputs import difference, example_output
 from . import TARGETS, TO_LORA
 

@@ -1,6 +1,7 @@
 """What an adapter is, from its folder; with its base model also how far it moves the weights."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,8 @@ from typing import Any
 import torch
 
 from ...adapter import diagnostics
-from ...adapter_file.values import FolderSource
-from ...adapter_file.values_file import tensors_in
 from ...peft.layer import layers_in
-from ..models.adapter_folder import Adapter, read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import Adapter, load_adapted, read_adapter
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """Prefixes of the names of fixed tensors."""
@@ -49,7 +47,7 @@ def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: the folder holds no adapter, a pickled or a damaged one, or it does not fit the model.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, with_values=True)
     ranks = _ranks(adapter)
     trained = {key: prod(shape) for key, shape in adapter.shapes.items() if not key.startswith(FIXED)}
     targets = adapter.settings.get("target_modules")
@@ -88,10 +86,11 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dict[str, Any]:
-    config, values = FolderSource(adapter.folder).description.config, tensors_in(adapter.folder)
+    config: Any = adapter.config
     changes = {} if model is None else _changes(adapter, model)
     layers = [
-        {"layer": name, "rank": rank, **_norms(values, name), **changes.get(name, {})} for name, rank in ranks.items()
+        {"layer": name, "rank": rank, **_norms(adapter.values, name), **changes.get(name, {})}
+        for name, rank in ranks.items()
     ]
     return {
         "projections": {
@@ -104,12 +103,11 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
     }
 
 
-def _norms(values: dict[str, torch.Tensor], layer: str) -> dict[str, float | int]:
+def _norms(values: Mapping[str, torch.Tensor], layer: str) -> dict[str, float | int]:
     """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of the rank."""
     norms: dict[str, float | int] = {}
     for vector in ("magnitude", "lambda_b", "lambda_d"):
-        key = f"base_model.model.{layer}.dvora_{vector}"
-        if (tensor := values.get(key)) is not None:
+        if (tensor := values.get(f"base_model.model.{layer}.dvora_{vector}")) is not None:
             if vector == "magnitude":
                 norms["outputs"] = len(tensor)
             norms[f"norm_of_{vector}"] = float(torch.linalg.vector_norm(tensor.double()))

@@ -13,8 +13,7 @@ from ...peft.merging import merge_model
 from ...peft.model import DVoRAModel
 from ...weight import MergePrecisionWarning
 from ...whole_files import check_new_folder, new_folder
-from ..models.adapter_folder import Adapter, read_adapter
-from ..models.adapters import base_class, load_adapted, of_base
+from ..models.adapters import Adapter, base_class, load_adapted, of_base, read_adapter
 from ..models.bases import config_of, load_model, quiet_transformers
 from ..models.hub import offline
 from ..models.inputs import difference, example_output

@@ -77,6 +77,20 @@ def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO
         yield file
 
 
+def read_text(path: Path, encoding: str | None, note: Note) -> str:
+    """All of a text file, see `opened_text`.
+
+    Raises:
+        ValueError: it is no text, or not in the encoding.
+        OSError: it cannot be read.
+    """
+    try:
+        with opened_text(path, encoding, note) as file:
+            return file.read()
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _guessed_encoding(path: Path, note: Note) -> str:
     """The first of a few encodings that all of the file is in; what guesses among all is wrong too often."""
     with path.open("rb") as start:

@@ -12,16 +12,14 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data.new_files import labelled_examples
-from ..data.run_data import Data, fingerprints, load_data, size_of
+from ..data.run_data import Data, fingerprints, labelled_examples, load_data, size_of
 from ..data.tables import Note
 from ..models.bases import quiet_transformers
-from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
 from ..tasks.task import Task, Truncation
-from .run_model import Rows, RunModel
+from .run_model import Rows, RunModel, load_trained
 
 
 @dataclass(frozen=True)

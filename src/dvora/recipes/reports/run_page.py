@@ -24,10 +24,10 @@ from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
-from .comparison import Compared, compared, continuations
 from .evaluation import unchanged_data
 from .examination import EXAMINED
-from .generation import Continuation
+from .generation import Continuation, continuations
+from .prediction import Compared, compared
 from .run_model import RunModel
 from .run_pictures import curves, numbers
 
