@@ -7,13 +7,12 @@ import pytest
 from markupsafe import Markup
 
 from dvora.tools.pages.page import Section, Table, matrix, page
-from dvora.tools.pages.pictures import axes_of, new_figure, svg
+from dvora.tools.pages.pictures import new_figure, svg
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 
 def picture() -> Any:
-    figure = new_figure(5, 3)
-    (axes,) = axes_of(figure)
+    figure, (axes,) = new_figure(5, 3)
     axes.plot([1, 10, 100], [1e-3, 1e-2, 1e-1], label="a <b> & c")
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="loss")
     axes.legend()

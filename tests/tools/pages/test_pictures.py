@@ -2,12 +2,11 @@
 
 import re
 
-from dvora.tools.pages.pictures import axes_of, label, new_figure, svg
+from dvora.tools.pages.pictures import label, new_figure, svg
 
 
 def test_names_in_figures_are_no_formulas() -> None:
-    figure = new_figure(3, 3)
-    (axes,) = axes_of(figure)
+    figure, (axes,) = new_figure(3, 3)
     names = [r"$\frac$", "$3 to $5", r"a\$b", "_a", "\x1b[31m", "100 % $"]
     axes.plot([1, 2], [1, 100], label=label(names[0]))
     axes.set(yscale="log")

@@ -49,10 +49,8 @@ def export(
         note: called with what is done next.
 
     Returns:
-        base_model, output: where they are.
-        adapters: how many.
-        bytes: of the weights; bytes_an_adapter: of a packed one.
-        differences: the largest difference of each graph's outputs from PyTorch's, by the graph's name.
+        Where it is, how many `adapters`, their and the weights' bytes, and the largest of each graph's `differences`
+        from PyTorch's outputs.
 
     Raises:
         FileExistsError: there is something in the output folder.

@@ -25,24 +25,16 @@ MEASURES = {
 
 
 def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
-    """What an adapter's folder holds, and how far the adapter moves the weights of a base model.
+    """What the folder of an adapter, or of a run, holds, and how far the adapter moves the weights of a base model.
 
     Args:
         folder: of the adapter, or of a run of `dvora train`.
         model: the base, a folder or a name on the hub; None reads no model.
 
     Returns:
-        folder, method, base_model, task_type: from its files.
-        ranks: how many layers have each rank; 0 means the magnitude only.
-        targets: the setting `target_modules`.
-        layer_count: of adapted layers.
-        trained_parameters: in the file, a head included.
-        head_values: those of them in modules that are trained whole.
-        bytes: of the adapter's file of values.
-        folder_bytes: of all files in the folder.
-        projections: of DVoRA alone: distribution, seed and fingerprint.
-        settings: of DVoRA alone: further ones that change what it computes.
-        layers: of DVoRA alone: numbers of each layer.
+        `ranks`: how many layers have each rank, 0 for the magnitude only; `trained_parameters`: in the file, a head
+        included; `head_values`: those of them in modules that are trained whole. Of DVoRA alone: `projections`, further
+        `settings` that change what it computes, and numbers of each of the `layers`.
 
     Raises:
         TypeError, ValueError: the folder holds no adapter, a pickled or a damaged one, or it does not fit the model.

@@ -67,8 +67,7 @@ def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO
         note: called with what had to be assumed.
 
     Raises:
-        ValueError: it is no text, or not in the encoding.
-        LookupError: there is no such encoding.
+        ValueError, LookupError: it is no text, or not in the encoding, or there is no such encoding.
         OSError: it cannot be read.
     """
     with path.open(encoding=encoding or _guessed_encoding(path, note)) as file:

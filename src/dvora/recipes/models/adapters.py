@@ -216,8 +216,8 @@ def load_adapted(
 
     Args:
         adapter: of `read_adapter`.
-        model: the base, a folder or a name on the hub; None takes the one that the adapter names.
-        trust: whether a base that only the adapter names may be fetched; one that the caller names may be.
+        model: the base, a folder or a name on the hub, which may be fetched; None takes the one that the adapter names.
+        trust: what is allowed to get the base.
         dtype: of the base's weights; "auto" means as they are stored.
 
     Raises:

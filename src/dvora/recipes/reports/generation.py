@@ -24,13 +24,7 @@ PROMPT_WORDS = 24
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt.
-
-    Args:
-        prompt: as it was given.
-        with_adapter: the trained model's text.
-        without_adapter: the base's text; None if it was not asked for.
-    """
+    """What follows a prompt: the trained model's text, and the base's, where it was asked for."""
 
     prompt: str
     with_adapter: str
@@ -47,8 +41,7 @@ class Generator:
 
     Args:
         run: of causal-lm, or an adapter `as_run`.
-        compares: also ask the base: the same model with the adapter switched off. A run of the method "full" needs a
-            second model for it.
+        compares: also ask the base: the same model with the adapter off, or a second one for the method "full".
 
     Raises:
         ValueError: the run is of another task, or its model cannot be read.
@@ -68,13 +61,7 @@ class Generator:
     def continued(
         self, prompt: str, sampling: Sampling, is_chat: bool = False, system: str | None = None
     ) -> Continuation:
-        """Continue a prompt.
-
-        Args:
-            prompt: a text to continue, or the user's message of a chat.
-            sampling: how tokens are chosen.
-            is_chat: put the prompt into the tokenizer's chat template.
-            system: the system message of the chat; None: none.
+        """Continue a prompt: a text, or what the user says in a chat, with the chat's system message.
 
         Raises:
             ValueError: the prompt is empty, longer than the model can read, or the tokenizer has no chat template.

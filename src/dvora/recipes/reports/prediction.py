@@ -36,13 +36,7 @@ class Predicted(NamedTuple):
 
 
 class Predictor(RunModel):
-    """The model of a run, ready to predict.
-
-    Args:
-        run: finished; of any task but causal-lm.
-
-    Attributes:
-        truncation: of the texts that were predicted for so far.
+    """The model of a run of any task but causal-lm, ready to predict; its `truncation` is that of all texts so far.
 
     Raises:
         ValueError: the run is of causal-lm, or its model cannot be read.
@@ -59,7 +53,7 @@ class Predictor(RunModel):
         self.truncation = Truncation()
 
     def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
-        """Predict for rows in their order; no more than a batch of them is held.
+        """Predict for rows in their order, in batches; no more than a batch of them is held.
 
         Args:
             inputs: rows.

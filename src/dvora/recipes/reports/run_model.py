@@ -20,8 +20,8 @@ def as_run(adapter: Path, base: str | None, trust: Trust = NOTHING) -> Run:
 
     Args:
         adapter: a folder that PEFT reads.
-        base: the model; None: the one that the adapter names.
-        trust: what is allowed when it is loaded; a base that is given may be fetched.
+        base: the model, which may be fetched; None: the one that the adapter names.
+        trust: what is allowed when it is loaded.
 
     Raises:
         ValueError: it holds no adapter, or names no base.
@@ -74,13 +74,9 @@ def _load_head(base: Base, run: Run) -> None:
 
 
 class RunModel:
-    """The model of a run, ready for rows.
-
-    Args:
-        run: finished.
+    """The model of a finished run, ready for rows, with its tokenizer or image processor.
 
     Attributes:
-        model, processor: the trained one, and its tokenizer or image processor.
         length: tokens to which texts are cut; 0 for images.
         task: collator and metrics.
 

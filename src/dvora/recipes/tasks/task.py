@@ -101,11 +101,10 @@ def longest(settings: Settings, processor: Any, model_config: Any) -> int:
 
 
 def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Features:
-    """The model's inputs for rows of the task; rows without a label give inputs without one.
+    """The model's inputs for rows of the task, as `load_data` gives them; rows without a label give inputs without one.
 
     Args:
-        rows: as `load_data` gives them.
-        settings: of the run.
+        rows, settings: of the run.
         processor: the tokenizer, or the image processor.
         max_length: see `longest`; without meaning for images.
 

@@ -34,12 +34,7 @@ def adapt(base: Base, settings: Settings) -> nn.Module:
 
 
 def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
-    """The PEFT configuration of a method.
-
-    Args:
-        settings: with a method that has one.
-        heads: modules to train and save whole.
-    """
+    """The PEFT configuration of a method that has one; the heads are modules to train and save whole."""
     common: dict[str, Any] = {
         "r": settings.rank,
         "target_modules": settings.targets if isinstance(settings.targets, str) else list(settings.targets),

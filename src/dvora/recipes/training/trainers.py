@@ -24,14 +24,9 @@ from .methods import optimizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a trainer is made of.
+    """What a trainer is made of: settings, rows, the base before it was adapted, the adapted model, and its task.
 
     Args:
-        settings: resolved.
-        data: rows of the three parts.
-        base: the model before it was adapted.
-        model: the adapted one.
-        task: its metrics and batches.
         datasets: the model's inputs, of the parts that have rows.
         rates: learning rates of the groups that have their own.
         head_alone: the baseline; None where there is none.
@@ -60,11 +55,6 @@ def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
 
 def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None) -> tuple[Any, RunCallback]:
     """The trainer of a run, and the callback that knows whether it was stopped.
-
-    Args:
-        prepared: what is trained.
-        stop: whether somebody asked to stop.
-        on_progress: called after every step and evaluation.
 
     Raises:
         ValueError: a setting does not fit this machine, or processes hold different adapters.
@@ -104,10 +94,7 @@ def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress 
 def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of the held-out parts, each before those of what it is compared with.
 
-    Args:
-        trainer: of `make_trainer`, when it has trained.
-        prepared: what it trained.
-        of_baselines: those of the head alone; the simplest guess, or a language model's base, are added.
+    Those of the head alone are given; the simplest guess, or a language model's base, is evaluated here.
     """
     metrics: dict[str, Any] = {}
     for part in ("validation", "test"):

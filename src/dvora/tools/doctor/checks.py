@@ -18,9 +18,8 @@ from ...peft.layer import DVoRALayer
 from ...tensors import bias_of
 from ...weight import MergePrecisionWarning
 from ..dense_rebuild import Subject
-from .examined import CannotCheckError, Examined, Loss, called, restored, tensors_of
 from .findings import Finding, Status
-from .round_trip import outputs_of_the_file
+from .model import CannotCheckError, Examined, Loss, called, outputs_of_the_file, restored, tensors_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error of outputs by the dtype of what is computed with."""
@@ -68,14 +67,8 @@ def _check(
                 return Finding(name, "skip", str(reason))
             if outcome.passed:
                 return Finding(name, "pass", outcome.found, figures=outcome.figures)
-            return Finding(
-                name,
-                outcome.status or status,
-                outcome.found,
-                outcome.advice or advice,
-                outcome.figures,
-                outcome.layers,
-            )
+            what, to_do = outcome.status or status, outcome.advice or advice
+            return Finding(name, what, outcome.found, to_do, outcome.figures, outcome.layers)
 
         CHECKS[name] = finding
         return check
@@ -425,14 +418,11 @@ def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor
     """The given loss, the model's own, or a random sum of its outputs."""
     if loss is not None:
         return loss(outputs)
-    own: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
-    if own is not None:
-        return own
-    weighed = [
-        (tensor.float() * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
-        for tensor in tensors_of(outputs)
-    ]
-    return torch.stack(weighed).sum()
+    of_model: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if of_model is not None:
+        return of_model
+    randoms = ((tensor, torch.randn(tensor.shape, generator=generator)) for tensor in tensors_of(outputs))
+    return torch.stack([(tensor.float() * random.to(tensor.device)).sum() for tensor, random in randoms]).sum()
 
 
 def _gradient_error(subject: Subject, x: Tensor) -> float:
