@@ -67,7 +67,7 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
                 examples.append(Example({"passage": piece}, same_text(piece), f"{path}, piece {number}"))
         else:
             rows = [*stream_table(path, settings.encoding, note)]
-            names = dict.fromkeys(name for _, row in rows for name in row)
+            names = {name: None for _, row in rows for name in row}
             columns.update(chosen_columns(path, names, settings, note))
             read = _chat_or_text if settings.task == "causal-lm" else row_of
             examples += [Example(*read(row, columns, place), place) for place, row in rows]
@@ -103,14 +103,17 @@ def row_of(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, st
     Raises:
         ValueError: a text or a label is missing, or a text is none.
     """
-    row = {kind: values.get(name) for kind, name in columns.items()}
-    for kind, value in row.items():
+    row, texts = Row(), list[str]()
+    for kind, name in columns.items():
+        value = row[kind] = values.get(name)
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"{place}: column {columns[kind]!r} is empty; fill it in, or remove the row")
-        if kind != "label" and not isinstance(value, str):
-            raise ValueError(f"{place}: column {columns[kind]!r} holds {value!r}, which is no text")
+            raise ValueError(f"{place}: column {name!r} is empty; fill it in, or remove the row")
+        if kind != "label":
+            if not isinstance(value, str):
+                raise ValueError(f"{place}: column {name!r} holds {value!r}, which is no text")
+            texts.append(same_text(value))
     # A pair in the other order gives away as much about a held-out one.
-    return row, "\n".join(sorted(same_text(str(row[kind])) for kind in ("text", "text2") if kind in row))
+    return row, "\n".join(sorted(texts))
 
 
 def _chat_or_text(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
