@@ -60,13 +60,10 @@ def test_each_side_is_what_its_model_says_alone(run: Run, generator: Generator, 
     assert generator.continued(PROMPT, GREEDY) == found
 
 
-def test_without_the_base(run: Run, generator: Generator) -> None:
-    alone = Generator(run, compares=False).continued(PROMPT, GREEDY)
-    assert alone == replace(generator.continued(PROMPT, GREEDY), without_adapter=None)
-
-
-def test_an_adapter_without_its_run(run: Run, generator: Generator, models: dict[str, Path]) -> None:
+def test_without_the_base_or_without_its_run(run: Run, generator: Generator, models: dict[str, Path]) -> None:
     expected = generator.continued(PROMPT, GREEDY)
+    alone = Generator(run, compares=False).continued(PROMPT, GREEDY)
+    assert alone == replace(expected, without_adapter=None)
     for base in (None, str(models["llama"])):
         assert Generator(as_run(run.adapter, base)).continued(PROMPT, GREEDY) == expected
 
@@ -142,13 +139,9 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
     ("values", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0: input should be greater than or equal to 1"),
-        ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p is 1\.5: input should be less than or equal to 1"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
         ({"top_k": 5}, "top_k is set but temperature is 0"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
-        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_values_out_of_range_are_reported(values: dict[str, float], message: str) -> None:
@@ -156,26 +149,8 @@ def test_values_out_of_range_are_reported(values: dict[str, float], message: str
         checked(Sampling, values)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (None, r"holds no adapter_config\.json"),
-        ("{", r"adapter_config\.json is damaged"),
-        ("{}", "peft_type: Field required"),
-        ('{"peft_type": "DVORA"}', "does not name its base model; give it with --model"),
-    ],
-)
-def test_an_adapter_that_cannot_be_read_is_refused(
-    models: dict[str, Path], tmp_path: Path, settings: str | None, message: str
-) -> None:
+def test_an_adapter_that_names_no_base_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     save(models["llama"], tmp_path, task_type="CAUSAL_LM")
-    (tmp_path / "adapter_config.json").unlink()
-    if settings is not None:
-        (tmp_path / "adapter_config.json").write_text(settings)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "DVORA"}')
+    with pytest.raises(ValueError, match="does not name its base model; give it with --model"):
         as_run(tmp_path, None)
-
-
-def test_a_model_that_does_not_generate_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
-        Generator(finished("text-classification", tmp_path))
