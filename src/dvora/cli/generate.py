@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..recipes.settings import Sampling, Trust, checked
+from ..recipes.files import checked
+from ..recipes.settings import Sampling, Trust
 from ..text import visible
 from .errors import check_there
 from .options import Download, OwnCode, command, with_options_of

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipes.settings import checked
+from ..recipes.files import checked
 from ..serve.settings import TOKEN, Settings
 from .errors import check_there
 from .options import Download, command, with_options_of

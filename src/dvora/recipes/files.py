@@ -1,15 +1,20 @@
 """Users' files, read with care: bounded, regular, and no links where a command writes."""
 
 import json
-from collections.abc import Callable, Iterable
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ValidationError
 
+from ..text import did_you_mean
+
 LARGEST_RECORD = 2**28
 """Bytes of a record; one that notes a loss at each of a million steps has a quarter of them."""
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def typed(path: Path) -> Path:
@@ -115,15 +120,44 @@ def parsed_json(content: bytes, path: Path, kind: type[BaseModel] | None = None)
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it is no table of settings")
-    try:
-        if kind is not None:
-            kind.model_validate(values)
-    except ValidationError as error:
-        # Without what stands there, which may be large.
-        problem = error.errors(include_url=False, include_input=False)[0]
-        place, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path} is damaged: {place}: {message}") from None
+    if kind is not None:
+        checked(kind, values, f"{path} is damaged: ")
     return values
+
+
+def checked(model: type[Model], values: Mapping[str, Any], before: str = "") -> Model:
+    """A model of these values.
+
+    Args:
+        model: of pydantic.
+        values: of its fields.
+        before: where they stand, for the error.
+
+    Raises:
+        ValueError: in one line, what is wrong with which of them.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(cast(dict[str, Any], problem), model) for problem in error.errors()]
+        raise ValueError(f"{before}{'; '.join(dict.fromkeys(problems))}") from None
+
+
+def _problem(problem: dict[str, Any], model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple[str, ...]", "[key]"))
+    # What stands there may be large.
+    message, value = str(problem["msg"]).removeprefix("Value error, "), reprlib.repr(problem["input"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}, {did_you_mean(key, model.model_fields)}"
+    if problem["type"] == "missing":
+        meaning = model.model_fields[key].description if key in model.model_fields else None
+        return f"{key} is missing" + (f": {meaning}" if meaning else "")
+    if not key:
+        return message
+    if problem["type"] == "literal_error":
+        expected = re.findall("'(.*?)'", problem["ctx"]["expected"])
+        return f"{key} is {value}, {did_you_mean(str(problem['input']), expected)}"
+    return f"{key} is {value}: {message[0].lower()}{' '.join(message[1:].split())}"
 
 
 class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]

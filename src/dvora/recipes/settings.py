@@ -1,19 +1,18 @@
 """The settings of a training run, each named once: a key of config.yaml, an option of `dvora train`, and its checks."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from ..text import did_you_mean, shown
-from .files import parsed_yaml, read_small
+from ..text import shown
+from .files import checked, parsed_yaml, read_small
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
@@ -257,7 +256,6 @@ class Trust:
 
 NOTHING, NAMED = Trust(), Trust(download=True)
 """What is allowed for a model that only a file names, and for one that the caller names."""
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -297,39 +295,6 @@ def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
         ValueError: see `checked`.
     """
     return checked(Settings, {key: value for key, value in values.items() if key != OWN_CODE}, f"{source}: ")
-
-
-def checked(model: type[Model], values: Mapping[str, Any], before: str = "") -> Model:
-    """A model of these values.
-
-    Args:
-        model: of pydantic.
-        values: of its fields.
-        before: where they stand, for the error.
-
-    Raises:
-        ValueError: in one line, what is wrong with which of them.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(cast(dict[str, Any], problem), model) for problem in error.errors()]
-        raise ValueError(f"{before}{'; '.join(dict.fromkeys(problems))}") from None
-
-
-def _problem(problem: dict[str, Any], model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple[str, ...]", "[key]"))
-    message, value = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}, {did_you_mean(key, model.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{key} is missing: {model.model_fields[key].description}"
-    if not key:
-        return message
-    if problem["type"] == "literal_error" and isinstance(value, str):
-        expected = re.findall("'(.*?)'", problem["ctx"]["expected"])
-        return f"{key} is {value!r}, {did_you_mean(value, expected)}"
-    return f"{key} is {value!r}: {message[0].lower()}{' '.join(message[1:].split())}"
 
 
 def resolved(settings: Settings) -> Settings:

@@ -12,11 +12,12 @@ from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from dvora.recipes.files import checked
 from dvora.recipes.models.bases import quiet_transformers
 from dvora.recipes.reports.generation import Continuation, Generator, text_after
 from dvora.recipes.reports.run_model import as_run
 from dvora.recipes.run_folder import Run
-from dvora.recipes.settings import Sampling, checked
+from dvora.recipes.settings import Sampling
 from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 

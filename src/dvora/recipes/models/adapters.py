@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 import dvora
@@ -60,16 +60,11 @@ class _Settings(BaseModel):
     modules_to_save: list[str] | None = Field(None, max_length=256)
     use_dora: bool | None = None
 
-    @field_validator("peft_type")
-    @classmethod
-    def _is_known(cls, method: str) -> str:
-        if method not in PeftType.__members__:
-            meant = did_you_mean(method[:40], PeftType.__members__)
-            raise ValueError(f"{method!r:.60}, which is no method of PEFT here; {meant}")
-        return method
-
     @model_validator(mode="after")
     def _stays_in_its_folder(self) -> "_Settings":
+        if self.peft_type not in PeftType.__members__:
+            meant = did_you_mean(self.peft_type[:40], PeftType.__members__)
+            raise ValueError(f"it has the peft_type {self.peft_type!r:.60}, which is no method of PEFT here; {meant}")
         if reaching := [name for name in ELSEWHERE if (self.model_extra or {}).get(name)]:
             raise ValueError(
                 f"it has the setting {reaching[0]!r}, with which PEFT would load or import what is not in the folder; "
