@@ -119,6 +119,7 @@ def test_inspect_tells_what_is_in_a_pack_and_shows_the_first(work: Path) -> None
     assert [row["name"] for row in packed["adapters"]] == sorted(path.name for path in (work / "adapters").iterdir())
     shown = run("dvora bank inspect adapters.dvora")
     assert "customer-1" in shown.stdout
+    assert "customer-9" not in shown.stdout
     assert "2 more adapters are in it" in shown.stderr
 
 

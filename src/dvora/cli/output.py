@@ -108,7 +108,6 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
             header,
             justify="right" if numbers else "left",
             overflow="fold",
-            no_wrap=whole,
             min_width=max(header.cell_len, *map(cell_len, cells)) if whole else None,
         )
     for row in rows:

@@ -29,8 +29,11 @@ LEARNING_RATES: dict[Method, float] = {
 }  # fmt: skip
 SMALL_RANK, SMALL_RANK_RATE = 4, 4e-3
 """Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
-OWN_CODE = "trust_remote_code"
-"""Was a setting once; now only the caller can allow it."""
+GONE = {
+    "trust_remote_code": "no file can allow that code is run. If you trust the model's author, give --trust-remote-code",
+    "tensorboard": "run.json has every loss",
+}
+"""Keys that files of earlier versions have, and what takes their place."""
 LARGEST_CONFIG = 2**18
 """Bytes of a configuration."""
 HEAD_RATE = 1e-3
@@ -161,9 +164,6 @@ class Settings(BaseModel):
     early_stopping: int | None = _evaluating(
         "evaluations without a better one after which training stops", None, null="never", ge=1
     )
-    tensorboard: bool = _evaluating(
-        "write logs for TensorBoard into the run's folder (needs the package tensorboard)", False
-    )
 
     @property
     def all_data(self) -> tuple[str, ...]:
@@ -280,21 +280,19 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
             kind = type(given).__name__
             raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; it is a {kind}")
     values, source = {**given, **overrides}, str(file or "the settings")
-    if values.get(OWN_CODE) not in (None, False):
-        raise ValueError(
-            f"{source}: {OWN_CODE} is no setting: no file can allow that code is run. If you trust the model's author, "
-            "give --trust-remote-code"
-        )
+    for key, instead in GONE.items():
+        if values.get(key) not in (None, False):
+            raise ValueError(f"{source}: {key} is no setting: {instead}")
     return checked_settings(values, source)
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values; the key with which earlier versions allowed a model's own code is ignored.
+    """Settings from keys and values; keys of earlier versions are passed over.
 
     Raises:
         ValueError: see `checked`.
     """
-    return checked(Settings, {key: value for key, value in values.items() if key != OWN_CODE}, f"{source}: ")
+    return checked(Settings, {key: value for key, value in values.items() if key not in GONE}, f"{source}: ")
 
 
 def resolved(settings: Settings) -> Settings:

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from ...training import check_ranks_agree
 from ..data.run_data import Data
 from ..models.bases import Base
-from ..run_folder import CHECKPOINTS, is_first, world_size
+from ..run_folder import CHECKPOINTS, world_size
 from ..settings import EPOCHS, MOST_STEPS, Group, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
 from ..tasks.metrics import GREATER_IS_BETTER
@@ -64,8 +64,6 @@ def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress 
     callbacks: list[Any] = [callback]
     if settings.early_stopping and "validation" in datasets:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))
-    if settings.tensorboard and is_first():
-        callbacks.append(_tensorboard(Path(settings.output)))
     if settings.method == "dvora" and world_size() > 1:
         check_ranks_agree(prepared.model)
     if settings.gradient_checkpointing:
@@ -143,13 +141,3 @@ def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> T
         seed=settings.seed,
         data_seed=settings.seed,
     )
-
-
-def _tensorboard(folder: Path) -> Any:
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is on, but the package is missing: pip install tensorboard") from None
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
