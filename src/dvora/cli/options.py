@@ -70,9 +70,9 @@ def command(function: Callable[..., None], as_json: bool = True) -> Callable[...
         with one_line(debug):
             function(shown=Output(as_json, quiet), **given)
 
-    own = [parameter for name, parameter in signature(function).parameters.items() if name != "shown"]
+    typed = [parameter for name, parameter in signature(function).parameters.items() if name != "shown"]
     names = [name for name in _OUTPUT if as_json or name != "as_json"]
-    return _with_parameters(run, [*own, *(_parameter(name, _OUTPUT[name], False) for name in names)])
+    return _with_parameters(run, [*typed, *(_parameter(name, _OUTPUT[name], False) for name in names)])
 
 
 def with_options_of(model: type[BaseModel], short: dict[str, str] | None = None) -> Callable[[Any], Any]:
@@ -87,22 +87,23 @@ def with_options_of(model: type[BaseModel], short: dict[str, str] | None = None)
     """
 
     def decorate(function: Any) -> Any:
-        own = [each for each in signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
-        names = {parameter.name for parameter in own}
+        given = [*signature(function).parameters.values()]
+        given = [parameter for parameter in given if parameter.kind is not parameter.VAR_KEYWORD]
+        names = {parameter.name for parameter in given}
         added = [
             _parameter(name, _option(name, field, short or {}), None)
             for name, field in model.model_fields.items()
             if name not in names
         ]
         # Where the help shows them: behind the arguments.
-        place = max(1, sum(parameter.default is parameter.empty for parameter in own))
-        return _with_parameters(function, [*own[:place], *added, *own[place:]])
+        place = max(1, sum(parameter.default is parameter.empty for parameter in given))
+        return _with_parameters(function, [*given[:place], *added, *given[place:]])
 
     return decorate
 
 
 def _with_parameters(function: Any, parameters: Sequence[Parameter]) -> Callable[..., None]:
-    function.__signature__ = Signature([each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters])
+    function.__signature__ = Signature([parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters])
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     typed: Callable[..., None] = function
     return typed

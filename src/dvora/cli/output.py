@@ -103,12 +103,12 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
         cells = [shown(row.get(column)) for row in rows]
         header = Text(visible(spaced(column)))
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        whole = not any(" " in cell for cell in cells)
+        is_name = not any(" " in cell for cell in cells)
         table.add_column(
             header,
             justify="right" if numbers else "left",
             overflow="fold",
-            min_width=max(header.cell_len, *map(cell_len, cells)) if whole else None,
+            min_width=max(header.cell_len, *map(cell_len, cells)) if is_name else None,
         )
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))

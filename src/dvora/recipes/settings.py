@@ -30,7 +30,7 @@ LEARNING_RATES: dict[Method, float] = {
 SMALL_RANK, SMALL_RANK_RATE = 4, 4e-3
 """Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
 GONE = {
-    "trust_remote_code": "no file can allow that code is run. If you trust the model's author, give --trust-remote-code",
+    "trust_remote_code": "no file can allow that code is run; if you trust the author, give --trust-remote-code",
     "tensorboard": "run.json has every loss",
 }
 """Keys that files of earlier versions have, and what takes their place."""

@@ -173,8 +173,8 @@ def read_adapter(folder: Path, with_values: bool = False) -> Adapter:
     return Adapter(folder, settings, shapes, labels_beside(folder), config, values)
 
 
-def read_values(file: Path, whole: bool = False) -> tuple[bytes, dict[str, tuple[int, ...]], dict[str, Tensor]]:
-    """The header of a safetensors file, the shapes of its tensors by name, and the whole tensors where they are wanted.
+def read_values(file: Path, with_tensors: bool = False) -> tuple[bytes, dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """The header of a safetensors file, the shapes of its tensors by name, and the tensors where they are wanted.
 
     Raises:
         OSError: it cannot be read.
@@ -185,7 +185,7 @@ def read_values(file: Path, whole: bool = False) -> tuple[bytes, dict[str, tuple
             header, size = read_header(opened)
             entries = header_entries(header)
             check_size(data_size(entries), size)
-            values = tensors_of(entries, bytearray(opened.read())) if whole else {}
+            values = tensors_of(entries, bytearray(opened.read())) if with_tensors else {}
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     shapes = {key: shape for key, (_, shape) in entries.items()}

@@ -142,7 +142,7 @@ def _classes(run: Run, rows: Sequence[Compared], other: Run | None) -> list[Sect
     scores = _scores(run.labels, labels, predicted)
     if None not in predicted_by_other:
         of_other = _scores(run.labels, labels, predicted_by_other)
-        scores = [{**row, f"F1, {name}": beside["F1"]} for row, beside in zip(scores, of_other, strict=True)]
+        scores = [{**row, f"F1, {name}": other_row["F1"]} for row, other_row in zip(scores, of_other, strict=True)]
     scores.sort(key=lambda row: row["F1"])
     sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
     sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))

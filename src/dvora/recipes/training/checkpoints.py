@@ -37,8 +37,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(filter(is_complete, found), key=step_of)
+    paths = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(filter(is_complete, paths), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

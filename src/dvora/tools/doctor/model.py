@@ -150,13 +150,13 @@ def outputs_of_the_file(examined: Examined) -> Tensor:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         examined.model.save_pretrained(str(folder / "saved"), selected_adapters=[adapter])
-        own = folder / "saved" / adapter
+        named = folder / "saved" / adapter
         try:
             torch.save(copy.deepcopy(examined.model).unload(), folder / "base.pt")
         except (pickle.PicklingError, AttributeError, TypeError, ValueError, NotImplementedError) as problem:
             raise CannotCheckError(f"the base cannot be handed to another process: {problem}") from problem
         torch.save(examined.inputs, folder / "inputs.pt")
-        saved = own if own.is_dir() else folder / "saved"
+        saved = named if named.is_dir() else folder / "saved"
         with ProcessPoolExecutor(1, get_context(_START)) as fresh:
             return fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()
 
