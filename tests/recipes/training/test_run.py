@@ -3,12 +3,16 @@
 import json
 import shutil
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import dvora.recipes
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
@@ -202,6 +206,25 @@ def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"is not empty \(it holds thesis.txt\)"):
         train(run.settings("mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    run.data.unlink()
+    with pytest.raises(ValueError, match=r"reviews\.csv: no such file or folder"):
+        train(run.settings("new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_run_starts_from_is_worked_out_once(models: dict[str, Path], tmp_path: Path) -> None:
+    settings, calls = Run(models, tmp_path).settings("out", epochs=1), Counter[str]()
+    recipes = str(Path(dvora.recipes.__file__).parent)
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(recipes):
+            calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)
+    finished(settings, on_progress=lambda _: sys.setprofile(None))
+    once = ("resolved", "read_record", "load_data", "load_processor", "load_base", "learning_rates", "checkpoints")
+    assert {name: calls[name] for name in once} == dict.fromkeys(once, 1)
 
 
 def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path: Path) -> None:
