@@ -47,7 +47,14 @@ def test_a_run_that_is_not_finished_is_not_read(tmp_path: Path) -> None:
     assert read_run(tmp_path).settings == settings
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"state": "finished"}', b'{"state": "fin', b"\xff"])
+DAMAGED = [
+    *(b"", b"[]", b'{"state": "finished"}', b'{"state": "fin', b"\xff", b'{"state": "finished", "settings": {}}'),
+    *(b'{"state": "finished", "settings": [], "labels": []}', b'{"state": "finished", "settings": {}, "labels": [1]}'),
+    b'{"state": "finished", "settings": {}, "labels": [], "data": {"files": 1}}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json"):

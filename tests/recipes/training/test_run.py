@@ -16,7 +16,7 @@ import dvora.recipes
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
-from dvora.recipes.run_folder import read_record, read_run
+from dvora.recipes.run_folder import read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.callbacks import Progress
@@ -112,14 +112,17 @@ def test_a_stopped_run_is_refused_unless_it_is_resumed(models: dict[str, Path], 
     assert min(steps) == 9
 
 
-@pytest.mark.parametrize("changes", [{}, {"evaluate_every": 2}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({}, range(1, 5)), ({"evaluate_every": 2}, range(1, 3))], ids=["epochs", "steps"]
+)
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
-    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], steps: range
 ) -> None:
     run = Run(models, tmp_path)
     settings = {"dropout": 0.1, "batch_size": 32, **changes}
     whole = finished(run.settings("whole", **settings))
-    for step in range(1, whole.record["steps"] - 1):
+    assert whole.record["steps"] == 6
+    for step in steps:
         stopped = run.settings(f"stopped {step}", **settings)
         assert train(stopped, on_progress=signal_after(step)).stopped_at == step + 1
         train(stopped, resume=True)
@@ -279,17 +282,15 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
 
 
 def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dict[str, Path], tmp_path: Path) -> None:
-    run = Run(models, tmp_path)
-    usual_rate = LEARNING_RATES["dvora"]
-    rates = {"whole": {"learning_rate": 3 * usual_rate}, "third": {"learning_rate": usual_rate}, "usual": {}}
-    for output, changes in rates.items():
-        train(run.settings(output, max_steps=1, **changes))
-    whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
-    rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
+    run, usual = Run(models, tmp_path), LEARNING_RATES["dvora"]
+    rates = [
+        finished(run.settings(f"{factor}", max_steps=1, learning_rate=factor * usual)).record["learning_rates"]
+        for factor in (3, 1)
+    ]
+    rows = [value for name, value in trained_parameters(tmp_path / "3").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
-    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual_rate * median, rel=0.02)
-    expected = {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3), "head": 1e-3}
-    assert third["learning_rates"] == usual["learning_rates"] == expected
+    assert rates[0]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual * median, rel=0.02)
+    assert rates[1] == {"magnitude": pytest.approx(rates[0]["magnitude"] / 3), "head": 1e-3}
 
 
 @pytest.mark.parametrize(
