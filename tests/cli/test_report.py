@@ -83,6 +83,16 @@ def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
         assert re.search(f"<td[^>]*>{name}</td>{cells}", page)
 
 
+def test_the_rows_that_are_furthest_off_come_first(made: Path, pages: dict[str, Path]) -> None:
+    trained = read_run(made / "regression")
+    rows = compared(trained, unchanged_data(trained).test)
+    worst = max(rows, key=lambda row: abs(float(row.predicted) - float(row.label)))
+    page = pages["regression"].read_text(encoding="utf-8")
+    first = re.search("<td[^>]*>([^<]*)</td>", page[page.index("Rows that are furthest off") :])
+    assert first is not None
+    assert first[1] == worst.row["text"]
+
+
 def test_the_verdict_of_the_run_is_on_top(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made / "head-run", tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
