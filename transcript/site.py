@@ -40,22 +40,23 @@ def _command(name: str, command: Any) -> str:
     if inner := getattr(command, "commands", None):
         sections = [_command(f"{name} {each}", inner[each]) for each in inner]
         return "\n\n".join([f"### dvora {name}", command.help, *(f"#{section}" for section in sections)])
-    about, _, examples = f"{command.help}\n\n{command.epilog or ''}".partition("Examples")
-    typed = re.findall(r"^ *(dvora .+)$", examples, flags=re.MULTILINE)
-    lines = [f"### dvora {name}", "", re.sub(r"\[/?\w*\]$", "", about.replace("\b", "").strip()).strip(), ""]
+    about, *examples = re.split("Examples?:", command.help, maxsplit=1)
+    typed = re.findall(r"^ *(dvora .+)$", "".join(examples), flags=re.MULTILINE)
+    lines = [f"### dvora {name}", "", about.replace("\b", "").strip(), ""]
     lines += ["```sh", *typed, "```", "", "| | | default |", "|---|---|---|"]
     lines += [_parameter(each) for each in command.params if not each.hidden and each.name != "help"]
     return "\n".join(lines)
 
 
-def _parameter(each: Any) -> str:
-    is_option = each.opts[0].startswith("-")
-    names = [*each.opts, *each.secondary_opts] if is_option else [each.name.upper()]
-    default = "" if each.default in (None, False, []) or not each.show_default else f"`{_plain(each.default)}`"
-    if isinstance(each.show_default, str):
-        default = _cell(each.show_default)
+def _parameter(parameter: Any) -> str:
+    is_option = parameter.opts[0].startswith("-")
+    names = [*parameter.opts, *parameter.secondary_opts] if is_option else [parameter.name.upper()]
+    has_default = parameter.default not in (None, False, []) and parameter.show_default
+    default = f"`{_plain(parameter.default)}`" if has_default else ""
+    if isinstance(parameter.show_default, str):
+        default = _cell(parameter.show_default)
     shown = ", ".join(f"`{name}`" for name in names)
-    return f"| {shown} | {_cell(each.help or '')} | {'required' if each.required else default} |"
+    return f"| {shown} | {_cell(parameter.help or '')} | {'required' if parameter.required else default} |"
 
 
 def settings() -> str:

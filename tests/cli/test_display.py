@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dvora.cli.app import app
 from dvora.cli.predict import _table
-from dvora.recipes.data.new_files import Input
+from dvora.recipes.data.examples import Input
 from dvora.recipes.reports.prediction import Predicted
 from tests.cli.program import run
 from tests.recipes import tiny_models

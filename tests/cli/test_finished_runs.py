@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dvora.cli.app import app
-from dvora.recipes.settings import Settings
 from dvora.recipes.training.run import train
 from tests.recipes import tiny_data, tiny_models
+from tests.recipes.finished_runs import settings_of
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = "good a movie\n\nbad the book\nawful it was\n"
@@ -26,18 +26,12 @@ LINES = "good a movie\n\nbad the book\nawful it was\n"
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples name: two finished runs, and files, under a name with a space and an umlaut."""
     folder = tmp_path_factory.mktemp("my dësk")
-    common = {"epochs": 1, "rank": 4, "learning_rate": 0.03, "cpu": True}
     for run, task, model, data in (
-        (
-            "dvora-run",
-            "text-classification",
-            tiny_models.bert(folder / "minilm"),
-            tiny_data.reviews(folder / "reviews.csv"),
-        ),
+        ("dvora-run", "text-classification", tiny_models.bert(folder / "minilm"), tiny_data.reviews(folder / "a.csv")),
         ("runs/play", "causal-lm", tiny_models.llama(folder / "smollm2"), tiny_data.play(folder / "play.txt")),
     ):
-        given = {"task": task, "model": str(model), "data": str(data), "output": str(folder / run), **common}
-        train(Settings.model_validate(given))
+        more = {"data": str(data), "output": str(folder / run), "epochs": 1, "rank": 4, "learning_rate": 0.03}
+        train(settings_of(task, model, **more))
     (folder / "new.csv").write_text("id,text,verdict\n1,good it was fine,good\n2,poor book,bad\n")
     (folder / "lines.txt").write_text(LINES)
     (folder / "prompts.txt").write_text("the movie\nthe book\n")
@@ -65,9 +59,9 @@ def test_evaluate_tells_the_record_s_figures_and_writes_them_where_asked(desk: P
     assert trained == {"part": "test", "model": "trained", **record["test"]}
     assert guess["model"] == f"always {record['test_simplest_guess']['guess']}"
     # On files the head alone is evaluated where that is asked for; on the same rows it gets the same metrics.
-    files = json.loads(typed("evaluate", "dvora-run", "reviews.csv", "--base", "--json").stdout)["metrics"]
+    files = json.loads(typed("evaluate", "dvora-run", "a.csv", "--base", "--json").stdout)["metrics"]
     assert [row["model"] for row in files] == ["trained", "head alone, base frozen", guess["model"]]
-    table = typed("evaluate", "dvora-run", "reviews.csv").stdout
+    table = typed("evaluate", "dvora-run", "a.csv").stdout
     assert "seen in training" in table
     assert "always" in table
 

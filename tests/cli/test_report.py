@@ -1,4 +1,4 @@
-"""dvora report as it is typed, on runs of every task, and its page in a browser."""
+"""dvora report and doctor as they are typed, on runs of every task, and the page in a browser."""
 
 import json
 import re
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dvora.recipes.reports.comparison import compared
 from dvora.recipes.reports.evaluation import unchanged_data
-from dvora.recipes.reports.prediction import Predictor
+from dvora.recipes.reports.prediction import Predictor, compared
 from dvora.recipes.run_folder import read_run
 from tests.cli.program import run
 from tests.recipes import tiny_data
@@ -84,6 +83,16 @@ def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
         assert re.search(f"<td[^>]*>{name}</td>{cells}", page)
 
 
+def test_the_rows_that_are_furthest_off_come_first(made: Path, pages: dict[str, Path]) -> None:
+    trained = read_run(made / "regression")
+    rows = compared(trained, unchanged_data(trained).test)
+    worst = max(rows, key=lambda row: abs(float(row.predicted) - float(row.label)))
+    page = pages["regression"].read_text(encoding="utf-8")
+    first = re.search("<td[^>]*>([^<]*)</td>", page[page.index("Rows that are furthest off") :])
+    assert first is not None
+    assert first[1] == worst.row["text"]
+
+
 def test_the_verdict_of_the_run_is_on_top(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made / "head-run", tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
@@ -95,9 +104,18 @@ def test_the_verdict_of_the_run_is_on_top(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["head-run", "full-run"])
-def test_runs_without_an_adapter_have_one_too(name: str, made: Path) -> None:
+def test_runs_without_an_adapter_have_a_page_and_no_doctor(name: str, made: Path) -> None:
     assert run(f"dvora report {name}").code == 0
     assert headings(made / f"{name}.html")[:3] == SECTIONS
+    assert "makes no adapter" in run(f"dvora doctor {name}").stderr
+
+
+@pytest.mark.parametrize("name", RUNS.values())
+def test_runs_of_every_task_are_healthy(name: str) -> None:
+    ended = run(f"dvora doctor {name} --json")
+    assert ended.code == 0, ended.stdout + ended.stderr
+    content = json.loads(ended.stdout)
+    assert (content["healthy"], content["verdict"]) == (True, "all 14 checks passed")
 
 
 def test_answers_are_those_of_the_models(made: Path) -> None:
@@ -111,20 +129,22 @@ def test_answers_are_those_of_the_models(made: Path) -> None:
     assert [each.label for each in found] == [trained.labels[row["label"]] for row in rows]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
-@pytest.mark.parametrize("name", ["dvora-run", "image-classification", "causal-lm"])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("dvora-run", WIDE, "light"), ("image-classification", PHONE, "dark"), ("causal-lm", PHONE, "light")],
+)
 def test_the_page_reads_well_in_a_browser(pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
-    with seen(pages[name], width, scheme) as found:
-        assert found.width() == width
-        assert found.page.locator("svg").count() >= 2
+    with seen(pages[name], width, scheme) as shown:
+        assert shown.width() == width
+        assert shown.page.locator("svg").count() >= 2
         # What the run says of itself, then the doctor.
-        *said, doctor = found.page.locator(".verdict p").all_inner_texts()
+        *said, doctor = shown.page.locator(".verdict p").all_inner_texts()
         assert said == read_run(pages[name].parent / name).record["verdict"]
         assert doctor == "The doctor on the adapter: all 14 checks passed"
-        assert found.page.locator("td.pass").count() >= 8
-        assert found.page.locator("td.fail").count() == 0
-        assert found.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
-        assert found.complaints == []
+        assert shown.page.locator("td.pass").count() >= 8
+        assert shown.page.locator("td.fail").count() == 0
+        assert shown.page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
+        assert shown.complaints == []
 
 
 def test_a_run_whose_data_has_changed_is_refused(tmp_path: Path) -> None:

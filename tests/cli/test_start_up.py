@@ -8,6 +8,11 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
 HELP = ("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config")
+MISTAKES = (
+    *(f"dvora {name} nowhere" for name in ("inspect", "doctor", "analyze", "report")),
+    *("dvora merge nowhere -o new", "dvora merge . -o new --dtype int4"),
+    *("dvora convert nowhere --to dora -o new", "dvora convert . --to peft-dora -o new"),
+)
 START = (
     *("dvora inspect EMPTY", "dvora count EMPTY", "dvora merge EMPTY --output OUT", "dvora analyze EMPTY"),
     *("dvora convert EMPTY --to dora --output OUT", "dvora doctor EMPTY"),
@@ -71,7 +76,8 @@ def imported_after(folder: Path, *commands: str) -> dict[str, set[str]]:
 
 
 def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
-    found = imported_after(tmp_path, "import dvora", *HELP, "dvora.DVoRAAdapter")
+    helps = (f"dvora {name} --help" for name in ("inspect", "count", "merge", "convert"))
+    found = imported_after(tmp_path, "import dvora", *HELP, *helps, *MISTAKES, "dvora.DVoRAAdapter")
     assert found.pop("dvora.DVoRAAdapter") == {"torch"}
     assert not {command: names for command, names in found.items() if names}
 

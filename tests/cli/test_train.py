@@ -20,7 +20,8 @@ from dvora.recipes.settings import Settings, default_of
 from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = ["--epochs", "1", "--rank", "4", "--cpu"]
+GIVEN = ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv"]
+TRAINED = [*GIVEN, "--epochs", "1", "--rank", "4", "--cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,7 @@ def typed(*arguments: str) -> Result:
 
 
 def test_a_run_as_json(desk: Path) -> None:
-    given = ["--task", "text-classification", "--model", "minilm", "--data", "reviews.csv", "-o", "out", *SMALL]
-    result = typed(*given, "--json")
+    result = typed(*TRAINED, "-o", "out", "--json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert shown["run"] == str(desk / "out")
@@ -68,23 +68,14 @@ def test_a_run_as_json(desk: Path) -> None:
     [
         ([], "task is missing"),
         (["no.yaml"], "no.yaml: no such file; --print-config writes one"),
-        (["--task", "text-classification", "-m", "minilm", "--data", "no.csv", "-o", "e1"], "no.csv: no such file"),
-        (
-            ["--task", "text-classification", "-m", "nobody/nothing", "--data", "reviews.csv", "-o", "e2"],
-            "is no folder here",
-        ),
-        (
-            ["--task", "text-clasification", "-m", "minilm", "--data", "reviews.csv"],
-            "did you mean 'text-classification'",
-        ),
+        ([*GIVEN, "--data", "no.csv", "-o", "e"], "no.csv: no such file"),
+        ([*GIVEN, "-m", "nobody/nothing", "-o", "e"], "is no folder here"),
+        ([*GIVEN, "--task", "text-clasification"], "did you mean 'text-classification'"),
         (["--lr", "1"], "No such option --lr, did you mean --learning-rate; dvora train --help"),
         (["--bs", "1"], "did you mean --batch-size"),
         (["--steps", "1"], "did you mean --max-steps"),
         (["--weight_decai", "1"], "did you mean --weight-decay"),
-        (
-            ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", "--learning-rate", "fast"],
-            "Invalid value for '--learning-rate': Input should be a valid number",
-        ),
+        ([*GIVEN, "--learning-rate", "fast"], "'--learning-rate': Input should be a valid number"),
         (["--zzz"], "No such option --zzz; dvora train --help"),
         (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
     ],
@@ -139,9 +130,6 @@ def wait_for(running: subprocess.Popen[str], start: str) -> str:
     """The second word of the first line on stderr that starts so."""
     assert running.stderr
     return next(line.split()[1] for line in running.stderr if line.startswith(start))
-
-
-TRAINED = ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv", *SMALL]
 
 
 def test_a_killed_run_goes_on_and_a_signal_stops_it_with_a_checkpoint(desk: Path) -> None:

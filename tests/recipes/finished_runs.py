@@ -22,6 +22,11 @@ DATA: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
 }
 
 
+def settings_of(task: str, model: Path | str = "m", **changes: Any) -> Settings:
+    """Settings with data that is not there."""
+    return Settings.model_validate({"task": task, "model": str(model), "data": "x", "cpu": True, **changes})
+
+
 @cache
 def all_models() -> dict[str, Path]:
     """Folders by name."""

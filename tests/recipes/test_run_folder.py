@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dvora.recipes.files import typed
 from dvora.recipes.run_folder import is_first, locked, read_record, read_run, world_size, write_record
 from dvora.recipes.settings import Settings
+from dvora.whole_files import write_atomically
 
 HOLDER = """
 import sys, pathlib
+from dvora.recipes.files import typed
 from dvora.recipes.run_folder import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
@@ -44,7 +47,14 @@ def test_a_run_that_is_not_finished_is_not_read(tmp_path: Path) -> None:
     assert read_run(tmp_path).settings == settings
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"state": "finished"}', b'{"state": "fin', b"\xff"])
+DAMAGED = [
+    *(b"", b"[]", b'{"state": "finished"}', b'{"state": "fin', b"\xff", b'{"state": "finished", "settings": {}}'),
+    *(b'{"state": "finished", "settings": [], "labels": []}', b'{"state": "finished", "settings": {}, "labels": [1]}'),
+    b'{"state": "finished", "settings": {}, "labels": [], "data": {"files": 1}}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json"):
@@ -58,3 +68,10 @@ def test_a_launcher_s_variable_that_is_no_number_is_named(
     monkeypatch.setenv(variable, "two")
     with pytest.raises(ValueError, match=f"the environment variable {variable} is 'two', expected a whole number"):
         ask()
+
+
+def test_a_link_stays_a_link_where_somebody_typed_its_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(typed(tmp_path / "link"), b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"content"

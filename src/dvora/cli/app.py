@@ -6,11 +6,17 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bank, convert, count, export, inspect, merge
+from . import bank
+from .analyze import analyze
+from .convert import convert
+from .count import count
 from .doctor import doctor
 from .errors import INTERRUPTED, Commands
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
+from .inspect import inspect
+from .merge import merge
 from .predict import predict
 from .report import report
 from .serve import serve
@@ -45,12 +51,8 @@ def _options(
 
 for command in (train, evaluate, predict, generate, doctor, report, serve):
     app.command()(command)
-app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze_command)
-app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect_command)
-app.command("count", epilog=count.EXAMPLES)(count.count_command)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
-app.command("export", epilog=export.EXAMPLES)(export.export_command)
-app.command("convert", epilog=convert.EXAMPLES)(convert.convert_command)
+for command in (analyze, inspect, count, merge, export, convert):
+    app.command()(command)
 app.add_typer(bank.app, name="bank")
 
 

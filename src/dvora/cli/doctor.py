@@ -2,22 +2,23 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ..recipes.settings import Trust
 from ..text import listed
-from .errors import check_there, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
-
-if TYPE_CHECKING:
-    from ..tools.doctor import Examination
+from .errors import check_there
+from .options import Download, OwnCode, command
+from .output import Output
 
 MANY = 4
 
 
+@command
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `dvora train`, or of an adapter.")],
+    shown: Output,
     data: Annotated[
         list[str] | None, typer.Argument(help="Labelled rows for a run's model.", show_default="those that it held out")
     ] = None,
@@ -31,9 +32,6 @@ def doctor(
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Prove that an adapter is right: LoRA, DoRA, VeRA or DVoRA, from `dvora train` or from anywhere.
 
@@ -49,29 +47,26 @@ def doctor(
     dvora doctor dvora-run new.csv --rows 16
     dvora doctor adapter --model base --json
     """
-    with one_line(debug), wrong_input():
-        check_there(folder)
-        from ..recipes.reports.examination import examine_folder
-        from ..recipes.settings import Trust
+    check_there(folder)
+    from ..recipes.reports.examination import examine_folder
 
-        examination = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
-        shown = Output(as_json, quiet)
-        values = {"healthy": examination.healthy, "verdict": examination.verdict, **asdict(examination)}
-        shown.result(
-            values if as_json else _tables(examination),
-            f"Doctor's findings on {folder}",
-            verdict=f"Verdict: {examination.verdict}",
-        )
-        if examination.failed:
-            raise typer.Exit(1)
-        shown.next_step("dvora", "merge", str(folder), "--output", "merged", why="a model without dvora")
-
-
-def _tables(examination: "Examination") -> dict[str, Any]:
-    advice = [
-        {"check": finding.check, "advice": finding.advice, "where": listed(finding.layers, MANY)}
-        for finding in examination.findings
-        if finding.advice
-    ]
-    looked_at = f"{examination.looked_at} of {examination.layers}"
-    return {"layers_looked_at": looked_at, "findings": examination.rows()} | ({"what_to_do": advice} if advice else {})
+    examination = examine_folder(folder, model, data or [], rows, layers, Trust(own_code, download))
+    values: dict[str, Any] = {
+        "healthy": examination.healthy,
+        "verdict": examination.verdict,
+        **asdict(examination),
+    }
+    if not shown.as_json:
+        values = {
+            "layers_looked_at": f"{examination.looked_at} of {examination.layers}",
+            "findings": examination.rows(),
+        }
+        if advice := [finding for finding in examination.findings if finding.advice]:
+            values["what_to_do"] = [
+                {"check": finding.check, "advice": finding.advice, "where": listed(finding.layers, MANY)}
+                for finding in advice
+            ]
+    shown.result(values, f"Doctor's findings on {folder}", verdict=f"Verdict: {examination.verdict}")
+    if examination.failed:
+        raise typer.Exit(1)
+    shown.next_step("dvora", "merge", str(folder), "--output", "merged", why="a model without dvora")

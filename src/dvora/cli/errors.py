@@ -37,30 +37,26 @@ _TYPERS_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """What all errors in a command line are; Typer has no public name for it."""
 
 
-class UsageError(ValueError):
-    """The command was used wrongly: an argument, a configuration, a file that is not what it should be."""
-
-
 def check_there(*paths: str | Path | None) -> None:
     """Refuse files and folders that are not there, before libraries are imported that take seconds.
 
     Raises:
-        UsageError: one is not.
+        ValueError: one is not.
     """
     for path in paths:
         if path is not None and not Path(path).exists():
-            raise UsageError(f"{path}: no such file or folder")
+            raise ValueError(f"{path}: no such file or folder")
 
 
 def check_page(page: Path) -> None:
     """Refuse a name under which no page can be written, before the work begins.
 
     Raises:
-        UsageError: it does not end in .html, or there is no such folder.
+        ValueError: it does not end in .html, or there is no such folder.
         OSError: nothing can be written there.
     """
     if page.suffix != ".html":
-        raise UsageError(f"--output {page}: the report is a page, so its name has to end in .html")
+        raise ValueError(f"--output {page}: the report is a page, so its name has to end in .html")
     check_writable(page)
 
 
@@ -68,14 +64,14 @@ def check_writable(file: Path) -> None:
     """Refuse a file that cannot be written, before the work begins.
 
     Raises:
-        UsageError: there is no such folder, or the name is one of a folder.
+        ValueError: there is no such folder, or the name is one of a folder.
         OSError: nothing can be written there.
     """
     folder = file.absolute().parent
     if not folder.is_dir():
-        raise UsageError(f"--output {file}: there is no folder {file.parent}")
+        raise ValueError(f"--output {file}: there is no folder {file.parent}")
     if file.is_dir():
-        raise UsageError(f"--output {file}: it is a folder; name a file in it")
+        raise ValueError(f"--output {file}: it is a folder; name a file in it")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -85,6 +81,8 @@ def check_writable(file: Path) -> None:
 @contextmanager
 def one_line(debug: bool) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code, and keep stdout for results.
+
+    A ValueError is about what was given: an option, a file, what is in it.
 
     Args:
         debug: show the traceback too.
@@ -110,7 +108,7 @@ def one_line(debug: bool) -> Iterator[None]:
                 print_line(line)
         advice = missing(error) if isinstance(error, ImportError) else None
         print_line(f"Error: {advice or _message(error)}")
-        raise typer.Exit(WRONG_USE if advice or isinstance(error, UsageError) else FAILED) from None
+        raise typer.Exit(WRONG_USE if advice or isinstance(error, ValueError) else FAILED) from None
     finally:
         sys.unraisablehook = before
 
@@ -122,15 +120,6 @@ def _interrupt_again(unraisable: Any) -> None:
         threading.Timer(0.1, _thread.interrupt_main).start()
     else:
         sys.__unraisablehook__(unraisable)
-
-
-@contextmanager
-def wrong_input() -> Iterator[None]:
-    """Around work whose ValueErrors are all about its input: they become wrong use."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _message(error: Exception) -> str:

@@ -1,22 +1,22 @@
-"""dvora evaluate: how good a run's model is."""
+"""`dvora evaluate`: how good a run's model is."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .errors import check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, LabelColumn, Output, OwnCode, Quiet, SecondTextColumn, TextColumn
-
-if TYPE_CHECKING:
-    from ..recipes.reports.evaluation import Evaluation
-    from ..recipes.run_folder import Run
+from ..recipes.settings import Trust
+from .errors import check_there, check_writable
+from .options import ARun, Download, LabelColumn, OwnCode, SecondTextColumn, TextColumn, command
+from .output import Output
 
 
+@command
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: ARun,
+    shown: Output,
     data: Annotated[
         list[str] | None,
         typer.Argument(help="Files, or image folders, with labels.", show_default="the rows that the run held out"),
@@ -33,9 +33,6 @@ def evaluate(
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Evaluate a run's model beside the simplest guess: the commonest class, or the mean.
 
@@ -51,43 +48,39 @@ def evaluate(
     dvora evaluate runs/play --base --output play.json
     """
     columns = {"text_column": text_column, "second_text_column": second_text_column, "label_column": label_column}
-    with one_line(debug), wrong_input():
-        if output is not None:
-            check_writable(output)
-        check_there(*data or ())
-        from ..recipes.run_folder import read_run
-        from ..recipes.settings import Trust
+    if output is not None:
+        check_writable(output)
+    check_there(*data or ())
+    from ..recipes.run_folder import read_run
 
-        finished = read_run(run, Trust(own_code, download))
-        # After all that can be wrong without them: libraries of models take seconds.
-        from ..recipes.files import typed
-        from ..recipes.reports.evaluation import evaluate_run
-        from ..recipes.tasks.verdict import verdict
-        from ..whole_files import write_atomically
-
-        shown = Output(as_json, quiet)
-        evaluation = evaluate_run(finished, data or [], columns, base, shown.note)
-        sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
-        result = _shown(finished, data or [], evaluation, as_json) | ({"verdict": sentences} if as_json else {})
-        if output is not None:
-            write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
-        title = f"{finished.settings.method} on {finished.settings.task}"
-        shown.result(result, title=title, verdict="\n".join(sentences))
-        if finished.settings.task == "causal-lm":
-            shown.next_step("dvora", "generate", str(run), "Once upon a time")
-        else:
-            shown.next_step("dvora", "predict", str(run), "new.csv", "--output", "predicted.csv")
-
-
-def _shown(run: "Run", files: list[str], evaluation: "Evaluation", as_json: bool) -> dict[str, Any]:
+    finished = read_run(run, Trust(own_code, download))
+    # After all that can be wrong without them: libraries of models take seconds.
+    from ..recipes.files import typed
+    from ..recipes.reports.evaluation import evaluate_run
     from ..recipes.tasks.metrics import metric_rows
+    from ..recipes.tasks.verdict import verdict
+    from ..whole_files import write_atomically
 
-    cut = evaluation.truncation.sentence(evaluation.max_length)
-    return {
-        "run": str(run.folder),
-        "data": files or "the rows that the run held out",
+    evaluation = evaluate_run(finished, data or [], columns, base, shown.note)
+    sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
+    result: dict[str, Any] = {
+        "run": str(finished.folder),
+        "data": data or "the rows that the run held out",
         "rows": evaluation.rows,
         "seen_in_training": evaluation.seen,
-        **({"truncation": asdict(evaluation.truncation)} if as_json else {"cut": cut} if cut else {}),
-        "metrics": metric_rows(evaluation.metrics),
     }
+    if shown.as_json:
+        result["truncation"] = asdict(evaluation.truncation)
+    elif cut := evaluation.truncation.sentence(evaluation.max_length):
+        result["cut"] = cut
+    result["metrics"] = metric_rows(evaluation.metrics)
+    if shown.as_json:
+        result["verdict"] = sentences
+    if output is not None:
+        write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
+    task = finished.settings.task
+    shown.result(result, title=f"{finished.settings.method} on {task}", verdict="\n".join(sentences))
+    if task == "causal-lm":
+        shown.next_step("dvora", "generate", str(run), "Once upon a time")
+    else:
+        shown.next_step("dvora", "predict", str(run), "new.csv", "--output", "predicted.csv")

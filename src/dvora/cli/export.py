@@ -6,22 +6,17 @@ from typing import Annotated
 import typer
 
 from ..recipes.adapters import Runtime
-from .errors import check_there, one_line
-from .output import Debug, Json, Output, Quiet
-
-EXAMPLES = """[bold]Examples[/bold]
-
-    dvora export run --to onnx --output exported
-
-    dvora export customers --model minilm --to web --output site
-"""
+from .errors import check_there
+from .options import NewFolder, command
+from .output import Output
 
 
-def export_command(
+@command
+def export(
     source: Annotated[
         Path, typer.Argument(help="Folder of an adapter, of a run of `dvora train`, or of several of these.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    output: NewFolder,
     to: Annotated[
         Runtime,
         typer.Option(
@@ -29,6 +24,7 @@ def export_command(
             "`dvora merge` and its converter; as LoRA there is no export."
         ),
     ],
+    shown: Output,
     model: Annotated[
         str | None, typer.Option(help="The base model.", show_default="the one that the first adapter names")
     ] = None,
@@ -37,18 +33,19 @@ def export_command(
         typer.Option(help="Compared with PyTorch, beside two sentences; may be given again.", show_default="none"),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="A graph with int8 weights of the base too.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write a base model once, as a graph to which an adapter is handed as a vector.
 
     The folder appears whole, and only if every graph gives the adapted model's outputs.
-    """
-    with one_line(debug):
-        check_there(source)
-        from ..recipes.adapters.exporting import export
 
-        shown = Output(as_json, quiet)
-        values = export(source, output, to, model, text or (), int8, shown.note)
-        shown.result(values, f"Exported to {output}")
+    Examples:
+
+    \b
+    dvora export run --to onnx --output exported
+    dvora export customers --model minilm --to web --output site
+    """
+    check_there(source)
+    from ..recipes.adapters import exporting
+
+    values = exporting.export(source, output, to, model, text or (), int8, shown.note)
+    shown.result(values, f"Exported to {output}")

@@ -1,26 +1,30 @@
-"""dvora generate: texts continued with an adapter, and without it beside them."""
+"""`dvora generate`: texts continued with an adapter, and without it beside them."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from ..recipes.files import checked
+from ..recipes.settings import Sampling, Trust
 from ..text import visible
-from .errors import UsageError, check_there, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet, results
+from .errors import check_there
+from .options import Download, OwnCode, command, with_options_of
+from .output import Output, print_rows, results
 
 if TYPE_CHECKING:
     from ..recipes.reports.generation import Continuation
     from ..recipes.run_folder import Run
-    from ..recipes.settings import Trust
 
-_SAMPLING, _WITHOUT_RUN = "How tokens are chosen", "Without a run"
+_WITHOUT_RUN = "Without a run"
 
 
+@command
+@with_options_of(Sampling)
 def generate(
+    shown: Output,
     run: Annotated[
         str | None, typer.Argument(help="The folder of a finished run; left out with --adapter.", show_default=False)
     ] = None,
@@ -31,28 +35,6 @@ def generate(
     only_adapter: Annotated[bool, typer.Option("--only-adapter", help="Do not generate with the base.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are what the user says in a chat.")] = False,
     system: Annotated[str | None, typer.Option(help="The chat's system message.", show_default=False)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens of a continuation at most.", rich_help_panel=_SAMPLING)
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest; else sampled, such as 0.8.", rich_help_panel=_SAMPLING)
-    ] = 0.0,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Sample from so many of the likeliest.", rich_help_panel=_SAMPLING, show_default="all"),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample from the likeliest with this probability together.",
-            rich_help_panel=_SAMPLING,
-            show_default="all",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: what occurred becomes less likely.", rich_help_panel=_SAMPLING)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling, for each prompt.", rich_help_panel=_SAMPLING)] = 0,
     adapter: Annotated[
         Path | None, typer.Option(help="The folder of an adapter.", rich_help_panel=_WITHOUT_RUN, show_default=False)
     ] = None,
@@ -68,9 +50,7 @@ def generate(
     ] = None,
     download: Download = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    **sampling: Any,
 ) -> None:
     """Continue texts with a trained language model, and beside that with its base.
 
@@ -87,37 +67,38 @@ def generate(
     dvora generate --adapter runs/play/adapter --model smollm2 --file prompts.txt --json
     echo "the book" | dvora generate runs/play
     """
-    with one_line(debug), wrong_input():
-        if adapter is not None and run is not None:
-            if prompt is not None:
-                raise UsageError(f"both a run ({run}) and --adapter {adapter} are given; give one of them")
-            run, prompt = None, run
-        if system is not None and not chat:
-            raise UsageError("--system is a message of a chat; give --chat too")
-        shown = Output(as_json, quiet)
-        prompts = _prompts(prompt, file, shown)
-        check_there(file, adapter)
-        from ..recipes.settings import Trust
+    if adapter is not None and run is not None:
+        if prompt is not None:
+            raise ValueError(f"both a run ({run}) and --adapter {adapter} are given; give one of them")
+        run, prompt = None, run
+    if system is not None and not chat:
+        raise ValueError("--system is a message of a chat; give --chat too")
+    prompts = _prompts(prompt, file, shown)
+    check_there(file, adapter)
+    chosen = _model(run, adapter, model, Trust(own_code, download))
+    drawn = checked(Sampling, {name: value for name, value in sampling.items() if value is not None})
+    from ..recipes.reports.generation import Generator
 
-        finished = _chosen(run, adapter, model, Trust(own_code, download))
-        from ..recipes.reports.generation import Generator, Sampling
+    generator = Generator(chosen, not only_adapter)
+    continuations = (generator.continued(text, drawn, chat, system) for text in prompts)
+    if results().isatty() and not shown.as_json:
+        for continuation in continuations:
+            _show(continuation, results())
+    else:
+        print_rows((continuation.row for continuation in continuations), "continuations" if shown.as_json else None)
+    if results().isatty():
+        shown.next_step("dvora", "merge", str(run or adapter), "--output", "merged", why="a model without dvora")
 
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        generator = Generator(finished, not only_adapter)
-        _print((generator.continued(text, sampling, chat, system) for text in prompts), as_json, results())
-        if results().isatty():
-            shown.next_step("dvora", "merge", str(run or adapter), "--output", "merged", why="a model without dvora")
 
-
-def _chosen(run: str | None, adapter: Path | None, model: str | None, trust: "Trust") -> "Run":
+def _model(run: str | None, adapter: Path | None, model: str | None, trust: Trust) -> "Run":
     if adapter is not None:
-        from ..recipes.models.trained import as_run
+        from ..recipes.reports.run_model import as_run
 
         return as_run(adapter, model, trust)
     if model is not None:
-        raise UsageError("--model is the base of an --adapter; a run knows its base")
+        raise ValueError("--model is the base of an --adapter; a run knows its base")
     if run is None:
-        raise UsageError("nothing to generate with: give the folder of a run, or --adapter FOLDER")
+        raise ValueError("nothing to generate with: give the folder of a run, or --adapter FOLDER")
     from ..recipes.run_folder import read_run
 
     return read_run(Path(run), trust)
@@ -128,27 +109,15 @@ def _prompts(prompt: str | None, file: Path | None, shown: Output) -> Iterator[s
 
     if prompt is not None:
         if file is not None:
-            raise UsageError("both a prompt and --file are given; give one of them")
+            raise ValueError("both a prompt and --file are given; give one of them")
         return iter([prompt])
     if file is not None:
         lines = (row["text"] for _, row in stream_table(file, None, shown.note, suffix=".txt"))
     elif sys.stdin.isatty():
-        raise UsageError('there is no prompt; give one, as in: dvora generate RUN "Once upon a time"')
+        raise ValueError('there is no prompt; give one, as in: dvora generate RUN "Once upon a time"')
     else:
         lines = (line for _, line in stream_lines(sys.stdin.buffer, "stdin"))
     return filter(str.strip, lines)
-
-
-def _print(continuations: "Iterable[Continuation]", as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.data.written_rows import json_lines, json_object
-
-    if stdout.isatty() and not as_json:
-        for continuation in continuations:
-            _show(continuation, stdout)
-        return
-    rows = ({name: text for name, text in asdict(each).items() if text is not None} for each in continuations)
-    for text in json_object(rows, "continuations") if as_json else json_lines(rows):
-        typer.echo(text.encode(), file=stdout, nl=False)
 
 
 def _show(continuation: "Continuation", stdout: TextIO) -> None:

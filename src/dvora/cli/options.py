@@ -1,7 +1,9 @@
-"""Options of a command from a pydantic model: one for each setting, with its meaning, section and default."""
+"""What makes a command of a function: the options that many have, and those that a pydantic model gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
@@ -10,38 +12,105 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..recipes.settings import default_of
+from .errors import one_line
+from .output import Output
+
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Fetch a base that only a file names from the hub.", rich_help_panel="The base model"
+    ),
+]
+OwnCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the base, if it has any.",
+        rich_help_panel="The base model",
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")]
+AnAdapter = Annotated[Path, typer.Argument(help="Folder of an adapter, or of a run of `dvora train`.")]
+ARun = Annotated[Path, typer.Argument(help="The folder of a finished run.")]
+NewFolder = Annotated[Path, typer.Option("--output", "-o", help="A new folder.")]
 
 
-def with_options_of(model: type[BaseModel], short: dict[str, str]) -> Callable[[Any], Any]:
-    """Add the settings of a model to a command's signature, from which Typer makes its options.
+def _column(meaning: str) -> Any:
+    option = typer.Option(
+        help=f"Column of the {meaning}.", show_default="as in the training data", rich_help_panel="Columns of the files"
+    )
+    return Annotated[str | None, option]
+
+
+TextColumn, SecondTextColumn = _column("text"), _column("second text of a pair")
+LabelColumn = _column("class or number")
+
+
+def _flag(*names: str, meaning: str) -> Any:
+    return Annotated[bool, typer.Option(*names, help=meaning, rich_help_panel="Output")]
+
+
+_OUTPUT = {
+    "as_json": _flag("--json", meaning="One JSON object in place of tables."),
+    "quiet": _flag("--quiet", "-q", meaning="No notes, no progress."),
+    "debug": _flag("--debug", meaning="Show the traceback of an error."),
+}
+
+
+def command(function: Callable[..., None], as_json: bool = True) -> Callable[..., None]:
+    """A function as a command with options for its output, which ends in one line if something is wrong.
 
     Args:
-        model: whose fields are settings; those that the command has parameters for are left to it.
+        function: whose parameter `shown` is where results go; its other ones are what is typed.
+        as_json: whether results can be had as JSON.
+    """
+
+    @wraps(function)
+    def run(quiet: bool, debug: bool, as_json: bool = False, **given: Any) -> None:
+        with one_line(debug):
+            function(shown=Output(as_json, quiet), **given)
+
+    typed = [parameter for name, parameter in signature(function).parameters.items() if name != "shown"]
+    names = [name for name in _OUTPUT if as_json or name != "as_json"]
+    return _with_parameters(run, [*typed, *(_parameter(name, _OUTPUT[name], False) for name in names)])
+
+
+def with_options_of(model: type[BaseModel], short: dict[str, str] | None = None) -> Callable[[Any], Any]:
+    """Add the settings of a model to a function's signature, from which Typer makes its options.
+
+    Args:
+        model: whose fields are settings; those that the function has parameters for are left to it.
         short: options of one letter, by the names of settings.
 
     Returns:
-        A decorator of a command, which takes what is given as keyword arguments, and None for the rest.
+        A decorator of a function, which takes what is given as keyword arguments, and None for the rest.
     """
 
-    def decorate(command: Any) -> Any:
-        own = [
-            parameter
-            for parameter in signature(command).parameters.values()
-            if parameter.kind is not parameter.VAR_KEYWORD
-        ]
-        kind, taken = Parameter.POSITIONAL_OR_KEYWORD, {parameter.name for parameter in own}
+    def decorate(function: Any) -> Any:
+        given = [*signature(function).parameters.values()]
+        given = [parameter for parameter in given if parameter.kind is not parameter.VAR_KEYWORD]
+        names = {parameter.name for parameter in given}
         added = [
-            Parameter(name, kind, default=None, annotation=_option(name, field, short))
+            _parameter(name, _option(name, field, short or {}), None)
             for name, field in model.model_fields.items()
-            if name not in taken
+            if name not in names
         ]
         # Where the help shows them: behind the arguments.
-        place = max(1, sum(parameter.default is parameter.empty for parameter in own))
-        command.__signature__ = Signature([*own[:place], *added, *own[place:]])
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
-        return command
+        place = max(1, sum(parameter.default is parameter.empty for parameter in given))
+        return _with_parameters(function, [*given[:place], *added, *given[place:]])
 
     return decorate
+
+
+def _with_parameters(function: Any, parameters: Sequence[Parameter]) -> Callable[..., None]:
+    function.__signature__ = Signature([parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters])
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    typed: Callable[..., None] = function
+    return typed
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _option(name: str, field: FieldInfo, short: dict[str, str]) -> Any:

@@ -3,40 +3,14 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
 import typer
 
 from ..text import shown, visible
-
-_BASE = "The base model"
-Json = Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.", rich_help_panel="Output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.", rich_help_panel="Output")]
-Download = Annotated[
-    bool,
-    typer.Option("--download", help="Fetch a base that only a file names from the hub.", rich_help_panel=_BASE),
-]
-OwnCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run Python code that comes with the base, if it has any.", rich_help_panel=_BASE
-    ),
-]
-_COLUMNS, _TRAINED = "Columns of the files", "as in the training data"
-TextColumn = Annotated[
-    str | None, typer.Option(help="Column of the text.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
-]
-SecondTextColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of the second text of a pair.", show_default=_TRAINED, rich_help_panel=_COLUMNS),
-]
-LabelColumn = Annotated[
-    str | None, typer.Option(help="Column of the class or number.", show_default=_TRAINED, rich_help_panel=_COLUMNS)
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 
 LONGEST = 2000
 """Letters of a message; errors repeat what is in files, which may be long."""
@@ -129,13 +103,12 @@ def _print_table(console: Any, rows: Sequence[Mapping[str, Any]], headed: bool =
         cells = [shown(row.get(column)) for row in rows]
         header = Text(visible(spaced(column)))
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        whole = not any(" " in cell for cell in cells)
+        is_name = not any(" " in cell for cell in cells)
         table.add_column(
             header,
             justify="right" if numbers else "left",
             overflow="fold",
-            no_wrap=whole,
-            min_width=max(header.cell_len, *map(cell_len, cells)) if whole else None,
+            min_width=max(header.cell_len, *map(cell_len, cells)) if is_name else None,
         )
     for row in rows:
         table.add_row(*(Text(shown(row.get(column))) for column in rows[0]))
@@ -154,6 +127,19 @@ def results_alone() -> Iterator[None]:
             yield
     finally:
         _results.reset(token)
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]], name: str | None) -> None:
+    """Print rows as lines of JSON, each as soon as it is known, or as one object with a list of that name."""
+    from ..recipes.data.writers import json_lines, json_object
+
+    print_text(json_lines(rows) if name is None else json_object(rows, name))
+
+
+def print_text(texts: Iterable[str]) -> None:
+    """Print results in UTF-8, whatever the terminal's encoding."""
+    for text in texts:
+        typer.echo(text.encode(), file=results(), nl=False)
 
 
 def print_line(text: str) -> None:

@@ -1,4 +1,4 @@
-"""dvora predict: what a run's model predicts for rows without labels."""
+"""`dvora predict`: what a run's model predicts for rows without labels."""
 
 import shutil
 import sys
@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..recipes.settings import Trust
 from ..text import shown as as_text
 from ..text import visible
-from .errors import UsageError, check_there, check_writable, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet, SecondTextColumn, TextColumn, results
+from .errors import check_there, check_writable
+from .options import ARun, Download, OwnCode, SecondTextColumn, TextColumn, command
+from .output import Output, print_rows, print_text, results
 
 if TYPE_CHECKING:
     from ..recipes.reports.prediction import Predicted
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 STREAM = "-"
 
 
+@command
 def predict(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: ARun,
+    shown: Output,
     file: Annotated[
         str,
         typer.Argument(help="csv, tsv, jsonl, json, parquet, txt with a text a line, images; -: lines from stdin."),
@@ -44,9 +48,6 @@ def predict(
     ] = False,
     download: Download = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Predict the class (with its probability) or the number of every row, in the rows' order.
 
@@ -65,81 +66,58 @@ def predict(
     echo "a fine movie" | dvora predict dvora-run
     cat lines.txt | dvora predict dvora-run - -o predicted.jsonl
     """
-    with one_line(debug), wrong_input():
-        _check_output(output, safe_csv)
-        shown, summary = Output(as_json, quiet), None
-        columns = {"text_column": text_column, "second_text_column": second_text_column}
-        check_there(None if file == STREAM else file)
-        from ..recipes.run_folder import read_run
-        from ..recipes.settings import Trust
-
-        finished = read_run(run, Trust(own_code, download))
-        from ..recipes.data.new_files import file_inputs, line_inputs, reading_settings
-        from ..recipes.data.tables import stream_lines
-        from ..recipes.reports.prediction import Predictor
-
-        predictor = Predictor(finished)
-        # Whoever types lines wants an answer to each.
-        size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-        settings = reading_settings(finished, columns)
-        if file == STREAM:
-            inputs = line_inputs(stream_lines(sys.stdin.buffer, "stdin"), settings)
-        else:
-            inputs = file_inputs(Path(file), settings, shown.note)
-        predicted = predictor.predict(inputs, size, all_probabilities)
-        if output == STREAM:
-            _print(predicted, finished.labels, as_json, results())
-        else:
-            summary = _write(predicted, Path(output), safe_csv)
-        if cut := predictor.truncation.sentence(predictor.length):
-            shown.note(cut)
-        if summary is not None:
-            truncation = asdict(predictor.truncation)
-            shown.result(summary | ({"truncation": truncation} if as_json else {}), title=f"Predictions of {run}")
-            shown.next_step("dvora", "report", str(run), why="a page on how good they are")
-
-
-def _check_output(output: str, safe: bool) -> None:
-    from ..recipes.data.written_rows import writer_for
+    from ..recipes.data.writers import writer_for
 
     if output != STREAM:
-        writer_for(Path(output).suffix, safe)
+        write = writer_for(Path(output).suffix, safe_csv)
         check_writable(Path(output))
-    elif safe:
-        raise UsageError("--safe-csv is for a csv or tsv file; name one with --output")
+    elif safe_csv:
+        raise ValueError("--safe-csv is for a csv or tsv file; name one with --output")
+    check_there(None if file == STREAM else file)
+    from ..recipes.run_folder import read_run
 
-
-def _write(predicted: "Iterable[Predicted]", path: Path, safe: bool) -> dict[str, Any]:
-    """Write a file of predictions; returns how many there are of what."""
-    from ..recipes.data.written_rows import writer_for
+    finished = read_run(run, Trust(own_code, download))
+    from ..recipes.data.examples import file_inputs, line_inputs, reading_settings
+    from ..recipes.data.tables import stream_lines
     from ..recipes.files import typed
+    from ..recipes.reports.prediction import Predictor
     from ..whole_files import new_file
 
-    counts: Counter[str] = Counter()
-
-    def counted() -> Iterator[dict[str, Any]]:
-        for row in predicted:
-            prediction = row.columns["prediction"]
-            counts[prediction if isinstance(prediction, str) else ""] += 1
-            yield row.row
-
-    with new_file(typed(path)) as file:
-        for text in writer_for(path.suffix, safe)(counted()):
-            file.write(text.encode())
-    classes = {} if "" in counts else {"predicted": dict(counts.most_common())}
-    return {"output": str(path), "rows": counts.total(), **classes}
-
-
-def _print(predicted: "Iterable[Predicted]", labels: tuple[str, ...], as_json: bool, stdout: TextIO) -> None:
-    from ..recipes.data.written_rows import json_lines, json_object
-
-    if stdout.isatty() and not as_json:
-        texts = _table(predicted, labels, shutil.get_terminal_size().columns)
+    predictor = Predictor(finished)
+    settings = reading_settings(finished, {"text_column": text_column, "second_text_column": second_text_column})
+    if file == STREAM:
+        inputs = line_inputs(stream_lines(sys.stdin.buffer, "stdin"), settings)
     else:
-        rows = (row.row for row in predicted)
-        texts = json_object(rows, "predictions") if as_json else json_lines(rows)
-    for text in texts:
-        typer.echo(text.encode(), file=stdout, nl=False)
+        inputs = file_inputs(Path(file), settings, shown.note)
+    # Whoever types lines wants an answer to each.
+    size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
+    predicted = predictor.predict(inputs, size, all_probabilities)
+    counts: Counter[str] = Counter()
+    if output != STREAM:
+        with new_file(typed(Path(output))) as opened:
+            for text in write(row.row for row in _counted(predicted, counts, finished.labels)):
+                opened.write(text.encode())
+    elif results().isatty() and not shown.as_json:
+        print_text(_table(predicted, finished.labels, shutil.get_terminal_size().columns))
+    else:
+        print_rows((row.row for row in predicted), "predictions" if shown.as_json else None)
+    if cut := predictor.truncation.sentence(predictor.length):
+        shown.note(cut)
+    if output != STREAM:
+        summary: dict[str, Any] = {"output": output, "rows": counts.total()}
+        if finished.labels:
+            summary["predicted"] = dict(counts.most_common())
+        if shown.as_json:
+            summary["truncation"] = asdict(predictor.truncation)
+        shown.result(summary, title=f"Predictions of {run}")
+        shown.next_step("dvora", "report", str(run), why="a page on how good they are")
+
+
+def _counted(predicted: "Iterable[Predicted]", counts: Counter[str], labels: tuple[str, ...]) -> "Iterator[Predicted]":
+    for row in predicted:
+        # Of numbers only how many there are.
+        counts[str(row.columns["prediction"]) if labels else ""] += 1
+        yield row
 
 
 def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int) -> Iterator[str]:
@@ -149,8 +127,7 @@ def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int
         rest = {name: value for name, value in row.columns.items() if name != "prediction"}
         if not number:
             yield visible("  ".join(["prediction".ljust(first), *rest, *row.input.row]))[:width] + "\n"
-        prediction = row.columns["prediction"]
         numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
         texts = [" ".join(str(value).split()) for value in row.input.row.values()]
-        cells = [as_text(prediction).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
+        cells = [as_text(row.columns["prediction"]).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
         yield "  ".join(cells)[:width] + "\n"

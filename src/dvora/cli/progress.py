@@ -1,15 +1,15 @@
-"""How training shows where it is: a bar on a terminal, else lines; both begin with an estimate of how long it takes."""
+"""How long work takes: a bar on a terminal; of training, elsewhere, lines, which begin with an estimate."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..text import visible
 from .output import print_line
 
 if TYPE_CHECKING:
-    from ..recipes.training.watching import OnProgress, Progress
+    from ..recipes.training.callbacks import OnProgress, Progress
 
 FIRST = 10
 """Steps after which the first estimate is made, or a tenth of the run if that is less."""
@@ -18,20 +18,26 @@ LONG = 600
 
 
 @contextmanager
-def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
-    """What is to be called with progress; None when nothing is to be shown."""
+def counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """What is to be called with how many are done, of how many."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    with _bar(what) as bar:
+        task = bar.add_task("", total=None, said="")
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+@contextmanager
+def training(quiet: bool) -> "Iterator[OnProgress | None]":
+    """What is to be called with the progress of training; None when nothing is to be shown."""
     if quiet:
         yield None
         return
     if not sys.stderr.isatty():
         yield lambda progress: _show(progress, print_line, every_tenth=True)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[said]}", markup=False))
-    bar = Bar(*columns, console=Console(stderr=True, highlight=False), transient=True)
+    bar = _bar("step")
     task = bar.add_task("", total=None, said="")
 
     def update(progress: "Progress") -> None:
@@ -50,6 +56,14 @@ def shown_progress(quiet: bool) -> "Iterator[OnProgress | None]":
         bar.stop()
 
 
+def _bar(what: str) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[said]}", markup=False))
+    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=True)
+
+
 def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -> None:
     """An evaluation, the first estimate, or a tenth of the run."""
     tenth = progress.step * 10 // progress.steps > (progress.step - 1) * 10 // progress.steps
@@ -61,7 +75,7 @@ def _show(progress: "Progress", say: Callable[[str], None], every_tenth: bool) -
             if not name.endswith(("runtime", "per_second", "tokens"))
         )
         say(f"{place}, validation: {values}{' (best so far)' if progress.is_best else ''}")
-    elif progress.made == min(FIRST, max(1, progress.steps // 10)):
+    elif progress.measured == min(FIRST, max(1, progress.steps // 10)):
         pace, left = progress.pace or 0.0, left or 0.0
         shorter = f" (--max-steps {max(1, round(LONG / pace))} would take ten minutes)" if left > LONG else ""
         say(f"{place}: {_loss(progress)}, {pace:.2g} s a step, about {_clock(left)} left{shorter}")

@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .errors import check_page, check_there, one_line, wrong_input
-from .output import Debug, Download, Json, Output, OwnCode, Quiet
+from ..recipes.settings import Trust
+from .errors import check_page, check_there
+from .options import ARun, Download, OwnCode, command
+from .output import Output
 
 
+@command
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: ARun,
+    shown: Output,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The page.", show_default="RUN.html")] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another run to compare with.", show_default="the head alone on the frozen base")
@@ -19,9 +23,6 @@ def report(
     doctor: Annotated[bool, typer.Option(help="Examine the adapter too.")] = True,
     download: Download = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write a page on a run: what was trained, curves, what the adapter changed, sizes, and the doctor's table.
 
@@ -33,15 +34,12 @@ def report(
     dvora report dvora-run
     dvora report dvora-run --against head-run --output compared.html
     """
-    with one_line(debug), wrong_input():
-        page = output or Path(f"{run.resolve().name}.html")
-        check_page(page)
-        check_there(run)
-        from ..recipes.files import typed
-        from ..recipes.reports.run_page import write_page
-        from ..recipes.settings import Trust
+    page = output or Path(f"{run.resolve().name}.html")
+    check_page(page)
+    check_there(run)
+    from ..recipes.files import typed
+    from ..recipes.reports.run_page import write_page
 
-        write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
-        shown = Output(as_json, quiet)
-        shown.result({"report": str(page), "bytes": page.stat().st_size})
-        shown.next_step("dvora", "merge", str(run), "--output", "merged", why="once you have looked at the page")
+    write_page(run, page if output is None else typed(output), against, rows, doctor, Trust(own_code, download))
+    shown.result({"report": str(page), "bytes": page.stat().st_size})
+    shown.next_step("dvora", "merge", str(run), "--output", "merged", why="once you have looked at the page")

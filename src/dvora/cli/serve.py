@@ -1,22 +1,25 @@
 """`dvora serve`: one base model over HTTP, every request with its adapter."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
+from ..recipes.files import checked
 from ..serve.settings import TOKEN, Settings
-from .errors import UsageError, check_there, one_line, wrong_input
-from .options import with_options_of
-from .output import Debug, Download, Quiet, print_line
+from .errors import check_there
+from .options import Download, command, with_options_of
+from .output import Output, print_line
 
 
-@with_options_of(Settings, {})
+@partial(command, as_json=False)
+@with_options_of(Settings)
 def serve(
     base: Annotated[str, typer.Argument(help="Folder of the base model, or its name on the hub.")],
     adapters: Annotated[Path, typer.Option(help="A folder of adapters or of runs, which may be empty, or a pack.")],
+    shown: Output,
     token: Annotated[
         str | None,
         typer.Option(
@@ -29,8 +32,6 @@ def serve(
         int, typer.Option(help="Open connections; a new one takes the oldest silent one's place.", min=1)
     ] = 2048,
     download: Download = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
     **settings: Any,
 ) -> None:
     """Serve a base model with thousands of adapters over HTTP, each request with its own.
@@ -47,16 +48,10 @@ def serve(
     dvora serve smollm2 --adapters adapters.pack --slots 64 --port 8080
     DVORA_SERVE_TOKEN=secret-of-trainers dvora serve smollm2 --adapters adapters
     """
-    given: dict[str, Any] = {"base": base, "adapters": adapters, "token": token, "download": download}
-    with one_line(debug), wrong_input():
-        check_there(adapters)
-        try:
-            checked = Settings(**given, **{name: value for name, value in settings.items() if value is not None})
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            option = f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}" if problem["loc"] else "the options"
-            raise UsageError(f"{option}: {problem['msg'].removeprefix('Value error, ')}") from None
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from ..serve.run import serve as run_server
+    check_there(adapters)
+    given = {"base": base, "adapters": adapters, "token": token, "download": download, **settings}
+    chosen = checked(Settings, {name: value for name, value in given.items() if value is not None})
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ..serve.run import serve as run_server
 
-        run_server(checked, host, port, connections, None if quiet else print_line)
+    run_server(chosen, host, port, connections, None if shown.quiet else print_line)

@@ -1,28 +1,26 @@
-"""dvora train: from data and a model to a trained one in a folder of its own."""
+"""`dvora train`: from data and a model to a trained one in a folder of its own."""
 
 import gc
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..recipes.settings import Settings, commented, read_settings
-from .errors import INTERRUPTED, UsageError, check_there, one_line, wrong_input
-from .options import with_options_of
-from .output import Debug, Json, Output, OwnCode, Quiet, print_line, results
-from .progress import shown_progress
-
-if TYPE_CHECKING:
-    from ..recipes.run_folder import Run
+from ..recipes.settings import Settings, Trust, commented, read_settings
+from .errors import INTERRUPTED
+from .options import OwnCode, command, with_options_of
+from .output import Output, print_line, results
+from .progress import training
 
 EXAMPLE: dict[str, Any] = {"task": "text-classification", "model": "path/to/model", "data": ["reviews.csv"]}
 """What --print-config shows of the keys that have no default."""
-SHORT = {"model": "-m", "output": "-o"}
 
 
-@with_options_of(Settings, SHORT)
+@command
+@with_options_of(Settings, {"model": "-m", "output": "-o"})
 def train(
+    shown: Output,
     config: Annotated[
         Path | None, typer.Argument(help="A YAML file of settings, or the folder of a run; options override it.")
     ] = None,
@@ -31,9 +29,6 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     own_code: OwnCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
     **settings: Any,
 ) -> None:
     """Train a model: hold rows out, train, keep the best step, evaluate it beside simple baselines.
@@ -52,71 +47,53 @@ def train(
     dvora train runs/play/config.yaml --resume
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    with one_line(debug):
-        if print_config:
-            # A file has what it has; without one the keys that must be set get an example.
-            settings_shown = _settings(config, given if config else {**EXAMPLE, **given})
-            typer.echo(commented(settings_shown), file=results(), nl=False)
-            return
-        chosen = _placed(_settings(config, given), config, resume, is_named="output" in given)
-        _run(chosen, resume, Output(as_json, quiet), quiet, own_code)
-
-
-def _settings(config: Path | None, given: dict[str, Any]) -> Settings:
     if config is not None and config.is_dir():
         config /= "config.yaml"
-    try:
-        return read_settings(config, given)
-    except ValueError as error:
-        raise UsageError(f"{error}") from None
-    except FileNotFoundError:
-        raise UsageError(f"{config}: no such file; --print-config writes one") from None
+    if config is not None and not config.exists():
+        raise ValueError(f"{config}: no such file; --print-config writes one")
+    if print_config:
+        # A file has what it has; without one the keys that must be set get an example.
+        typer.echo(
+            commented(read_settings(config, given if config else {**EXAMPLE, **given})), file=results(), nl=False
+        )
+        return
+    chosen = read_settings(config, given)
+    if "output" not in given:
+        chosen = _placed(chosen, config, resume)
+    _run(chosen, resume, shown, Trust(own_code, download=True))
 
 
-def _placed(settings: Settings, config: Path | None, resume: bool, is_named: bool) -> Settings:
+def _placed(settings: Settings, config: Path | None, resume: bool) -> Settings:
     """The settings, their output checked: the configuration of a run names the folder that the run was in.
 
     Raises:
-        UsageError: a run's configuration names another folder than the run's.
+        ValueError: a run's configuration names another folder than the run's.
     """
     from ..recipes.run_folder import RECORD
 
     default = Path(settings.output)
-    if is_named:
-        return settings
     if "output" not in settings.model_fields_set and default.is_symlink():
-        raise UsageError(f"{default} is a link; name the folder of the run with --output")
-    folder = None if config is None else config if config.is_dir() else config.parent
+        raise ValueError(f"{default} is a link; name the folder of the run with --output")
+    folder = None if config is None else config.parent
     if folder is None or not (folder / RECORD).exists() or default.resolve() == folder.resolve():
         return settings
     if resume:
         return settings.model_copy(update={"output": str(folder)})
-    raise UsageError(
+    raise ValueError(
         f"{folder} is a run that was in {default} when it was made; name the folder of the new one with --output"
     )
 
 
-def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code: bool) -> None:
-    from ..recipes.run_folder import check_resumable, is_first, read_record
-    from ..recipes.settings import Trust, resolved
+def _run(settings: Settings, resume: bool, shown: Output, trust: Trust) -> None:
+    from ..recipes.run_folder import entered, is_first
 
-    folder = Path(settings.output)
-    # Here before the imports, which take seconds, and in the recipe once more, when the folder is locked.
-    with wrong_input():
-        check_resumable(folder, read_record(folder), resolved(settings), resume)
-    if not resume:
-        # A name on the hub has one slash at most, and begins with neither of these.
-        is_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
-        check_there(*settings.all_data, settings.model if is_path else None)
-    from ..recipes.training.run import InputError
-    from ..recipes.training.run import train as train_recipe
+    with entered(settings, resume) as place:
+        # After all that can be wrong without it: libraries of models take seconds.
+        from ..recipes.training.run import train_in
 
-    note = output.note if is_first() else lambda _: None
-    try:
-        with shown_progress(quiet) as on_progress:
-            outcome = train_recipe(settings, resume, on_progress, note, Trust(own_code, download=True))
-    except InputError as error:
-        raise UsageError(str(error)) from error
+        note = shown.note if is_first() else lambda _: None
+        with training(shown.quiet) as on_progress:
+            outcome = train_in(place, on_progress, note, trust)
     _leave_group()
     if not is_first():
         return
@@ -124,12 +101,17 @@ def _run(settings: Settings, resume: bool, output: Output, quiet: bool, own_code
         again = shlex.join(["dvora", "train", str(Path(settings.output) / "config.yaml"), "--resume"])
         print_line(f"stopped after step {outcome.stopped_at}; go on with: {again}")
         raise typer.Exit(INTERRUPTED)
-    output.result(
-        _shown(outcome.run, output.as_json),
+    record, folder, here = outcome.run.record, outcome.run.folder, Path.cwd()
+    shown.result(
+        _result(record, outcome.run.folder, outcome.run.adapter, shown.as_json),
         title=f"{settings.method} on {settings.task}",
-        verdict="\n".join(outcome.run.record.get("verdict", [])),
+        verdict="\n".join(record.get("verdict", [])),
     )
-    output.next_step("dvora", "report", shown_path(outcome.run.folder), why="a page with curves and examples")
+    # As somebody would type it here.
+    near = folder.is_relative_to(here) and folder != here
+    shown.next_step(
+        "dvora", "report", str(folder.relative_to(here) if near else folder), why="a page with curves and examples"
+    )
 
 
 def _leave_group() -> None:
@@ -142,22 +124,15 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def shown_path(folder: Path) -> str:
-    """A folder as somebody would type it here."""
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
-
-
-def _shown(run: "Run", as_json: bool) -> dict[str, Any]:
+def _result(record: Any, folder: Path, adapter: Path, as_json: bool) -> dict[str, Any]:
     from ..recipes.tasks.metrics import metric_rows
     from ..recipes.tasks.task import Truncation
 
-    record = run.record
     parts = record.get("truncation", {})
     cut = sum((Truncation(**part) for part in parts.values()), Truncation()).sentence(record.get("max_length", 0))
     return {
-        "run": str(run.folder),
-        "adapter": str(run.adapter),
+        "run": str(folder),
+        "adapter": str(adapter),
         "trained_parameters": record["trained_parameters"],
         "best_step": record["best_step"],
         "steps": record["steps"],

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, FailFast
 
 from ..whole_files import remove, write_atomically
 from .files import check_no_links, read_json
-from .settings import NOTHING, Settings, Trust, checked_settings
+from .settings import NOTHING, Settings, Trust, checked_settings, resolved
 
 RECORD, CONFIG, ADAPTER, CHECKPOINTS, LOCK = "run.json", "config.yaml", "adapter", "checkpoints", ".lock"
 HEAD_FILE = "head.safetensors"
@@ -40,12 +42,31 @@ class Run:
     trust: Trust = NOTHING
 
 
-_FINISHED: Mapping[str, type | tuple[type, ...]] = {
-    "data": dict, "metrics": dict, "history": list, "steps": int, "best_step": int, "trained_parameters": int,
-    "seconds": (int, float), "truncation": dict, "max_length": int,
-}  # fmt: skip
-"""What the record of a finished run may have beside its state, settings and labels."""
-_DATA: Mapping[str, type] = {"files": dict, "columns": dict, "rows": dict}
+class _Data(BaseModel):
+    """What the record says of a run's data."""
+
+    model_config = ConfigDict(strict=True)
+    files: dict[str, Any] = {}
+    columns: dict[str, str] = {}
+    rows: dict[str, int] = {}
+
+
+class _Record(BaseModel):
+    """What is read of a record; when a run starts, some of it is not there yet."""
+
+    model_config = ConfigDict(strict=True)
+    state: str
+    settings: dict[str, Any]
+    labels: Annotated[list[str], FailFast()]
+    data: _Data = _Data()
+    metrics: dict[str, dict[str, Any]] = {}
+    history: Annotated[list[dict[str, Any]], FailFast()] = []
+    steps: int = 0
+    best_step: int = 0
+    trained_parameters: int = 0
+    seconds: float = 0
+    truncation: dict[str, dict[str, int]] = {}
+    max_length: int = 0
 
 
 def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
@@ -63,10 +84,36 @@ def read_run(folder: Path, trust: Trust = NOTHING) -> Run:
         raise ValueError(f"{folder} holds no {RECORD}, so it is not the folder of a run of `dvora train`")
     if record["state"] != "finished":
         raise ValueError(f"the run in {folder} is not finished; go on with `dvora train {folder / CONFIG} --resume`")
-    _check_kinds(record, _FINISHED, folder / RECORD)
-    _check_kinds(record.get("data", {}), _DATA, folder / RECORD)
     settings = checked_settings(record["settings"], str(folder / RECORD))
-    return Run(folder, settings, checked_labels(record["labels"], folder / RECORD), folder / ADAPTER, record, trust)
+    return Run(folder, settings, tuple(record["labels"]), folder / ADAPTER, record, trust)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The content of run.json, finished or not; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    return read_json(path, kind=_Record)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write run.json, whole or not at all; with the state "finished" this is what ends a run."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(folder / RECORD, (text + "\n").encode())
+
+
+def labels_beside(adapter: Path) -> tuple[str, ...]:
+    """The names of the classes, where an adapter lies in the folder of a run; else none.
+
+    Raises:
+        ValueError: the run's record is damaged.
+    """
+    file = adapter.parent / RECORD
+    return checked_labels(read_json(file).get("labels") or [], file) if file.is_file() else ()
 
 
 def checked_labels(labels: object, record: Path) -> tuple[str, ...]:
@@ -80,63 +127,67 @@ def checked_labels(labels: object, record: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], file: Path) -> None:
-    for name, kind in kinds.items():
-        if name in values and not isinstance(values[name], kind):
-            raise ValueError(f"{file} is damaged: {name} is not what `dvora train` writes")
+@dataclass(frozen=True)
+class Place:
+    """Where a run is trained.
+
+    Args:
+        settings: of the run, resolved.
+        record: of an earlier start, from which this one goes on; None: it is the first.
+    """
+
+    settings: Settings
+    record: dict[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.settings.output)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of run.json, finished or not; None if there is none.
+@contextmanager
+def entered(settings: Settings, resume: bool = False) -> Iterator[Place]:
+    """The folder of a run, made if it is not there, for this process and those that train with it alone.
+
+    Args:
+        settings: of the run; they are resolved.
+        resume: go on with what is in the folder.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it holds something else, or another process works in it.
     """
-    path = folder / RECORD
-    if not path.exists():
-        return None
-    record = read_json(path)
-    if not {"state", "settings", "labels"} <= record.keys():
-        raise ValueError(f"{path} is not the record of a run of `dvora train`")
-    if not isinstance(record["settings"], dict):
-        raise ValueError(f"{path} is damaged: settings is no table of names and values")
-    return record
+    settings = resolved(settings)
+    folder = Path(settings.output)
+    # A name on the hub has one slash at most, and begins with neither of these.
+    is_path = settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1
+    for name in () if resume else (*settings.all_data, *[settings.model] * is_path):
+        if not Path(name).exists():
+            raise ValueError(f"{name}: no such file or folder")
+    for path in folder.iterdir() if folder.is_dir() and not (folder / RECORD).exists() else ():
+        # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if not is_empty and path.name not in (LOCK, CONFIG) and not is_leftover(path.name):
+            raise ValueError(f"{folder} is not empty (it holds {path.name}); choose another output folder")
+    with locked(folder) if is_first() else nullcontext():
+        record = read_record(folder)
+        if record is not None:
+            _check_resumable(folder, record, settings, resume)
+        yield Place(settings, record)
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write run.json, whole or not at all; with the state "finished" this is what ends a run."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    write_atomically(folder / RECORD, (text + "\n").encode())
-
-
-def check_resumable(folder: Path, record: dict[str, Any] | None, settings: Settings, resume: bool) -> None:
-    """Refuse to write into a folder that holds something else.
-
-    Raises:
-        ValueError: it does; the message says what it holds and what to do.
-    """
-    if record is None:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            # An empty folder holds nothing that could be lost: a run that was killed early leaves one for checkpoints.
-            is_empty = path.is_dir() and not any(path.iterdir())
-            if not is_empty and path.name not in (LOCK, CONFIG) and not is_leftover(path.name):
-                raise ValueError(f"{folder} is not empty (it holds {path.name}); choose another output folder")
-        return
+def _check_resumable(folder: Path, record: dict[str, Any], settings: Settings, resume: bool) -> None:
+    finished = record["state"] == "finished"
     if not resume:
-        finished = record["state"] == "finished"
         state, way = ("a finished", "shows") if finished else ("an unfinished", "goes on with")
         raise ValueError(f"{folder} holds {state} run; --resume {way} it, --output NAME starts another")
-    now = settings.model_dump(mode="json")
+    now, before = settings.model_dump(mode="json"), record["settings"]
     # The folder may have been moved.
-    changed = [key for key, value in now.items() if key != "output" and record["settings"].get(key) != value]
-    if changed:
-        which = ", ".join(f"{key} {record['settings'].get(key)!r} is now {now[key]!r}" for key in changed)
+    if changed := [key for key, value in now.items() if key != "output" and before.get(key) != value]:
+        which = ", ".join(f"{key} {before.get(key)!r} is now {now[key]!r}" for key in changed)
         raise ValueError(f"the run in {folder} was started with other settings ({which}); choose another output folder")
-    if record["state"] == "finished":
-        return
-    if not {"data", "processes", "seconds"} <= record.keys():
+    if not finished and not {"data", "processes", "seconds"} <= record.keys():
         raise ValueError(f"the record of the run in {folder} is damaged; choose another output folder")
-    if record["processes"] != world_size():
+    if not finished and record["processes"] != world_size():
         raise ValueError(
             f"the run in {folder} was started with {record['processes']} processes, not {world_size()}; start as many"
         )

@@ -5,31 +5,35 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from ..text import did_you_mean, shown
-from .files import parsed_yaml, read_small
+from ..text import shown
+from .files import checked, parsed_yaml, read_small
 
 Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 Projections = Literal["kaiming_uniform", "structured"]
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One path, or several."""
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
 PATHS = ("data", "validation_data", "test_data")
-"""Keys that take one path or several."""
 RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
 SMALL_RANK, SMALL_RANK_RATE = 4, 4e-3
 """Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
-OWN_CODE = "trust_remote_code"
-"""Was a setting once; now only the caller can allow it."""
+GONE = {
+    "trust_remote_code": "no file can allow that code is run; if you trust the author, give --trust-remote-code",
+    "tensorboard": "run.json has every loss",
+}
+"""Keys that files of earlier versions have, and what takes their place."""
 LARGEST_CONFIG = 2**18
 """Bytes of a configuration."""
 HEAD_RATE = 1e-3
@@ -63,6 +67,7 @@ _data = partial(setting, "The data")
 _method = partial(setting, "The method")
 _training = partial(setting, "Training")
 _evaluating = partial(setting, "Evaluating, saving, stopping")
+_sampling = partial(setting, "How tokens are chosen")
 
 
 class Settings(BaseModel):
@@ -72,7 +77,7 @@ class Settings(BaseModel):
 
     task: Task = _what(f"what to train for: {', '.join(TASKS)}")
     model: str = _what("the base model: a folder, or a name on the hub")
-    data: tuple[str, ...] = _what(
+    data: Paths = _what(
         "files (csv, tsv, jsonl, json, parquet, txt), or a folder with one folder of images for each class; several "
         "as a list, or with the option given again",
         min_length=1,
@@ -86,8 +91,8 @@ class Settings(BaseModel):
         "what the labels of sentence pairs are: classes or numbers", None, null="found from the labels", rare=True
     )
     encoding: str | None = _data("encoding of text files", None, null="UTF-8, else windows-1252", rare=True)
-    validation_data: tuple[str, ...] = _data("files to validate on in place of a share of the data", (), rare=True)
-    test_data: tuple[str, ...] = _data("files to test on in place of a share of the data", (), rare=True)
+    validation_data: Paths = _data("files to validate on in place of a share of the data", (), rare=True)
+    test_data: Paths = _data("files to test on in place of a share of the data", (), rare=True)
     validation_share: float = _data("share of the data held out to choose the best step", 0.1, ge=0, lt=1)
     test_share: float = _data("share of the data held out for the final test", 0.1, ge=0, lt=1)
     split_seed: int = _data("seed of the split: which rows are held out", 0, ge=0, lt=2**32, rare=True)
@@ -159,9 +164,6 @@ class Settings(BaseModel):
     early_stopping: int | None = _evaluating(
         "evaluations without a better one after which training stops", None, null="never", ge=1
     )
-    tensorboard: bool = _evaluating(
-        "write logs for TensorBoard into the run's folder (needs the package tensorboard)", False
-    )
 
     @property
     def all_data(self) -> tuple[str, ...]:
@@ -173,11 +175,6 @@ class Settings(BaseModel):
         """The learning rate of resolved settings."""
         assert self.learning_rate is not None, "resolve the settings first"
         return self.learning_rate
-
-    @field_validator(*PATHS, mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("learning_rates", mode="before")
     @classmethod
@@ -213,6 +210,29 @@ class Settings(BaseModel):
             raise ValueError(f"learning_rates has {min(vectors)}, which only the method dvora trains")
         if self.task == "causal-lm" and self.method == "head":
             raise ValueError("causal-lm has no new head to train; use dvora, vera, lora, dora or full")
+        return self
+
+
+class Sampling(BaseModel):
+    """How the tokens of a text are chosen: each is an option of `dvora generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = _sampling("tokens of a continuation at most", 64, ge=1)
+    temperature: float = _sampling("0: always the likeliest; else sampled, such as 0.8", 0.0, ge=0, allow_inf_nan=False)
+    top_k: int | None = _sampling("sample from so many of the likeliest", None, null="all", ge=1)
+    top_p: float | None = _sampling(
+        "sample from the likeliest with this probability together", None, null="all", gt=0, le=1
+    )
+    repetition_penalty: float = _sampling("above 1: what occurred becomes less likely", 1.0, gt=0, allow_inf_nan=False)
+    seed: int = _sampling("seed of the sampling, for each prompt", 0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _is_sampled(self) -> "Sampling":
+        if self.temperature == 0 and (drawn := self.model_fields_set & {"top_k", "top_p"}):
+            raise ValueError(
+                f"{min(drawn)} is set but temperature is 0, so nothing is sampled; set a temperature, such as 0.8"
+            )
         return self
 
 
@@ -257,44 +277,22 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{file} is not a YAML file of settings: {error}") from None
         if not isinstance(given, dict):
-            raise ValueError(
-                f"{file} has to hold keys and values, such as `task: regression`; it is a {type(given).__name__}"
-            )
-    values, source = {**given, **overrides}, str(file) if file else "the settings"
-    if values.get(OWN_CODE) not in (None, False):
-        raise ValueError(
-            f"{source}: {OWN_CODE} is no setting: no file can allow that code is run. If you trust the model's author, "
-            "give --trust-remote-code"
-        )
+            kind = type(given).__name__
+            raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; it is a {kind}")
+    values, source = {**given, **overrides}, str(file or "the settings")
+    for key, instead in GONE.items():
+        if values.get(key) not in (None, False):
+            raise ValueError(f"{source}: {key} is no setting: {instead}")
     return checked_settings(values, source)
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values; the key with which earlier versions allowed a model's own code is ignored.
+    """Settings from keys and values; keys of earlier versions are passed over.
 
     Raises:
-        ValueError: in one line, what is wrong with which key of `source`.
+        ValueError: see `checked`.
     """
-    try:
-        return Settings.model_validate({key: value for key, value in values.items() if key != OWN_CODE})
-    except ValidationError as error:
-        problems = [_explained(cast(dict[str, Any], problem)) for problem in error.errors()]
-        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(problems))}") from None
-
-
-def _explained(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple[str, ...]", "[key]"))
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}, {did_you_mean(key, Settings.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{key} is missing: {Settings.model_fields[key].description}"
-    if problem["type"] == "value_error":
-        message = " ".join(problem["msg"].removeprefix("Value error, ").split())
-        return f"{key} is {problem['input']!r}: {message}" if key else message
-    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        expected = [part.strip("' ") for part in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        return f"{key} is {problem['input']!r}, {did_you_mean(problem['input'], expected)}"
-    return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return checked(Settings, {key: value for key, value in values.items() if key not in GONE}, f"{source}: ")
 
 
 def resolved(settings: Settings) -> Settings:
@@ -329,15 +327,20 @@ def resolved(settings: Settings) -> Settings:
 
 def commented(settings: Settings) -> str:
     """A YAML file with every setting, each with a comment."""
-    values, lines, section = settings.model_dump(mode="json"), [], ""
-    for key, field in Settings.model_fields.items():
+    lines, section = list[str](), ""
+    for key, value in settings.model_dump(mode="json").items():
+        field = Settings.model_fields[key]
         extra = cast(dict[str, Any], field.json_schema_extra)
         if extra["section"] != section:
             section = extra["section"]
             lines += ["", f"# {section}"]
         null = f"; null: {extra['null']}" if extra["null"] else ""
         lines += [f"# {line}" for line in wrap(f"{field.description}{null}", WIDTH)]
-        lines.append(_entry(key, values[key]))
+        if key in PATHS and len(value) == 1:
+            value = value[0]
+        # A mapping in flow style, without its braces.
+        entry: str = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**9)
+        lines.append(entry.strip()[1:-1])
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -345,11 +348,3 @@ def default_of(field: FieldInfo) -> str:
     """The default of a setting in words; empty where there is none."""
     null: str = cast(dict[str, Any], field.json_schema_extra)["null"]
     return null or ("" if field.is_required() or field.default in (None, (), {}) else shown(field.default))
-
-
-def _entry(key: str, value: object) -> str:
-    if key in PATHS and isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    # A mapping in flow style, without its braces.
-    dumped: str = yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True, width=10**9)
-    return dumped.strip()[1:-1]

@@ -32,7 +32,7 @@ from ..adapter_file.values import IN_RUN, Description, FolderSource, adapters_in
 from ..adapter_file.values_file import SETTINGS, VALUES
 from ..bank import Version
 from ..recipes.files import check_no_links, read_json
-from ..recipes.models.adapter_folder import Adapter
+from ..recipes.models.adapters import Adapter
 from ..recipes.run_folder import RECORD, checked_labels
 from ..whole_files import RANDOM, locked, new_folder, remove, write_atomically
 from .requests import RefusedError

@@ -8,11 +8,12 @@
 Nothing here is fast, and nothing is shared with what it is compared with.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
@@ -92,24 +93,22 @@ class Subject:
     terms: tuple[Term, ...]
     layout: WeightLayout | None
 
-    def stored(self) -> Tensor:
-        """The base's weight as it is stored."""
-        weight: Tensor = self.base.weight.detach()
-        return weight
-
     @torch.no_grad()
     def weight(self) -> Float[Tensor, "O I"]:
         """W in float64, as the base computes with it."""
         if self.layout is not None:
-            return self.layout.matrix(self.stored()).double()
+            return self.layout.matrix(self.base.weight.detach()).double()
         every = torch.eye(self.base.in_features, device=device_of(self.base), dtype=self.dtype)
-        found: Tensor = self.base(every).double() - self.base(torch.zeros_like(every[:1])).double()
-        return found.T
+        columns: Tensor = self.base(every).double() - self.base(torch.zeros_like(every[:1])).double()
+        return columns.T
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the inputs that the base takes."""
-        return self.stored().dtype if self.layout is not None else input_dtype(self.base)
+        if self.layout is None:
+            return input_dtype(self.base)
+        dtype: torch.dtype = self.base.weight.dtype
+        return dtype
 
     def make_differentiable(self) -> None:
         """Leave the fast paths of evaluation, through which quantised layers give no gradient."""
@@ -123,39 +122,58 @@ class Subject:
         wide = None if bias is None else bias.detach().double()
         if self.layout is None:
             return nn.functional.linear(x, weight, wide)
-        state = {"weight": self.layout.stored(weight, self.stored().shape)}
-        found: Tensor = functional_call(self.base, state if wide is None else {**state, "bias": wide}, (x,))
-        return found
+        state = {"weight": self.layout.stored(weight, self.base.weight.shape)}
+        y: Tensor = functional_call(self.base, state if wide is None else {**state, "bias": wide}, (x,))
+        return y
 
     def rebuilt(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W' of all its terms together."""
         return weight + sum(term.delta(weight) for term in self.terms)
 
 
-def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterator[Subject]:
+def adapters_of(model: nn.Module, adapters: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of a model's adapters, or those of them that are asked for.
+
+    Raises:
+        TypeError: the model is not of PEFT.
+        ValueError: it has no such adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}; adapt it with get_peft_model first")
+    if unknown := [name for name in adapters or () if name not in model.peft_config]:
+        raise ValueError(f"there is no adapter {unknown[0]!r}, only {', '.join(model.peft_config)}")
+    return tuple(model.peft_config if adapters is None else adapters)
+
+
+def subjects(model: nn.Module, adapters: Sequence[str] | None = None) -> tuple[Subject, ...]:
     """The adapted layers of a model that can be rebuilt.
 
     Args:
         model: adapted with PEFT.
         adapters: by name; None: the active ones.
+
+    Raises:
+        ValueError: adapters are merged.
     """
+    layers: list[Subject] = []
     for path, layer in model.named_modules():
         for kind, term_of in _METHODS.items():
             if isinstance(layer, kind):
                 names = layer.active_adapters if adapters is None else adapters
                 terms = tuple(term for name in names if (term := term_of(layer, name)) is not None)
-                subject = _subject(path.removeprefix("base_model.model."), layer, terms)
-                if subject is not None:
-                    yield subject
+                layers += _subject(path.removeprefix("base_model.model."), layer, terms)
+    if any(subject.layer.merged for subject in layers):
+        raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
+    return tuple(layers)
 
 
-def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
-    """The layer, or None where it has no adapter, is never called, or gives no way to its weight."""
+def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> list[Subject]:
+    """The layer; nothing where it has no adapter, is never called, or gives no way to its weight."""
     base = layer.get_base_layer()
     is_dvora = isinstance(layer, DVoRALayer)
     # Parameters and attention's projections are read by the modules around them.
     if not terms or (is_dvora and layer.layer_type.low_rank is None):
-        return None
+        return []
     layout = next((kind.layout for layer_type, kind in LAYER_TYPES.items() if isinstance(base, layer_type)), None)
     if is_dvora:
         layout = layer.layer_type.layout
@@ -164,8 +182,8 @@ def _subject(name: str, layer: Any, terms: tuple[Term, ...]) -> Subject | None:
         # It has no weight, or one whose numbers are not what they seem.
         layout = None
     if layout is None and not isinstance(getattr(base, "in_features", None), int):
-        return None
-    return Subject(name, layer, base, terms, layout)
+        return []
+    return [Subject(name, layer, base, terms, layout)]
 
 
 def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dvora.recipes.adapters.conversion import convert
-from dvora.recipes.models.adapter_folder import read_adapter
-from dvora.recipes.models.adapters import load_adapted
+from dvora.recipes.models.adapters import load_adapted, read_adapter
 from dvora.recipes.models.inputs import difference, example_output
 from tests.recipes.saved_adapters import adapted, save
 

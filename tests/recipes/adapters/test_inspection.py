@@ -1,6 +1,7 @@
 """Inspection of an adapter's folder, and what the folder cannot hide."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_another_base_is_refused(bert: Path, tmp_path: Path) -> None:
         inspect(tmp_path / "adapter", str(tmp_path / "other"))
 
 
+def test_every_file_is_opened_once(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path)
+    opened: list[str] = []
+    hooked = [True]
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if hooked and event == "open" and str(arguments[0]).startswith(str(tmp_path)):
+            opened.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)
+    inspect(tmp_path)
+    hooked.clear()
+    names = [name for name in opened if name.startswith("adapter_")]
+    assert sorted(names) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_the_folder_of_a_run_will_do(bert: Path, tmp_path: Path) -> None:
     save(bert, tmp_path / "adapter")
     assert inspect(tmp_path)["folder"] == str(tmp_path / "adapter")
@@ -93,7 +110,7 @@ def test_pickled_values_are_refused_and_never_read(bert: Path, tmp_path: Path) -
     [
         (None, r"holds no adapter_config\.json"),
         ("[]", "no table of settings"),
-        ("{}", "no peft_type"),
+        ("{}", "peft_type is missing"),
         ('{"peft_type": "LORA"}', r"holds no adapter_model\.safetensors"),
     ],
 )

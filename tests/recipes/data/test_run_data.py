@@ -135,6 +135,12 @@ def test_of_many_texts_whole_ones_are_held_out(tmp_path: Path) -> None:
     assert found.test[0]["passage"].endswith("ends")
 
 
+def test_a_text_of_no_known_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\x81\x8d")
+    with pytest.raises(ValueError, match=r"a\.txt: it is neither UTF-8 nor windows-1252; set `encoding`"):
+        load(tmp_path / "a.txt", "causal-lm")
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dvora.recipes.models.adapter_folder import adapter_on, read_adapter
-from dvora.recipes.models.adapters import load_adapted
+from dvora.recipes.models.adapters import adapter_on, load_adapted, read_adapter
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
 

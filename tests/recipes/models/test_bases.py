@@ -9,16 +9,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, RobertaConfig
 
 from dvora.recipes.models.bases import computing, device_of, load_base, longest_text
-from dvora.recipes.settings import Settings
-
-
-def settings(mixed_precision: str = "no", model: str = "m", task: str = "regression", seed: int = 0) -> Settings:
-    given = {"mixed_precision": mixed_precision, "model": model, "task": task, "seed": seed}
-    return Settings.model_validate({**given, "data": "d.csv", "cpu": True})
+from tests.recipes.finished_runs import settings_of
 
 
 def test_new_layers_come_from_the_seed_alone(models: dict[str, Path]) -> None:
-    chosen = settings(model=str(models["bert"]), task="text-classification", seed=3)
+    chosen = settings_of("text-classification", models["bert"], seed=3)
     first, second = (load_base(chosen, ["bad", "good"], 0) for _ in range(2))
     assert (first.heads, first.new, first.notes) == (("classifier",), {"classifier"}, ("new layers: classifier",))
     assert first.model.config.id2label == {0: "bad", 1: "good"}
@@ -29,7 +24,7 @@ def test_new_layers_come_from_the_seed_alone(models: dict[str, Path]) -> None:
 
 def test_what_the_base_lacks_is_trained_whole_too(bert: Path, tmp_path: Path) -> None:
     BertModel.from_pretrained(bert, add_pooling_layer=False).save_pretrained(tmp_path)
-    base = load_base(settings(model=str(tmp_path)), [], 0)
+    base = load_base(settings_of("regression", tmp_path), [], 0)
     assert base.heads == ("classifier", "bert.pooler.dense")
 
 
@@ -37,7 +32,7 @@ def test_a_pipe_in_a_model_s_folder_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "generation_config.json")
     with pytest.raises(ValueError, match="is a pipe or a device"):
-        load_base(settings(model=str(tmp_path)), [], 0)
+        load_base(settings_of("regression", tmp_path), [], 0)
 
 
 MODEL = {"config.json": {"model_type": "bert"}}
@@ -58,7 +53,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, files: dict[str
     for name, content in (files or {}).items():
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        load_base(settings(model="nobody/nothing" if files is None else str(tmp_path)), [], 0)
+        load_base(settings_of("regression", "nobody/nothing" if files is None else tmp_path), [], 0)
     assert "\n" not in str(error.value)
 
 
@@ -68,7 +63,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, files: dict[str
 )
 def test_precision_and_no_gradients(mixed_precision: str, expected: torch.dtype) -> None:
     layer = torch.nn.Linear(3, 2)
-    with computing(settings(mixed_precision)):
+    with computing(settings_of("regression", mixed_precision=mixed_precision)):
         output = layer(torch.ones(1, 3))
     assert output.dtype == expected
     assert not output.requires_grad
@@ -76,8 +71,8 @@ def test_precision_and_no_gradients(mixed_precision: str, expected: torch.dtype)
 
 
 def test_a_run_that_keeps_to_the_cpu_computes_there() -> None:
-    assert device_of(settings("no")).type == "cpu"
-    torch.ones(1, device=device_of(settings("no").model_copy(update={"cpu": False})))
+    assert device_of(settings_of("regression")).type == "cpu"
+    torch.ones(1, device=device_of(settings_of("regression", cpu=False)))
 
 
 @pytest.mark.parametrize(("kind", "longest"), [(BertConfig, 12), (RobertaConfig, 10)])

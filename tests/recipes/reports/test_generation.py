@@ -12,10 +12,12 @@ from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from dvora.recipes.files import checked
 from dvora.recipes.models.bases import quiet_transformers
-from dvora.recipes.models.trained import as_run
-from dvora.recipes.reports.generation import Continuation, Generator, Sampling, text_after
+from dvora.recipes.reports.generation import Continuation, Generator, text_after
+from dvora.recipes.reports.run_model import as_run
 from dvora.recipes.run_folder import Run
+from dvora.recipes.settings import Sampling
 from tests.recipes.finished_runs import finished
 from tests.recipes.saved_adapters import save
 
@@ -59,13 +61,10 @@ def test_each_side_is_what_its_model_says_alone(run: Run, generator: Generator, 
     assert generator.continued(PROMPT, GREEDY) == found
 
 
-def test_without_the_base(run: Run, generator: Generator) -> None:
-    alone = Generator(run, compares=False).continued(PROMPT, GREEDY)
-    assert alone == replace(generator.continued(PROMPT, GREEDY), without_adapter=None)
-
-
-def test_an_adapter_without_its_run(run: Run, generator: Generator, models: dict[str, Path]) -> None:
+def test_without_the_base_or_without_its_run(run: Run, generator: Generator, models: dict[str, Path]) -> None:
     expected = generator.continued(PROMPT, GREEDY)
+    alone = Generator(run, compares=False).continued(PROMPT, GREEDY)
+    assert alone == replace(expected, without_adapter=None)
     for base in (None, str(models["llama"])):
         assert Generator(as_run(run.adapter, base)).continued(PROMPT, GREEDY) == expected
 
@@ -85,15 +84,15 @@ def test_draws_depend_on_the_seed_alone(generator: Generator) -> None:
     assert torch.equal(torch.rand(3), expected)
     generator.continued("another prompt", DRAWN)
     assert generator.continued(PROMPT, DRAWN) == first
-    assert generator.continued(PROMPT, replace(DRAWN, seed=4)) != first
-    assert generator.continued(PROMPT, replace(DRAWN, temperature=0.0)) != first
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"seed": 4})) != first
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"temperature": 0.0})) != first
 
 
 def test_drawing_from_the_likeliest_alone_is_greedy(generator: Generator) -> None:
     expected = generator.continued(PROMPT, GREEDY)
-    assert generator.continued(PROMPT, replace(DRAWN, top_k=1)) == expected
-    assert generator.continued(PROMPT, replace(DRAWN, top_p=1e-6)) == expected
-    assert generator.continued(PROMPT, replace(GREEDY, repetition_penalty=5.0)) != expected
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"top_k": 1})) == expected
+    assert generator.continued(PROMPT, DRAWN.model_copy(update={"top_p": 1e-6})) == expected
+    assert generator.continued(PROMPT, GREEDY.model_copy(update={"repetition_penalty": 5.0})) != expected
 
 
 def test_what_the_model_says_of_drawing_is_overruled(run: Run, generator: Generator) -> None:
@@ -140,41 +139,19 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
-        ({"temperature": -1.0}, r"temperature is -1\.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: input should be greater than or equal to 1"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0, "top_p": 1.5}, r"top_p is 1\.5, expected above 0 and at most 1"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p is 1\.5: input should be less than or equal to 1"),
         ({"top_k": 5}, "top_k is set but temperature is 0"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
-        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_values_out_of_range_are_reported(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sampling(**values)  # type: ignore[arg-type]
+        checked(Sampling, values)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (None, r"holds no adapter_config\.json"),
-        ("{", r"adapter_config\.json is damaged"),
-        ("{}", "has no peft_type"),
-        ('{"peft_type": "DVORA"}', "does not name its base model; give it with --model"),
-    ],
-)
-def test_an_adapter_that_cannot_be_read_is_refused(
-    models: dict[str, Path], tmp_path: Path, settings: str | None, message: str
-) -> None:
+def test_an_adapter_that_names_no_base_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     save(models["llama"], tmp_path, task_type="CAUSAL_LM")
-    (tmp_path / "adapter_config.json").unlink()
-    if settings is not None:
-        (tmp_path / "adapter_config.json").write_text(settings)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "DVORA"}')
+    with pytest.raises(ValueError, match="does not name its base model; give it with --model"):
         as_run(tmp_path, None)
-
-
-def test_a_model_that_does_not_generate_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is of text-classification; use `dvora predict`"):
-        Generator(finished("text-classification", tmp_path))

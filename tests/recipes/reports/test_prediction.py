@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dvora.recipes.data.new_files import Input, file_inputs, line_inputs, reading_settings
+from dvora.recipes.data.examples import Input, file_inputs, line_inputs, reading_settings
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.data.tables import stream_lines, stream_table
-from dvora.recipes.models.trained import load_trained
 from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.reports.prediction import Predicted, Predictor
+from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import Run
 from dvora.recipes.tasks.metrics import number_metrics
 from tests.recipes.finished_runs import finished
@@ -156,11 +156,7 @@ def test_a_long_file_takes_no_more_memory(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.csv",
-            "sentence,label\ngood,1\n",
-            r"a\.csv has no column 'text'; set --text-column, expected one of label, sentence$",
-        ),
+        ("a.csv", "sentence,label\ngood,1\n", r"no column 'text'; set --text-column, expected one of label, sentence$"),
         ("a.csv", "text\ngood\n\nbad\n   \n", r"a\.csv, row 3: column 'text' is empty; fill it in"),
         ("a.csv", "text,prediction\ngood,good\n", "a column 'prediction' already; rename it"),
         ("a.jsonl", '{"text": "good"}\n{"text": 3}\n', r"a\.jsonl, row 2: .*holds 3, which is no text"),
@@ -183,8 +179,3 @@ def test_a_line_that_is_no_text_is_reported(classified: Predictor) -> None:
     assert next(lines) == ("stdin, line 1", "good")
     with pytest.raises(ValueError, match="stdin, line 2: not UTF-8"):
         next(lines)
-
-
-def test_a_language_model_does_not_predict(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`dvora generate` continues texts"):
-        Predictor(finished("causal-lm", tmp_path))

@@ -24,19 +24,16 @@ from dvora.recipes.tasks.head_alone import (
 )
 from dvora.recipes.tasks.task import features, task_parts
 from tests.recipes import tiny_data
+from tests.recipes.finished_runs import settings_of
 
 ROWS = [{"text": "good " * (1 + number % 7) + "a movie", "label": number % 2} for number in range(11)]
-
-
-def settings(task: str, model: Path) -> Settings:
-    return Settings(task=task, model=str(model), data=("x",), batch_size=4, cpu=True)
 
 
 def made(
     task: str, model: Path, rows: list[dict[str, Any]], classes: tuple[str, ...]
 ) -> tuple[Any, Any, Any, Settings]:
     """A base with a new head, inputs, what makes batches of them, and the settings."""
-    chosen = settings(task, model)
+    chosen = settings_of(task, model, batch_size=4)
     processor = load_processor(chosen)
     base = load_base(chosen, classes, getattr(processor, "pad_token_id", None)).model
     return base, features(rows, chosen, processor, 24).dataset, task_parts(chosen, classes, processor).collator, chosen
@@ -77,9 +74,9 @@ def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
         assert {*head(x).argmax(-1).tolist()} <= {*labels.tolist()}
 
 
-@pytest.mark.parametrize(("name", "task"), [("bert", "text-classification"), ("llama", "text-classification")])
-def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: str, task: str) -> None:
-    base, dataset, collator, chosen = made(task, models[name], ROWS, ("bad", "good"))
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: str) -> None:
+    base, dataset, collator, chosen = made("text-classification", models[name], ROWS, ("bad", "good"))
     found = frozen_features(base, dataset, collator, chosen)
     layer = last_layer(base)
     assert layer is not None

@@ -8,17 +8,13 @@ from transformers import AutoConfig
 
 from dvora.recipes.data.chats import IGNORED, chat_features
 from dvora.recipes.models.bases import load_processor
-from dvora.recipes.settings import Settings
 from dvora.recipes.tasks.task import Truncation, bytes_of, features, longest
-
-
-def settings(task: str, model: Path) -> Settings:
-    return Settings(task=task, model=str(model), data=("x",))
+from tests.recipes.finished_runs import settings_of
 
 
 @pytest.fixture
 def letters(models: dict[str, Path]) -> Any:
-    return load_processor(settings("causal-lm", models["llama"]))
+    return load_processor(settings_of("causal-lm", models["llama"]))
 
 
 CHAT = [
@@ -31,7 +27,7 @@ CHAT = [
 
 def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> None:
     text = "The quick brown fox\njumps over the lazy dog" * 9
-    made = features([{"passage": text}], settings("causal-lm", models["llama"]), letters, 50).dataset
+    made = features([{"passage": text}], settings_of("causal-lm", models["llama"]), letters, 50).dataset
     assert letters.decode([token for block in made["input_ids"] for token in block]) == text
     assert {len(block) for block in made["input_ids"][:-1]} == {50}
     assert made["labels"] == made["input_ids"]
@@ -40,7 +36,7 @@ def test_blocks_hold_the_whole_text(models: dict[str, Path], letters: Any) -> No
 
 
 def test_a_whole_text_ends_and_a_passage_goes_on(models: dict[str, Path], letters: Any) -> None:
-    task = settings("causal-lm", models["llama"])
+    task = settings_of("causal-lm", models["llama"])
     assert features([{"text": "ab"}], task, letters, 50).dataset["input_ids"][0][-1] == letters.eos_token_id
     assert features([{"passage": "ab"}], task, letters, 50).dataset["input_ids"][0][-1] != letters.eos_token_id
 
@@ -55,7 +51,7 @@ def test_the_assistant_s_words_are_learned_and_no_others(letters: Any) -> None:
 
 
 def test_a_chat_cut_before_the_answer_is_left_out(models: dict[str, Path], letters: Any) -> None:
-    assert len(features([{"messages": CHAT}], settings("causal-lm", models["llama"]), letters, 5).dataset) == 0
+    assert len(features([{"messages": CHAT}], settings_of("causal-lm", models["llama"]), letters, 5).dataset) == 0
 
 
 @pytest.mark.parametrize(
@@ -72,7 +68,7 @@ def test_a_template_that_cannot_be_used_is_reported(letters: Any, template: str 
 
 
 def test_pairs_and_labels_reach_the_model(models: dict[str, Path]) -> None:
-    task = settings("sentence-pairs", models["bert"])
+    task = settings_of("sentence-pairs", models["bert"])
     words = load_processor(task)
     rows = [{"text": "good movie", "text2": "bad book", "label": 1}]
     made = features(rows, task, words, 32).dataset
@@ -83,7 +79,7 @@ def test_pairs_and_labels_reach_the_model(models: dict[str, Path]) -> None:
 
 
 def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
-    task = settings("regression", models["bert"])
+    task = settings_of("regression", models["bert"])
     words = load_processor(task)
     config = AutoConfig.from_pretrained(models["bert"])
     assert longest(task.model_copy(update={"max_length": 20}), words, config) == 20
@@ -93,16 +89,16 @@ def test_a_model_s_length_is_never_exceeded(models: dict[str, Path]) -> None:
 def test_a_model_without_tokenizer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((models["bert"] / "config.json").read_text())
     with pytest.raises(ValueError, match=r"holds no tokenizer .* give its folder with `tokenizer`"):
-        load_processor(settings("regression", tmp_path))
-    elsewhere = settings("regression", tmp_path).model_copy(update={"tokenizer": str(models["bert"])})
+        load_processor(settings_of("regression", tmp_path))
+    elsewhere = settings_of("regression", tmp_path).model_copy(update={"tokenizer": str(models["bert"])})
     assert load_processor(elsewhere).vocab_size > 0
     with pytest.raises(ValueError, match="holds no image processor"):
-        load_processor(settings("image-classification", tmp_path))
+        load_processor(settings_of("image-classification", tmp_path))
 
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_what_is_cut_is_counted(models: dict[str, Path], pair: bool) -> None:
-    task = settings("sentence-pairs" if pair else "text-classification", models["bert"])
+    task = settings_of("sentence-pairs" if pair else "text-classification", models["bert"])
     words = load_processor(task)
     rows: list[dict[str, Any]] = [{"text": "good " * count} for count in (1, 6, 7, 8, 20)]
     if pair:
@@ -118,7 +114,7 @@ def test_what_is_cut_is_counted(models: dict[str, Path], pair: bool) -> None:
 
 
 def test_chats_that_are_cut_or_left_out_are_counted(models: dict[str, Path], letters: Any) -> None:
-    task = settings("causal-lm", models["llama"])
+    task = settings_of("causal-lm", models["llama"])
     length = len(letters(letters.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)["input_ids"])
     rows = [{"messages": CHAT}, {"messages": CHAT[:2]}]
     whole = features(rows, task, letters, length).truncation

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from dvora.recipes.run_folder import Run as FinishedRun
 from dvora.recipes.settings import Settings, checked_settings
-from dvora.recipes.training.watching import OnProgress, Progress
+from dvora.recipes.training.callbacks import OnProgress, Progress
+from dvora.recipes.training.run import train
 from tests.recipes.finished_runs import DATA
 
 
@@ -36,6 +38,13 @@ class Run:
             },
             "",
         )
+
+
+def finished(settings: Settings, **options: Any) -> FinishedRun:
+    """The run, trained to its end."""
+    run = train(settings, **options).run
+    assert run is not None
+    return run
 
 
 def signal_after(step: int, number: int = signal.SIGINT) -> OnProgress:

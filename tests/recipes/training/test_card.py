@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dvora.recipes.models.trained import load_trained
+from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.training.card import model_card
 from tests.recipes.finished_runs import finished
 

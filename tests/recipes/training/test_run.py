@@ -3,35 +3,37 @@
 import json
 import shutil
 import signal
+import sys
+from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import dvora.recipes
 from dvora.recipes.data.run_data import load_data
-from dvora.recipes.models.adapter_folder import read_adapter
-from dvora.recipes.models.trained import load_trained
-from dvora.recipes.run_folder import read_record, read_run
+from dvora.recipes.models.adapters import read_adapter
+from dvora.recipes.reports.run_model import load_trained
+from dvora.recipes.run_folder import read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.task import features
+from dvora.recipes.training.callbacks import Progress
 from dvora.recipes.training.checkpoints import checkpoints
-from dvora.recipes.training.run import InputError, train
+from dvora.recipes.training.run import train
 from dvora.recipes.training.trainers import length_of_run
-from dvora.recipes.training.watching import Progress
 from dvora.training import MAGNITUDE_SHARE
 from tests.recipes import tiny_data
 from tests.recipes.finished_runs import DATA
-from tests.recipes.training.runs import Run, assert_same, signal_after, trained_parameters
+from tests.recipes.training.runs import Run, assert_same, finished, signal_after, trained_parameters
 
 
 @pytest.mark.parametrize("task", DATA)
 def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: Path, task: str) -> None:
     run = Run(models, tmp_path, task)
-    outcome = train(run.settings("out", learning_rate=0.02, epochs=4))
-    assert outcome.run is not None
-    record = read_run(tmp_path / "out").record
-    assert record == json.loads(json.dumps(outcome.run.record))
+    record = finished(run.settings("out", learning_rate=0.02, epochs=4)).record
+    assert read_run(tmp_path / "out").record == json.loads(json.dumps(record))
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     evaluated = [entry["step"] for entry in record["history"] if "eval_loss" in entry]
     assert len(evaluated) == len(set(evaluated)) == 4
@@ -55,8 +57,7 @@ def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: 
 def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_path: Path, method: str) -> None:
     run = Run(models, tmp_path)
     settings = run.settings("out", method=method, learning_rate=0.01)
-    outcome = train(settings)
-    assert outcome.run is not None
+    finished(settings)
     found = read_run(tmp_path / "out")
     model, tokenizer = load_trained(found)
     assert model.config.id2label == {0: "bad", 1: "good"}
@@ -76,9 +77,7 @@ def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_pa
 def test_chats_are_trained_on_and_compared_with_the_base(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path, "causal-lm")
     run.data = tiny_data.chats(tmp_path / "chats.jsonl")
-    outcome = train(run.settings("out", learning_rate=0.05))
-    assert outcome.run is not None
-    metrics = outcome.run.record["metrics"]
+    metrics = finished(run.settings("out", learning_rate=0.05)).record["metrics"]
     assert metrics["test"]["bits_per_byte"] > 0
     assert metrics["test"]["loss"] < metrics["test_before_training"]["loss"]
     assert metrics["test"]["perplexity"] == pytest.approx(torch.tensor(metrics["test"]["loss"]).exp().item(), rel=1e-5)
@@ -106,22 +105,24 @@ def test_a_stopped_run_is_refused_unless_it_is_resumed(models: dict[str, Path], 
     assert (outcome.run, outcome.stopped_at) == (None, 8)
     with pytest.raises(ValueError, match="is not finished"):
         read_run(tmp_path / "stopped")
-    with pytest.raises(InputError, match="holds an unfinished run; --resume goes on"):
+    with pytest.raises(ValueError, match="holds an unfinished run; --resume goes on"):
         train(settings)
     steps: list[int] = []
-    assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
+    finished(settings, resume=True, on_progress=lambda progress: steps.append(progress.step))
     assert min(steps) == 9
 
 
-@pytest.mark.parametrize("changes", [{}, {"evaluate_every": 2}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({}, range(1, 5)), ({"evaluate_every": 2}, range(1, 3))], ids=["epochs", "steps"]
+)
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
-    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+    models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], steps: range
 ) -> None:
     run = Run(models, tmp_path)
     settings = {"dropout": 0.1, "batch_size": 32, **changes}
-    whole = train(run.settings("whole", **settings)).run
-    assert whole is not None
-    for step in range(1, whole.record["steps"] - 1):
+    whole = finished(run.settings("whole", **settings))
+    assert whole.record["steps"] == 6
+    for step in steps:
         stopped = run.settings(f"stopped {step}", **settings)
         assert train(stopped, on_progress=signal_after(step)).stopped_at == step + 1
         train(stopped, resume=True)
@@ -143,7 +144,7 @@ def test_a_half_written_checkpoint_is_never_gone_on_with(models: dict[str, Path]
     (tmp_path / "killed" / ".adapter.x").mkdir()
     (tmp_path / "killed" / ".run.json.x").touch()
     assert [path.name for path in checkpoints(folder)][-1] == "checkpoint-8"
-    assert train(settings, resume=True).run is not None
+    finished(settings, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "killed")
     names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("whole", "killed")]
     assert names[0] == names[1]
@@ -156,7 +157,7 @@ def test_a_resumed_run_starts_from_the_head_that_was_fitted(models: dict[str, Pa
     train(settings, on_progress=signal_after(2))
     # As if killed before the first checkpoint.
     shutil.rmtree(tmp_path / "killed" / "checkpoints")
-    assert train(settings, resume=True, note=notes.append).run is not None
+    finished(settings, resume=True, note=notes.append)
     assert not any("fitting the head" in note for note in notes)
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
@@ -173,7 +174,7 @@ def test_a_run_that_failed_after_its_last_step_only_has_to_be_saved(
         train(settings, on_progress=lambda _: in_the_way.touch())
     in_the_way.unlink()
     steps: list[int] = []
-    assert train(settings, resume=True, on_progress=lambda progress: steps.append(progress.step)).run is not None
+    finished(settings, resume=True, on_progress=lambda progress: steps.append(progress.step))
     assert not steps
     assert_same(tmp_path / "whole", tmp_path / "failed")
 
@@ -195,21 +196,38 @@ def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp
 
 def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    first = train(run.settings("out")).run
-    with pytest.raises(InputError, match="holds a finished run; --resume shows it, --output NAME starts another"):
+    first = finished(run.settings("out"))
+    with pytest.raises(ValueError, match="holds a finished run; --resume shows it, --output NAME starts another"):
         train(run.settings("out"))
     steps: list[Progress] = []
-    again = train(run.settings("out"), resume=True, on_progress=steps.append).run
-    assert first is not None
-    assert again is not None
+    again = finished(run.settings("out"), resume=True, on_progress=steps.append)
     assert again.record == json.loads(json.dumps(first.record))
     assert not steps
-    with pytest.raises(InputError, match=r"started with other settings .epochs 2.0 is now 3.0."):
+    with pytest.raises(ValueError, match=r"started with other settings .epochs 2.0 is now 3.0."):
         train(run.settings("out", epochs=3), resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(InputError, match=r"is not empty \(it holds thesis.txt\)"):
+    with pytest.raises(ValueError, match=r"is not empty \(it holds thesis.txt\)"):
         train(run.settings("mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    run.data.unlink()
+    with pytest.raises(ValueError, match=r"reviews\.csv: no such file or folder"):
+        train(run.settings("new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_run_starts_from_is_worked_out_once(models: dict[str, Path], tmp_path: Path) -> None:
+    settings, calls = Run(models, tmp_path).settings("out", epochs=1), Counter[str]()
+    recipes = str(Path(dvora.recipes.__file__).parent)
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(recipes):
+            calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)
+    finished(settings, on_progress=lambda _: sys.setprofile(None))
+    once = ("resolved", "read_record", "load_data", "load_processor", "load_base", "learning_rates", "checkpoints")
+    assert {name: calls[name] for name in once} == dict.fromkeys(once, 1)
 
 
 def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path: Path) -> None:
@@ -217,16 +235,15 @@ def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path:
     train(run.settings("out"), on_progress=signal_after(2))
     with run.data.open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(InputError, match=r"reviews\.csv has changed since the run started"):
+    with pytest.raises(ValueError, match=r"reviews\.csv has changed since the run started"):
         train(run.settings("out"), resume=True)
 
 
 def test_training_ends_early_with_the_best_step(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    found = train(run.settings("out", learning_rate=1e-9, epochs=50, early_stopping=3)).run
-    assert found is not None
+    record = finished(run.settings("out", learning_rate=1e-9, epochs=50, early_stopping=3)).record
     # Nothing gets better than after the first epoch of six steps.
-    assert (found.record["best_step"], found.record["steps"]) == (6, 24)
+    assert (record["best_step"], record["steps"]) == (6, 24)
 
 
 @pytest.mark.parametrize(("base", "method"), [*(("bert", method) for method in METHODS), ("llama", "dvora")], ids=str)
@@ -235,8 +252,7 @@ def test_every_method_starts_from_the_fitted_head(
 ) -> None:
     # The last layer of the second base has no bias.
     changes = {"model": str(models[base]), "method": method, "max_steps": 1, "learning_rate": 1e-12}
-    found = train(Run(models, tmp_path).settings("out", **changes)).run
-    assert found is not None
+    found = finished(Run(models, tmp_path).settings("out", **changes))
     metrics = found.record["metrics"]
     for metric in ("accuracy", "macro_f1"):
         assert metrics["validation"][metric] == pytest.approx(metrics["validation_head_alone"][metric])
@@ -245,12 +261,10 @@ def test_every_method_starts_from_the_fitted_head(
 
 def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    first = train(run.settings("first", method="full")).run
-    assert first is not None
+    first = finished(run.settings("first", method="full"))
     trained = Run({DATA["text-classification"][0]: first.adapter}, tmp_path)
-    again = train(trained.settings("again", tokenizer=first.settings.model, max_steps=1, learning_rate=1e-12)).run
-    assert again is not None
-    metrics = [each.record["metrics"]["test"]["loss"] for each in (first, again)]
+    again = finished(trained.settings("again", tokenizer=first.settings.model, max_steps=1, learning_rate=1e-12))
+    metrics = [run_of_two.record["metrics"]["test"]["loss"] for run_of_two in (first, again)]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
 
 
@@ -268,17 +282,15 @@ def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: 
 
 
 def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dict[str, Path], tmp_path: Path) -> None:
-    run = Run(models, tmp_path)
-    usual_rate = LEARNING_RATES["dvora"]
-    rates = {"whole": {"learning_rate": 3 * usual_rate}, "third": {"learning_rate": usual_rate}, "usual": {}}
-    for output, changes in rates.items():
-        train(run.settings(output, max_steps=1, **changes))
-    whole, third, usual = (read_record(tmp_path / name) or {} for name in ("whole", "third", "usual"))
-    rows = [value for name, value in trained_parameters(tmp_path / "whole").items() if "magnitude" in name]
+    run, usual = Run(models, tmp_path), LEARNING_RATES["dvora"]
+    rates = [
+        finished(run.settings(f"{factor}", max_steps=1, learning_rate=factor * usual)).record["learning_rates"]
+        for factor in (3, 1)
+    ]
+    rows = [value for name, value in trained_parameters(tmp_path / "3").items() if "magnitude" in name]
     median = torch.cat(rows).median().item()
-    assert whole["learning_rates"]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual_rate * median, rel=0.02)
-    expected = {"magnitude": pytest.approx(whole["learning_rates"]["magnitude"] / 3), "head": 1e-3}
-    assert third["learning_rates"] == usual["learning_rates"] == expected
+    assert rates[0]["magnitude"] == pytest.approx(MAGNITUDE_SHARE * 3 * usual * median, rel=0.02)
+    assert rates[1] == {"magnitude": pytest.approx(rates[0]["magnitude"] / 3), "head": 1e-3}
 
 
 @pytest.mark.parametrize(
@@ -294,7 +306,7 @@ def test_a_mismatch_is_reported_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     run = Run(models, tmp_path, str(changes.get("task", "text-classification")))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         train(run.settings("out", **changes))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
@@ -310,15 +322,13 @@ def test_a_mismatch_is_reported_before_anything_is_written(
     ids=lambda changes: ",".join(changes),
 )
 def test_settings_that_change_how_is_trained(models: dict[str, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert train(Run(models, tmp_path).settings("out", **changes)).run is not None
+    finished(Run(models, tmp_path).settings("out", **changes))
 
 
 def test_what_is_cut_is_on_record_and_noted(models: dict[str, Path], tmp_path: Path) -> None:
     notes: list[str] = []
     settings = Run(models, tmp_path).settings("out", max_length=5, epochs=1)
-    outcome = train(settings, note=notes.append)
-    assert outcome.run is not None
-    record = outcome.run.record
+    record = finished(settings, note=notes.append).record
     assert record["max_length"] == 5
     assert {part: found["cut"] for part, found in record["truncation"].items()} == record["data"]["rows"]
     assert any("120 of 120 texts (100.0%) are longer than 5 tokens and were cut" in note for note in notes)

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from dvora.tools.analysis import analyze, layer_type
 from dvora.tools.analysis.measures import change
-from dvora.tools.analysis.pictures import log_limits
+from dvora.tools.analysis.report import log_limits
 from tests.peft import tiny
 from tests.tools.doctor.models import METHODS, adapted, small_model
 

@@ -1,5 +1,6 @@
 """Pages: the same bytes each time, nothing loaded from elsewhere, and readable in a browser, wide, narrow and dark."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,12 @@ import pytest
 from markupsafe import Markup
 
 from dvora.tools.pages.page import Section, Table, matrix, page
-from dvora.tools.pages.pictures import axes_of, new_figure, svg
+from dvora.tools.pages.pictures import label, new_figure, svg
 from tests.tools.pages.seen import PHONE, WIDE, seen
 
 
 def picture() -> Any:
-    figure = new_figure(5, 3)
-    (axes,) = axes_of(figure)
+    figure, (axes,) = new_figure(5, 3)
     axes.plot([1, 10, 100], [1e-3, 1e-2, 1e-1], label="a <b> & c")
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="loss")
     axes.legend()
@@ -106,3 +106,17 @@ def test_a_matrix_is_shaded_in_the_colours_of_the_page(tmp_path: Path, scheme: s
             "rgba(224, 138, 44, 0.4)",
             "rgba(59, 130, 196, 0.4)",
         ]
+
+
+def test_names_in_figures_are_no_formulas() -> None:
+    figure, (axes,) = new_figure(3, 3)
+    names = [r"$\frac$", "$3 to $5", r"a\$b", "_a", "\x1b[31m", "100 % $"]
+    axes.plot([1, 2], [1, 100], label=label(names[0]))
+    axes.set(yscale="log")
+    axes.set_xticks(range(len(names)), [*map(label, names)])
+    axes.legend()
+    drawn = svg(figure, "names")
+    for name in (r"$\frac$", "$3 to $5", r"a\$b", "_a", r"\x1b[31m", "100 % $"):
+        assert f"{name}</text>" in drawn
+    # Powers of ten still are formulas, of matplotlib's own.
+    assert not re.search("<text[^>]*>[^<]*mathdefault", drawn)

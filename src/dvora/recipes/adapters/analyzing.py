@@ -8,8 +8,7 @@ from pathlib import Path
 from ...adapter_file.values_file import SETTINGS
 from ...tools.analysis import Analysis, analyze
 from ...whole_files import new_file
-from ..models.adapter_folder import adapter_on, read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import adapter_on, load_adapted, read_adapter
 from ..run_folder import ADAPTER, RECORD
 from ..training.checkpoints import CHECKPOINT, step_of
 
@@ -43,17 +42,12 @@ def analyze_folders(folders: Sequence[Path], model: str | None = None) -> tuple[
 
 
 def write_report(analysis: Analysis, steps: Sequence[int] | None, what: str, page: Path) -> Path:
-    """Write the page, and the numbers beside it as JSON; returns their file.
-
-    Args:
-        analysis, steps: of `analyze_folders`.
-        what: was analyzed, for the title.
-        page: a file that ends in .html.
+    """Write the page, whose name ends in .html, and the numbers beside it as JSON; returns their file.
 
     Raises:
         OSError: a file cannot be written.
     """
-    from ...tools.analysis.page import report
+    from ...tools.analysis.report import report
 
     text = report(analysis, f"What training changed: {what}", "Made by dvora analyze.", steps)
     # Both take their names when both are written.

@@ -6,8 +6,7 @@ from typing import Any
 from ...adapter_file.values_file import VALUES
 from ...peft.conversion import from_vera, to_dora
 from ...whole_files import new_folder
-from ..models.adapter_folder import read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import load_adapted, read_adapter
 from ..models.inputs import difference, example_output
 from . import TARGETS, TO_LORA
 
@@ -31,13 +30,8 @@ def convert(folder: Path, to: str, output: Path, model: str | None = None) -> di
         model: the base, a folder or a name on the hub; None takes the one that the adapter names.
 
     Returns:
-        source, output: the folders.
-        from_method, to_method: of the adapters.
-        base_model: that both are for.
-        layers: that are adapted.
-        bytes: of the new file of values.
-        difference: largest relative distance of the two adapted models' outputs on a fixed input.
-        note: what there is to know of the result.
+        Of both: folder and method; of the new one: layers, bytes, and the `difference`, the largest relative one of
+        the adapted models' outputs on a fixed input.
 
     Raises:
         FileExistsError: there is something in the output folder.

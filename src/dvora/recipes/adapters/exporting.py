@@ -14,8 +14,7 @@ from ...adapter_file.values import adapters_in, folder_of
 from ...adapter_file.values_file import SETTINGS
 from ...whole_files import check_new_folder, new_folder
 from ..data.tables import Note
-from ..models.adapter_folder import read_adapter
-from ..models.adapters import base_class, of_base
+from ..models.adapters import base_class, of_base, read_adapter
 from ..models.bases import NO_LIMIT, heads_of, load_model, load_tokenizer, longest_text, quiet_transformers
 from ..models.inputs import example_inputs
 from ..settings import NOTHING, Trust
@@ -50,10 +49,8 @@ def export(
         note: called with what is done next.
 
     Returns:
-        base_model, output: where they are.
-        adapters: how many.
-        bytes: of the weights; bytes_an_adapter: of a packed one.
-        differences: the largest difference of each graph's outputs from PyTorch's, by the graph's name.
+        Where it is, how many `adapters`, their and the weights' bytes, and the largest of each graph's `differences`
+        from PyTorch's outputs.
 
     Raises:
         FileExistsError: there is something in the output folder.

@@ -1,6 +1,7 @@
 """What an adapter is, from its folder; with its base model also how far it moves the weights."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,8 @@ from typing import Any
 import torch
 
 from ...adapter import diagnostics
-from ...adapter_file.values import FolderSource
-from ...adapter_file.values_file import tensors_in
 from ...peft.layer import layers_in
-from ..models.adapter_folder import Adapter, read_adapter
-from ..models.adapters import load_adapted
+from ..models.adapters import Adapter, load_adapted, read_adapter
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """Prefixes of the names of fixed tensors."""
@@ -27,29 +25,21 @@ MEASURES = {
 
 
 def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
-    """What an adapter's folder holds, and how far the adapter moves the weights of a base model.
+    """What the folder of an adapter, or of a run, holds, and how far the adapter moves the weights of a base model.
 
     Args:
         folder: of the adapter, or of a run of `dvora train`.
         model: the base, a folder or a name on the hub; None reads no model.
 
     Returns:
-        folder, method, base_model, task_type: from its files.
-        ranks: how many layers have each rank; 0 means the magnitude only.
-        targets: the setting `target_modules`.
-        layer_count: of adapted layers.
-        trained_parameters: in the file, a head included.
-        head_values: those of them in modules that are trained whole.
-        bytes: of the adapter's file of values.
-        folder_bytes: of all files in the folder.
-        projections: of DVoRA alone: distribution, seed and fingerprint.
-        settings: of DVoRA alone: further ones that change what it computes.
-        layers: of DVoRA alone: numbers of each layer.
+        `ranks`: how many layers have each rank, 0 for the magnitude only; `trained_parameters`: in the file, a head
+        included; `head_values`: those of them in modules that are trained whole. Of DVoRA alone: `projections`, further
+        `settings` that change what it computes, and numbers of each of the `layers`.
 
     Raises:
         TypeError, ValueError: the folder holds no adapter, a pickled or a damaged one, or it does not fit the model.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, with_values=True)
     ranks = _ranks(adapter)
     trained = {key: prod(shape) for key, shape in adapter.shapes.items() if not key.startswith(FIXED)}
     targets = adapter.settings.get("target_modules")
@@ -88,10 +78,11 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dict[str, Any]:
-    config, values = FolderSource(adapter.folder).description.config, tensors_in(adapter.folder)
+    config: Any = adapter.config
     changes = {} if model is None else _changes(adapter, model)
     layers = [
-        {"layer": name, "rank": rank, **_norms(values, name), **changes.get(name, {})} for name, rank in ranks.items()
+        {"layer": name, "rank": rank, **_norms(adapter.values, name), **changes.get(name, {})}
+        for name, rank in ranks.items()
     ]
     return {
         "projections": {
@@ -104,12 +95,11 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
     }
 
 
-def _norms(values: dict[str, torch.Tensor], layer: str) -> dict[str, float | int]:
+def _norms(values: Mapping[str, torch.Tensor], layer: str) -> dict[str, float | int]:
     """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of the rank."""
     norms: dict[str, float | int] = {}
     for vector in ("magnitude", "lambda_b", "lambda_d"):
-        key = f"base_model.model.{layer}.dvora_{vector}"
-        if (tensor := values.get(key)) is not None:
+        if (tensor := values.get(f"base_model.model.{layer}.dvora_{vector}")) is not None:
             if vector == "magnitude":
                 norms["outputs"] = len(tensor)
             norms[f"norm_of_{vector}"] = float(torch.linalg.vector_norm(tensor.double()))

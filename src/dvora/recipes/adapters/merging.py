@@ -13,8 +13,7 @@ from ...peft.merging import merge_model
 from ...peft.model import DVoRAModel
 from ...weight import MergePrecisionWarning
 from ...whole_files import check_new_folder, new_folder
-from ..models.adapter_folder import Adapter, read_adapter
-from ..models.adapters import base_class, load_adapted, of_base
+from ..models.adapters import Adapter, base_class, load_adapted, of_base, read_adapter
 from ..models.bases import config_of, load_model, quiet_transformers
 from ..models.hub import offline
 from ..models.inputs import difference, example_output
@@ -46,16 +45,9 @@ def merge(
         shard_size: largest size of one file of weights.
 
     Returns:
-        adapter, base_model, output: where they are.
-        method: of the adapter.
-        dtype: of the merged weights.
-        bytes: of the weights' files.
-        files: in the folder.
-        difference: largest difference of the outputs of the merged model, loaded again, and of the adapted one, on a
-            fixed input, relative to the largest output; None for models whose inputs are not known here.
-        lost_worst, lost_layer: the largest share of an update that rounding changed, and where; None for methods
-            other than DVoRA.
-        warning: a large loss in words, or None.
+        What was merged, and `difference`: the largest one of outputs on a fixed input, relative to the largest output;
+        None for models whose inputs are not known here. Of DVoRA also `lost_worst`, the largest share of an update that
+        rounding changed, its `lost_layer`, and a `warning` of a large loss.
 
     Raises:
         FileExistsError: there is something in the output folder.

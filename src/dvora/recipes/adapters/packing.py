@@ -11,12 +11,7 @@ from ...adapter_file.values import adapters_in
 
 
 def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Write all adapters of a folder into one file, and look into it.
-
-    Args:
-        folder: with a folder for each adapter.
-        output: the file; one of that name is replaced when everything is written.
-        on_progress: called with how many adapters are done, of how many.
+    """Write all adapters of a folder, which has a folder for each, into one file, and look into it.
 
     Raises:
         ValueError: a folder holds no adapter of DVoRA or a damaged one.
@@ -29,15 +24,7 @@ def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> d
 
 
 def inspect_pack(file: Path) -> dict[str, Any]:
-    """What a pack holds; no values are read.
-
-    Returns:
-        file, format: of the pack.
-        count: of adapters.
-        bytes: of the file.
-        bytes_an_adapter: on average, with its part of the index.
-        contents: for each kind of adapter in it: how many, their layers, ranks, and the names of what is saved whole.
-        adapters: name, bytes and digest of each.
+    """What a pack holds: its adapters, and of each kind layers, ranks, and what is saved whole; no values are read.
 
     Raises:
         ValueError: it is none, truncated or damaged.

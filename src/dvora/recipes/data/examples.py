@@ -1,17 +1,18 @@
-"""The examples of a task in its files: checked, each with its place for errors and a key for what is the same."""
+"""The rows of a task in files: examples with labels, checked, to train and evaluate on, and inputs to predict for."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import check_no_device
+from ..run_folder import Run
 from ..settings import Settings
-from .columns import chosen_columns
-from .images import image_key, labelled_images
+from .columns import KINDS, check_column, chosen_columns
+from .images import image_key, images_in, labelled_images
 from .splits import same_text
-from .tables import Note, Row, opened_text, stream_table
+from .tables import Note, Row, read_text, stream_table
 
 ROLES = ("system", "user", "assistant", "tool")
 STRETCHES = 100
@@ -51,17 +52,22 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
     """
     examples: list[Example] = []
     columns: dict[str, str] = {}
-    many = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
+    of_many = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
     for path in map(Path, paths):
         _check_kind(path, settings.task)
         if path.is_dir():
             for image, name in labelled_images(path):
                 examples.append(Example({"image": str(image), "label": name}, image_key(image), str(image)))
         elif path.suffix.lower() == ".txt":
-            examples += _pieces(path, settings.encoding, note, many)
+            text = read_text(path, settings.encoding, note)
+            pieces = [text] if of_many else _stretches(text)
+            if not of_many:
+                note(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
+            for number, piece in enumerate(pieces, start=1):
+                examples.append(Example({"passage": piece}, same_text(piece), f"{path}, piece {number}"))
         else:
             rows = [*stream_table(path, settings.encoding, note)]
-            names = dict.fromkeys(name for _, row in rows for name in row)
+            names = {name: None for _, row in rows for name in row}
             columns.update(chosen_columns(path, names, settings, note))
             read = _chat_or_text if settings.task == "causal-lm" else row_of
             examples += [Example(*read(row, columns, place), place) for place, row in rows]
@@ -78,19 +84,6 @@ def _check_kind(path: Path, task: str) -> None:
         raise ValueError(f"{path} is a file; {task} reads a folder with one folder of images for each class")
     if path.suffix.lower() == ".txt" and task != "causal-lm":
         raise ValueError(f"{path} has no columns; {task} needs a text and a label in each row: csv, tsv, jsonl")
-
-
-def _pieces(path: Path, encoding: str | None, note: Note, in_one: bool) -> Iterator[Example]:
-    try:
-        with opened_text(path, encoding, note) as file:
-            text = file.read()
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    pieces = [text] if in_one else _stretches(text)
-    if not in_one:
-        note(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
-    for number, piece in enumerate(pieces, start=1):
-        yield Example({"passage": piece}, same_text(piece), f"{path}, piece {number}")
 
 
 def _stretches(text: str) -> list[str]:
@@ -110,14 +103,17 @@ def row_of(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, st
     Raises:
         ValueError: a text or a label is missing, or a text is none.
     """
-    row = {kind: values.get(name) for kind, name in columns.items()}
-    for kind, value in row.items():
+    row, texts = Row(), list[str]()
+    for kind, name in columns.items():
+        value = row[kind] = values.get(name)
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"{place}: column {columns[kind]!r} is empty; fill it in, or remove the row")
-        if kind != "label" and not isinstance(value, str):
-            raise ValueError(f"{place}: column {columns[kind]!r} holds {value!r}, which is no text")
+            raise ValueError(f"{place}: column {name!r} is empty; fill it in, or remove the row")
+        if kind != "label":
+            if not isinstance(value, str):
+                raise ValueError(f"{place}: column {name!r} holds {value!r}, which is no text")
+            texts.append(same_text(value))
     # A pair in the other order gives away as much about a held-out one.
-    return row, "\n".join(sorted(same_text(str(row[kind])) for kind in ("text", "text2") if kind in row))
+    return row, "\n".join(sorted(texts))
 
 
 def _chat_or_text(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
@@ -135,3 +131,81 @@ def _chat_or_text(values: Row, columns: Mapping[str, str], place: str) -> tuple[
         raise ValueError(f"{place}: there is no message of the assistant, so there is nothing to learn")
     texts = [{"role": message["role"], "content": message["content"]} for message in messages]
     return {"messages": texts}, json.dumps([[m["role"], same_text(m["content"])] for m in texts])
+
+
+class Input(NamedTuple):
+    """A row without its label: the values that were read, by column, and `text` (and `text2`) or `image` of them."""
+
+    values: dict[str, Any]
+    row: dict[str, Any]
+
+
+def reading_settings(run: Run, columns: Mapping[str, str | None]) -> Settings:
+    """The settings with which a run reads other files.
+
+    Args:
+        run: finished.
+        columns: names by `text_column`, `second_text_column` and `label_column`; those that are None or missing are as
+            in the run's own files.
+    """
+    recorded: Mapping[str, str] = run.record["data"]["columns"]
+    return run.settings.model_copy(update={key: columns.get(key) or recorded.get(kind) for key, kind in KINDS.items()})
+
+
+def file_inputs(path: Path, settings: Settings, note: Note) -> Iterator[Input]:
+    """The rows of a file: a table with at least the columns of the run's texts, or lines (.txt); images, or a folder.
+
+    Args:
+        path: of the file or folder.
+        settings: see `reading_settings`.
+        note: called with what was assumed.
+
+    Raises:
+        ValueError: it is not what the task needs; a mistake in a row is raised when the row is reached.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".txt":
+        lines = stream_table(path, settings.encoding, note)
+        yield from line_inputs(((place, row["text"]) for place, row in lines), settings)
+    elif settings.task == "image-classification":
+        yield from (_image(str(image)) for image in images_in(path))
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file (csv, tsv, jsonl, json, parquet, or txt with a text a line)")
+    else:
+        named = {key: name for key in ("text_column", "second_text_column") if (name := getattr(settings, key))}
+        for number, (place, values) in enumerate(stream_table(path, settings.encoding, note)):
+            for key, name in named.items() if not number else ():
+                check_column(path, key, name, values)
+            yield Input(values, row_of(values, {KINDS[key]: name for key, name in named.items()}, place)[0])
+
+
+def line_inputs(lines: Iterable[tuple[str, str]], settings: Settings) -> Iterator[Input]:
+    """A text, two texts with a tab between them, or the path of an image in each line; empty lines are passed over.
+
+    Args:
+        lines: each with its place.
+        settings: with the names of the texts, see `reading_settings`.
+
+    Raises:
+        ValueError: a line is not what the task needs.
+    """
+    first, second = settings.text_column or "text", settings.second_text_column
+    for place, line in lines:
+        if not line.strip():
+            continue
+        if settings.task == "image-classification":
+            yield _image(line.strip())
+        elif second is None:
+            yield Input({first: line}, {"text": line})
+        else:
+            texts = line.split("\t")
+            if len(texts) != 2 or not all(text.strip() for text in texts):
+                raise ValueError(f"{place}: expected two texts with a tab between them, found {len(texts)}")
+            yield Input({first: texts[0], second: texts[1]}, {"text": texts[0], "text2": texts[1]})
+
+
+def _image(path: str) -> Input:
+    image_key(Path(path))
+    return Input({"image": path}, {"image": path})

@@ -4,19 +4,22 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..files import check_no_device
+from ..run_folder import Run
 from ..settings import Settings
-from .examples import Example, read_examples
-from .labels import are_numbers, class_name, class_names, number
+from .examples import Example, read_examples, reading_settings
 from .splits import split_rows
 from .tables import CHUNK, Note
 
 Rows = list[dict[str, Any]]
 Parts = dict[str, list[Example]]
 SMALLEST = 2
+MANY = 20
+"""Classes, or different numbers, from which on a column looks like another kind of column."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def load_data(settings: Settings) -> Data:
     if settings.task != "causal-lm":
         labels = _classes(train, columns.get("label", "folder"), settings, notes.append)
         for examples in read.values():
-            encode_labels(examples, labels)
+            _encode_labels(examples, labels)
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
     drawn = _split(distinct, bool(labels), settings)
     parts = _without_leaks(drawn)
@@ -87,31 +90,81 @@ def load_data(settings: Settings) -> Data:
     )
 
 
+def labelled_examples(
+    paths: Sequence[str], run: Run, columns: Mapping[str, str | None], note: Note = lambda _: None
+) -> list[Example]:
+    """The examples in some files, their labels as the run's model predicts them; `note` is called with assumptions.
+
+    Raises:
+        ValueError: a file or a row is not what the task needs, or a label is none of the run's.
+    """
+    examples, _ = read_examples(paths, reading_settings(run, columns), note)
+    if run.settings.task != "causal-lm":
+        _encode_labels(examples, run.labels)
+    return examples
+
+
+def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Replace raw labels by indices of the classes, or by numbers where there are no classes."""
+    indices = {name: index for index, name in enumerate(labels)}
+    for example in examples:
+        label = example.row["label"]
+        try:
+            example.row["label"] = indices[_class_name(label)] if labels else _number(label)
+        except KeyError:
+            raise ValueError(f"{example.place}: the class {label!r} does not occur in the training data") from None
+        except ValueError as error:
+            raise ValueError(f"{example.place}: the label {error}") from None
+
+
 def _classes(train: Sequence[Example], column: str, settings: Settings, note: Note) -> tuple[str, ...]:
     """The names of the classes; none where the labels are numbers."""
     labels = [example.row["label"] for example in train]
     numbers = settings.task == "regression" or settings.label_kind == "numbers"
     if settings.task == "sentence-pairs" and settings.label_kind is None:
-        numbers = are_numbers(labels)
+        numbers = _are_numbers(labels)
         note(f"label_kind: {'numbers' if numbers else 'classes'} (seen from {column!r})")
-    return () if numbers else class_names(labels, column)
+    return () if numbers else _class_names(labels, column)
 
 
-def encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
-    """Replace raw labels by indices of the classes, or by numbers where there are no classes.
+def _class_name(value: object) -> str:
+    """A label as a class; 1 and 1.0 are the same one."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
-    Raises:
-        ValueError: a label is no number, or none of the classes.
-    """
-    indices = {name: index for index, name in enumerate(labels)}
-    for example in examples:
-        label = example.row["label"]
-        if labels and class_name(label) not in indices:
-            raise ValueError(f"{example.place}: the class {label!r} does not occur in the training data")
-        try:
-            example.row["label"] = indices[class_name(label)] if labels else number(label)
-        except ValueError as error:
-            raise ValueError(f"{example.place}: the label {error}") from None
+
+def _class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
+    """The classes in their order: by number if they all are whole numbers, else by name."""
+    names = sorted({*map(_class_name, values)})
+    if len(names) == 1:
+        raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to predict")
+    if len(names) > max(MANY, len(values) / 2):
+        raise ValueError(
+            f"column {column!r} has {len(names)} different labels in {len(values)} rows; is it the right label_column? "
+            "For numbers take the task regression, or label_kind: numbers"
+        )
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def _number(value: Any) -> float:
+    """A label as a finite number."""
+    try:
+        label = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not a number") from None
+    if not isfinite(label):
+        raise ValueError(f"{value!r} is not finite")
+    return label
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
+    """Whether labels look like numbers: all are, and some have a fraction or there are many different ones."""
+    try:
+        numbers = {_number(value) for value in values}
+    except ValueError:
+        return False
+    return len(numbers) > MANY or any(not value.is_integer() for value in numbers)
 
 
 def _without_duplicates(examples: Sequence[Example]) -> list[Example]:

@@ -67,14 +67,27 @@ def opened_text(path: Path, encoding: str | None, note: Note) -> Iterator[TextIO
         note: called with what had to be assumed.
 
     Raises:
-        ValueError: it is no text, or not in the encoding.
-        LookupError: there is no such encoding.
+        ValueError, LookupError: it is no text, or not in the encoding, or there is no such encoding.
         OSError: it cannot be read.
     """
     with path.open(encoding=encoding or _guessed_encoding(path, note)) as file:
         if file.read(1) != MARK:
             file.seek(0)
         yield file
+
+
+def read_text(path: Path, encoding: str | None, note: Note) -> str:
+    """All of a text file, see `opened_text`.
+
+    Raises:
+        ValueError: it is no text, or not in the encoding.
+        OSError: it cannot be read.
+    """
+    try:
+        with opened_text(path, encoding, note) as file:
+            return file.read()
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _guessed_encoding(path: Path, note: Note) -> str:

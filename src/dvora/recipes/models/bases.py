@@ -36,24 +36,10 @@ TASK_TYPES: Mapping[Task, str] = {
 NO_LIMIT = 10**6
 """Tokenizers without a limit give a number beyond this."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
-COUNTED_FROM_PADDING = frozenset(
-    (
-        "camembert",
-        "data2vec-text",
-        "esm",
-        "ibert",
-        "layoutlmv3",
-        "lilt",
-        "longformer",
-        "luke",
-        "mpnet",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    )
-)
+COUNTED_FROM_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 """Types of models whose first token has the position after that of the padding's id."""
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -78,17 +64,12 @@ class Base:
 def load_processor(settings: Settings, trust: Trust = NOTHING) -> Any:
     """The tokenizer of a run, or its image processor.
 
-    Args:
-        settings: of the run.
-        trust: what is allowed to get it.
-
     Raises:
         ValueError: there is none, or it cannot be read.
     """
     # A folder without a model has no tokenizer either; report the model first.
     check_model_folder(settings.model)
-    source = settings.tokenizer or settings.model
-    images = settings.task == "image-classification"
+    source, images = settings.tokenizer or settings.model, settings.task == "image-classification"
     name, files = ("image processor", IMAGE_PROCESSOR_FILES) if images else ("tokenizer", TOKENIZER_FILES)
     if lacks(source, files):
         raise ValueError(f"{source} holds no {name} ({', '.join(files)}); give its folder with `tokenizer`")
@@ -117,12 +98,7 @@ def load_tokenizer(source: str, trust: Trust) -> Any:
 
 
 def longest_text(tokenizer: Any, config: Any) -> int:
-    """Tokens that a tokenizer and a model can take; NO_LIMIT if neither says.
-
-    Args:
-        tokenizer: of the model.
-        config: of the model.
-    """
+    """Tokens that a tokenizer and a model of that configuration can take; NO_LIMIT if neither says."""
     # Absent where positions are not counted.
     positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
     if config.model_type in COUNTED_FROM_PADDING:
@@ -157,18 +133,14 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
             raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
         return Base(model, (), frozenset(), ())
     modules = frozenset(key.rpartition(".")[0] for key in new)
-    beside = heads_of(model)
-    heads = (*beside, *sorted(name for name in modules if name.partition(".")[0] not in beside))
+    of_task = heads_of(model)
+    heads = (*of_task, *sorted(name for name in modules if name.partition(".")[0] not in of_task))
     note = f"new layers: {', '.join(heads)}" if new else f"the head of {source} is trained on: {', '.join(heads)}"
     return Base(model, heads, modules, (note,))
 
 
 def config_of(source: str, trust: Trust = NAMED) -> Any:
-    """The configuration of a model.
-
-    Args:
-        source: a folder, or the name of a model on the hub.
-        trust: whether it may be fetched, and its own code run.
+    """The configuration of a model, a folder or a name on the hub.
 
     Raises:
         ValueError: there is none.
@@ -205,12 +177,7 @@ def model_class(config: Any, task_type: str | None = None, class_name: str | Non
 
 
 def load_model(
-    source: str,
-    model_class: Any,
-    config: Any,
-    dtype: torch.dtype | str = "auto",
-    seed: int = 0,
-    trust: Trust = NAMED,
+    source: str, model_class: Any, config: Any, dtype: torch.dtype | str = "auto", seed: int = 0, trust: Trust = NAMED
 ) -> tuple[Any, set[str]]:
     """A model with its weights, and the names of the values that its files lack, which are random.
 
@@ -234,17 +201,10 @@ def load_model(
                 "with save_pretrained"
             )
         check_readable(weights)
+    options = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with loading("the model", source, trust), quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, info = model_class.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **trust.options,
-        )
+        model, info = model_class.from_pretrained(source, config=config, **options, **trust.options)
     return model, {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
 
 
@@ -309,8 +269,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def device_of(settings: Settings) -> torch.device:
     """The accelerator of this process, if there is one and the run does not keep to the CPU."""
-    found = None if settings.cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
-    return torch.device("cpu") if found is None else torch.device(found.type, local_rank())
+    device = None if settings.cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if device is None else torch.device(device.type, local_rank())
 
 
 @contextmanager

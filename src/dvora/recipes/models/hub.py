@@ -44,12 +44,7 @@ def _check_reachable(name: str) -> None:
 
 @contextmanager
 def loading(what: str, source: str, trust: Trust) -> Iterator[None]:
-    """Load something with transformers, and turn its long errors into a sentence.
-
-    Args:
-        what: is loaded, for the message.
-        source: a folder, or a name on the hub.
-        trust: what is allowed.
+    """Load `what` from a folder or the hub with transformers, and turn its long errors into a sentence.
 
     Raises:
         ValueError: it cannot be loaded, or its folder has a pipe or a device, which transformers would wait for.

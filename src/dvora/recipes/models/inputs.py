@@ -10,12 +10,7 @@ from .bases import quiet_transformers
 
 
 def example_inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
-    """A batch of random tokens or pixels, a pure function of the arguments.
-
-    Args:
-        model: of transformers.
-        rows: of the batch.
-        tokens: of each row; cut to what the model takes. Images have their own size.
+    """A batch of random tokens, no more a row than the model takes, or pixels; a pure function of the arguments.
 
     Raises:
         ValueError: the model takes something else.

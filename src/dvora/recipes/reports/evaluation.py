@@ -12,16 +12,14 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data.new_files import labelled_examples
-from ..data.run_data import Data, fingerprints, load_data, size_of
+from ..data.run_data import Data, fingerprints, labelled_examples, load_data, size_of
 from ..data.tables import Note
 from ..models.bases import quiet_transformers
-from ..models.trained import load_trained
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
 from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
 from ..tasks.task import Task, Truncation
-from .run_model import Rows, RunModel
+from .run_model import Rows, RunModel, load_trained
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class Evaluation:
         part: "test", or "files" where files were given.
         rows: that were evaluated.
         seen: how many of them the model was trained on; None where the run's data is no longer there to compare with.
-        metrics: as in run.json: of the part, and of what it is compared with: `_head_alone`, `_simplest_guess`,
-            `_before_training`.
+        metrics: as in run.json, with those of what it is compared with.
         truncation: of the rows' texts.
         max_length: tokens to which texts are cut; 0 for images.
     """
@@ -76,8 +73,8 @@ def evaluate_run(
         data = unchanged_data(run)
     except ValueError:
         return _evaluation("files", rows, _guess(run, None, rows), run, with_base, None)
-    trained_on = {*data.train_keys}
-    seen = sum(example.key in trained_on for example in examples)
+    train = {*data.train_keys}
+    seen = sum(example.key in train for example in examples)
     return _evaluation("files", rows, _guess(run, data, rows), run, with_base, seen)
 
 
@@ -131,29 +128,31 @@ def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
 def _evaluation(
     part: str, rows: Rows, guess: dict[str, Any] | None, run: Run, with_base: bool, seen: int | None
 ) -> Evaluation:
-    settings = run.settings
-    of_text = settings.task == "causal-lm"
+    settings, of_text = run.settings, run.settings.task == "causal-lm"
     head = head_alone_of(run) if with_base and not of_text else None
     if with_base and not of_text and head is None:
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
     trained = RunModel(run)
-    model, task = trained.model, trained.task
     with quiet_transformers(), TemporaryDirectory() as folder:
         dataset, truncation = trained.features(rows)
         if not len(dataset):
             raise ValueError(f"no row has anything to evaluate within max_length {trained.length}")
-        metrics = {part: evaluated(evaluator(model, task, settings, Path(folder)), dataset)}
+
+        def metrics_of(model: Any) -> dict[str, float]:
+            return evaluated(evaluator(model, trained.task, settings, Path(folder)), dataset)
+
+        metrics = {part: metrics_of(trained.model)}
         if head is not None:
             labels = torch.tensor(dataset.with_format(None)["label"][:])
-            outputs = head_alone_outputs(run, head, dataset, task)
+            outputs = head_alone_outputs(run, head, dataset, trained.task)
             metrics[f"{part}_head_alone"] = head_metrics(outputs, labels, run.labels)
         elif (recorded := run.record["metrics"].get(f"{part}_head_alone")) is not None:
             metrics[f"{part}_head_alone"] = recorded
         if guess is not None:
             metrics[f"{part}_simplest_guess"] = guess
         if with_base and of_text:
-            adapted = isinstance(model, PeftModel)
-            base = model if adapted else load_trained(run, with_adapter=False)[0]
+            adapted = isinstance(trained.model, PeftModel)
+            base = trained.model if adapted else load_trained(run, with_adapter=False)[0]
             with base.disable_adapter() if adapted else nullcontext():
-                metrics[f"{part}_before_training"] = evaluated(evaluator(base, task, settings, Path(folder)), dataset)
+                metrics[f"{part}_before_training"] = metrics_of(base)
     return Evaluation(part, len(rows), seen, metrics, truncation, trained.length)

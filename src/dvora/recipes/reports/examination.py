@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...tools.doctor import Examination, examine
-from ..data.new_files import labelled_examples
-from ..models.adapter_folder import read_adapter
-from ..models.adapters import load_adapted
+from ..data.run_data import labelled_examples
+from ..models.adapters import load_adapted, read_adapter
 from ..models.hub import offline
 from ..models.inputs import example_inputs
 from ..run_folder import RECORD, read_run

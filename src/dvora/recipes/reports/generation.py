@@ -1,8 +1,9 @@
 """Continuations of prompts, by a language model with its adapter and by the same model without it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,65 +13,27 @@ from transformers import GenerationConfig
 
 from ..data.chats import prompt_text
 from ..models.bases import computing, device_of
-from ..models.trained import load_trained
 from ..run_folder import Run
+from ..settings import Sampling
 from ..tasks.task import longest
+from .run_model import load_trained
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        max_new_tokens: after which a continuation ends, if the model does not end it before.
-        temperature: 0: greedy, no randomness; else tokens are sampled, the more freely the higher.
-        top_k: sample from so many of the likeliest tokens; None: from all.
-        top_p: sample from the likeliest tokens that have this probability together; None: from all.
-        repetition_penalty: above 1, tokens that occurred become less likely.
-        seed: of the sampling for each prompt; the same with and without the adapter.
-
-    Raises:
-        ValueError: a value is out of its range, or is about sampling while the temperature is 0.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (the likeliest token) or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
-            "seed": (0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
-        }
-        for name, (is_right, expected) in ranges.items():
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
-        if self.temperature == 0 and (drawn := [n for n in ("top_k", "top_p") if getattr(self, n) is not None]):
-            raise ValueError(
-                f"{drawn[0]} is set but temperature is 0, so nothing is sampled; set a temperature, such as 0.8"
-            )
+PROMPT_WORDS = 24
+"""Of the beginning of a held-out text, which is continued."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt.
-
-    Args:
-        prompt: as it was given.
-        with_adapter: the trained model's text.
-        without_adapter: the base's text; None if it was not asked for.
-    """
+    """What follows a prompt: the trained model's text, and the base's, where it was asked for."""
 
     prompt: str
     with_adapter: str
     without_adapter: str | None
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The texts that there are, by name."""
+        return {name: text for name, text in asdict(self).items() if text is not None}
 
 
 class Generator:
@@ -78,8 +41,7 @@ class Generator:
 
     Args:
         run: of causal-lm, or an adapter `as_run`.
-        compares: also ask the base: the same model with the adapter switched off. A run of the method "full" needs a
-            second model for it.
+        compares: also ask the base: the same model with the adapter off, or a second one for the method "full".
 
     Raises:
         ValueError: the run is of another task, or its model cannot be read.
@@ -99,13 +61,7 @@ class Generator:
     def continued(
         self, prompt: str, sampling: Sampling, is_chat: bool = False, system: str | None = None
     ) -> Continuation:
-        """Continue a prompt.
-
-        Args:
-            prompt: a text to continue, or the user's message of a chat.
-            sampling: how tokens are chosen.
-            is_chat: put the prompt into the tokenizer's chat template.
-            system: the system message of the chat; None: none.
+        """Continue a prompt: a text, or what the user says in a chat, with the chat's system message.
 
         Raises:
             ValueError: the prompt is empty, longer than the model can read, or the tokenizer has no chat template.
@@ -136,17 +92,17 @@ class Generator:
 
     def _text(self, model: Any, tokens: Tensor, sampling: Sampling) -> str:
         """The text that a model generates after a prompt's tokens."""
-        start, own = tokens.shape[1], model.generation_config
+        start, ends, is_drawn = tokens.shape[1], model.generation_config.eos_token_id, sampling.temperature > 0
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
         # Greedy or sampled as asked for, whatever the model's own configuration does.
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_new_tokens, self.positions - start),
             num_beams=1,
-            do_sample=sampling.temperature > 0,
+            do_sample=is_drawn,
             repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id if ends is None else ends,
             pad_token_id=self.tokenizer.pad_token_id,
-            **(drawn if sampling.temperature > 0 else {}),
+            **(drawn if is_drawn else {}),
         )
         mask = torch.ones_like(tokens)
         with computing(self.settings), _seeded(sampling.seed, self.device):
@@ -170,3 +126,21 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield
+
+
+def continuations(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) -> list[Continuation]:
+    """Beginnings of held-out rows, continued by a language model with and without its adapter."""
+    generator, sampling = Generator(run), Sampling(max_new_tokens=tokens)
+    prompts = islice(filter(None, map(_prompt, rows)), count)
+    return [generator.continued(text, sampling, is_chat, system) for text, is_chat, system in prompts]
+
+
+def _prompt(row: dict[str, Any]) -> tuple[str, bool, str | None] | None:
+    """A prompt, whether it is of a chat, and the chat's system message."""
+    if "messages" not in row:
+        text = row.get("text") or row.get("passage") or ""
+        words = text.split(" ")
+        return (" ".join(words[:PROMPT_WORDS]), False, None) if len(words) > PROMPT_WORDS else None
+    user = [message["content"] for message in row["messages"] if message["role"] == "user"]
+    system = [message["content"] for message in row["messages"] if message["role"] == "system"]
+    return (user[0], True, system[0] if system else None) if user else None

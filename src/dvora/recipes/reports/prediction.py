@@ -1,4 +1,4 @@
-"""Predictions of a run's model, in batches and in order, of as many rows as there are."""
+"""Predictions of a run's model, in batches and in order, of as many rows as there are; and beside another model's."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.new_files import Input
+from ..data.examples import Input
 from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run
 from ..tasks.task import Truncation
+from .evaluation import head_alone_of, head_alone_outputs
 from .run_model import Rows, RunModel
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""
+BATCH = 32
 
 
 class Predicted(NamedTuple):
@@ -34,13 +36,7 @@ class Predicted(NamedTuple):
 
 
 class Predictor(RunModel):
-    """The model of a run, ready to predict.
-
-    Args:
-        run: finished; of any task but causal-lm.
-
-    Attributes:
-        truncation: of the texts that were predicted for so far.
+    """The model of a run of any task but causal-lm, ready to predict; its `truncation` is that of all texts so far.
 
     Raises:
         ValueError: the run is of causal-lm, or its model cannot be read.
@@ -57,7 +53,7 @@ class Predictor(RunModel):
         self.truncation = Truncation()
 
     def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
-        """Predict for rows in their order; no more than a batch of them is held.
+        """Predict for rows in their order, in batches; no more than a batch of them is held.
 
         Args:
             inputs: rows.
@@ -100,3 +96,44 @@ class Predictor(RunModel):
 def _rounded(value: float) -> float:
     """Without digits that single precision does not have."""
     return float(f"{value:.{DIGITS}g}")
+
+
+class Compared(NamedTuple):
+    """A held-out row, its label, and what the run's model and the other one predict; None where there is no other."""
+
+    row: dict[str, Any]
+    label: str | float
+    predicted: str | float
+    other: str | float | None
+
+
+def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = None) -> list[Compared]:
+    """Predictions for rows with labels.
+
+    Args:
+        run: finished, of any task but causal-lm.
+        rows: with their `label`, as `load_data` gives them.
+        against: another run of the same task and classes; None: the head alone on the frozen base, if the run kept it.
+
+    Raises:
+        ValueError: the other run has other classes.
+    """
+    if against is not None and (against.settings.task, against.labels) != (run.settings.task, run.labels):
+        raise ValueError(f"the run in {against.folder} predicts other classes than the one in {run.folder}")
+    predictor = Predictor(run)
+    predicted = _predictions(predictor, rows)
+    others: Sequence[Any] = [None] * len(rows)
+    if against is not None:
+        others = _predictions(Predictor(against), rows)
+    elif (head := head_alone_of(run)) is not None:
+        outputs = head_alone_outputs(run, head, predictor.features(rows).dataset, predictor.task)
+        others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
+    return [
+        Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
+        for row, *both in zip(rows, predicted, others, strict=True)
+    ]
+
+
+def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
+    unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
+    return [predicted.columns["prediction"] for predicted in predictor.predict(unlabelled, BATCH)]

@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from peft import PeftModel
 
 from ...text import shown
 from ...tools.analysis import analyze
-from ...tools.analysis.pictures import magnitude_and_direction
+from ...tools.analysis.report import magnitude_and_direction
 from ...tools.doctor import examine
 from ...tools.pages.page import Section, Table, matrix, page
+from ...tools.pages.pictures import COLOURS, GREY, label, new_figure, svg
 from ...whole_files import write_atomically
 from ..data.images import opened_image
 from ..models.hub import offline
@@ -24,12 +26,11 @@ from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
-from .comparison import Compared, compared, continuations
 from .evaluation import unchanged_data
 from .examination import EXAMINED
-from .generation import Continuation
+from .generation import Continuation, continuations
+from .prediction import Compared, compared
 from .run_model import RunModel
-from .run_pictures import curves, numbers
 
 SHOWN = 8
 """Examples of each kind."""
@@ -65,19 +66,14 @@ def write_page(
         OSError: a file cannot be read or written.
     """
     run = read_run(folder, trust)
-    data = unchanged_data(run)
+    data, settings = unchanged_data(run), run.settings
     held_out = (data.test or data.validation)[:rows]
     if not held_out:
         raise ValueError(f"the run in {folder} held no rows out, so there is nothing to show that it has not seen")
     other = None if against is None else read_run(against, trust)
     part = "test" if data.test else "validation"
-    drawn = curves(run.record["history"], run.record["best_step"])
-    sections = [
-        _metrics(run),
-        _trained(run),
-        Section("Training", [] if drawn else ["No loss is on record."], [drawn] if drawn else []),
-    ]
-    if run.settings.task == "causal-lm":
+    sections = [_metrics(run), _trained(run), _curves(run.record["history"], run.record["best_step"])]
+    if settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
     elif run.labels:
         sections += _classes(run, compared(run, held_out, other), other)
@@ -85,18 +81,16 @@ def write_page(
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
     trained = RunModel(run)
-    model = trained.model
-    if isinstance(model, PeftModel):
-        drawn = magnitude_and_direction(analyze(model).changes[0])
+    if isinstance(trained.model, PeftModel):
+        drawn = magnitude_and_direction(analyze(trained.model).changes[0])
         explained = ["One point a layer; dvora analyze shows more."]
         sections.append(Section("What changed in the layers", explained, [drawn]))
         if doctor:
             with offline():
-                examination = examine(model, trained.batch((data.test or data.train)[:EXAMINED]))
+                examination = examine(trained.model, trained.batch((data.test or data.train)[:EXAMINED]))
             verdict.append(f"The doctor on the adapter: {examination.verdict}")
             advice = [f"{finding.check}: {finding.advice}." for finding in examination.findings if finding.advice]
             sections.append(Section("Is the adapter right?", advice, tables=[Table(examination.rows())]))
-    settings = run.settings
     text = page(
         f"A run of dvora train: {folder.resolve().name}",
         f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "
@@ -104,7 +98,7 @@ def write_page(
         sections,
         "Made by dvora report.",
         verdict,
-        _figures(run, part, sum(parameter.numel() for parameter in model.parameters())),
+        _figures(run, part, sum(parameter.numel() for parameter in trained.model.parameters())),
     )
     write_atomically(output, text.encode())
 
@@ -148,7 +142,7 @@ def _classes(run: Run, rows: Sequence[Compared], other: Run | None) -> list[Sect
     scores = _scores(run.labels, labels, predicted)
     if None not in predicted_by_other:
         of_other = _scores(run.labels, labels, predicted_by_other)
-        scores = [{**row, f"F1, {name}": beside["F1"]} for row, beside in zip(scores, of_other, strict=True)]
+        scores = [{**row, f"F1, {name}": other_row["F1"]} for row, other_row in zip(scores, of_other, strict=True)]
     scores.sort(key=lambda row: row["F1"])
     sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
     sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))
@@ -199,12 +193,54 @@ def _examples(rows: Sequence[Compared], *names: str) -> list[dict[str, Any]]:
 
 
 def _numbers(rows: Sequence[Compared]) -> list[Section]:
-    pairs = [(float(row.label), float(row.predicted)) for row in rows]
+    true, predicted = ([float(getattr(row, name)) for row in rows] for name in ("label", "predicted"))
+    figure, (axes,) = new_figure(4.2, 3.8)
+    axes.plot(true, predicted, ".", color=COLOURS[0], alpha=0.5)
+    ends = [min(*true, *predicted), max(*true, *predicted)]
+    axes.plot(ends, ends, color=GREY, linewidth=1, linestyle=":")
+    axes.set(xlabel="true", ylabel="predicted")
     furthest = sorted(rows, key=lambda row: -abs(float(row.predicted) - float(row.label)))
     return [
-        Section("Predicted and true numbers", pictures=[numbers(pairs)]),
+        Section("Predicted and true numbers", pictures=[svg(figure, "Predicted against true numbers")]),
         Section("Rows that are furthest off", tables=[Table(_examples(furthest))]),
     ]
+
+
+def _curves(history: Sequence[Mapping[str, Any]], best_step: int) -> Section:
+    """Training loss (each step, and smoothed) and validation metrics."""
+
+    def points(name: str) -> list[Any]:
+        return [*zip(*((entry["step"], entry[name]) for entry in history if name in entry), strict=True)]
+
+    if not (losses := points("loss")):
+        return Section("Training", ["No loss is on record."])
+    names = [name for entry in history for name in entry if name.startswith("eval_") and name != "eval_loss"]
+    # A single evaluation is a number in a table, no curve.
+    metric = next((name for name in names if names.count(name) > 1), None)
+    figure, (upper, *lower) = new_figure(5, 4.6 if metric else 2.9, 2 if metric else 1)
+    steps, values = losses
+    upper.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+    upper.plot(steps, _smoothed(values), color=COLOURS[0], label="training")
+    evaluated = {"marker": "o", "markersize": 4, "color": COLOURS[1]}
+    if checked := points("eval_loss"):
+        upper.plot(*checked, label="validation", **evaluated)
+    upper.set(ylabel="loss", xlabel="step")
+    upper.legend(frameon=False)
+    if metric:
+        lower[0].plot(*points(metric), **evaluated)
+        lower[0].set(xlabel="step", ylabel=label(f"validation {metric.removeprefix('eval_').replace('_', ' ')}"))
+    for axes in (upper, *lower):
+        axes.locator_params(axis="x", integer=True)
+        axes.axvline(best_step, color=GREY, linewidth=1, linestyle=":")
+    drawn = svg(figure, "Loss and validation metrics along the steps; a dotted line at the step that was kept")
+    return Section("Training", pictures=[drawn])
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving averages, without the bias of their start."""
+    weight = min(0.95, 1 - 1 / max(2, len(values) / 15))
+    means = accumulate(values, lambda mean, value: weight * mean + (1 - weight) * value, initial=0.0)
+    return [mean / (1 - weight**count) for count, mean in enumerate(means) if count]
 
 
 def _texts(texts: Sequence[Continuation]) -> Section:

@@ -20,14 +20,7 @@ HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) -> Any:
-    """A trainer that only evaluates, in the batches and the precision of the run.
-
-    Args:
-        model: the trained one.
-        task: of the run.
-        settings: of the run.
-        folder: to which it writes nothing, but which has to be there.
-    """
+    """A trainer that only evaluates, in the batches and the precision of the run; it writes nothing to the folder."""
     trainer = Trainer(
         model,
         TrainingArguments(**common_arguments(settings, folder)),
@@ -40,12 +33,7 @@ def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) ->
 
 
 def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Arguments that all trainers of a run share.
-
-    Args:
-        settings: of the run.
-        folder: that the trainer writes to.
-    """
+    """Arguments that all trainers of a run share; they write to the folder."""
     gpu = device_of(settings).type == "cuda"
     return {
         "output_dir": str(folder),
@@ -65,14 +53,12 @@ def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
 
 def evaluated(trainer: Any, dataset: Dataset) -> dict[str, float]:
     """The loss and the task's metrics on a dataset."""
-    size = bytes_of(dataset)
-    raw = trainer.evaluate(without_bytes(dataset))
-    values = {name.removeprefix("eval_"): value for name, value in raw.items() if name.startswith("eval_")}
-    found = {name: value for name, value in values.items() if name not in HIDDEN}
+    size, values = bytes_of(dataset), trainer.evaluate(without_bytes(dataset))
+    metrics = {name[5:]: value for name, value in values.items() if name.startswith("eval_") and name[5:] not in HIDDEN}
     if size:
         # In a unit that does not depend on the tokenizer.
-        found["bits_per_byte"] = values["loss"] * values["tokens"] / log(2) / size
-    return found
+        metrics["bits_per_byte"] = values["eval_loss"] * values["eval_tokens"] / log(2) / size
+    return metrics
 
 
 def simplest_guess_on(

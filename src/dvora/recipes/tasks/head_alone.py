@@ -80,8 +80,7 @@ def frozen_features(
 
     Args:
         model: of transformers, without an adapter; it is left in evaluation mode on the CPU.
-        dataset: the model's inputs.
-        collator: makes a batch of them.
+        dataset, collator: the model's inputs, and what makes a batch of them.
         settings: of the run: batches, device, precision.
         note: called every half a minute with how long it still takes.
 
@@ -191,8 +190,7 @@ def fitted(
     """A linear layer fitted with an L2 penalty on its weight: logistic regression, or ridge regression of numbers.
 
     Args:
-        features: of the training rows.
-        labels: indices of classes, or numbers.
+        features, labels: of the training rows; labels are indices of classes, or numbers.
         classes: how many; 0 for numbers.
         strength: of the penalty, beside the mean loss on features of unit variance.
         has_bias: False: the bias is zero, for models whose last layer has none.

@@ -101,11 +101,10 @@ def longest(settings: Settings, processor: Any, model_config: Any) -> int:
 
 
 def features(rows: Rows, settings: Settings, processor: Any, max_length: int) -> Features:
-    """The model's inputs for rows of the task; rows without a label give inputs without one.
+    """The model's inputs for rows of the task, as `load_data` gives them; rows without a label give inputs without one.
 
     Args:
-        rows: as `load_data` gives them.
-        settings: of the run.
+        rows, settings: of the run.
         processor: the tokenizer, or the image processor.
         max_length: see `longest`; without meaning for images.
 
@@ -138,13 +137,13 @@ def _pixels(batch: dict[str, list[Any]], processor: Any) -> dict[str, Any]:
     for path in batch["image"]:
         with opened_image(Path(path)) as image:
             images.append(image.convert("RGB"))
-    made = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
-    return {**made, "label": batch["label"]} if "label" in batch else made
+    inputs = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+    return {**inputs, "label": batch["label"]} if "label" in batch else inputs
 
 
 def _language_features(rows: Rows, tokenizer: Any, max_length: int) -> Features:
     """Chats, each cut to `max_length` tokens, and texts in blocks of at most so many."""
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     lengths, left_out = [], 0
     for row in rows:
         if "messages" in row:
@@ -152,10 +151,10 @@ def _language_features(rows: Rows, tokenizer: Any, max_length: int) -> Features:
             lengths.append(chat.pop("tokens"))
             teaches = any(label != IGNORED for label in chat["labels"][1:])
             left_out += not teaches
-            found += [chat] * teaches
+            encoded += [chat] * teaches
         else:
-            found += _blocks(row, tokenizer, max_length)
-    return Features(Dataset.from_list(found), replace(truncation_of(lengths, max_length), left_out=left_out))
+            encoded += _blocks(row, tokenizer, max_length)
+    return Features(Dataset.from_list(encoded), replace(truncation_of(lengths, max_length), left_out=left_out))
 
 
 def _blocks(row: dict[str, Any], tokenizer: Any, max_length: int) -> list[Encoded]:

@@ -21,17 +21,30 @@ PIPELINES = {
 """The hub's names of tasks, by PEFT's."""
 LIBRARIES = {"dvora": "dvora", "head": "dvora", "full": "transformers"}
 """What loads the result of a method; PEFT that of others."""
+_README = """---
+{front}
+---
+
+# {title}
+
+## How to load it
+
+{loading}
+
+## What it is
+
+{facts}
+
+## How good it is
+
+{metrics}
+
+Made by `dvora train`; `run.json` in the folder above has the hashes of the data and every loss.
+"""
 
 
 def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[str], config: Any) -> str:
-    """The README.md of a finished run's adapter, or of its whole model.
-
-    Args:
-        settings: resolved.
-        record: of the run, see `Run`.
-        labels: names of the classes.
-        config: of the base model, as it was trained.
-    """
+    """The README.md of a finished run's adapter, or of its whole model; `config` is that of the base as trained."""
     is_here = Path(settings.model).exists()
     base = Path(settings.model).name if is_here else settings.model
     front = ModelCardData(
@@ -54,30 +67,12 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
-    lines = [f"- {name}: {_cell(text)}" for name, text in facts.items() if text]
-    return "\n".join(
-        [
-            "---",
-            front.to_yaml(),
-            "---",
-            "",
-            f"# {_cell(base)} trained with {settings.method} for {settings.task}",
-            "",
-            "## How to load it",
-            "",
-            *_loading(settings, f"path/to/{base}" if is_here else base, labels, config),
-            "",
-            "## What it is",
-            "",
-            *lines,
-            "",
-            "## How good it is",
-            "",
-            *_table(record["metrics"]),
-            "",
-            "Made by `dvora train`; `run.json` in the folder above has the hashes of the data and every loss.",
-            "",
-        ]
+    return _README.format(
+        front=front.to_yaml(),
+        title=f"{_cell(base)} trained with {settings.method} for {settings.task}",
+        loading="\n".join(_loading(settings, f"path/to/{base}" if is_here else base, labels, config)),
+        facts="\n".join(f"- {name}: {_cell(text)}" for name, text in facts.items() if text),
+        metrics="\n".join(_table(record["metrics"])),
     )
 
 
@@ -112,9 +107,9 @@ def _loading(settings: Settings, base: str, labels: Sequence[str], config: Any) 
 
 
 def _table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    found = metric_rows(metrics)
-    rows = [[name.replace("_", " ") for name in found[0]], ["---"] * len(found[0])] if found else []
-    rows += [[_cell(shown(value)) for value in row.values()] for row in found]
+    named = metric_rows(metrics)
+    rows = [[name.replace("_", " ") for name in named[0]], ["---"] * len(named[0])] if named else []
+    rows += [[_cell(shown(value)) for value in row.values()] for row in named]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(filter(is_complete, found), key=step_of)
+    paths = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(filter(is_complete, paths), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -46,9 +46,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def remove_incomplete(folder: Path) -> None:
-    """Remove what an unclean end left half-written or half-removed."""
-    complete = checkpoints(folder)
+def remove_all_but(complete: Sequence[Path], folder: Path) -> None:
+    """Remove what an unclean end left half-written or half-removed beside the complete checkpoints of a folder."""
     for path in folder.glob("checkpoint-*"):
         if path not in complete:
             remove(path)

@@ -15,7 +15,7 @@ from ..run_folder import HEAD_FILE
 from ..settings import Group, Settings
 
 
-def adapted(base: Base, settings: Settings) -> nn.Module:
+def adapt(base: Base, settings: Settings) -> nn.Module:
     """The base with the run's method put into it; its heads are trained whole, and random starts come from the seed.
 
     Raises:
@@ -34,12 +34,7 @@ def adapted(base: Base, settings: Settings) -> nn.Module:
 
 
 def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
-    """The PEFT configuration of a method.
-
-    Args:
-        settings: with a method that has one.
-        heads: modules to train and save whole.
-    """
+    """The PEFT configuration of a method that has one; the heads are modules to train and save whole."""
     common: dict[str, Any] = {
         "r": settings.rank,
         "target_modules": settings.targets if isinstance(settings.targets, str) else list(settings.targets),
@@ -63,28 +58,6 @@ def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
     return LoraConfig(lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.method == "dora", **common)
 
 
-def optimizer(model: nn.Module, settings: Settings, heads: tuple[str, ...]) -> torch.optim.Optimizer:
-    """AdamW over what is trained, with the learning rates of its groups.
-
-    Raises:
-        ValueError: nothing is trained, or a learning rate is set for a group of which nothing is.
-    """
-    rate = settings.rate
-    rates = learning_rates(model, settings)
-    if settings.method == "dvora":
-        groups = parameter_groups(model, rate, weight_decay=settings.weight_decay, learning_rates=rates)
-        return torch.optim.AdamW([{k: v for k, v in group.items() if k != "name"} for group in groups])
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    in_heads = [parameter for name, parameter in trained.items() if _is_in(name, heads)]
-    others = [parameter for name, parameter in trained.items() if not _is_in(name, heads)]
-    if "head" in rates and not in_heads:
-        raise ValueError("learning_rates names the group 'head', of which the model trains nothing")
-    both = ((in_heads, rates.get("head", rate)), (others, rate))
-    return torch.optim.AdamW(
-        [{"params": members, "lr": lr, "weight_decay": settings.weight_decay} for members, lr in both if members]
-    )
-
-
 def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
     """The groups that have another learning rate than the settings' single one.
 
@@ -96,6 +69,33 @@ def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
     recommended = recommended_rates(model, settings.rate)
     rates: dict[Group, float] = {"magnitude": recommended["magnitude"]} if "magnitude" in recommended else {}
     return rates | settings.learning_rates
+
+
+def optimizer(
+    model: nn.Module, settings: Settings, heads: tuple[str, ...], rates: dict[Group, float]
+) -> torch.optim.Optimizer:
+    """AdamW over what is trained, with the learning rates of its groups.
+
+    Raises:
+        ValueError: a learning rate is set for a group of which nothing is trained.
+    """
+    if settings.method == "dvora":
+        groups = parameter_groups(model, settings.rate, weight_decay=settings.weight_decay, learning_rates=rates)
+        return torch.optim.AdamW([{k: v for k, v in group.items() if k != "name"} for group in groups])
+    groups_of: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups_of[_is_in(name, heads)].append(parameter)
+    if "head" in rates and not groups_of[True]:
+        raise ValueError("learning_rates names the group 'head', of which the model trains nothing")
+    rate_of = {True: rates.get("head", settings.rate), False: settings.rate}
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rate_of[in_head], "weight_decay": settings.weight_decay}
+            for in_head, parameters in groups_of.items()
+            if parameters
+        ]
+    )
 
 
 def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder: Path) -> None:

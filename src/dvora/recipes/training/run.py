@@ -2,8 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,32 +16,27 @@ from ..run_folder import (
     CHECKPOINTS,
     CONFIG,
     HEAD_ALONE,
+    Place,
     Run,
-    check_resumable,
+    entered,
     is_first,
-    locked,
-    read_record,
     read_run,
     remove_leftovers,
     world_size,
     write_record,
 )
-from ..settings import NAMED, Settings, Trust, commented, resolved
+from ..settings import NAMED, Settings, Trust, commented
 from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
+from .callbacks import OnProgress, StopRequest
 from .card import model_card
-from .checkpoints import checkpoints, errors_of_damage, remove_incomplete
-from .methods import adapted, learning_rates, save_trained, trained_parameters
+from .checkpoints import checkpoints, errors_of_damage, remove_all_but
+from .methods import adapt, learning_rates, save_trained, trained_parameters
 from .trainers import Prepared, final_metrics, length_of_run, make_trainer
-from .watching import OnProgress, StopRequest
 
 Note = Callable[[str], None]
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-
-
-class InputError(ValueError):
-    """The settings, the data, the model or the folder are not what a run needs; nothing has been trained yet."""
 
 
 @dataclass(frozen=True)
@@ -77,47 +71,34 @@ def train(
         trust: what is allowed to get the model, which the settings name.
 
     Raises:
-        InputError: the settings, the data, the model or the folder are not what the run needs.
-        ValueError: training failed.
+        ValueError: the settings, the data, the model or the folder are not what the run needs.
         OSError: a file cannot be read or written.
     """
-    settings = resolved(settings)
-    folder = Path(settings.output)
-    with ExitStack() as stack:
-        stack.enter_context(quiet_transformers())
-        with _input_errors():
-            if is_first():
-                # For this process and those that train with it.
-                stack.enter_context(locked(folder))
-            earlier = read_record(folder)
-            check_resumable(folder, earlier, settings, resume)
-            if earlier is not None and earlier["state"] == "finished":
-                if is_first():
-                    _clear(folder)
-                return Outcome(read_run(folder, trust), None)
-            if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
-                raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
-            data = load_data(settings)
-            record = _start_record(settings, data, earlier)
-            prepared = _prepared(settings, data, record, note, trust)
-        return _trained(prepared, record, on_progress)
+    with entered(settings, resume) as place:
+        return train_in(place, on_progress, note, trust)
 
 
-@contextmanager
-def _input_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Trust) -> Outcome:
+    """`train` in a folder that was entered."""
+    settings, folder, earlier = place.settings, place.folder, place.record
+    if earlier is not None and earlier["state"] == "finished":
+        if is_first():
+            _clear(folder)
+        return Outcome(read_run(folder, trust), None)
+    with quiet_transformers():
+        if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
+            raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+        data = load_data(settings)
+        record = _start_record(settings, data, earlier)
+        return _trained(_prepared(settings, data, record, note, trust), record, on_progress)
 
 
 def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None) -> Outcome:
     folder = Path(prepared.settings.output)
     stop, start = StopRequest(), time.monotonic()
-    last = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
-    with _input_errors():
-        record["learning_rates"] = learning_rates(prepared.model, prepared.settings)
-        trainer, watching = make_trainer(prepared, stop, on_progress)
+    trainer, callback = make_trainer(prepared, stop, on_progress)
+    complete = checkpoints(folder / CHECKPOINTS)
+    last = complete[-1] if complete else None
     if is_first():
         # What an earlier start left half-written goes; what makes the folder that of a run comes.
         remove_leftovers(folder)
@@ -126,11 +107,11 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         write_record(folder, record)
         if prepared.head_alone is not None:
             save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
-        remove_incomplete(folder / CHECKPOINTS)
+        remove_all_but(complete, folder / CHECKPOINTS)
     with stop.listening(), errors_of_damage(last):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     record["seconds"] += time.monotonic() - start
-    if watching.was_stopped:
+    if callback.was_stopped:
         if is_first():
             write_record(folder, record)
         return Outcome(None, trainer.state.global_step)
@@ -187,13 +168,14 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         if any(base.model.get_submodule(name) is last for name in base.new):
             # The same start for every method.
             last.load_state_dict(head.state_dict(), strict=last.bias is not None)
-    model = adapted(base, settings)
+    model = adapt(base, settings)
+    record["learning_rates"] = learning_rates(model, settings)
     rows = ", ".join(f"{part} {len(of_part):,}" for part, of_part in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
-    return Prepared(settings, data, base, model, task, datasets, head)
+    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head)
 
 
 def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,26 +13,22 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from ...training import check_ranks_agree
 from ..data.run_data import Data
 from ..models.bases import Base
-from ..run_folder import CHECKPOINTS, is_first, world_size
-from ..settings import EPOCHS, MOST_STEPS, Settings
+from ..run_folder import CHECKPOINTS, world_size
+from ..settings import EPOCHS, MOST_STEPS, Group, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
+from .callbacks import OnProgress, RunCallback, StopRequest
 from .methods import optimizer
-from .watching import OnProgress, StopRequest, Watching
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a trainer is made of.
+    """What a trainer is made of: settings, rows, the base before it was adapted, the adapted model, and its task.
 
     Args:
-        settings: resolved.
-        data: rows of the three parts.
-        base: the model before it was adapted.
-        model: the adapted one.
-        task: its metrics and batches.
         datasets: the model's inputs, of the parts that have rows.
+        rates: learning rates of the groups that have their own.
         head_alone: the baseline; None where there is none.
     """
 
@@ -42,6 +38,7 @@ class Prepared:
     model: nn.Module
     task: Task
     datasets: Mapping[str, Any]
+    rates: dict[Group, float]
     head_alone: nn.Linear | None = None
 
 
@@ -56,20 +53,17 @@ def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
     return EPOCHS, MOST_STEPS if EPOCHS * ceil(rows / rows_of_step) > MOST_STEPS else None
 
 
-def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None) -> tuple[Any, Watching]:
-    """The trainer of a run, and what watches it.
-
-    Args:
-        prepared: what is trained.
-        stop: whether somebody asked to stop.
-        on_progress: called after every step and evaluation.
+def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress | None) -> tuple[Any, RunCallback]:
+    """The trainer of a run, and the callback that knows whether it was stopped.
 
     Raises:
         ValueError: a setting does not fit this machine, or processes hold different adapters.
     """
-    settings, task = prepared.settings, prepared.task
-    arguments = _arguments(settings, task, prepared.datasets)
-    watching = Watching(stop, on_progress)
+    settings, task, datasets = prepared.settings, prepared.task, prepared.datasets
+    arguments, callback = _arguments(settings, task, datasets), RunCallback(stop, on_progress)
+    callbacks: list[Any] = [callback]
+    if settings.early_stopping and "validation" in datasets:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
     if settings.method == "dvora" and world_size() > 1:
         check_ranks_agree(prepared.model)
     if settings.gradient_checkpointing:
@@ -81,31 +75,24 @@ def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress 
         prepared.model,
         arguments,
         data_collator=task.collator,
-        train_dataset=without_bytes(prepared.datasets["train"]),
-        eval_dataset=without_bytes(prepared.datasets["validation"]) if "validation" in prepared.datasets else None,
+        train_dataset=without_bytes(datasets["train"]),
+        eval_dataset=without_bytes(datasets["validation"]) if "validation" in datasets else None,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=[watching],
-        optimizers=(optimizer(prepared.model, settings, prepared.base.heads), None),
+        callbacks=callbacks,
+        optimizers=(optimizer(prepared.model, settings, prepared.base.heads, prepared.rates), None),
     )
     # transformers takes a model whose forward has keyword arguments for one that divides its loss by the tokens of all
     # batches and processes. Classifiers do not, so their gradients would be multiplied by both.
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
-    if settings.early_stopping and "validation" in prepared.datasets:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping))
-    if settings.tensorboard and is_first():
-        trainer.add_callback(_tensorboard(Path(settings.output)))
-    return trainer, watching
+    return trainer, callback
 
 
 def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of the held-out parts, each before those of what it is compared with.
 
-    Args:
-        trainer: of `make_trainer`, when it has trained.
-        prepared: what it trained.
-        of_baselines: those of the head alone; the simplest guess, or a language model's base, are added.
+    Those of the head alone are given; the simplest guess, or a language model's base, is evaluated here.
     """
     metrics: dict[str, Any] = {}
     for part in ("validation", "test"):
@@ -154,13 +141,3 @@ def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> T
         seed=settings.seed,
         data_seed=settings.seed,
     )
-
-
-def _tensorboard(folder: Path) -> Any:
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard is on, but the package is missing: pip install tensorboard") from None
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))

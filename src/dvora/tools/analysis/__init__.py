@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..dense_rebuild import subjects
+from ..dense_rebuild import adapters_of, subjects
 from .measures import Change, Spectrum, change, cosines, products, spectrum
 
 __all__ = ["Analysis", "LayerChange", "analyze"]
@@ -83,16 +83,10 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
         TypeError: the model is not of PEFT.
         ValueError: an adapter has no layer that can be rebuilt, or adapters are merged.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
-    names = tuple(model.peft_config if adapters is None else adapters)
-    if unknown := [name for name in names if name not in model.peft_config]:
-        raise ValueError(f"there is no adapter {unknown[0]!r}, only {', '.join(model.peft_config)}")
+    names = adapters_of(model, adapters)
     changes: dict[str, list[LayerChange]] = {name: [] for name in names}
     inner, by_layer = torch.zeros(len(names), len(names), dtype=torch.float64), {}
     for subject in subjects(model, names):
-        if subject.layer.merged:
-            raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
         weight = subject.weight()
         updates = {term.adapter: term.delta(weight) for term in subject.terms}
         for name, update in updates.items():
@@ -102,7 +96,7 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
         of_layer = products([updates.get(name, torch.zeros_like(weight)) for name in names]).cpu()
         by_layer[subject.name] = _rows(cosines(of_layer))
         inner += of_layer
-    if empty := [name for name, layers in changes.items() if not layers]:
+    if empty := [name for name in names if not changes[name]]:
         raise ValueError(f"no layer of the adapter {empty[0]!r} can be rebuilt; LoRA, DoRA, VeRA and DVoRA can")
     return Analysis(names, tuple(map(tuple, changes.values())), _rows(cosines(inner)), by_layer)
 

@@ -3,10 +3,10 @@
 import torch
 from peft import PeftModel
 
-from ..dense_rebuild import subjects
+from ..dense_rebuild import adapters_of, subjects
 from .checks import CHECKS
-from .examined import Examined, Inputs, Loss, recorded, restored
 from .findings import Examination, Finding
+from .model import Examined, Inputs, Loss, recorded, restored
 
 __all__ = ["Examination", "Finding", "examine"]
 
@@ -41,13 +41,10 @@ def examine(
         TypeError: the model is not of PEFT, or returns no tensor of numbers.
         ValueError: no layer has an active adapter of a known method, adapters are merged, or `layers` is below one.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}; adapt it with get_peft_model first")
-    every = tuple(subjects(model))
+    adapters_of(model)
+    every = subjects(model)
     if not every:
         raise ValueError("no layer has an active LoRA, DoRA, VeRA or DVoRA adapter that can be rebuilt")
-    if any(subject.layer.merged for subject in every):
-        raise ValueError("an adapter is merged into the model; unmerge it first (model.unmerge_adapter())")
     if layers is not None and layers < 1:
         raise ValueError(f"layers must be at least 1, got {layers}")
     count = len(every) if layers is None else min(layers, len(every))

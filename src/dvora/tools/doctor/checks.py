@@ -18,9 +18,8 @@ from ...peft.layer import DVoRALayer
 from ...tensors import bias_of
 from ...weight import MergePrecisionWarning
 from ..dense_rebuild import Subject
-from .examined import CannotCheckError, Examined, Loss, called, restored, tensors_of
 from .findings import Finding, Status
-from .round_trip import outputs_of_the_file
+from .model import CannotCheckError, Examined, Loss, called, outputs_of_the_file, restored, tensors_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative error of outputs by the dtype of what is computed with."""
@@ -68,14 +67,8 @@ def _check(
                 return Finding(name, "skip", str(reason))
             if outcome.passed:
                 return Finding(name, "pass", outcome.found, figures=outcome.figures)
-            return Finding(
-                name,
-                outcome.status or status,
-                outcome.found,
-                outcome.advice or advice,
-                outcome.figures,
-                outcome.layers,
-            )
+            what, to_do = outcome.status or status, outcome.advice or advice
+            return Finding(name, what, outcome.found, to_do, outcome.figures, outcome.layers)
 
         CHECKS[name] = finding
         return check
@@ -200,8 +193,8 @@ def _calls(examined: Examined) -> Outcome:
     """Layers that were adapted and did not run."""
     names = [subject.name for subject in examined.layers]
     never = [name for name in names if name not in examined.layer_inputs]
-    found = f"all {len(names)} adapted layers were called"
-    return _none_of(never, names, found, "adapted layers were never called")
+    text = f"all {len(names)} adapted layers were called"
+    return _none_of(never, names, text, "adapted layers were never called")
 
 
 @_check(
@@ -233,10 +226,10 @@ def _received(examined: Examined) -> Outcome:
             "load the model again and train it before it is evaluated: bitsandbytes repacks 4-bit weights in the first "
             "evaluation on a CPU, and what lies before them gets no gradient from then on"
         )
-        found = f"gradients end at an operator that has none: {stops[0].partition(': an')[0]}"
-        return Outcome(False, found, advice=advice)
-    found = f"all {len(trained)} trained tensors get a gradient"
-    return _none_of(without, trained, found, "trained tensors get no gradient")
+        text = f"gradients end at an operator that has none: {stops[0].partition(': an')[0]}"
+        return Outcome(False, text, advice=advice)
+    text = f"all {len(trained)} trained tensors get a gradient"
+    return _none_of(without, trained, text, "trained tensors get no gradient")
 
 
 @_check("values", "training diverged: go back to a checkpoint and lower the learning rate")
@@ -244,8 +237,8 @@ def _values(examined: Examined) -> Outcome:
     """Trained parameters that are not finite."""
     trained = examined.trained()
     bad = [name for name, parameter in trained.items() if not bool(parameter.isfinite().all())]
-    found = f"all values of {len(trained)} trained tensors are finite"
-    return _none_of(bad, trained, found, "trained tensors hold values that are not finite")
+    text = f"all values of {len(trained)} trained tensors are finite"
+    return _none_of(bad, trained, text, "trained tensors hold values that are not finite")
 
 
 @_check("movement", "lower the magnitude's learning rate (dvora.training.recommended_rates)")
@@ -263,18 +256,18 @@ def _movement(examined: Examined) -> Outcome:
                 changes[subject.name] = float(relative.nan_to_num(float("inf")).median())
     figures = {"layers": float(len(examined.some)), "moved": float(moved)}
     if not moved:
-        found = "no layer has moved from where it started: the adapter does nothing"
+        text = "no layer has moved from where it started: the adapter does nothing"
         advice = "train it; after training, look whether its values are in the optimizer and its rates above zero"
-        return Outcome(False, found, figures, status="warn", advice=advice)
-    found = f"{moved} of {len(examined.some)} layers have moved"
+        return Outcome(False, text, figures, status="warn", advice=advice)
+    text = f"{moved} of {len(examined.some)} layers have moved"
     if not changes:
-        return Outcome(True, found, figures)
+        return Outcome(True, text, figures)
     worst = max(changes.values())
     figures["worst"] = worst
     if runaway := tuple(layer for layer, change in changes.items() if change > RUNAWAY):
-        found = f"the magnitude ran away in {len(runaway)} of {len(changes)} layers: half of its rows changed by "
-        return Outcome(False, f"{found}{worst:.0%} or more", figures, runaway)
-    return Outcome(True, f"{found}; median change of a row's magnitude at most {worst:.1%}", figures)
+        text = f"the magnitude ran away in {len(runaway)} of {len(changes)} layers: half of its rows changed by "
+        return Outcome(False, f"{text}{worst:.0%} or more", figures, runaway)
+    return Outcome(True, f"{text}; median change of a row's magnitude at most {worst:.1%}", figures)
 
 
 @_check(
@@ -286,7 +279,7 @@ def _rates(examined: Examined) -> Outcome:
     """Learning rates that look wrong, and trained parameters that the optimizer does not have."""
     if examined.optimizer is None:
         raise CannotCheckError("no optimizer was given")
-    rates = {id(each): float(group["lr"]) for group in examined.optimizer.param_groups for each in group["params"]}
+    rates = {id(value): float(group["lr"]) for group in examined.optimizer.param_groups for value in group["params"]}
     trained = {name: parameter for name, parameter in examined.model.named_parameters() if parameter.requires_grad}
     if left_out := [name for name, parameter in trained.items() if id(parameter) not in rates]:
         advice = "make the optimizer after the adapter, over all that is trained (dvora.training.parameter_groups)"
@@ -351,7 +344,7 @@ def _merge(examined: Examined) -> Outcome:
 @_check("mixed batch", "serve one adapter at a time until it is mended")
 def _mixed_batch(examined: Examined) -> Outcome:
     """A batch whose rows have the adapter and the base by turns, against the rows of both."""
-    if any(isinstance(each.layer, LoraLayer) and term.magnitude for each in examined.layers for term in each.terms):
+    if any(isinstance(one.layer, LoraLayer) and term.magnitude for one in examined.layers for term in one.terms):
         # It would refuse in the middle of a pass, and leave its hooks behind.
         raise CannotCheckError("PEFT's DoRA takes no batches of several adapters")
     adapter, adapted = examined.adapter, examined.outputs
@@ -380,11 +373,11 @@ def _round_trip(examined: Examined) -> Outcome:
     return _within({"": error}, TOLERANCES[examined.outputs.dtype], what)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """`||found - expected|| / ||expected||` in float64."""
-    found, expected = found.detach().double(), expected.detach().double()
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """`||actual - expected|| / ||expected||` in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
     size = torch.linalg.vector_norm(expected)
-    return float(torch.linalg.vector_norm(found - expected) / torch.where(size > 0, size, 1.0))
+    return float(torch.linalg.vector_norm(actual - expected) / torch.where(size > 0, size, 1.0))
 
 
 def _within(values: Mapping[str, float], limits: float | Mapping[str, float], what: str) -> Outcome:
@@ -397,17 +390,17 @@ def _within(values: Mapping[str, float], limits: float | Mapping[str, float], wh
     ordered = sorted(sizes, key=lambda name: -sizes[name] / max(by_layer[name], 1e-30))
     above = [name for name in ordered if sizes[name] > by_layer[name]]
     worst, limit = sizes[ordered[0]], by_layer[ordered[0]]
-    found = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.2g} (limit {limit:.1g})"
+    text = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.2g} (limit {limit:.1g})"
     if above and len(values) > 1:
-        found += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
+        text += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
     figures = {"worst": worst, "limit": limit, "layers": float(len(values))}
-    return Outcome(not above, found, figures, tuple(filter(None, above)))
+    return Outcome(not above, text, figures, tuple(filter(None, above)))
 
 
 def _none_of(bad: Collection[str], names: Collection[str], right: str, wrong: str) -> Outcome:
     """Names of which none should be there."""
-    found = f"{len(bad)} of {len(names)} {wrong}, first {next(iter(bad))}" if bad else right
-    return Outcome(not bad, found, {"layers": float(len(names))}, tuple(bad))
+    text = f"{len(bad)} of {len(names)} {wrong}, first {next(iter(bad))}" if bad else right
+    return Outcome(not bad, text, {"layers": float(len(names))}, tuple(bad))
 
 
 def _called(examined: Examined) -> Iterator[tuple[Subject, Tensor]]:
@@ -425,14 +418,11 @@ def _loss(outputs: Any, loss: Loss | None, generator: torch.Generator) -> Tensor
     """The given loss, the model's own, or a random sum of its outputs."""
     if loss is not None:
         return loss(outputs)
-    own: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
-    if own is not None:
-        return own
-    weighed = [
-        (tensor.float() * torch.randn(tensor.shape, generator=generator).to(tensor.device)).sum()
-        for tensor in tensors_of(outputs)
-    ]
-    return torch.stack(weighed).sum()
+    of_model: Tensor | None = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    if of_model is not None:
+        return of_model
+    randoms = ((tensor, torch.randn(tensor.shape, generator=generator)) for tensor in tensors_of(outputs))
+    return torch.stack([(tensor.float() * random.to(tensor.device)).sum() for tensor, random in randoms]).sum()
 
 
 def _gradient_error(subject: Subject, x: Tensor) -> float:

@@ -13,6 +13,7 @@ from ...text import visible
 
 COLOURS = ("#3b82c4", "#e08a2c", "#3fa35b", "#c4524f", "#8f6fc0", "#9c6f5c", "#cf76b0", "#8a8a8a", "#a8a832", "#35a8b5")
 """Distinguishable on white and on black: matplotlib's ten, with similar brightness."""
+GREY = COLOURS[7]
 _STYLE: Any = {
     "svg.fonttype": "none",
     # Names inside the file come from this instead of from the time.
@@ -27,16 +28,11 @@ _STYLE: Any = {
 _REM_PER_INCH = 8.0
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that nothing but its owner knows of."""
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure, in inches, that nothing but its owner knows of, with empty axes, one below the other."""
     with matplotlib.rc_context(_STYLE):
-        return Figure(figsize=(width, height), layout="constrained")
-
-
-def axes_of(figure: Figure, rows: int = 1) -> list[Any]:
-    """Empty axes, one below the other."""
-    with matplotlib.rc_context(_STYLE):
-        return list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
 
 
 def label(text: str) -> str:

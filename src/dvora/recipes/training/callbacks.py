@@ -1,4 +1,4 @@
-"""What happens beside the steps of training: progress is reported, signals stop it, checkpoints are marked."""
+"""What happens between the steps of training: progress is reported, signals stop it, checkpoints are marked."""
 
 import signal
 import time
@@ -20,8 +20,8 @@ class Progress:
     """Where a run is.
 
     Args:
-        step: steps that were made, of `steps`.
-        made: of them, by this process after its first one, by which the pace is measured.
+        step: the last one, of `steps`.
+        measured: steps of this process after its first one, by which the pace is measured.
         loss: training loss of the last step, None before the first.
         pace: seconds a step took so far, evaluations among them; None before it is measured.
         memory: bytes that the process (on a GPU: torch) has held at most.
@@ -31,7 +31,7 @@ class Progress:
 
     step: int
     steps: int
-    made: int
+    measured: int
     loss: float | None
     pace: float | None
     memory: int
@@ -69,7 +69,7 @@ class StopRequest:
         self.wanted = True
 
 
-class Watching(TrainerCallback):
+class RunCallback(TrainerCallback):
     """Reports progress, stops with a checkpoint when asked, and marks checkpoints as complete.
 
     Args:
@@ -110,13 +110,11 @@ class Watching(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Report the metrics, and whether they are the best so far."""
-        value = metrics.get(f"eval_{args.metric_for_best_model}")
-        if value is None:
-            return
-        best = state.best_metric
-        is_best = best is None or (value > best if args.greater_is_better else value < best)
-        found = {name.removeprefix("eval_"): each for name, each in metrics.items() if name.startswith("eval_")}
-        self._report(state, found, is_best)
+        if (value := metrics.get(f"eval_{args.metric_for_best_model}")) is not None:
+            best = state.best_metric
+            is_best = best is None or (value > best if args.greater_is_better else value < best)
+            named = {name[5:]: number for name, number in metrics.items() if name.startswith("eval_")}
+            self._report(state, named, is_best)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Be silent in the evaluations of the finished model."""
@@ -130,12 +128,12 @@ class Watching(TrainerCallback):
             mark_complete(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def _report(self, state: Any, metrics: dict[str, float] | None = None, is_best: bool = False) -> None:
-        if self.on_progress is None or not state.is_world_process_zero:
-            return
-        made = state.global_step - self.first_step
-        pace = (time.monotonic() - self.started) / made if made else None
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
-        self.on_progress(Progress(state.global_step, state.max_steps, made, loss, pace, memory(), metrics, is_best))
+        if self.on_progress is not None and state.is_world_process_zero:
+            steps = state.global_step - self.first_step
+            pace = (time.monotonic() - self.started) / steps if steps else None
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+            progress = Progress(state.global_step, state.max_steps, steps, loss, pace, memory(), metrics, is_best)
+            self.on_progress(progress)
 
 
 def _anywhere(wanted: bool, device: torch.device) -> bool:

@@ -1,8 +1,14 @@
-"""The model under examination: called on its inputs, and restored."""
+"""The model under examination: called on its inputs, restored, and what its file gives in a fresh process."""
 
+import copy
+import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +23,8 @@ Loss = Callable[[Any], Tensor]
 """Of the model's outputs."""
 ROWS = 8
 """Rows of a layer's input that are kept for comparisons."""
+_START = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+"""As new as a spawned process; who examines many adapters can have imports made once (`set_forkserver_preload`)."""
 
 
 class CannotCheckError(Exception):
@@ -64,8 +72,8 @@ class Examined:
         named = {name.removeprefix("base_model.model."): value for name, value in self.model.named_parameters()}
         if trained := {name: value for name, value in named.items() if value.requires_grad}:
             return trained
-        own = {id(value) for layer in self.layers for term in layer.terms for value in term.parameters.values()}
-        return {name: value for name, value in named.items() if id(value) in own}
+        vectors = {id(value) for layer in self.layers for term in layer.terms for value in term.parameters.values()}
+        return {name: value for name, value in named.items() if id(value) in vectors}
 
 
 def called(model: nn.Module, inputs: Inputs, **more: Any) -> Any:
@@ -83,10 +91,10 @@ def tensors_of(outputs: Any) -> list[Tensor]:
         return [outputs]
     named = dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
     ordered = [named[name] for name in sorted(named, key=lambda name: name != "logits")]
-    found = [value for value in ordered if isinstance(value, Tensor) and value.dim() and value.is_floating_point()]
-    if not found:
+    tensors = [value for value in ordered if isinstance(value, Tensor) and value.dim() and value.is_floating_point()]
+    if not tensors:
         raise TypeError(f"the model returned a {type(outputs).__name__} without a tensor of numbers")
-    return found
+    return tensors
 
 
 def recorded(model: nn.Module, inputs: Inputs, layers: tuple[Subject, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,3 +138,36 @@ def restored(model: nn.Module, values: bool = False) -> Iterator[None]:
         for tensor, copy in zip(tensors, copies, strict=True):
             if not torch.equal(tensor.cpu(), copy):
                 tensor.copy_(copy)
+
+
+def outputs_of_the_file(examined: Examined) -> Tensor:
+    """The outputs of the adapter, saved and loaded by another process onto a copy of the base.
+
+    Raises:
+        CannotCheckError: several adapters are active, or the base cannot be copied.
+    """
+    adapter = examined.adapter
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        examined.model.save_pretrained(str(folder / "saved"), selected_adapters=[adapter])
+        named = folder / "saved" / adapter
+        try:
+            torch.save(copy.deepcopy(examined.model).unload(), folder / "base.pt")
+        except (pickle.PicklingError, AttributeError, TypeError, ValueError, NotImplementedError) as problem:
+            raise CannotCheckError(f"the base cannot be handed to another process: {problem}") from problem
+        torch.save(examined.inputs, folder / "inputs.pt")
+        saved = named if named.is_dir() else folder / "saved"
+        with ProcessPoolExecutor(1, get_context(_START)) as fresh:
+            return fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()
+
+
+def _loaded_outputs(folder: Path, saved: Path, threads: int) -> Tensor:
+    import dvora
+
+    assert dvora.__version__  # importing it makes the method known to PEFT
+    torch.set_num_threads(threads)
+    base = torch.load(folder / "base.pt", weights_only=False)
+    inputs = torch.load(folder / "inputs.pt", weights_only=False)
+    model = PeftModel.from_pretrained(base, str(saved)).eval()
+    with torch.no_grad():
+        return tensors_of(called(model, inputs))[0].cpu()

@@ -1,13 +1,14 @@
 """Rows as text: read back as they were written, one at a time."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dvora.recipes.data.tables import stream_table
-from dvora.recipes.data.written_rows import writer_for
+from dvora.recipes.data.writers import writer_for
 
 ROWS = [{"text": 'schön, "gut"\nund\tlang', "n": "1"}, {"text": "", "n": "a\u2028b"}]
 
@@ -25,7 +26,7 @@ def test_a_row_is_written_when_it_is_known() -> None:
         raise AssertionError("nobody asked for a second row")
 
     assert next(writer_for(".jsonl")(rows())) == '{"a": 1}\n'
-    assert next(writer_for(".csv")(rows())) == "a\n1\n"
+    assert [*islice(writer_for(".csv")(rows()), 2)] == ["a\n", "1\n"]
 
 
 def test_values_that_are_no_text() -> None:

@@ -1,7 +1,6 @@
 """Rows as text, one after another: CSV, TSV, JSON lines, or one JSON object around them all."""
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,8 +27,7 @@ def writer_for(suffix: str, safe: bool = False) -> Callable[[Iterable[Row]], Ite
     Raises:
         ValueError: the suffix names no format that is written here, or one that no spreadsheet opens as a table.
     """
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(suffix.lower())
-    if delimiter:
+    if delimiter := {".csv": ",", ".tsv": "\t"}.get(suffix.lower()):
         return partial(_separated, delimiter=delimiter, safe=safe)
     if suffix.lower() not in (".jsonl", ".ndjson"):
         near = did_you_mean(suffix, (".csv", ".tsv", ".jsonl", ".ndjson"))
@@ -52,23 +50,25 @@ def json_object(rows: Iterable[Row], name: str) -> Iterator[str]:
     yield "]}\n"
 
 
+class _Lines:
+    """A file for `csv` whose writer returns what it writes."""
+
+    @staticmethod
+    def write(text: str) -> str:
+        return text
+
+
 def _separated(rows: Iterable[Row], delimiter: str, safe: bool) -> Iterator[str]:
-    line = io.StringIO()
-    writer = csv.writer(line, delimiter=delimiter, lineterminator="\n")
+    writer: Any = csv.writer(_Lines, delimiter=delimiter, lineterminator="\n")
     columns: list[str] = []
-    for number, row in enumerate(rows):
-        if not number:
+    for number, row in enumerate(rows, start=1):
+        if number == 1:
             columns = [*row]
-            writer.writerow(_cell(name, safe) for name in columns)
+            yield writer.writerow([_cell(name, safe) for name in columns])
         if unknown := row.keys() - {*columns}:
-            raise ValueError(
-                f"row {number + 1} has {min(unknown)!r}, which the first row lacks, so a table cannot hold it; write "
-                ".jsonl"
-            )
-        writer.writerow([_cell(row.get(name), safe) for name in columns])
-        yield line.getvalue()
-        line.seek(0)
-        line.truncate()
+            lacks = f"row {number} has {min(unknown)!r}, which the first row lacks, so a table cannot hold it"
+            raise ValueError(f"{lacks}; write .jsonl")
+        yield writer.writerow([_cell(row.get(name), safe) for name in columns])
 
 
 def _cell(value: Any, safe: bool) -> str:
