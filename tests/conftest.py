@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import settings
 
 import dvora
-from tests.fresh import preload
+from transcript.forks import preload
 
 LONG = {"benchmarks", "cli", "docs", "export", "hardening", "histories", "serve"}
 """Folders of files whose tests are few and long."""

@@ -18,8 +18,8 @@ from benchmarks.quality.running import carry_out
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
-ARMS = ("structured_r64_nf4", "vera_r256", "full", "rows_columns_low_rank")
-"""One of each kind: of PEFT's on a quantised base and with matrices to save, all weights, of `benchmarks.parts`."""
+ARMS = ("structured_r64_nf4", "full", "rows_columns_low_rank")
+"""One of each kind: of PEFT's on a quantised base, all weights, of `benchmarks.parts`."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     slow, fast = (row(grid, arm, rate) for rate in (1e-9, 3e-2))
     assert abs(fast["validation"]["loss"] - slow["validation"]["loss"]) > 1e-4
     assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
-    assert (fast["seeded_bytes"] > 0) == (arm == "vera_r256")
+    assert fast["seeded_bytes"] == 0
     assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
     assert "items" in fast
 
@@ -98,5 +98,7 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert sorted(each["stage"] for each in rows) == ["final"] * 2 + ["trial"] * 4
     assert not any("error" in each for each in rows)
+    # Matrices that a seed makes are no bytes of the smallest file.
+    assert all((each["arm"] == "vera_r256") == (each.get("seeded_bytes", 0) > 0) for each in rows)
     with pytest.raises(SystemExit, match="has the key 'nothing'"):
         main([*options, "--repeat", "nothing"])
