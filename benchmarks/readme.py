@@ -150,14 +150,6 @@ def conformance(result: dict[str, Any]) -> str:
     )
 
 
-def conformance_reasons(result: dict[str, Any]) -> str:
-    """Why some of PEFT's own tests do not simply pass, as a table."""
-    reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
-    return text(
-        conformance(result).rstrip(), table(("tests", "reason"), ((f"{count}", reason) for reason, count in reasons))
-    )
-
-
 def demo(result: dict[str, Any]) -> str:
     """The demo's table and what it checked."""
     scores, differences = result["scores"], result["largest_logit_difference"]
@@ -182,7 +174,7 @@ def demo(result: dict[str, Any]) -> str:
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"], load("pace")["rows"])},
-    "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(load("conformance"))},
+    "CONTRIBUTING.md": lambda: {"conformance": conformance(load("conformance"))},
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
@@ -198,7 +190,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
-        **quality(load("equal_bytes"), load("quality"), load("pace")["rows"]),
+        **quality(load("equal_bytes"), load("pace")["rows"]),
         **pace(load("pace")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
