@@ -150,28 +150,6 @@ def conformance(result: dict[str, Any]) -> str:
     )
 
 
-def demo(result: dict[str, Any]) -> str:
-    """The demo's table and what it checked."""
-    scores, differences = result["scores"], result["largest_logit_difference"]
-    environment = result["environment"]
-    lines = [
-        (
-            *(score["name"], f"{score['accuracy']:.1%}"),
-            *("{:.1%} to {:.1%}".format(*score["interval"]), f"{score['trained_values']:,}"),
-        )
-        for score in scores.values()
-    ]
-    return text(
-        table(("", "test accuracy", "95 % interval (Wilson)", "trained parameters"), lines),
-        f"{scores['dvora']['count']:,} movie reviews that were not in the training set, one seed "
-        f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} threads, "
-        f"{result['training_seconds']:.0f} s of training). The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} "
-        f"kB, the model's {result['model_bytes'] / 1e6:,.1f} MB. Outputs differ by {differences['fresh_process']:.2g} "
-        f"after loading in a fresh process and by {differences['merged']:.2g} after merging into the weights. "
-        "Both models use the same kind of head, and DVoRA's starts from the frozen model's.",
-    )
-
-
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"], load("pace")["rows"])},
     "CONTRIBUTING.md": lambda: {"conformance": conformance(load("conformance"))},
@@ -194,7 +172,6 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         **pace(load("pace")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
-        "demo": demo(load("demo")),
     },
     "docs/speed.md": lambda: {
         **speed(load("speed")),

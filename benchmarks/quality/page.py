@@ -85,28 +85,20 @@ LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r1": ("lora_r1", "lora_r1_time_500"),
     "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
     "road": ("road", "road_time_500"),
-    "structured_r16": ("structured_r16_time_500",),
-    "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_twice"),
+    "structured_r64": ("structured_r64",),
     "structured_r256": ("structured_r256_time_500", "structured_r256"),
-    "structured_r1024": ("structured_r1024_time_500",),
     "lora_r8": ("lora_r8",),
 }
 """Runs of several lengths, by the arm whose step takes as long as theirs."""
 MATCHED = "lora_r1_time_500"
 """The run whose time the table at a glance compares in."""
 RIVALS: Mapping[str, str] = {
-    "structured_r16_time_500": MATCHED,
-    "structured_r64_250": "lora_r1_time_250",
     "structured_r64": MATCHED,
-    "structured_r64_twice": "lora_r1_time_1000",
     "structured_r256_time_500": MATCHED,
-    "structured_r1024_time_500": MATCHED,
     "hyperadapt_time_500": MATCHED,
     "road_time_500": MATCHED,
 }
 """The run of LoRA r=1 that takes as long."""
-IN_FLOAT32 = ("structured_r64", "lora_r1_time_float32")
-"""A run, and that of LoRA r=1 that takes as long where both compute in float32."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -131,7 +123,6 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
-        "ranks-in-equal-time": _ranks(result),
         "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
@@ -276,23 +267,6 @@ def _equal_time(result: Result, paced: Rows) -> str:
     )
 
 
-def _ranks(result: Result) -> str:
-    tasks = result.tasks(*FEW)
-
-    def steps(arm: str) -> str:
-        return " and ".join(f"{result.steps(task, arm):,}" for task in tasks)
-
-    of = {arm: LABELS[method] for method, arms in LENGTHS.items() if method.startswith("structured") for arm in arms}
-    pairs = [(label, arm, RIVALS[arm]) for arm, label in of.items() if arm in RIVALS]
-    rows = []
-    for label, arm, rival in [*pairs, (f"{of[IN_FLOAT32[0]]}, in float32", *IN_FLOAT32)]:
-        gain = result.gain(tasks, arm, rival)
-        assert gain is not None, (arm, rival)
-        seeds = min(len(result.finals(task, each)) for task in tasks for each in (arm, rival))
-        rows.append((label, steps(arm), steps(rival), f"{seeds}", points(gain.mean, gain)))
-    return text(table(("", "steps", "LoRA r=1's", "seeds", "above LoRA r=1 in the same time"), rows))
-
-
 def _parts(result: Result) -> str:
     tasks = result.tasks(*PARTS)
     rows = (
@@ -307,7 +281,8 @@ def _parts(result: Result) -> str:
 
 def _all(result: Result) -> str:
     tasks = result.tasks(*FEW)
-    arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
+    others = [arm for arm in LABELS if arm == YARDSTICK or arm not in MAIN]
+    arms = [arm for arm in others if all(result.finals(task, arm) for task in tasks)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
     rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
     return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
