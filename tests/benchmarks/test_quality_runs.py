@@ -45,12 +45,6 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     assert "items" in fast
 
 
-def test_a_run_again_gives_the_same_row_and_a_trial_does_not_look_at_the_test_split(grid: Grid) -> None:
-    first, second = (row(grid, "structured_r64", 0.02, stage="trial") for _ in range(2))
-    assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
-    assert not {"test", "items"} & set(second)
-
-
 def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "ARMS", ("structured_r64", "road"))
     rows = pace.timed(grid, "movie_ratings", count=2)
