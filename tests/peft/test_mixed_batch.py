@@ -54,6 +54,15 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     assert same_bits(outputs(model, adapter_names=[BASE] * 4), outputs(MODELS[name]()))
 
 
+def test_rows_follow_an_adapter_that_changes() -> None:
+    model = adapted("mlp")
+    before = [outputs(model, len(NAMES), adapter_names=NAMES) for _ in range(2)][-1]
+    train_vectors(model, "second", seed=4)
+    mixed = outputs(model, len(NAMES), adapter_names=NAMES)
+    assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
+    assert [same_bits(*rows) for rows in zip(before, mixed, strict=True)] == [name != "second" for name in NAMES]
+
+
 def with_heads() -> PeftModel:
     model = adapted("bert", modules_to_save=["classifier"])
     with torch.no_grad():
