@@ -165,11 +165,10 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
         )
     return text(
         table(head, rows),
-        f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
-        "intervals; four trials for every method's learning rate; sizes without heads. All methods start from the "
-        "first head; the second is fitted to its rows and to those that they train on. In equal time: as long as 500 "
-        "steps of DVoRA r=64 take, above LoRA r=1 for as long. A step: a training step in units of LoRA r=1's, of "
-        "16 x 32 tokens in float32 / of these tasks in bfloat16 "
+        f"Mean over {len(tasks)} tasks and {_seeds(result, tasks)} seeds with 95 % intervals; four trials for every "
+        "method's learning rate; sizes without heads. All methods start from the first head; the second has read all "
+        "of their rows. In equal time: as long as 500 steps of DVoRA r=64 take, above LoRA r=1 for as long. A step: of "
+        "16 x 32 tokens in float32 / of these tasks in bfloat16, in units of LoRA r=1's "
         "(`benchmarks/results/equal_bytes.json`, `speed.json` and `pace.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
