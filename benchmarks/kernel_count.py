@@ -7,7 +7,7 @@ model runs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch._ops import OpOverload
@@ -33,17 +33,6 @@ def kernels(step: Callable[[], object]) -> Counter[str]:
     with counting:
         step()
     return counting.found
-
-
-def beyond_base(counts: Mapping[str, int], base: str, layers: int) -> dict[str, float]:
-    """Kernels of every method a layer, without the base's own.
-
-    Args:
-        counts: kernels of a step by method.
-        base: the name of the frozen base in them.
-        layers: how many are adapted.
-    """
-    return {name: (count - counts[base]) / layers for name, count in counts.items()}
 
 
 def launches(operation: OpOverload) -> bool:

@@ -150,39 +150,9 @@ def conformance(result: dict[str, Any]) -> str:
     )
 
 
-def conformance_reasons(result: dict[str, Any]) -> str:
-    """Why some of PEFT's own tests do not simply pass, as a table."""
-    reasons = sorted(result["reasons"].items(), key=lambda reason: -reason[1])
-    return text(
-        conformance(result).rstrip(), table(("tests", "reason"), ((f"{count}", reason) for reason, count in reasons))
-    )
-
-
-def demo(result: dict[str, Any]) -> str:
-    """The demo's table and what it checked."""
-    scores, differences = result["scores"], result["largest_logit_difference"]
-    environment = result["environment"]
-    lines = [
-        (
-            *(score["name"], f"{score['accuracy']:.1%}"),
-            *("{:.1%} to {:.1%}".format(*score["interval"]), f"{score['trained_values']:,}"),
-        )
-        for score in scores.values()
-    ]
-    return text(
-        table(("", "test accuracy", "95 % interval (Wilson)", "trained parameters"), lines),
-        f"{scores['dvora']['count']:,} movie reviews that were not in the training set, one seed "
-        f"(`benchmarks/results/demo.json`; torch {environment['torch']}, {environment['threads']} threads, "
-        f"{result['training_seconds']:.0f} s of training). The adapter's file has {result['adapter_bytes'] / 1e3:,.0f} "
-        f"kB, the model's {result['model_bytes'] / 1e6:,.1f} MB. Outputs differ by {differences['fresh_process']:.2g} "
-        f"after loading in a fresh process and by {differences['merged']:.2g} after merging into the weights. "
-        "Both models use the same kind of head, and DVoRA's starts from the frozen model's.",
-    )
-
-
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"], load("pace")["rows"])},
-    "CONTRIBUTING.md": lambda: {"conformance": conformance_reasons(load("conformance"))},
+    "CONTRIBUTING.md": lambda: {"conformance": conformance(load("conformance"))},
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
@@ -198,11 +168,10 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
-        **quality(load("equal_bytes"), load("quality"), load("pace")["rows"]),
+        **quality(load("equal_bytes"), load("pace")["rows"]),
         **pace(load("pace")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
-        "demo": demo(load("demo")),
     },
     "docs/speed.md": lambda: {
         **speed(load("speed")),

@@ -2,12 +2,14 @@
 
 import gc
 import os
+import resource
 import shutil
 import signal
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from hypothesis import settings
 
 import dvora
-from tests.fresh import preload
+from transcript.forks import preload
 
 LONG = {"benchmarks", "cli", "docs", "export", "hardening", "histories", "serve"}
 """Folders of files whose tests are few and long."""
@@ -103,6 +105,14 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     # Extensions count what is left at the end, and complain.
     gc.unfreeze()
+    # Waited for, it and its forks are among the children whose time is counted.
+    forkserver._forkserver._stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    minutes = sum(each.ru_utime + each.ru_stime for each in used) / 60
+    terminalreporter.write_line(f"{minutes:.1f} processor minutes, of all processes that have ended")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

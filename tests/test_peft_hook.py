@@ -18,16 +18,13 @@ def check(code: str) -> str:
     return finished.stdout
 
 
-def test_importing_dvora_imports_neither_peft_nor_transformers() -> None:
-    check("import sys, dvora; assert not {'peft', 'transformers', 'matplotlib'} & set(sys.modules)")
-
-
 NO_HOOK = "import sys; assert not any('PeftFinder' in repr(f) for f in sys.meta_path)"
 
 
-def test_dvora_before_peft_reloaded_and_with_a_look_for_peft_between() -> None:
+def test_dvora_alone_and_then_peft_reloaded_and_with_a_look_for_peft_between() -> None:
     check(
-        "import sys, importlib, dvora; importlib.reload(dvora); "
+        "import sys, importlib, dvora; assert not {'peft', 'transformers', 'matplotlib'} & set(sys.modules); "
+        "importlib.reload(dvora); "
         "assert sum('PeftFinder' in repr(f) for f in sys.meta_path) == 1; "
         "from transformers.utils import is_peft_available; assert is_peft_available(); "
         f"from peft.utils import PeftType; {REGISTERED}; {NO_HOOK}; "

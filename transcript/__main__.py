@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from materials.files import lay_out
+from transcript.forks import dvora, preload
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ("get-started.md", "how-to/language-models.md")
@@ -40,9 +41,10 @@ def run(command: str, folder: Path) -> str:
     program, *arguments = shlex.split(command)
     if program != "dvora" and program not in SHELL:
         raise SystemExit(f"{program} is not a program that a page may run: dvora, {', '.join(SHELL)}")
-    argv = [sys.executable, "-m", "dvora.cli", *arguments] if program == "dvora" else [program, *arguments]
-    settings = {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(argv, cwd=folder, env=settings, capture_output=True, text=True, check=False)
+    if program == "dvora":
+        ended = dvora(arguments, folder)
+    else:
+        ended = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise SystemExit(f"$ {command}\nended with {ended.returncode}:\n{ended.stdout}\n{ended.stderr}")
     lines = [line.rstrip() for line in ended.stdout.replace(f"{folder}/", "").rstrip().split("\n")]
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--record", action="store_true", help="write the output into the pages")
     parser.add_argument("pages", nargs="*", default=PAGES, help="below docs; all with commands if left out")
     chosen = parser.parse_args(arguments)
+    os.environ |= {"COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    preload()
     for name in chosen.pages:
         file = DOCS / name
         page = file.read_text(encoding="utf-8")

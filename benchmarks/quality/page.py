@@ -1,4 +1,4 @@
-"""The generated parts of docs/results.md and the table at a glance, from `equal_bytes.json` and `quality.json`."""
+"""The generated parts of docs/results.md and the table at a glance, from `equal_bytes.json`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,28 +85,20 @@ LENGTHS: Mapping[str, tuple[str, ...]] = {
     "lora_r1": ("lora_r1", "lora_r1_time_500"),
     "hyperadapt": ("hyperadapt", "hyperadapt_time_500"),
     "road": ("road", "road_time_500"),
-    "structured_r16": ("structured_r16_time_500",),
-    "structured_r64": ("structured_r64_250", "structured_r64", "structured_r64_twice"),
+    "structured_r64": ("structured_r64",),
     "structured_r256": ("structured_r256_time_500", "structured_r256"),
-    "structured_r1024": ("structured_r1024_time_500",),
     "lora_r8": ("lora_r8",),
 }
 """Runs of several lengths, by the arm whose step takes as long as theirs."""
 MATCHED = "lora_r1_time_500"
 """The run whose time the table at a glance compares in."""
 RIVALS: Mapping[str, str] = {
-    "structured_r16_time_500": MATCHED,
-    "structured_r64_250": "lora_r1_time_250",
     "structured_r64": MATCHED,
-    "structured_r64_twice": "lora_r1_time_1000",
     "structured_r256_time_500": MATCHED,
-    "structured_r1024_time_500": MATCHED,
     "hyperadapt_time_500": MATCHED,
     "road_time_500": MATCHED,
 }
 """The run of LoRA r=1 that takes as long."""
-IN_FLOAT32 = ("structured_r64", "lora_r1_time_float32")
-"""A run, and that of LoRA r=1 that takes as long where both compute in float32."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -118,53 +110,23 @@ PARTS: Mapping[str, str] = {
 }
 """Arms that train one or several parts of the method; low rank is r=64 with structured matrices."""
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
-CHOICES = (
-    ("structured matrices minus dense ones, r=256", "structured_r256", "dvora_r256"),
-    ("r=64 minus r=256, structured", "structured_r64", "structured_r256"),
-    ("r=64 minus r=256, dense", "dvora_r64", "dvora_r256"),
-    ("rate falling along a cosine minus along a line", "structured_r64", "structured_r64_linear"),
-    ("constant rate minus falling along a line", "structured_r64_constant", "structured_r64_linear"),
-    (
-        "constant rate of half the height minus falling along a line",
-        "structured_r64_constant_half",
-        "structured_r64_linear",
-    ),
-    ("DVoRA r=64: rate chosen by four trials minus the default rate", "structured_r64", "structured_r64_default"),
-    ("LoRA r=8: rate chosen by four trials minus 0.001, its default then", "lora_r8", "lora_r8_default"),
-)
-"""Comparisons that decided about defaults."""
-EARLIER: Mapping[str, str] = {
-    "feed_forward": "feed-forward only",
-    "lambda_d_frozen": "`lambda_d` not trained",
-    "d_initial_1": "`d_initial` 1",
-    "direction_weight": "`direction` weight",
-    "detached_norm": "detached norm",
-    "vectors_bfloat16": "vectors in bfloat16",
-    "dvora_nf4": "base in nf4",
-    "dvora_int8": "base in int8",
-}
-"""Arms of the earlier grid beside dense DVoRA of rank 256, for questions that the later one did not ask again."""
-EARLIER_TASKS = {"movie_reviews": "movie reviews", "wordnet10": "ten WordNet topics"}
 
 
-def parts(content: Mapping[str, Any], earlier: Mapping[str, Any], paced: Rows) -> dict[str, str]:
+def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     """The text of every part of the page that is about these runs, by its name.
 
     Args:
-        content, earlier: of the result files `equal_bytes.json` and `quality.json`.
+        content: of the result file `equal_bytes.json`.
         paced: the rows of `pace.json`.
     """
     result = result_of(content)
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
-        "ranks-in-equal-time": _ranks(result),
         "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
-        "defaults": _defaults(result),
-        "earlier": _earlier(result_of(earlier)),
     }
 
 
@@ -203,11 +165,10 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
         )
     return text(
         table(head, rows),
-        f"Mean over {len(tasks)} tasks ({names_of(tasks)}) and {_seeds(result, tasks)} seeds, differences with 95 % "
-        "intervals; four trials for every method's learning rate; sizes without heads. All methods start from the "
-        "first head; the second is fitted to its rows and to those that they train on. In equal time: as long as 500 "
-        "steps of DVoRA r=64 take, above LoRA r=1 for as long. A step: a training step in units of LoRA r=1's, of "
-        "16 x 32 tokens in float32 / of these tasks in bfloat16 "
+        f"Mean over {len(tasks)} tasks and {_seeds(result, tasks)} seeds with 95 % intervals; four trials for every "
+        "method's learning rate; sizes without heads. All methods start from the first head; the second has read all "
+        "of their rows. In equal time: as long as 500 steps of DVoRA r=64 take, above LoRA r=1 for as long. A step: of "
+        "16 x 32 tokens in float32 / of these tasks in bfloat16, in units of LoRA r=1's "
         "(`benchmarks/results/equal_bytes.json`, `speed.json` and `pace.json`; "
         f"torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
     )
@@ -305,23 +266,6 @@ def _equal_time(result: Result, paced: Rows) -> str:
     )
 
 
-def _ranks(result: Result) -> str:
-    tasks = result.tasks(*FEW)
-
-    def steps(arm: str) -> str:
-        return " and ".join(f"{result.steps(task, arm):,}" for task in tasks)
-
-    of = {arm: LABELS[method] for method, arms in LENGTHS.items() if method.startswith("structured") for arm in arms}
-    pairs = [(label, arm, RIVALS[arm]) for arm, label in of.items() if arm in RIVALS]
-    rows = []
-    for label, arm, rival in [*pairs, (f"{of[IN_FLOAT32[0]]}, in float32", *IN_FLOAT32)]:
-        gain = result.gain(tasks, arm, rival)
-        assert gain is not None, (arm, rival)
-        seeds = min(len(result.finals(task, each)) for task in tasks for each in (arm, rival))
-        rows.append((label, steps(arm), steps(rival), f"{seeds}", points(gain.mean, gain)))
-    return text(table(("", "steps", "LoRA r=1's", "seeds", "above LoRA r=1 in the same time"), rows))
-
-
 def _parts(result: Result) -> str:
     tasks = result.tasks(*PARTS)
     rows = (
@@ -336,7 +280,8 @@ def _parts(result: Result) -> str:
 
 def _all(result: Result) -> str:
     tasks = result.tasks(*FEW)
-    arms = [arm for arm in LABELS if all(result.finals(task, arm) for task in tasks)]
+    others = [arm for arm in LABELS if arm == YARDSTICK or arm not in MAIN]
+    arms = [arm for arm in others if all(result.finals(task, arm) for task in tasks)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
     rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
     return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
@@ -369,43 +314,6 @@ def _settings(result: Result) -> str:
 def _best(result: Result, task: str, setting: Setting, arm: str) -> str | None:
     endings = (setting.of_heads,) if arm in HEADS else setting.endings
     return result.lowest_loss(task, [arm + ending for ending in endings])
-
-
-def _defaults(result: Result) -> str:
-    rows = []
-    for label, first, second in CHOICES:
-        tasks = result.tasks(first, second)
-        gain = result.gain(tasks, first, second)
-        if gain is not None:
-            rows.append((label, f"{len(tasks)}", points(gain.mean, gain, 2)))
-    tasks = result.tasks(*MAIN)
-    adapters = [(task, arm) for task in tasks for arm in ("structured_r64", "structured_r256", "dvora_r256")]
-
-    def shares(head: str) -> str:
-        lost = [result.lost(*adapter, over=head) for adapter in adapters]
-        means = {rate: np.mean([each[rate] for each in lost]) for rate in sorted(set.intersection(*map(set, lost)))}
-        return ", ".join(f"{100 * share:.0f} % with {rate:g}" for rate, share in means.items())
-
-    return text(
-        table(("", "tasks", "points"), rows),
-        "Of what tuning gains in validation loss over the head that it starts from, DVoRA loses this much with a fixed "
-        f"rate, a mean over {len(tasks)} tasks and three kinds of adapter: {shares('frozen')}. Of what it gains over "
-        f"the head of all rows: {shares('frozen_all_rows')}.",
-    )
-
-
-def _earlier(result: Result) -> str:
-    def cell(task: str, arm: str) -> str:
-        gain = result.gain([task], arm, "dvora")
-        return "" if gain is None else points(gain.mean, gain)
-
-    rows = ((label, *(cell(task, arm) for task in EARLIER_TASKS)) for arm, label in EARLIER.items())
-    hours = sum(row["seconds"] for row in result.rows) / 3600
-    return text(
-        table(("", *EARLIER_TASKS.values()), rows),
-        f"Test points above DVoRA r=256 with dense matrices, 120 or 150 steps of 16 rows, 3 seeds (`benchmarks/results/"
-        f"quality.json`; {len(result.rows)} runs, {hours:.0f} hours of one core).",
-    )
 
 
 def _heads(tasks: Sequence[str]) -> dict[str, str]:

@@ -90,17 +90,6 @@ class Result:
         both = ([rows[seed] for seed in seeds] for rows in (ours, theirs))
         return paired_difference(_kind(task), *(self._items(task, rows) for rows in both), self._reference(task))
 
-    def lost(self, task: str, arm: str, over: str) -> dict[float, float]:
-        """By the adapter's rate, the share of what tuning gains over a baseline that is lost: 0 with the best, 1 level.
-
-        (loss - best loss) / (baseline's loss - best loss) on validation rows.
-        """
-        rows = [row for row in self.rows if (row["task"], row["arm"], row["stage"]) == (task, arm, "trial")]
-        losses = {row["rates"]["adapter"]: loss_of(row) for row in rows}
-        start = loss_of(self.finals(task, over)[0])
-        best = min(losses.values(), default=start)
-        return {rate: (loss - best) / (start - best) for rate, loss in losses.items()}
-
     def steps(self, task: str, arm: str) -> int:
         """Of an arm's final runs."""
         count: int = next(iter(self.finals(task, arm).values()))["steps"]

@@ -49,11 +49,10 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
             f"first turn to {memory[-1]:,} after the last.",
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
             "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
-            "Adapters by Zipf's law (exponent 1), dvora structured r=64: one that was trained, and perturbations of "
-            "it; heads of 2, 3, 5 and 8 classes, 256 slots. MiniLM on sentences of 3 to 25 tokens with 32 requests "
-            "under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged models on one core "
-            "together. vLLM 0.32 (float32, eager, one core; adapters of dvora by `dvora-vllm`) multiplies with oneDNN, "
-            "which is the faster library on this AMD machine; torch's layers call another one.",
+            "Adapters by Zipf's law (exponent 1), dvora structured r=64, 256 slots. MiniLM on sentences of 3 to 25 "
+            "tokens with 32 requests under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged "
+            "models on one core together. vLLM 0.32 (float32, eager, one core) multiplies with another library "
+            "(oneDNN), which is the faster one on this machine.",
         ),
     }
 

@@ -60,7 +60,7 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
         "it adapts them and trains on 4,096 tokens.",
     )
-    arms = (*FEW_ARMS, "dvora structured r=1024", "LoRA r=8", "dvora magnitude", "HyperAdapt", "RoAd", "(IA)3")
+    arms = (*FEW_ARMS, "RoAd")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
     return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
 
@@ -69,7 +69,7 @@ def overhead(result: Mapping[str, Any]) -> str:
     """What a method adds to every layer whatever its size: kernels, and the host's time to launch them."""
     rows: Rows = result["rows"]
     lines = []
-    for arm in (*FEW_ARMS, "dvora structured r=1024", "LoRA r=8", "RoAd"):
+    for arm in FEW_ARMS:
         cells = [_kernels(rows, arm, workload="llama-1024", **route) for route in ROUTES.values()]
         for route in list(ROUTES.values())[1:]:
             cells.append(_microseconds(rows, SMALL_RANKS.get(arm, arm), workload="llama-64", **route))

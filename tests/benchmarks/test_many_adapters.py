@@ -59,15 +59,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "gathered, LoRA r=1, 8 of 8" in capsys.readouterr().out
 
 
-def test_a_section_that_is_measured_again_has_new_rows_and_all_others_stay(tmp_path: Path) -> None:
-    file = tmp_path / "many.json"
-    for section, seconds in (("loading", 1.0), ("resident", 2.0), ("loading", 3.0)):
-        merge(file, section, Report(), seconds)
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert {row["section"]: row["took"] for row in rows} == {"loading": 3, "resident": 2}
-    assert len(rows) == 2
-
-
 def test_rows_of_another_environment_are_not_put_beside(tmp_path: Path) -> None:
     file = tmp_path / "many.json"
     merge(file, "loading", Report(), 1.0)

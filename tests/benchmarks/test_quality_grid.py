@@ -1,37 +1,9 @@
-"""Which runs follow from which results: as many trials for each method, and nothing chosen on test."""
+"""Which runs follow from which results."""
 
-from collections.abc import Callable
-from typing import Any
-
-from benchmarks.quality.grid import Run, read_grid
+from benchmarks.quality.grid import read_grid
 from benchmarks.results import file_of, read_rows
 
 GRID = read_grid()
-Rows = dict[str, dict[str, Any]]
-
-
-def carried_out(name: str, loss: Callable[[Run], float | None]) -> Rows:
-    rows: Rows = {}
-    while waiting := [run for run in GRID.trials("countries", name, rows) if run.key not in rows]:
-        rows |= {run.key: {"validation": {"loss": loss(run), "score": 0.5}} for run in waiting}
-    return rows
-
-
-def test_a_run_that_failed_or_diverged_is_not_chosen() -> None:
-    def loss(run: Run) -> float | None:
-        assert run.rates is not None
-        return None if run.rates.adapter > 0.03 else 1.0
-
-    best = GRID.chosen("countries", "vera_r256", carried_out("vera_r256", loss))
-    assert best is not None
-    assert best.adapter <= 0.03
-
-
-def test_nothing_is_chosen_while_trials_are_missing() -> None:
-    rows = carried_out("vera_r256", lambda _: 1.0)
-    rows.pop(next(iter(rows)))
-    assert GRID.chosen("countries", "vera_r256", rows) is None
-    assert not [run for run in GRID.waiting(rows, ["countries"], ["vera_r256"]) if run.stage == "final"]
 
 
 def test_the_committed_rows_are_those_of_the_grid() -> None:

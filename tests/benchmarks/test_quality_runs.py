@@ -18,8 +18,8 @@ from benchmarks.quality.running import carry_out
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
-ARMS = ("structured_r64_nf4", "vera_r256", "full", "rows_columns_low_rank")
-"""One of each kind: of PEFT's on a quantised base and with matrices to save, all weights, of `benchmarks.parts`."""
+ARMS = ("structured_r64_nf4", "full", "rows_columns_low_rank")
+"""One of each kind: of PEFT's on a quantised base, all weights, of `benchmarks.parts`."""
 
 
 @pytest.fixture
@@ -40,15 +40,9 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
     slow, fast = (row(grid, arm, rate) for rate in (1e-9, 3e-2))
     assert abs(fast["validation"]["loss"] - slow["validation"]["loss"]) > 1e-4
     assert 0 < fast["smallest_bytes"] < fast["saved_bytes"]
-    assert (fast["seeded_bytes"] > 0) == (arm == "vera_r256")
+    assert fast["seeded_bytes"] == 0
     assert fast["test_in_half"]["loss"] == pytest.approx(fast["test"]["loss"], rel=0.05)
     assert "items" in fast
-
-
-def test_a_run_again_gives_the_same_row_and_a_trial_does_not_look_at_the_test_split(grid: Grid) -> None:
-    first, second = (row(grid, "structured_r64", 0.02, stage="trial") for _ in range(2))
-    assert first["validation"]["loss"] == pytest.approx(second["validation"]["loss"], abs=1e-3)
-    assert not {"test", "items"} & set(second)
 
 
 def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,5 +92,8 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert sorted(each["stage"] for each in rows) == ["final"] * 2 + ["trial"] * 4
     assert not any("error" in each for each in rows)
+    # Matrices that a seed makes are no bytes of the smallest file.
+    seeded = {each["arm"]: each.get("seeded_bytes", 0) > 0 for each in rows if each["stage"] == "final"}
+    assert seeded == {"majority": False, "vera_r256": True}
     with pytest.raises(SystemExit, match="has the key 'nothing'"):
         main([*options, "--repeat", "nothing"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.results import read_rows
+from benchmarks.results import read_rows, write
 from benchmarks.running import go_on
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,11 +30,12 @@ def carried_out(run: Numbered) -> dict[str, Any]:
 
 def test_a_command_goes_on_where_its_file_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, chosen = tmp_path / "rows.json", argparse.Namespace(hours=1.0, processes=1)
-    go_on(file, lambda rows: RUNS[:2], carried_out, lambda row: f"said {row['key']}", chosen)
+    write(file, map(carried_out, RUNS[:2]))
     rows = go_on(file, lambda rows: RUNS[:3], carried_out, lambda row: f"said {row['key']}", chosen)
     assert read_rows(file) == rows
     assert list(rows) == ["0", "1", "2"]
-    assert capsys.readouterr().err.count("said 0") == 1
+    said = capsys.readouterr().err
+    assert ("said 1" in said, "said 2" in said) == (False, True)
 
 
 def test_processes_end_with_their_parent() -> None:

@@ -11,9 +11,9 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.arms import BASE, FULL, METHODS, Arm, adapted
 from benchmarks.speed.memory import saved_for_backward
 from benchmarks.speed.metrics import row_of, time_ratio
-from benchmarks.speed.steps import decode_step, training_step
-from benchmarks.speed.timing import Spread, interleaved, ratios
-from benchmarks.speed.workloads import linears, llama, random
+from benchmarks.speed.steps import training_step
+from benchmarks.speed.timing import Spread, ratios
+from benchmarks.speed.workloads import linears, random
 
 # transformers deprecates its own name for a cache.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -24,17 +24,6 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
     with pytest.raises(ValueError, match="as many rounds"):
         ratios([1.0], [1.0, 2.0])
-
-
-def test_steps_are_timed_in_turns_and_short_ones_are_repeated() -> None:
-    calls: list[str] = []
-    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds, repeats = interleaved(steps, rounds=2, warm_ups=1, at_least=0)
-    assert repeats == 1
-    # The warm-up, then there and back.
-    assert "".join(calls) == "abc" + "abc" + "cba"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
-    assert interleaved({"short": lambda: None}, rounds=1, at_least=1e-3)[1] > 1
 
 
 def test_times_are_compared_within_a_setting() -> None:
@@ -61,18 +50,6 @@ def test_a_training_step_gives_every_gradient(arm: Arm) -> None:
     assert bool(trained) == (arm != BASE)
     # Values off their start: a method that does nothing yet could take a short cut.
     assert torch.equal(model(x), base(x)) == (arm in (BASE, FULL))
-
-
-def test_a_decoded_token_is_always_at_the_same_place() -> None:
-    model = llama(64, 176, heads=4).frozen(torch.float32)
-    seen: list[int] = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
-    )
-    step = decode_step(model, random(2, 129, 64))
-    step()
-    step()
-    assert seen == [0, 128, 128]
 
 
 def test_what_is_kept_is_counted_once_and_without_weights() -> None:

@@ -59,7 +59,7 @@ def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
 
 @pytest.mark.usefixtures("two_tenants")
 def test_a_bank_trains_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(TASK, IN_BANK[0], "final", 0, 6, Rates(0.005, 0.005, 0.005))
+    run = Run(TASK, IN_BANK[0], "final", 0, 3, Rates(0.005, 0.005, 0.005))
     together = carry_out(run)
     monkeypatch.setattr(training, "IN_BANK", ())
     alone = carry_out(run)
@@ -70,6 +70,6 @@ def test_a_bank_trains_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_tenants")
 def test_every_arm_is_timed_in_turns() -> None:
-    rows = times.timed(training.all_tenants(2), rounds=2)
+    rows = times.timed(training.all_tenants(2), rounds=1)
     assert [made["arm"] for made in rows] == times.TIMED
     assert all(low <= middle <= high for made in rows for low, middle, high in (made["training"], made["serving"]))

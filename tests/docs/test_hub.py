@@ -21,16 +21,52 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-to" / "hub.md"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-ADAPTED = """
-import torch
+IN_PYTHON = """
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+try:
+    PeftConfig.from_pretrained("you/saved-before")
+except KeyError as error:
+    assert str(error) == "'DVORA'", error
+else:
+    raise SystemExit("PEFT knows the method")
+import sys
 import dvora
-from peft import PeftModel, get_peft_model
+assert isinstance(PeftConfig.from_pretrained("you/saved-before"), dvora.DVoRAConfig)
+assert "DVORA" in PEFT_TYPE_TO_TUNER_MAPPING
+assert not any("PeftFinder" in repr(finder) for finder in sys.meta_path)
+
+import torch
 from tests.peft.tiny import bert, outputs, train_vectors
 
 def adapted():
     model = get_peft_model(bert(), dvora.DVoRAConfig(r=4, target_modules=["query"]))
     train_vectors(model)
     return model.eval()
+
+model = adapted()
+model.push_to_hub("you/pushed")
+loaded = PeftModel.from_pretrained(bert(), "you/pushed")
+assert torch.equal(outputs(loaded.eval()), outputs(model))
+loaded.load_adapter("you/pushed", "second")
+loaded.set_adapter("second")
+assert torch.equal(outputs(loaded.eval()), outputs(model))
+
+# A repository with a card.
+from huggingface_hub import create_repo, upload_folder
+
+model.save_pretrained("saved")
+create_repo("you/saved")
+first = upload_folder(repo_id="you/saved", folder_path="saved").oid
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1.1)
+model.push_to_hub("you/saved")
+now, before = (PeftModel.from_pretrained(bert(), "you/saved", revision=name).eval() for name in ("main", first))
+assert torch.equal(outputs(now), outputs(model))
+assert torch.equal(outputs(before), outputs(adapted()))
 """
 
 
@@ -98,55 +134,12 @@ def test_the_page(hub: Hub, tmp_path: Path) -> None:
         assert b"import dvora" in hub.files(name)["README.md"]
 
 
-def test_peft_pushes_and_loads_by_name_and_keeps_the_card_of_a_repository(hub: Hub, tmp_path: Path) -> None:
-    code = """
-model = adapted()
-model.push_to_hub("you/pushed")
-loaded = PeftModel.from_pretrained(bert(), "you/pushed")
-assert torch.equal(outputs(loaded.eval()), outputs(model))
-loaded.load_adapter("you/pushed", "second")
-loaded.set_adapter("second")
-assert torch.equal(outputs(loaded.eval()), outputs(model))
-
-# A repository with a card.
-from huggingface_hub import create_repo, upload_folder
-
-model.save_pretrained("saved")
-create_repo("you/saved")
-first = upload_folder(repo_id="you/saved", folder_path="saved").oid
-with torch.no_grad():
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.mul_(1.1)
-model.push_to_hub("you/saved")
-now, before = (PeftModel.from_pretrained(bert(), "you/saved", revision=name).eval() for name in ("main", first))
-assert torch.equal(outputs(now), outputs(model))
-assert torch.equal(outputs(before), outputs(adapted()))
-"""
-    run(hub, tmp_path, ADAPTED + code)
+def test_peft_knows_the_method_by_the_import_pushes_loads_by_name_and_keeps_the_card(hub: Hub, tmp_path: Path) -> None:
+    get_peft_model(bert(), DVoRAConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path / "before")
+    hub.repositories["you/saved-before"] = {"0" * 40: on_disk(tmp_path / "before")}
+    run(hub, tmp_path, IN_PYTHON)
     assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.files("you/pushed"))
     # What the page warns of; where it is no longer so, the page can say less.
     assert hub.card("you/pushed")["library_name"] == "transformers"
     assert hub.files("you/saved")["README.md"] == (tmp_path / "saved" / "README.md").read_bytes()
     assert len(hub.repositories["you/saved"]) == 2
-
-
-def test_without_the_import_peft_says_what_the_card_says(hub: Hub, tmp_path: Path) -> None:
-    get_peft_model(bert(), DVoRAConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path / "saved")
-    hub.repositories["you/pushed"] = {"0" * 40: on_disk(tmp_path / "saved")}
-    code = """
-from peft import PeftConfig
-try:
-    PeftConfig.from_pretrained("you/pushed")
-except KeyError as error:
-    assert str(error) == "'DVORA'", error
-else:
-    raise SystemExit("PEFT knows the method")
-import sys
-import dvora
-assert isinstance(PeftConfig.from_pretrained("you/pushed"), dvora.DVoRAConfig)
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-assert "DVORA" in PEFT_TYPE_TO_TUNER_MAPPING
-assert not any("PeftFinder" in repr(finder) for finder in sys.meta_path)
-"""
-    run(hub, tmp_path, code)

@@ -1,12 +1,14 @@
 """The documentation's pages: their code runs, their commands are recorded, the reference has every public name."""
 
 import csv
+import json
 import os
 import re
-import subprocess
-import sys
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 import dvora
-from tests.fresh import FRESH
 from tests.recipes import tiny_models
 from transcript.__main__ import BLOCK, PAGES, SHELL, commands, recorded
+from transcript.forks import FORKS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -51,16 +53,18 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_code(path: Path, folder: Path) -> None:
-    """Run all code of a page in a folder, where a warning is an error."""
+def run_code(blocks: Sequence[str], folder: Path) -> str:
+    """Run all code of a page in a folder, where a warning is an error; what it prints."""
     os.chdir(folder)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for known in DEPRECATED:
         warnings.filterwarnings("ignore", known, FutureWarning)
     names: dict[str, object] = {"__name__": "page"}
-    for code in CODE.findall(path.read_text(encoding="utf-8")):
-        exec(compile(code, str(path), "exec"), names)
+    with redirect_stdout(StringIO()) as printed:
+        for block in blocks:
+            exec(block, names)
+    return printed.getvalue()
 
 
 @pytest.mark.filterwarnings(f"ignore:{DEPRECATED[0]}:FutureWarning")
@@ -71,8 +75,8 @@ def run_code(path: Path, folder: Path) -> None:
 )
 def test_all_code_of_a_page_runs_from_top_to_bottom(path: Path, desk: Path) -> None:
     # In a process of its own, as a reader's: `fully_shard` changes what the whole process takes for granted.
-    with ProcessPoolExecutor(1, mp_context=FRESH) as process:
-        process.submit(run_code, path, desk).result()
+    with ProcessPoolExecutor(1, mp_context=FORKS) as process:
+        process.submit(run_code, CODE.findall(path.read_text(encoding="utf-8")), desk).result()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -119,11 +123,12 @@ def test_the_result_on_the_first_screens_is_the_recorded_one(first: str) -> None
     assert [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()] == rows
 
 
-def test_the_notebook_runs() -> None:
-    command = [sys.executable, "-m", "transcript.notebook"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    accuracy = re.search(r"merged: (0\.\d+)", ended.stdout)
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    cells = json.loads((DOCS / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    with ProcessPoolExecutor(1, mp_context=FORKS) as process:
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        printed = process.submit(run_code, code, tmp_path).result()
+    accuracy = re.search(r"merged: (0\.\d+)", printed)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.8
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 from dvora.recipes.settings import Settings
+from tests.cli.program import run
 from tests.tools.pages.seen import PHONE, Seen, seen
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,8 +57,7 @@ def test_every_link_leads_somewhere(site: Path) -> None:
 def test_the_page_of_commands_has_every_command_and_every_setting(site: Path) -> None:
     text = (site / "command-line.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in text for key in Settings.model_fields)
-    program = subprocess.run([sys.executable, "-m", "dvora.cli", "--help"], capture_output=True, text=True, check=True)
-    names = re.findall(r"^\W+([a-z]+) +[A-Z]", program.stdout.partition("Commands")[2], flags=re.MULTILINE)
+    names = re.findall(r"^\W+([a-z]+) +[A-Z]", run("dvora --help").stdout.partition("Commands")[2], flags=re.MULTILINE)
     assert "train" in names
     assert all(f'id="dvora-{name}"' in text for name in names)
 
@@ -66,6 +66,9 @@ def test_the_page_of_commands_has_every_command_and_every_setting(site: Path) ->
 def test_every_page_reads_well_in_a_browser(site: Path, width: int, scheme: str) -> None:
     with seen(site / "index.html", width, scheme, root=site) as found:
         for page in pages(site):
+            # Whatever is too wide is so on a phone, and pictures are what differs on a light page.
+            if width == WIDE and "pictures/" not in page.read_text():
+                continue
             found.page.goto(page.as_uri())
             assert (page, found.width()) == (page, width)
             assert (page, sum(found.colour("body", "backgroundColor")) > 600) == (page, scheme == "light")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.fresh import FRESH
+from transcript.forks import FORKS
 
 LIMIT = 120
 """Seconds after which all processes are killed; a collective gives up before."""
@@ -26,10 +26,10 @@ def run(worker: Callable[..., object], processes: int, *arguments: object) -> li
     Raises:
         RuntimeError: a process failed or was still running after `LIMIT` seconds.
     """
-    results = FRESH.Queue()
+    results = FORKS.Queue()
     port = _free_port()
     started = [
-        FRESH.Process(target=_in_group, args=(worker, rank, processes, port, results, arguments), daemon=True)
+        FORKS.Process(target=_in_group, args=(worker, rank, processes, port, results, arguments), daemon=True)
         for rank in range(processes)
     ]
     for process in started:

@@ -1,7 +1,6 @@
 """What is stopped half-way, by an error or by Ctrl-C at any line, leaves a model as before or as after.
 
-But none during the way back: that is given up. With `--fuzz` at every line, else at twenty-five of each action and its
-last.
+But none during the way back: that is given up. With `--fuzz` at every line, else at ten of each action and its last.
 """
 
 import sys
@@ -123,7 +122,7 @@ def test_what_is_interrupted_is_as_before_or_as_after(name: str, folder: Path, p
     after = make()
     total = lines_of(lambda model: act(model, folder), after)
     ends = [state_of(make()), state_of(after)]
-    few, last = range(0, total, max(1, total // 25)), range(max(0, total - 12), total)
+    few, last = range(0, total, max(1, total // 10)), range(max(0, total - 6), total)
     for line in range(total) if pytestconfig.getoption("--fuzz") else sorted({*few, *last}):
         model = make()
         with pytest.raises(KeyboardInterrupt):

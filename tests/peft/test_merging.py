@@ -62,6 +62,16 @@ def test_merge_and_unload_merges_the_named_adapters_and_what_is_merged_only_once
     assert worst_difference(outputs(model.merge_and_unload(adapter_names=["second", "third"])), expected) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+def test_what_was_merged_one_by_one_is_taken_out_to_the_last_bit() -> None:
+    model = adapted()
+    before = {name: layer.stored().clone() for name, layer in dvora_layers(model)}
+    model.merge_adapter(["second"])
+    model.merge_adapter(["third"])
+    model.unmerge_adapter()
+    assert all(same_bits(layer.stored(), before[name]) for name, layer in dvora_layers(model))
+
+
 # What rounding takes.
 
 

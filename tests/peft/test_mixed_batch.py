@@ -70,6 +70,15 @@ def test_a_bank_whose_batch_begins_within_the_call_changes_nothing_of_it(tmp_pat
         assert same_bits(outputs(model, len(NAMES), adapter_names=NAMES), expected)
 
 
+def test_rows_follow_an_adapter_that_changes() -> None:
+    model = adapted("mlp")
+    before = [outputs(model, len(NAMES), adapter_names=NAMES) for _ in range(2)][-1]
+    train_vectors(model, "second", seed=4)
+    mixed = outputs(model, len(NAMES), adapter_names=NAMES)
+    assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
+    assert [same_bits(*rows) for rows in zip(before, mixed, strict=True)] == [name != "second" for name in NAMES]
+
+
 def with_heads() -> PeftModel:
     model = adapted("bert", modules_to_save=["classifier"])
     with torch.no_grad():

@@ -19,10 +19,7 @@ RECORDED = (
 # `benchmarks.support` tries everything.
 TRACED = ("torch.compile", "torch.export")
 """These take longer than all else together: one layer of each kind, and one format of each library."""
-KINDS = (
-    *("Linear", "Linear, magnitude only", "Linear, weight_norm", "Conv2d", "Embedding"),
-    *("embedding and lm_head, tied", "MultiheadAttention", "experts (E, out, in)"),
-)
+KINDS = ("Linear", "Conv2d", "Embedding", "MultiheadAttention", "experts (E, out, in)")
 IN_EVERY_DTYPE = ("outputs", "gradients", "merge, unmerge")
 """All else depends on the dtype in what all layer types share, so the other dtypes are tried with one."""
 
