@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dvora
-from dvora.serve.keys import Keys
+from dvora.serve.access import Keys
 from tests.serve.served import copied
 
 PAGE = Path(dvora.__file__).parents[2] / "docs" / "how-to" / "serve.md"

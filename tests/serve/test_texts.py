@@ -10,9 +10,9 @@ import httpx2 as httpx
 import pytest
 from fastapi import FastAPI, Request
 
+from dvora.serve.access import Key
+from dvora.serve.bounds import LARGEST_JSON
 from dvora.serve.calls import Call
-from dvora.serve.guard import LARGEST_JSON
-from dvora.serve.keys import Key
 from dvora.serve.requests import RefusedError
 from dvora.serve.texts import MANY, Texts
 from tests.serve.served import Serving, complete, copied, serving

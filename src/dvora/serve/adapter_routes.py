@@ -12,9 +12,9 @@ from pydantic import Field, StringConstraints
 
 from ..adapter_file.uploads import Upload
 from ..flat import Layout
+from .access import changing
 from .bodies import Body, Switch, takes
 from .calls import Call, Here, answer, encoded, headers_of, sent
-from .keys import changing
 from .registry import unknown
 from .requests import RefusedError
 from .store import Served

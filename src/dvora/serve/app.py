@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from . import adapter_routes, encoder_routes, openai_routes
+from .access import Asking, asking
+from .bounds import Guard
 from .calls import answer, refused
-from .guard import Guard
-from .keys import Asking, asking
 from .requests import RefusedError
 from .server import Server
 

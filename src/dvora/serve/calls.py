@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic_core import to_json
 from torch import Tensor
 
+from .access import BASE, Asking
 from .bodies import B, parsed
-from .keys import BASE, Asking
 from .requests import Answer, Piece, RefusedError, Sampling, Work
 from .requests import Request as EngineRequest
 from .server import Server

@@ -17,8 +17,8 @@ from ..adapter_file.uploads import Upload
 from ..adapter_file.values import Description, FolderSource
 from ..bank import UnknownAdapterError
 from ..whole_files import remove
+from .access import BASE, Key
 from .base import Base
-from .keys import BASE, Key
 from .requests import RefusedError
 from .store import Served, Store
 

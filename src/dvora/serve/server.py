@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager
 
 from ..recipes.models.bases import longest_text
+from .access import Keys
 from .base import open_base
 from .engine import Engine
-from .keys import Keys
 from .metrics import Metrics
 from .registry import Registry
 from .settings import Settings

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 
 from dvora.adapter_file.packs import write_pack
 from dvora.serve import keys
+from dvora.serve.access import Allowance, Keys
 from dvora.serve.app import make_app
-from dvora.serve.keys import Allowance, Keys
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
