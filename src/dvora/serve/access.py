@@ -1,4 +1,7 @@
-"""Who asks, by the keys of tenants, and what they may see and change. Every route that answers with anything of an adapter has a dependency from here."""
+"""Who asks, by the keys of tenants, and what they may see and change.
+
+Every route that answers with anything of an adapter has a dependency from here.
+"""
 
 from __future__ import annotations
 
