@@ -1,7 +1,7 @@
 """Which of dvora's extras brings a package that is missing, and how to install it."""
 
 _BROUGHT = {
-    "peft": ("accelerate", "filelock", "peft", "transformers"),
+    "peft": ("accelerate", "peft", "transformers"),
     "cli": ("datasets", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),

@@ -172,5 +172,5 @@ def test_an_evil_checkpoint_runs_nothing(forks: Forks, desk: Path, killed: Path,
         (checkpoint / "adapter_model.safetensors").unlink()
     # As if whoever put it there knew of the mark.
     mark_complete(checkpoint)
-    assert_error(forks.run(desk, "train", "out", "-o", "out", "--quiet", "--resume"), 1, "checkpoint", "remove")
+    assert_error(forks.run(desk, "train", "out", "-o", "out", "--quiet", "--resume"), 2, "checkpoint", "remove")
     assert not (desk / MARK).exists()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from dvora.recipes.files import typed
-from dvora.recipes.run_folder import is_first, locked, read_record, read_run, world_size, write_record
+from dvora.recipes.run_folder import alone_in, is_first, read_record, read_run, world_size, write_record
 from dvora.recipes.settings import Settings
 from dvora.whole_files import write_atomically
 
 HOLDER = """
 import sys, pathlib
 from dvora.recipes.files import typed
-from dvora.recipes.run_folder import locked
-with locked(pathlib.Path(sys.argv[1])):
+from dvora.recipes.run_folder import alone_in
+with alone_in(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -28,11 +28,11 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
     )
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="another run works in"), locked(tmp_path):
+    with pytest.raises(ValueError, match="another run works in"), alone_in(tmp_path):
         pass
     holder.kill()
     holder.communicate()
-    with locked(tmp_path):
+    with alone_in(tmp_path):
         pass
 
 

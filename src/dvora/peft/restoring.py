@@ -21,7 +21,9 @@ def restored_on_error(*models: nn.Module) -> Iterator[ExitStack]:
     configs = {id(c): c for module in modules for c in vars(module).get("peft_config", {}).values()}
     attributes = [(vars(holder), dict(vars(holder))) for holder in (*modules, *configs.values())]
     values = [value for _, before in attributes for value in before.values()]
-    containers = [(value, value.copy()) for value in values if isinstance(value, dict | list | set)]
+    # By their items: DeepSpeed's dictionaries gather a weight that is asked for by its key.
+    containers: list[tuple[Any, Any]] = [(value, dict(value.items())) for value in values if isinstance(value, dict)]
+    containers += [(value, value.copy()) for value in values if isinstance(value, list | set)]
     trained = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     undo = ExitStack()
     try:
@@ -46,8 +48,10 @@ def _put_back(now: Any, before: Any) -> None:
     if isinstance(now, list):
         if [id(value) for value in now] != [id(value) for value in before]:
             now[:] = before
-    elif list(now) != list(before) or (
-        isinstance(now, dict) and any(now[key] is not value for key, value in before.items())
-    ):
+    elif isinstance(now, dict):
+        if [(key, id(value)) for key, value in now.items()] != [(key, id(value)) for key, value in before.items()]:
+            now.clear()
+            now.update(before)
+    elif now != before:
         now.clear()
         now.update(before)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast
 
-from ..whole_files import remove, write_atomically
+from ..whole_files import locked, remove, write_atomically
 from .files import check_no_links, read_json
 from .settings import NOTHING, Settings, Trust, checked_settings, resolved
 
@@ -168,7 +168,7 @@ def entered(settings: Settings, resume: bool = False) -> Iterator[Place]:
         is_empty = path.is_dir() and not any(path.iterdir())
         if not is_empty and path.name not in (LOCK, CONFIG) and not is_leftover(path.name):
             raise ValueError(f"{folder} is not empty (it holds {path.name}); choose another output folder")
-    with locked(folder) if is_first() else nullcontext():
+    with alone_in(folder) if is_first() else nullcontext():
         record = read_record(folder)
         if record is not None:
             _check_resumable(folder, record, settings, resume)
@@ -206,25 +206,17 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made; however this process ends, the system opens the lock then.
 
     Raises:
         ValueError: another process works in it, or it holds what no run makes.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
     check_no_links(folder, lambda name: name in (ADAPTER, CHECKPOINTS) or is_leftover(name))
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"another run works in {folder}; wait for it, or choose another folder") from None
-    try:
+    busy = ValueError(f"another run works in {folder}; wait for it, or choose another folder")
+    with locked(folder / LOCK, busy=busy):
         yield
-    finally:
-        lock.release()
 
 
 def world_size() -> int:
