@@ -247,6 +247,7 @@ def without_direction(tensors: dict[str, Tensor]) -> None:
             tensor.fill_("lambda_b" in name)
 
 
+LIN1 = "base_model.model.lin1"
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
     "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
@@ -257,6 +258,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "it changes nothing",
     ),
     "not finite": (with_values(lambda name, v: v.fill_(torch.nan) if "lin1" in name else v), "lin1.* are not finite"),
+    "a weight of another base": (
+        lambda folder: edit_weights(
+            saved(HEADED.trained(), folder),
+            lambda tensors: tensors.update({f"{LIN1}.base_layer.weight": torch.ones_like(HEADED.base().lin1.weight)}),
+        ),
+        r"does not train: .*lin1\.base_layer\.weight",
+    ),
     "no folder": (lambda folder: None, r"there is no file adapter_config\.json"),
     "a fingerprint of other matrices": (
         lambda folder: edit_config(saved(HEADED.trained(), folder), projection_fingerprint="0" * 16),

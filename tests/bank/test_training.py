@@ -24,7 +24,7 @@ from tests.bank.trained import (
     save_all,
     together,
 )
-from tests.peft.kinds import Kind, mlp
+from tests.peft.kinds import Kind, edit_config, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, inputs
 
@@ -213,6 +213,16 @@ def test_a_strength_other_than_one_is_refused(tmp_path: Path) -> None:
         bank.add_folder(tmp_path)
         with pytest.raises(ValueError, match="'a' has a strength other than one"):
             bank.trainable(["a"])
+
+
+@pytest.mark.parametrize("setting", [{"dvora_dropout": 0.5}, {"train": ["magnitude"]}, {"detach_norm": True}], ids=str)
+def test_adapters_with_other_settings_of_training_are_refused(setting: dict[str, Any], tmp_path: Path) -> None:
+    saved(HEADED.trained(), tmp_path / "a")
+    edit_config(saved(HEADED.trained(1), tmp_path / "b"), **setting)
+    with dvora.AdapterBank(HEADED.base().requires_grad_(False)) as bank:
+        bank.add_folder(tmp_path)
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} of 'b' is .*; train them apart"):
+            bank.trainable(["a", "b"])
 
 
 @pytest.mark.parametrize(
