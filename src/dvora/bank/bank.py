@@ -500,7 +500,10 @@ class AdapterBank:
                 with self._lock:
                     # Others may have changed names meanwhile.
                     names = [version.name for version in versions]
-                    self._named(names) if is_new is False else self._check_new(names if is_new else ())
+                    if is_new is False:
+                        self._named(names)
+                    else:
+                        self._check_new(names if is_new else ())
                     replaced = [old for v in versions if (old := self._versions.get(v.name)) is not None]
                     self._versions |= {version.name: version for version in versions}
             except BaseException:
