@@ -1,6 +1,8 @@
 """Files of values are read as safetensors reads them, and by their headers alone where no value is asked for."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,18 @@ def test_a_file_of_another_length_is_refused(folder: Path, entries: dict, data: 
         for read in (shapes_in, tensors_in):
             with pytest.raises(ValueError, match=r"truncated|damaged"):
                 read(folder)
+
+
+@pytest.mark.parametrize("places", [((0, 4), (0, 4)), ((0, 4), (5, 9)), ((4, 8), (8, 12)), ((0, 4), (4, 3))], ids=str)
+def test_values_that_do_not_follow_one_another_are_refused(places: Any, tmp_path: Path) -> None:
+    entries = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": place} for name, place in zip("ab", places, strict=True)
+    }
+    header = json.dumps(entries).encode()
+    (tmp_path / VALUES).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    for read in (shapes_in, tensors_in):
+        with pytest.raises(ValueError, match="is damaged"):
+            read(tmp_path)
 
 
 def test_shapes_are_read_from_the_header_alone(tmp_path: Path) -> None:
