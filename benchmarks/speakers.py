@@ -67,10 +67,9 @@ def table(result: Result) -> str:
         better = f"{sum(difference > 0 for difference in against)} of {len(against)}"
         lines.append((arm, _interval(losses), *(("", "") if arm == ALL else (_interval(against, "+"), better))))
     return tables.text(
-        f"{len(speakers)} speakers, {setting['steps']} steps of {setting['batch']} rows for every arm, {len(seeds)} "
-        f"{'seeds' if len(seeds) > 1 else 'seed'}, {minutes:.0f} minutes of one processor a seed "
-        f"(`benchmarks/results/speakers.json`; torch {result['environment']['torch']}, CPU). Intervals are over "
-        "speakers, 95 %:",
+        f"{len(speakers)} speakers (95 % intervals over them), {setting['steps']} steps of {setting['batch']} rows for "
+        f"every arm, {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}, {minutes:.0f} minutes of a core a seed "
+        f"(`benchmarks/results/speakers.json`; torch {result['environment']['torch']}, CPU):",
         tables.table(("adapter", "loss a token, held-out scenes", "lower than one for all by", "better for"), lines),
     )
 

@@ -1,4 +1,4 @@
-"""The table of trainers on the page "What works with what", from what the examples reported."""
+"""The trainers on the page "What works with what", from what the examples reported."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ RESULT = Path(__file__).parent.parent / "results" / "examples.json"
 
 
 def examples(result: dict[str, Any]) -> str:
-    """Trainers and their examples as a table, the versions of their packages, and what does not work."""
+    """The trainers that have an example, the versions of their packages, and what does not work."""
     rows, environment = result["rows"], result["environment"]
     works = sum(row["outcome"] == "works" for row in rows)
     installed = {("torch", environment["torch"]), ("PEFT", environment["peft"])}
@@ -17,8 +17,8 @@ def examples(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(installed))
     return text(
         f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json`; {versions}; CPU). "
-        "Each trains, and stops with an error if what it shows does not hold:",
-        table(("trainer", "example"), ((row["trainer"], f"`examples/{row['name']}.py`") for row in rows)),
+        "Each trains, and stops with an error if what it shows does not hold: "
+        f"{'; '.join(row['trainer'] for row in rows)}.",
         [
             f"- `examples/{row['name']}.py`: {row['outcome']}: {' '.join(row['reason'].split())}"
             for row in rows
@@ -45,9 +45,8 @@ def synchronisation(result: dict[str, Any]) -> str:
     return text(
         table(("SmolLM2-135M", "bytes", "ms of a core through a file in memory"), lines),
         f"Medians of `examples/rl_sync.py` (`benchmarks/results/examples.json`; {versions}; CPU). Over HTTP, to a "
-        f"server that shares two cores with the trainer and all else that ran, `publish` took "
-        f"{rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a token the same probability to within "
-        f"{rl['off_the_ratio_of_importance']:.0e}.",
+        f"server on the same two cores, `publish` took {rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a "
+        f"token the same probability to within {rl['off_the_ratio_of_importance']:.0e}.",
         f"Federated rounds (`examples/federated_flower.py`, MiniLM, three clients, three seeds): {full} a message in "
         f"float32, {bits} in 8 bits; accuracy {100 * federated['validation_accuracy'][1]:.1f} % and "
         f"{100 * federated['accuracy_in_8_bits']:.1f} %, loss {federated['validation_loss'][1]:.4f} and "

@@ -59,8 +59,7 @@ def _in_short(rows: Rows) -> list[str]:
         f"`adapter_names` {_range(_to_one(rows, 'adapter_names', (SMALL, KINDS[0])))} times with dvora and "
         f"{_range(_to_one(rows, 'adapter_names', LORAS))} with LoRA.",
         f"- **Beside the frozen base**, 64 adapters and one token a row at width 1,024: {of_64} with r=64 and "
-        f"{of_256} with r=256. The fastest LoRA that we could write takes {of_lora_8} with r=8 and {of_lora_1} "
-        "with r=1.",
+        f"{of_256} with r=256; the fastest LoRA that we could write {of_lora_8} with r=8 and {of_lora_1} with r=1.",
     ]
 
 
@@ -75,10 +74,9 @@ def _batches(rows: Rows, source: str) -> str:
     all_known, thousands = known
     return text(
         table(("", *COLUMNS), [merged, *ways]),
-        f"Time of a batch of {ROWS} rows in units of the frozen base's, with one adapter for all rows / with "
-        f"another one in every row; medians of ratios within a round ({source}; float32 unless noted). How many "
-        f"adapters the bank knows changes nothing: with r=256 and one token a row {ROWS} take {all_known} when no "
-        f"others are known and {thousands} when 10,000 are.",
+        f"A batch of {ROWS} rows in the frozen base's time, with one adapter for all rows / with another in every "
+        f"row; medians of ratios within a round ({source}; float32 unless noted). How many adapters the bank has "
+        f"changes nothing: with r=256 and one token a row {ROWS} take {all_known} alone and {thousands} among 10,000.",
     )
 
 
@@ -109,14 +107,17 @@ def _storage(rows: Rows) -> str:
         for row in rows
         if row["part"] == "storage"
     )
-    grown = " ".join(
-        f"With {row['slots']} slots and at most {row['host_bytes'] / 1e6:,.0f} MB on the host a process with "
-        f"{row['known']:,} adapters of MiniLM, each used once, grows by "
-        f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB."
+    grown = ", by ".join(
+        f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB with {row['slots']} slots and at most "
+        f"{row['host_bytes'] / 1e6:,.0f} MB on the host"
         for row in rows
         if row["part"] == "resident"
     )
-    return text(table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines), grown)
+    known = next(row["known"] for row in rows if row["part"] == "resident")
+    return text(
+        table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines),
+        f"{known:,} adapters of MiniLM, each used once, make a process grow by {grown}.",
+    )
 
 
 def _loading(rows: Rows) -> str:

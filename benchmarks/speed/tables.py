@@ -57,8 +57,8 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         table(("", *COLUMNS, "kept, MB", "process, MB"), ((arm, *shown) for arm, shown in cells.items() if any(shown))),
         f"Medians of ratios within a round (`benchmarks/results/speed.json`; torch {environment['torch']}, PEFT "
         f"{environment['peft']}, CPU, {environment['threads']} threads), hidden size 1,024, float32 unless "
-        "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
-        "it adapts them and trains on 4,096 tokens.",
+        "noted. Kept: for the backward pass, by the linear layers at 2,048 tokens. Process: its growth when it adapts "
+        "them and trains on 4,096 tokens.",
     )
     arms = (*FEW_ARMS, "RoAd")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
@@ -109,8 +109,8 @@ def _adapterhub(rows: Rows) -> list[str]:
     shown = ", ".join(f"{arm} {ratio.median:.2f}" for arm, ratio in ratios.items() if ratio is not None)
     versions = timed[0]["environment"]
     return [
-        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
-        f"layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: {shown}."
+        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) takes square "
+        f"layers only; a BERT block of 1,024 x 1,024 layers, 512 tokens: {shown}."
     ]
 
 
