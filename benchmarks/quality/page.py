@@ -122,7 +122,6 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
-        "what-each-part-does": _parts(result),
         "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
@@ -257,7 +256,9 @@ def _equal_time(result: Result, paced: Rows) -> str:
     )
 
 
-def _parts(result: Result) -> str:
+def parts_alone(content: Mapping[str, Any]) -> str:
+    """What the method's parts are worth by themselves, as a table."""
+    result = result_of(content)
     tasks = result.tasks(*PARTS)
     rows = (
         (

@@ -26,7 +26,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     for work, (against, latency) in SECTIONS.items():
         measured = [row for key, row in rows.items() if key.startswith(f"{work}: ") and not key.endswith(OVER)]
         reference = rows[f"{work}: {against}"]
-        title = f"{work}: requests a second", "of the bold one's", latency, "share in batches", "MiB"
+        title = f"{work}: requests a second", "of the bold one's", latency, "MiB"
         blocks.append(table(("", *title), [_line(row, reference) for row in measured]))
     update, first, used = (
         rows[key] for key in ("update: SmolLM2 by a flat vector", "others beside first uses", "others beside used ones")
@@ -60,5 +60,4 @@ def _line(row: Row, reference: Row) -> tuple[str, ...]:
     name, latency = row["key"].partition(": ")[2], row.get("first_token_ms_p95", row["answer_ms_p95"])
     shown = f"**{name}**" if row is reference else name
     numbers = f"{row['requests_per_second']:.1f}", f"{ratio:.2f}", f"{latency:,.0f}"
-    share = f"{row['share_in_batches']:.2f}" if row["share_in_batches"] else ""
-    return (shown, *numbers, share, f"{row['memory_mib'][-1]:,}")
+    return (shown, *numbers, f"{row['memory_mib'][-1]:,}")
