@@ -13,9 +13,11 @@ from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import versions
 from benchmarks.many_adapters.tables import parts as many_adapters
+from benchmarks.many_adapters.tables import storage
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
 from benchmarks.quality.pace import pace
-from benchmarks.quality.page import at_a_glance, parts_alone
+from benchmarks.quality.page import at_a_glance
+from benchmarks.quality.page import details as quality_details
 from benchmarks.quality.page import parts as quality
 from benchmarks.results import load
 from benchmarks.serving.tables import parts as serving
@@ -155,8 +157,10 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
         "pace": pace(load("pace")),
-        "what-each-part-does": parts_alone(load("equal_bytes")),
+        **quality_details(load("equal_bytes")),
         "overhead": overhead(load("overhead")),
+        "compile": compiling(load("gate")),
+        "many-storage": storage(load("many_adapters")),
     },
     "docs/compatibility.md": lambda: {
         "versions": versions(load("versions")),
@@ -173,10 +177,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
     },
-    "docs/speed.md": lambda: {
-        **speed(load("speed")),
-        "compile": compiling(load("gate")),
-    },
+    "docs/speed.md": lambda: speed(load("speed")),
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

@@ -39,7 +39,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "many-in-short": text(_in_short(rows)),
         "many-batches": _batches(rows, source),
         "many-training": _training(rows),
-        "many-storage": _storage(rows),
+        "many-resident": _resident(rows),
         "many-loading": text(_loading(rows).rstrip(), *missing(result)),
     }
 
@@ -97,27 +97,28 @@ def _training(rows: Rows) -> str:
     )
 
 
-def _storage(rows: Rows) -> str:
-    """Bytes of an adapter, and of a process with ten thousand."""
+def storage(result: Mapping[str, Any]) -> str:
+    """Bytes of an adapter, as a table for the benchmarks' README."""
     lines = (
         (
             f"{MODELS[row['workload']]}, {row['arm']}",
             *(kilobytes(row.get(name)) for name in ("float16", "folder", "pack")),
         )
-        for row in rows
+        for row in result["rows"]
         if row["part"] == "storage"
     )
+    return text(table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines))
+
+
+def _resident(rows: Rows) -> str:
+    """Bytes of a process with ten thousand adapters."""
+    rows = [row for row in rows if row["part"] == "resident"]
     grown = ", by ".join(
         f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB with {row['slots']} slots and at most "
         f"{row['host_bytes'] / 1e6:,.0f} MB on the host"
         for row in rows
-        if row["part"] == "resident"
     )
-    known = next(row["known"] for row in rows if row["part"] == "resident")
-    return text(
-        table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines),
-        f"{known:,} adapters of MiniLM, each used once, make a process grow by {grown}.",
-    )
+    return text(f"{rows[0]['known']:,} adapters of MiniLM, each used once, make a process grow by {grown}.")
 
 
 def _loading(rows: Rows) -> str:

@@ -122,7 +122,6 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
-        "all-methods": _all(result),
         "generation": _generation(result),
         "settings": _settings(result),
     }
@@ -256,9 +255,13 @@ def _equal_time(result: Result, paced: Rows) -> str:
     )
 
 
-def parts_alone(content: Mapping[str, Any]) -> str:
-    """What the method's parts are worth by themselves, as a table."""
+def details(content: Mapping[str, Any]) -> dict[str, str]:
+    """The tables of these runs that stand in the benchmarks' README."""
     result = result_of(content)
+    return {"what-each-part-does": _parts(result), "all-methods": _all(result)}
+
+
+def _parts(result: Result) -> str:
     tasks = result.tasks(*PARTS)
     rows = (
         (
