@@ -62,7 +62,7 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
     )
     arms = (*FEW_ARMS, "RoAd")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
-    return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
+    return {"speed": methods, "models": text(table(("", *arms), models), *missing(result))}
 
 
 def overhead(result: Mapping[str, Any]) -> str:
@@ -98,20 +98,6 @@ def missing(result: Mapping[str, Any]) -> list[str]:
         by_reason.setdefault(miss["reason"], []).append(miss["what"])
     lines = [f"- {'; '.join(what)}: {reason}" for reason, what in by_reason.items()]
     return ["Not measured:", "\n".join(lines)] if lines else []
-
-
-def _adapterhub(rows: Rows) -> list[str]:
-    """AdapterHub's DVoRA on its own ground; what timed it, in an environment of its own, is in git's history."""
-    timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
-    if not timed:
-        return []
-    ratios = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
-    shown = ", ".join(f"{arm} {ratio.median:.2f}" for arm, ratio in ratios.items() if ratio is not None)
-    versions = timed[0]["environment"]
-    return [
-        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) takes square "
-        f"layers only; a BERT block of 1,024 x 1,024 layers, 512 tokens: {shown}."
-    ]
 
 
 def _ratio(rows: Rows, arm: str, setting: Mapping[str, object]) -> str:
