@@ -135,8 +135,8 @@ def support(result: dict[str, Any]) -> str:
             f"- **operations:** {'; '.join(OPERATIONS.get(operation, operation) for operation in operations)}",
             f"- **layers**, in {', '.join(plain)}: {'; '.join(bases)}",
         ],
-        'All work, but for these; all quantised bases that were tried are among them. "Refused" is an error that leaves '
-        "the model unchanged; of an unknown format only the forward pass is known.",
+        'All work, but for these, among which are all quantised bases. "Refused" is an error that leaves the model '
+        "unchanged; of an unknown format only the forward pass is known.",
         exceptions("layer", {name: (name, plain) for name in bases}),
         exceptions("base of a linear layer", {BASES[base]: ("Linear", [base]) for base in others}),
     )

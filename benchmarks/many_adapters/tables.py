@@ -45,7 +45,6 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _in_short(rows: Rows) -> list[str]:
-    """What the page says first."""
     beside_base = [
         *(time_ratio(rows, bank_arm(kind, ROWS, MANY), "base", **DECODED) for kind in (SMALL, KINDS[0])),
         *(time_ratio(rows, f"gathered, {lora}, {ROWS} of {ROWS}", "base", **DECODED) for lora in LORAS),
@@ -64,7 +63,6 @@ def _in_short(rows: Rows) -> list[str]:
 
 
 def _batches(rows: Rows, source: str) -> str:
-    """A batch with one adapter and with as many as rows."""
     merged = ("one merged adapter", *(_to_base(rows, "merged", setting) for setting in COLUMNS.values()))
     ways = ((label, *(_pair(rows, *way, setting) for setting in COLUMNS.values())) for label, way in WAYS.items())
     known = (
@@ -81,7 +79,6 @@ def _batches(rows: Rows, source: str) -> str:
 
 
 def _training(rows: Rows) -> str:
-    """What it costs that every row trains another adapter."""
     of_training = [row for row in rows if row["part"] == "training"]
     first, kind = of_training[0], KINDS[0]
     to = f"alone, {kind}, 1 of {ROWS}"
@@ -111,7 +108,6 @@ def storage(result: Mapping[str, Any]) -> str:
 
 
 def _resident(rows: Rows) -> str:
-    """Bytes of a process with ten thousand adapters."""
     rows = [row for row in rows if row["part"] == "resident"]
     grown = ", by ".join(
         f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB with {row['slots']} slots and at most "

@@ -84,12 +84,12 @@ def main() -> None:
 def pace(content: Mapping[str, Any]) -> str:
     """The time of a step of every method, as a table."""
     rows: Sequence[Row] = content["rows"]
-    lines = []
+    dtypes, lines = [*dict.fromkeys(row["dtype"] for row in rows)], []
     for arm in ARMS:
-        medians = [[row["ratio"][1] for row in rows if (row["arm"], row["dtype"]) == (arm, d)] for d in PRECISIONS]
+        medians = [[row["ratio"][1] for row in rows if (row["arm"], row["dtype"]) == (arm, d)] for d in dtypes]
         lines.append((LABELS[arm], *(f"{min(of_tasks):.2f} to {max(of_tasks):.2f}" for of_tasks in medians)))
     return text(
-        table(("a step, in LoRA r=1's", *PRECISIONS), lines),
+        table(("a step, in LoRA r=1's", *dtypes), lines),
         f"Whole steps with data and optimizer, one thread, {rows[0]['steps']} of each method in turns: the least and "
         "the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
     )

@@ -348,6 +348,5 @@ def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
 
 
 def _seeds(result: Result, tasks: Sequence[str]) -> str:
-    """How many seeds the main arms have, such as "5" or "2 to 5"."""
     counts = {len(result.finals(task, arm)) for task in tasks for arm in MAIN}
     return str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
