@@ -122,7 +122,6 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
-        "generation": _generation(result),
         "settings": _settings(result),
     }
 
@@ -258,7 +257,8 @@ def _equal_time(result: Result, paced: Rows) -> str:
 def details(content: Mapping[str, Any]) -> dict[str, str]:
     """The tables of these runs that stand in the benchmarks' README."""
     result = result_of(content)
-    return {"what-each-part-does": _parts(result), "all-methods": _all(result)}
+    tables = {"what-each-part-does": _parts, "all-methods": _all, "generation": _generation}
+    return {name: table_of(result) for name, table_of in tables.items()}
 
 
 def _parts(result: Result) -> str:
