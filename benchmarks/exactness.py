@@ -3,19 +3,15 @@
 Run from the repository's root: python -m benchmarks.exactness
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.environment import environment
+from benchmarks.results import Row, file_of, write
 from dvora import DVoRAAdapter, SharedProjections
 from tests.reference import DenseDVoRA, worst_error
-
-RESULT = Path(__file__).parent / "results" / "exactness.json"
 
 SIZES = [(1, 1, 1), (5, 7, 3), (6, 9, 20), (384, 384, 256), (384, 1536, 256), (1536, 384, 256), (1000, 1000, 8)]
 """in_features, out_features, rank."""
@@ -73,31 +69,20 @@ def deviation(value: Tensor, exact: Tensor, term: Tensor) -> float:
     return float((value.double() - exact).abs().max() / torch.maximum(exact.abs().max(), term.abs().max()))
 
 
-def rows() -> Iterator[dict[str, object]]:
+def rows() -> Iterator[Row]:
     """One row a dtype, direction and size: the worst of all seeds."""
     cases = [(d, r, s) for d in (torch.float64, torch.float32) for r in ("unit", "weight") for s in SIZES]
     for dtype, direction, size in track(cases, description="exactness"):
         measured = [errors(size, dtype, direction, seed) for seed in SEEDS]
         worst = {name: max(each[name] for each in measured) for name in measured[0]}
-        in_features, out_features, rank = size
-        yield {
-            "dtype": str(dtype).removeprefix("torch."),
-            "direction": direction,
-            "in_features": in_features,
-            "out_features": out_features,
-            "rank": rank,
-            "worst": worst,
-        }
+        sizes = dict(zip(("in_features", "out_features", "rank"), size, strict=True))
+        yield {"dtype": str(dtype).removeprefix("torch."), "direction": direction, **sizes, "worst": worst}
 
 
 def main() -> None:
     """Measure and write the result file."""
     torch.set_num_threads(2)
-    result = {"environment": environment(), "seeds": list(SEEDS), "tokens": TOKENS, "rows": list(rows())}
-    RESULT.parent.mkdir(exist_ok=True)
-    partial = RESULT.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(RESULT)
+    write(file_of("exactness"), rows(), seeds=list(SEEDS), tokens=TOKENS)
 
 
 if __name__ == "__main__":

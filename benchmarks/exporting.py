@@ -312,10 +312,10 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "exporting": text(
             table(("runtime", "works", "size", "switch, ms", "run, ms", "largest difference from PyTorch"), runtimes),
             table(("MiniLM", "MB", "accuracy, %", "same class as float32, %", "mean difference of logits"), quantised),
-            "`benchmarks/results/exporting.json`; MiniLM, r=64, twenty adapters, one sentence; a switch reads or "
-            "fetches an adapter for the first time. llama.cpp: SmolLM2-135M, [merged](export-merged.md). "
-            f"int8: {rows['int8: float32']['rows']:,} rows, those that the "
-            "adapter was trained on among them, so only differences count.",
+            "`benchmarks/results/exporting.json`; MiniLM, r=64, twenty adapters, one sentence; a switch reads an "
+            "adapter for the first time. llama.cpp: SmolLM2-135M, [merged](export-merged.md). "
+            f"int8: {rows['int8: float32']['rows']:,} rows, some of which the adapter was trained on, so only "
+            "differences count.",
         )
     }
 

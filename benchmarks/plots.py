@@ -34,7 +34,6 @@ IN_TIME = {
     "structured_r256": ("DVoRA r=256", "DVoRA", (9, -2)),
     "lora_r8": ("LoRA r=8", "LoRA", (9, -4)),
 }
-"""Likewise."""
 STEPS = {
     "LoRA r=1": ("LoRA r=1", "LoRA r=1", 6),
     "dvora structured r=64": ("DVoRA r=64", "DVoRA, r=64", -6),
@@ -50,7 +49,6 @@ WAYS = {
     "bank, dvora structured r=256": ("bank, DVoRA r=256", "DVoRA", 0),
     "gathered, LoRA r=1": ("batched products, LoRA r=1", "LoRA r=1", 5),
 }
-"""Likewise."""
 DISTINCT = (1, 16, 64)
 
 

@@ -13,9 +13,11 @@ from benchmarks.examples.table import examples, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import versions
 from benchmarks.many_adapters.tables import parts as many_adapters
+from benchmarks.many_adapters.tables import storage
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
-from benchmarks.quality.pace import parts as pace
+from benchmarks.quality.pace import pace
 from benchmarks.quality.page import at_a_glance
+from benchmarks.quality.page import details as quality_details
 from benchmarks.quality.page import parts as quality
 from benchmarks.results import load
 from benchmarks.serving.tables import parts as serving
@@ -132,10 +134,9 @@ def support(result: dict[str, Any]) -> str:
         [
             f"- **operations:** {'; '.join(OPERATIONS.get(operation, operation) for operation in operations)}",
             f"- **layers**, in {', '.join(plain)}: {'; '.join(bases)}",
-            f"- **bases of a linear layer:** {'; '.join(BASES[base] for base in others)}. An unknown format is a layer "
-            "of which only the forward pass is known.",
         ],
-        'All work, but for these. "Refused" is an error that says why and leaves the model unchanged.',
+        'All work, but for these, among which are all quantised bases. "Refused" is an error that leaves the model '
+        "unchanged; of an unknown format only the forward pass is known.",
         exceptions("layer", {name: (name, plain) for name in bases}),
         exceptions("base of a linear layer", {BASES[base]: ("Linear", [base]) for base in others}),
     )
@@ -152,10 +153,14 @@ def conformance(result: dict[str, Any]) -> str:
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": lambda: {"at-a-glance": at_a_glance(load("equal_bytes"), load("speed")["rows"], load("pace")["rows"])},
-    "CONTRIBUTING.md": lambda: {"conformance": conformance(load("conformance"))},
     "benchmarks/README.md": lambda: {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
+        "pace": pace(load("pace")),
+        **quality_details(load("equal_bytes")),
+        "overhead": overhead(load("overhead")),
+        "compile": compiling(load("gate")),
+        "many-storage": storage(load("many_adapters")),
     },
     "docs/compatibility.md": lambda: {
         "versions": versions(load("versions")),
@@ -169,15 +174,10 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("pace")["rows"]),
-        **pace(load("pace")),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
     },
-    "docs/speed.md": lambda: {
-        **speed(load("speed")),
-        "compile": compiling(load("gate")),
-        "overhead": overhead(load("overhead")),
-    },
+    "docs/speed.md": lambda: speed(load("speed")),
 }
 """The generated parts of every page, by the page's path and the part's name."""
 

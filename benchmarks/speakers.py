@@ -4,9 +4,7 @@ Run from the repository's root: python -m benchmarks.speakers SEED ...
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -16,12 +14,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks import tables
-from benchmarks.environment import environment
 from benchmarks.pictures import FAINT, METHODS, WIDTH
 from benchmarks.quality.statistics import Interval, over_seeds
+from benchmarks.results import file_of, load, write
 from examples.speakers import ALL, BASE, BOTH, EACH, FULL, run
 
-RESULT = Path(__file__).parent / "results" / "speakers.json"
 ARMS = (BASE, ALL, EACH, BOTH)
 COLOURS = {BASE: FAINT, EACH: METHODS["DVoRA"], BOTH: METHODS["DVoRA, r=64"]}
 Result = dict[str, Any]
@@ -37,13 +34,7 @@ def measure(seed: int, earlier: Result) -> Result:
     for place, speaker in enumerate(speakers):
         rows.append({"seed": seed, "speaker": speaker, **{arm: round(losses[arm][place], 4) for arm in ARMS}})
     known = {**earlier.get("processor_seconds", {}), str(seed): seconds}
-    return {
-        **earlier,
-        "environment": environment(),
-        "setting": FULL._asdict(),
-        "processor_seconds": known,
-        "rows": rows,
-    }
+    return {**earlier, "setting": FULL._asdict(), "processor_seconds": known, "rows": rows}
 
 
 def differences(result: Result, arm: str) -> dict[str, float]:
@@ -67,10 +58,9 @@ def table(result: Result) -> str:
         better = f"{sum(difference > 0 for difference in against)} of {len(against)}"
         lines.append((arm, _interval(losses), *(("", "") if arm == ALL else (_interval(against, "+"), better))))
     return tables.text(
-        f"{len(speakers)} speakers, {setting['steps']} steps of {setting['batch']} rows for every arm, {len(seeds)} "
-        f"{'seeds' if len(seeds) > 1 else 'seed'}, {minutes:.0f} minutes of one processor a seed "
-        f"(`benchmarks/results/speakers.json`; torch {result['environment']['torch']}, CPU). Intervals are over "
-        "speakers, 95 %:",
+        f"{len(speakers)} speakers (95 % intervals over them), {setting['steps']} steps of {setting['batch']} rows for "
+        f"every arm, {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}, {minutes:.0f} minutes of a core a seed "
+        f"(`benchmarks/results/speakers.json`; torch {result['environment']['torch']}, CPU):",
         tables.table(("adapter", "loss a token, held-out scenes", "lower than one for all by", "better for"), lines),
     )
 
@@ -98,10 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speakers")
     parser.add_argument("seeds", nargs="+", type=int, metavar="SEED")
     torch.set_num_threads(1)
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    result = load("speakers")
     for seed in parser.parse_args().seeds:
         result = measure(seed, result)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(file_of("speakers"), **{name: value for name, value in result.items() if name != "environment"})
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@
 Run from the repository's root: python -m benchmarks.support
 """
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.environment import environment
+from benchmarks.results import file_of, write
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "peft" / "test_support.py"
-RESULT = ROOT / "benchmarks" / "results" / "support.json"
+RESULT = file_of("support")
 COLUMNS = ("layer", "base", "operation", "outcome")
 
 
@@ -31,19 +30,15 @@ def rows(report: Path) -> list[dict[str, str]]:
 def main() -> int:
     """Run the tests; the result file is replaced only if all of them passed."""
     with tempfile.TemporaryDirectory() as folder:
-        report, earlier = Path(folder) / "report.xml", Path(folder) / "earlier.json"
-        if RESULT.exists():
-            # The tests compare with it, and it may be wrong by now.
-            earlier.write_bytes(RESULT.read_bytes())
-            RESULT.unlink()
+        report, earlier = Path(folder) / "report.xml", RESULT.read_bytes()
+        # The tests compare with it, and it may be wrong by now.
+        RESULT.unlink()
         command = [sys.executable, "-m", "pytest", str(TESTS), f"--junitxml={report}", "-o", "junit_family=xunit1"]
         failed = subprocess.run(command, cwd=ROOT, check=False).returncode
         if failed:
-            if earlier.exists():
-                RESULT.write_bytes(earlier.read_bytes())
+            RESULT.write_bytes(earlier)
             return failed
-        result = {"environment": environment(), "rows": rows(report)}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(RESULT, rows(report))
     return 0
 
 

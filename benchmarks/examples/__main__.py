@@ -13,10 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.environment import environment
 from benchmarks.examples.catalogue import CATALOGUE, Example
 from benchmarks.examples.rows import merged, row_of
-from benchmarks.examples.table import RESULT, describe_metrics
+from benchmarks.results import file_of, write
 
 
 def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Path) -> int:
@@ -26,15 +25,14 @@ def run_all(examples: Sequence[Example], catalogue: Sequence[Example], file: Pat
     for example in examples:
         with console.status(f"{example.name} (at most {example.limit_seconds:g} s)"):
             row = row_of(example)
-        shown = describe_metrics(row["figures"]) if row["outcome"] == "works" else row["reason"]
+        shown = row["figures"] if row["outcome"] == "works" else row["reason"]
         console.print(f"{row['name']:28} {row['outcome']:13} {row['seconds']:6.1f} s  {shown}", soft_wrap=True)
         if "killed" in row:
             console.print(f"{'':28} left behind and killed: {', '.join(row['killed'])}", soft_wrap=True)
         failed = failed or row["outcome"] == "failed"
         # After each: a run that is interrupted keeps what it has found.
         earlier = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-        result = {"environment": environment(), "rows": merged(earlier, [row], catalogue)}
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(file, merged(earlier, [row], catalogue))
     return int(failed)
 
 
@@ -48,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"there is no example {unknown[0]!r}, only {', '.join(known)}")
     # An end from outside takes the way of an error, on which the example's processes end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    return run_all([known[name] for name in names], CATALOGUE, RESULT)
+    return run_all([known[name] for name in names], CATALOGUE, file_of("examples"))
 
 
 if __name__ == "__main__":

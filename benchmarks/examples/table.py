@@ -1,24 +1,18 @@
-"""The table of trainers on the page "What works with what", from what the examples reported."""
+"""The trainers on the page "What works with what", from what the examples reported."""
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import table, text
 
-RESULT = Path(__file__).parent.parent / "results" / "examples.json"
-
 
 def examples(result: dict[str, Any]) -> str:
-    """Trainers and their examples as a table, the versions of their packages, and what does not work."""
+    """The trainers that have an example, and what does not work."""
     rows, environment = result["rows"], result["environment"]
     works = sum(row["outcome"] == "works" for row in rows)
-    installed = {("torch", environment["torch"]), ("PEFT", environment["peft"])}
-    installed.update(pair for row in rows for pair in row["versions"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(installed))
     return text(
-        f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json`; {versions}; CPU). "
-        "Each trains, and stops with an error if what it shows does not hold:",
-        table(("trainer", "example"), ((row["trainer"], f"`examples/{row['name']}.py`") for row in rows)),
+        f"{works} of {len(rows)} examples work (`make examples`, `benchmarks/results/examples.json` has all versions; "
+        f"torch {environment['torch']}, PEFT {environment['peft']}, CPU). Each trains, and stops with an error if what "
+        "it shows does not hold.",
         [
             f"- `examples/{row['name']}.py`: {row['outcome']}: {' '.join(row['reason'].split())}"
             for row in rows
@@ -35,44 +29,23 @@ def synchronisation(result: dict[str, Any]) -> str:
     lines = [
         (
             name,
-            _value(rl[f"{method}_bytes"], in_bytes=True),
+            _size(rl[f"{method}_bytes"]),
             f"{rl[f'{method}_ms_of_a_core_through_a_file']:,.0f}",
         )
         for method, name in names.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in rows["rl_sync"]["versions"].items())
-    full, bits = (_value(federated[f"{size}_bytes"], in_bytes=True) for size in ("each_message", "in_8_bits"))
+    full, bits = (_size(federated[f"{size}_bytes"]) for size in ("each_message", "in_8_bits"))
     return text(
         table(("SmolLM2-135M", "bytes", "ms of a core through a file in memory"), lines),
         f"Medians of `examples/rl_sync.py` (`benchmarks/results/examples.json`; {versions}; CPU). Over HTTP, to a "
-        f"server that shares two cores with the trainer and all else that ran, `publish` took "
-        f"{rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a token the same probability to within "
-        f"{rl['off_the_ratio_of_importance']:.0e}.",
+        f"server on the same two cores, `publish` took {rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a "
+        f"token the same probability to within {rl['off_the_ratio_of_importance']:.0e}.",
         f"Federated rounds (`examples/federated_flower.py`, MiniLM, three clients, three seeds): {full} a message in "
         f"float32, {bits} in 8 bits; accuracy {100 * federated['validation_accuracy'][1]:.1f} % and "
-        f"{100 * federated['accuracy_in_8_bits']:.1f} %, loss {federated['validation_loss'][1]:.4f} and "
-        f"{federated['loss_in_8_bits']:.4f}.",
+        f"{100 * federated['accuracy_in_8_bits']:.1f} %.",
     )
 
 
-def describe_metrics(metrics: dict[str, Any]) -> str:
-    """Metrics in words: `{"loss": [0.7, 0.5], "adapter_bytes": 2000}` is "loss 0.7 to 0.5, adapter 2 kB"."""
-    return ", ".join(_metric(name, value) for name, value in metrics.items())
-
-
-def _metric(name: str, value: Any) -> str:
-    shown = _value(value, in_bytes=name.endswith("_bytes"))
-    label = "trained parameters" if name == "trained_values" else name.removesuffix("_bytes").replace("_", " ")
-    return f"{label} {shown}"
-
-
-def _value(value: Any, in_bytes: bool) -> str:
-    if isinstance(value, list):
-        return " to ".join(_value(each, in_bytes) for each in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if in_bytes:
-        return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.3g} kB"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _size(value: int) -> str:
+    return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.3g} kB"

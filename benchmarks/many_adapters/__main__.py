@@ -16,59 +16,43 @@ import dvora
 from benchmarks.many_adapters import batches, loading, plan, resident, training
 from benchmarks.many_adapters.arms import packed
 from benchmarks.many_adapters.results import check_environment, merge
-from benchmarks.many_adapters.targets import all_targets
 from benchmarks.results import file_of
 from benchmarks.speed.__main__ import quieten, show
 from benchmarks.speed.arms import adapted
 from benchmarks.speed.runner import Report
 
 
-class Sections:
-    """What is measured, section by section.
-
-    Args:
-        chosen: the plan.
-        folder: for adapters.
-    """
-
-    def __init__(self, chosen: plan.Plan, folder: Path) -> None:
-        self.plan, self.folder = chosen, folder
-
-    def batches(self, report: Report) -> None:
-        """Batches with one adapter and with many."""
-        for ground in self.plan.grounds:
-            batches.measure(report, ground)
-
-    def training(self, report: Report) -> None:
-        """Steps that train one adapter, and as many as rows."""
-        training.measure(report, self.plan.encoder, self.plan.adapter, self._new_folder("training"), rounds=3)
-
-    def resident(self, report: Report) -> None:
-        """Memory of processes with thousands of adapters."""
-        workload, folder = self.plan.encoder, self._new_folder("pack")
-        base = workload.frozen(torch.float32).eval()
-        pack = packed(adapted(base, self.plan.adapter, workload.targets), self.plan.known, folder)
-        for slots, host_bytes in self.plan.resident:
-            given = workload, pack, self.plan.known, slots, host_bytes
-            report.attempt(f"resident size, {slots} slots", partial(resident.measure, report, *given))
-
-    def loading(self, report: Report) -> None:
-        """Sizes, first uses, and adapters that have left their slots."""
-        for workload, arms, count in self.plan.loaded:
-            loading.measure(report, workload, arms, self._new_folder(f"loading-{workload.name}"), count)
-
-    def _new_folder(self, name: str) -> Path:
-        folder = self.folder / name
-        folder.mkdir()
-        return folder
+def _resident(chosen: plan.Plan, folder: Path, report: Report) -> None:
+    workload = chosen.encoder
+    base = workload.frozen(torch.float32).eval()
+    pack = packed(adapted(base, chosen.adapter, workload.targets), chosen.known, folder)
+    for slots, host_bytes in chosen.resident:
+        given = workload, pack, chosen.known, slots, host_bytes
+        report.attempt(f"resident size, {slots} slots", partial(resident.measure, report, *given))
 
 
-SECTIONS: dict[str, Callable[[Sections, Report], None]] = {
-    "batches": Sections.batches,
-    "training": Sections.training,
-    "resident": Sections.resident,
-    "loading": Sections.loading,
+def _loading(chosen: plan.Plan, folder: Path, report: Report) -> None:
+    for workload, arms, count in chosen.loaded:
+        (own := folder / workload.name).mkdir()
+        loading.measure(report, workload, arms, own, count)
+
+
+def _batches(chosen: plan.Plan, _: Path, report: Report) -> None:
+    for ground in chosen.grounds:
+        batches.measure(report, ground)
+
+
+def _training(chosen: plan.Plan, folder: Path, report: Report) -> None:
+    training.measure(report, chosen.encoder, chosen.adapter, folder, rounds=3)
+
+
+SECTIONS: dict[str, Callable[[plan.Plan, Path, Report], None]] = {
+    "batches": _batches,
+    "training": _training,
+    "resident": _resident,
+    "loading": _loading,
 }
+"""Batches with one adapter and with many; steps that train one and as many as rows; memory; sizes and first uses."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,17 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
         check_environment(file, names)
     console, everything = Console(stderr=True), Report()
     with tempfile.TemporaryDirectory(prefix="dvora-many-adapters-") as folder:
-        sections = Sections(plan.quick() if chosen.quick else plan.whole(), Path(folder))
         for name in names:
             report, start = Report(), perf_counter()
             with console.status(name):
-                SECTIONS[name](sections, report)
+                (own := Path(folder) / name).mkdir()
+                SECTIONS[name](plan.quick() if chosen.quick else plan.whole(), own, report)
             if file:
                 merge(file, name, report, perf_counter() - start)
             console.print(f"{name}: {perf_counter() - start:.0f} s")
             everything.rows += report.rows
             everything.not_measured += report.not_measured
-    show(everything, all_targets)
+    show(everything)
     return 0
 
 

@@ -39,13 +39,12 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "many-in-short": text(_in_short(rows)),
         "many-batches": _batches(rows, source),
         "many-training": _training(rows),
-        "many-storage": _storage(rows),
+        "many-resident": _resident(rows),
         "many-loading": text(_loading(rows).rstrip(), *missing(result)),
     }
 
 
 def _in_short(rows: Rows) -> list[str]:
-    """What the page says first."""
     beside_base = [
         *(time_ratio(rows, bank_arm(kind, ROWS, MANY), "base", **DECODED) for kind in (SMALL, KINDS[0])),
         *(time_ratio(rows, f"gathered, {lora}, {ROWS} of {ROWS}", "base", **DECODED) for lora in LORAS),
@@ -59,13 +58,11 @@ def _in_short(rows: Rows) -> list[str]:
         f"`adapter_names` {_range(_to_one(rows, 'adapter_names', (SMALL, KINDS[0])))} times with dvora and "
         f"{_range(_to_one(rows, 'adapter_names', LORAS))} with LoRA.",
         f"- **Beside the frozen base**, 64 adapters and one token a row at width 1,024: {of_64} with r=64 and "
-        f"{of_256} with r=256. The fastest LoRA that we could write takes {of_lora_8} with r=8 and {of_lora_1} "
-        "with r=1.",
+        f"{of_256} with r=256; the fastest LoRA that we could write {of_lora_8} with r=8 and {of_lora_1} with r=1.",
     ]
 
 
 def _batches(rows: Rows, source: str) -> str:
-    """A batch with one adapter and with as many as rows."""
     merged = ("one merged adapter", *(_to_base(rows, "merged", setting) for setting in COLUMNS.values()))
     ways = ((label, *(_pair(rows, *way, setting) for setting in COLUMNS.values())) for label, way in WAYS.items())
     known = (
@@ -75,15 +72,13 @@ def _batches(rows: Rows, source: str) -> str:
     all_known, thousands = known
     return text(
         table(("", *COLUMNS), [merged, *ways]),
-        f"Time of a batch of {ROWS} rows in units of the frozen base's, with one adapter for all rows / with "
-        f"another one in every row; medians of ratios within a round ({source}; float32 unless noted). How many "
-        f"adapters the bank knows changes nothing: with r=256 and one token a row {ROWS} take {all_known} when no "
-        f"others are known and {thousands} when 10,000 are.",
+        f"A batch of {ROWS} rows in the frozen base's time, with one adapter for all rows / with another in every "
+        f"row; medians of ratios within a round ({source}; float32 unless noted). How many adapters the bank has "
+        f"changes nothing: with r=256 and one token a row {ROWS} take {all_known} alone and {thousands} among 10,000.",
     )
 
 
 def _training(rows: Rows) -> str:
-    """What it costs that every row trains another adapter."""
     of_training = [row for row in rows if row["part"] == "training"]
     first, kind = of_training[0], KINDS[0]
     to = f"alone, {kind}, 1 of {ROWS}"
@@ -99,24 +94,27 @@ def _training(rows: Rows) -> str:
     )
 
 
-def _storage(rows: Rows) -> str:
-    """Bytes of an adapter, and of a process with ten thousand."""
+def storage(result: Mapping[str, Any]) -> str:
+    """Bytes of an adapter, as a table for the benchmarks' README."""
     lines = (
         (
             f"{MODELS[row['workload']]}, {row['arm']}",
             *(kilobytes(row.get(name)) for name in ("float16", "folder", "pack")),
         )
-        for row in rows
+        for row in result["rows"]
         if row["part"] == "storage"
     )
-    grown = " ".join(
-        f"With {row['slots']} slots and at most {row['host_bytes'] / 1e6:,.0f} MB on the host a process with "
-        f"{row['known']:,} adapters of MiniLM, each used once, grows by "
-        f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB."
+    return text(table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines))
+
+
+def _resident(rows: Rows) -> str:
+    rows = [row for row in rows if row["part"] == "resident"]
+    grown = ", by ".join(
+        f"{(row['after_bytes'] - row['before_bytes']) / 1e6:,.0f} MB with {row['slots']} slots and at most "
+        f"{row['host_bytes'] / 1e6:,.0f} MB on the host"
         for row in rows
-        if row["part"] == "resident"
     )
-    return text(table(("kB an adapter", "device or host, float16", "folder", "in a pack"), lines), grown)
+    return text(f"{rows[0]['known']:,} adapters of MiniLM, each used once, make a process grow by {grown}.")
 
 
 def _loading(rows: Rows) -> str:

@@ -84,7 +84,6 @@ class CronExpressions:
         return model({"ids": ids}) * kept, kept
 
     def _generated(self, model: nn.Module, part: str, rows: np.ndarray) -> list[str]:
-        """Greedy answers to questions."""
         asked = self.tokenizer.pad({"input_ids": [self.questions[part][row] for row in rows]}, return_tensors="pt")
         assert isinstance(model, TextModel)
         made = model.backbone.generate(  # type: ignore[operator]

@@ -1,13 +1,9 @@
-"""What a task of the grid is: a model to start from, batches, a loss, and an evaluation of a split."""
+"""What an evaluation of a split gives, and how a row of the result file holds its items."""
 
 import base64
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
-from torch import Tensor, nn
-
-from benchmarks.quality.models import SentenceReader, TextModel
 
 
 @dataclass(frozen=True)
@@ -23,35 +19,6 @@ class Evaluation:
     loss: float
     score: float
     items: np.ndarray = field(repr=False)
-
-
-class Problem(Protocol):
-    """One task."""
-
-    @property
-    def reference(self) -> np.ndarray | None:
-        """(test items,) the true numbers; None where each item is correct or not."""
-        ...
-
-    def model(self, base: str) -> SentenceReader | TextModel:
-        """The pretrained model, with the head that is best for its frozen features."""
-        ...
-
-    def batches(self, seed: int, steps: int) -> list[np.ndarray]:
-        """Rows of every step, the same for every method."""
-        ...
-
-    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        """Mean loss of training rows."""
-        ...
-
-    def evaluate(self, model: nn.Module, part: str) -> Evaluation:
-        """The metrics of the model on "validation" or "test"."""
-        ...
-
-    def commonest(self, part: str) -> Evaluation:
-        """The metrics of the commonest class, the mean number, or one answer for all."""
-        ...
 
 
 def packed(items: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from benchmarks.quality.cron import CronExpressions
-from benchmarks.quality.evaluation import Evaluation, Problem
+from benchmarks.quality.evaluation import Evaluation
 from benchmarks.quality.grid import TaskPlan
 from benchmarks.quality.heads import fitted_head
 from benchmarks.quality.models import LOADERS, SentenceReader
@@ -55,7 +55,7 @@ class Labelled:
             for part in ("train", "validation")
         ]
         name = f"{self.name}-{self.plan.train}-{self.plan.validation}"
-        head = fitted_head(name if whole == "float32" else f"{name}-{whole}", parts, self.outputs)
+        head = fitted_head(name if whole == "float32" else f"{name}-{whole}", parts, self.outputs, self._losses)
         backbone = reader.backbone if base == whole else LOADERS[self.plan.model](base)
         return SentenceReader(backbone, head).eval()
 
@@ -134,6 +134,10 @@ SOURCES: Mapping[str, Callable[[], TextTask]] = {
     "wordnet_topics": many_classes.wordnet_topics,
 }
 """Tasks with labels by their name in a grid."""
+
+
+Problem = Labelled | CronExpressions
+"""One task: a model to start from, batches, a loss, and an evaluation of a split."""
 
 
 @lru_cache(maxsize=2)

@@ -81,20 +81,18 @@ def main() -> None:
         write(file, {**read_rows(file), **{row["key"]: row for row in rows}}.values())
 
 
-def parts(content: Mapping[str, Any]) -> dict[str, str]:
-    """The generated part of docs/results.md about the time of a step."""
+def pace(content: Mapping[str, Any]) -> str:
+    """The time of a step of every method, as a table."""
     rows: Sequence[Row] = content["rows"]
-    of = {(row["dtype"], row["task"], row["arm"]): row["ratio"][1] for row in rows}
-    columns = [(dtype, task) for dtype in PRECISIONS for task in NAMES if (dtype, task, ARMS[0]) in of]
-    labels = [NAMES[task] + (", float32" if dtype == "float32" else "") for dtype, task in columns]
-    shown = [(LABELS[arm], *(f"{of[(*column, arm)]:.2f}" for column in columns)) for arm in ARMS]
-    return {
-        "pace": text(
-            table(("a step, in LoRA r=1's", *labels), shown),
-            f"Whole steps with data and optimizer in bfloat16 unless noted, one thread, {rows[0]['steps']} of each "
-            "method in turns, medians of ratios (`benchmarks/results/pace.json`).",
-        )
-    }
+    dtypes, lines = [*dict.fromkeys(row["dtype"] for row in rows)], []
+    for arm in ARMS:
+        medians = [[row["ratio"][1] for row in rows if (row["arm"], row["dtype"]) == (arm, d)] for d in dtypes]
+        lines.append((LABELS[arm], *(f"{min(of_tasks):.2f} to {max(of_tasks):.2f}" for of_tasks in medians)))
+    return text(
+        table(("a step, in LoRA r=1's", *dtypes), lines),
+        f"Whole steps with data and optimizer, one thread, {rows[0]['steps']} of each method in turns: the least and "
+        "the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
+    )
 
 
 if __name__ == "__main__":

@@ -31,11 +31,6 @@ NAMES: Mapping[str, str] = {
 """Tasks of the grid, in the order of the tables."""
 
 
-def names_of(tasks: Sequence[str]) -> str:
-    """For a sentence or a heading."""
-    return ", ".join(NAMES[task] for task in tasks)
-
-
 @dataclass(frozen=True)
 class Result:
     """The rows of the result file."""

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.quality.adapting import groups
-from benchmarks.quality.evaluation import Problem
 from benchmarks.quality.grid import Grid, Run
+from benchmarks.quality.labelled import Problem
 
 
 def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:

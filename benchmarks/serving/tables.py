@@ -14,8 +14,8 @@ SECTIONS = {
     "engines": ("vLLM, merged model", "first token p95, ms"),
 }
 """Against what each is measured, and which latency matters."""
-OVER = ("adapter_names", "set_adapter")
-"""Rows of what is measured no more: LoRA by PEFT through the same server."""
+LEFT_OUT = ("adapter_names", "set_adapter", " 64 adapters")
+"""Ends of rows that are not shown: LoRA by PEFT, which is measured no more, and what is between two others."""
 
 
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
@@ -24,9 +24,9 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
     environment = result["environment"]
     blocks = []
     for work, (against, latency) in SECTIONS.items():
-        measured = [row for key, row in rows.items() if key.startswith(f"{work}: ") and not key.endswith(OVER)]
+        measured = [row for key, row in rows.items() if key.startswith(f"{work}: ") and not key.endswith(LEFT_OUT)]
         reference = rows[f"{work}: {against}"]
-        title = f"{work}: requests a second", "of the bold one's", latency, "share in batches", "MiB"
+        title = f"{work}: requests a second", "of the bold one's", latency, "MiB"
         blocks.append(table(("", *title), [_line(row, reference) for row in measured]))
     update, first, used = (
         rows[key] for key in ("update: SmolLM2 by a flat vector", "others beside first uses", "others beside used ones")
@@ -41,18 +41,16 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         ),
         "serving": text(
             *blocks,
-            f"An update by a vector of {update['bytes'] / 1e6:.1f} MB in the request takes "
-            f"{update['answer_ms_p50']:.0f} ms (p95 {update['answer_ms_p95']:.0f}). The p95 of requests for 16 "
-            f"adapters is {first['answer_ms_p95']:.0f} ms beside first uses of others, and "
-            f"{used['answer_ms_p95']:.0f} beside as many requests for one in its slot. A server grows with the "
-            f"adapters that were used, up to `--host-memory`: with 1,024 of them from {memory[0]:,} MiB after the "
-            f"first turn to {memory[-1]:,} after the last.",
+            f"An update by a vector of {update['bytes'] / 1e6:.1f} MB takes {update['answer_ms_p50']:.0f} ms (p95 "
+            f"{update['answer_ms_p95']:.0f}). The p95 of requests for 16 adapters is {first['answer_ms_p95']:.0f} ms "
+            f"beside first uses of others, and {used['answer_ms_p95']:.0f} beside as many requests for one in its "
+            "slot. A server grows with the adapters that were used, up to `--host-memory`: with 1,024 of them from "
+            f"{memory[0]:,} MiB after the first turn to {memory[-1]:,} after the last.",
             f"`benchmarks/results/serving.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU, one "
-            "thread for the model, clients on the other core, servers asked in turns; ratios are medians in a turn. "
-            "Adapters by Zipf's law (exponent 1), dvora structured r=64, 256 slots. MiniLM on sentences of 3 to 25 "
-            "tokens with 32 requests under way; SmolLM2 with 8, 16 tokens each. 16 processes, one a tenant, are merged "
-            "models on one core together. vLLM 0.32 (float32, eager, one core) multiplies with another library "
-            "(oneDNN), which is the faster one on this machine.",
+            "thread for the model, clients on the other core, servers in turns; ratios are medians in a turn. "
+            "Adapters by Zipf's law (exponent 1), dvora structured r=64, 256 slots. MiniLM: sentences of 3 to 25 "
+            "tokens, 32 requests under way; SmolLM2: 8, 16 tokens each. The 16 processes are merged models on one "
+            "core. vLLM 0.32 (float32, eager, one core) multiplies with oneDNN, which is faster on this machine.",
         ),
     }
 
@@ -62,5 +60,4 @@ def _line(row: Row, reference: Row) -> tuple[str, ...]:
     name, latency = row["key"].partition(": ")[2], row.get("first_token_ms_p95", row["answer_ms_p95"])
     shown = f"**{name}**" if row is reference else name
     numbers = f"{row['requests_per_second']:.1f}", f"{ratio:.2f}", f"{latency:,.0f}"
-    share = f"{row['share_in_batches']:.2f}" if row["share_in_batches"] else ""
-    return (shown, *numbers, share, f"{row['memory_mib'][-1]:,}")
+    return (shown, *numbers, f"{row['memory_mib'][-1]:,}")

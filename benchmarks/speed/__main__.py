@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,10 +18,9 @@ from benchmarks.results import file_of, write
 from benchmarks.speed import plan
 from benchmarks.speed.arms import BASE
 from benchmarks.speed.memory import measure_kept, measure_resident
-from benchmarks.speed.metrics import Rows, time_ratio
+from benchmarks.speed.metrics import time_ratio
 from benchmarks.speed.plan import Run
 from benchmarks.speed.runner import Report, carry_out
-from benchmarks.speed.targets import Target, all_targets
 from benchmarks.speed.timing import ratios, spread
 
 LORA = "LoRA r=1"
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if file:
         head = {"left_out": () if chosen.overhead else plan.LEFT_OUT, "not_measured": report.not_measured}
         write(file, report.rows, seconds=round(perf_counter() - start), **head)
-    show(report, all_targets)
+    show(report)
     return 0
 
 
@@ -72,8 +71,8 @@ def selected(runs: Iterable[Run], chosen: argparse.Namespace) -> list[Run]:
     return [replace(run, rounds=chosen.rounds) for run in kept] if chosen.rounds else kept
 
 
-def show(report: Report, targets_of: Callable[[Rows], Iterable[Target]]) -> None:
-    """Ratios to the base and to LoRA r=1, kernels a layer beyond the base's, the targets, and what is missing."""
+def show(report: Report) -> None:
+    """Ratios to the base and to LoRA r=1, kernels a layer beyond the base's, and what is missing."""
     console, keys = Console(), ("part", "workload", "dtype", "batch", "tokens")
     timed = [row for row in report.rows if all(key in row for key in ("batch", "seconds"))]
     for setting in dict.fromkeys(tuple(row[key] for key in keys) for row in timed):
@@ -91,12 +90,6 @@ def show(report: Report, targets_of: Callable[[Rows], Iterable[Target]]) -> None
             cells += [f"{(row[count] - rows[0][count]) / row['layers']:.1f}" for count in counts if row[count]]
             shown.add_row(*cells)
         console.print(shown)
-    targets = Table("metric", "target", "median (quartiles)", "met", title="targets")
-    for target in targets_of(report.rows):
-        if target.measured is not None:
-            targets.add_row(*target.cells())
-    if targets.row_count:
-        console.print(targets)
     for miss in report.not_measured:
         console.print(f"not measured: {miss['what']}: {miss['reason']}", markup=False)
 

@@ -45,7 +45,7 @@ class Run:
     """Methods that are timed in turns.
 
     Args:
-        part: "training", "whole step" (with the optimizer), "prefill" or "decode".
+        part: "training", "prefill" or "decode".
         workload: makes the model's description.
         arms: the methods; the base comes first.
         dtype: of the base model.

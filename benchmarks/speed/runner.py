@@ -13,7 +13,7 @@ import dvora
 from benchmarks.results import Row
 from benchmarks.speed.arms import MERGED, Arm, adapted
 from benchmarks.speed.plan import Run
-from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step, whole_step
+from benchmarks.speed.steps import CACHED_TOKENS, decode_step, prefill_step, training_step
 from benchmarks.speed.timing import Step, interleaved
 from benchmarks.speed.workloads import Workload
 
@@ -127,7 +127,6 @@ def _decode(workload: Workload, model: nn.Module, x: Tensor) -> Step:
 
 STEPS: dict[str, Callable[[Workload, nn.Module, Tensor], Step]] = {
     "training": training_step,
-    "whole step": whole_step,
     "prefill": prefill_step,
     "decode": _decode,
 }

@@ -1,4 +1,4 @@
-"""What is timed: one training step, without or with its optimizer, one decoded token, one prompt."""
+"""What is timed: one training step, one decoded token, one prompt."""
 
 from itertools import chain
 
@@ -33,21 +33,6 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
         # As an optimizer's step does: a method may keep what it made until something is written.
         torch.autograd.graph.increment_version(trained)
         torch.autograd.backward(workload.output(model, x), output_gradient)
-
-    return step
-
-
-def whole_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
-    """A training step and AdamW's update of all trained parameters, of which the frozen base has none."""
-    gradients = training_step(workload, model, x)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        return gradients
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
-
-    def step() -> None:
-        gradients()
-        optimizer.step()
 
     return step
 

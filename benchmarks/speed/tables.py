@@ -57,12 +57,12 @@ def speed(result: Mapping[str, Any]) -> dict[str, str]:
         table(("", *COLUMNS, "kept, MB", "process, MB"), ((arm, *shown) for arm, shown in cells.items() if any(shown))),
         f"Medians of ratios within a round (`benchmarks/results/speed.json`; torch {environment['torch']}, PEFT "
         f"{environment['peft']}, CPU, {environment['threads']} threads), hidden size 1,024, float32 unless "
-        "noted. Kept for the backward pass: by the seven linear layers at 2,048 tokens. Process: its growth when "
-        "it adapts them and trains on 4,096 tokens.",
+        "noted. Kept: for the backward pass, by the linear layers at 2,048 tokens. Process: its growth when it adapts "
+        "them and trains on 4,096 tokens.",
     )
     arms = (*FEW_ARMS, "RoAd")
     models = ((label, *(_ratio(rows, arm, setting) for arm in arms)) for label, setting in MODELS.items())
-    return {"speed": methods, "models": text(table(("", *arms), models), *_adapterhub(rows), *missing(result))}
+    return {"speed": methods, "models": text(table(("", *arms), models), *missing(result))}
 
 
 def overhead(result: Mapping[str, Any]) -> str:
@@ -98,20 +98,6 @@ def missing(result: Mapping[str, Any]) -> list[str]:
         by_reason.setdefault(miss["reason"], []).append(miss["what"])
     lines = [f"- {'; '.join(what)}: {reason}" for reason, what in by_reason.items()]
     return ["Not measured:", "\n".join(lines)] if lines else []
-
-
-def _adapterhub(rows: Rows) -> list[str]:
-    """AdapterHub's DVoRA on its own ground; what timed it, in an environment of its own, is in git's history."""
-    timed = [row for row in rows if row["part"] == "adapterhub" and row["method"] != "base"]
-    if not timed:
-        return []
-    ratios = {row["arm"]: time_ratio(rows, row["arm"], "base", part="adapterhub") for row in timed}
-    shown = ", ".join(f"{arm} {ratio.median:.2f}" for arm, ratio in ratios.items() if ratio is not None)
-    versions = timed[0]["environment"]
-    return [
-        f"AdapterHub's DVoRA (adapters {versions['adapters']}, transformers {versions['transformers']}) adapts square "
-        f"layers only; on a BERT block of 1,024 x 1,024 layers, 512 tokens: {shown}."
-    ]
 
 
 def _ratio(rows: Rows, arm: str, setting: Mapping[str, object]) -> str:

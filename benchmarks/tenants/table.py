@@ -31,12 +31,11 @@ def tenants(content: Mapping[str, Any]) -> str:
             (*head, "training, times LoRA r=1", "serving, times the base"),
             [_line(arm, finals, times, scores) for arm in LABELS if arm in finals],
         ),
-        f"Means over {len(scores['frozen'])} tenants with 95 % intervals over them, one seed, {hours:.1f} hours on a "
-        f"core shared with other work (`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT "
-        f"{environment['peft']}, CPU). Training: a step of every tenant, of eight at once in the bank, else one after "
-        f"another ({times['lora_r1']['training_seconds']:.1f} s with LoRA r=1). Serving: a batch with a row of each "
-        "tenant. Both in float32, one thread, all methods in turns on one machine, medians of ratios. Bytes are "
-        "without heads, which all have.",
+        f"Means and 95 % intervals over {len(scores['frozen'])} tenants, one seed, {hours:.1f} hours on a shared core "
+        f"(`benchmarks/results/tenants.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU). "
+        "Training: a step of every tenant, of eight at once in the bank, else one after another "
+        f"({times['lora_r1']['training_seconds']:.1f} s with LoRA r=1). Serving: a batch with a row of each tenant. "
+        "Both in float32, one thread, methods in turns, medians of ratios. Bytes: without heads.",
     )
 
 

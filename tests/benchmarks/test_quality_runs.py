@@ -50,7 +50,7 @@ def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -
     rows = pace.timed(grid, "movie_ratings", count=2)
     assert [made["arm"] for made in rows] == [*pace.ARMS]
     assert all(made["ratio"][0] <= made["ratio"][1] <= made["ratio"][2] for made in rows)
-    assert "RoAd" in pace.parts({"rows": rows})["pace"]
+    assert "RoAd" in pace.pace({"rows": rows})
 
 
 @pytest.mark.parametrize("arm", ["majority", "frozen"])
