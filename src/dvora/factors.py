@@ -33,7 +33,7 @@ from .tensors import (
 )
 from .weight import AdaptedWeight, JoinedWeights, RowConstants
 
-_TOGETHER = 2**14
+_TOGETHER = 2**16
 """Values by row up to which layers share operations: more would leave a processor's cache between two of them."""
 
 

@@ -532,11 +532,21 @@ class JoinedWeights:
         return RowConstants(torch.cat(w), torch.cat(unit), one[0], _joined(zero_rows, w), _joined(zero_scale, w))
 
     def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """w, cross and q, from constants. `lambda_d` has those of all weights."""
+        """w, cross and q, from constants. `lambda_d` (N, R) has those of all weights."""
         assert weight is None
-        parts = zip(self.weights, lambda_d.split(self.ranks, -1), strict=True)
-        cross, q = zip(*(adapted.terms(of_weight)[1:] for adapted, of_weight in parts), strict=True)
-        return self.w, torch.cat(cross, -1), torch.cat(q, -1)
+        parts = lambda_d.split(self.ranks, -1)
+        of_weights = zip(self.weights, parts, strict=True)
+        cross = [times_apart(part, as_dtype(adapted.C, adapted.w.dtype).T) for adapted, part in of_weights]
+        # Weights of one shape have the same squares of B: one product for all of them.
+        alike: dict[object, list[int]] = {}
+        for place, adapted in enumerate(self.weights):
+            sizes = adapted.in_features, adapted.out_features, adapted.padding_column
+            alike.setdefault((*adapted.update_key, *sizes), []).append(place)
+        q: dict[int, Tensor] = {}
+        for places in alike.values():
+            rows = torch.cat([parts[place] for place in places])
+            q |= zip(places, self.weights[places[0]].squares(rows).split(len(lambda_d)), strict=True)
+        return self.w, torch.cat(cross, -1), torch.cat([q[place] for place in range(len(parts))], -1)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
