@@ -209,7 +209,9 @@ def arriving_values(
             check_dense(key, value)
         prefix = "" if state.keys() >= set(names.values()) else PEFT_PREFIX
         names = {key: f"{prefix}{name}" for key, name in names.items()}
-        if state.keys() >= set(names.values()) and _digest(by_key) == digest:
+        # Parts of values that other processes have are no values of a file.
+        is_plain = set(map(type, by_key.values())) <= {Tensor, nn.Parameter}
+        if is_plain and state.keys() >= set(names.values()) and _digest(by_key) == digest:
             return {name: by_key[key].to(state[name].dtype) for key, name in names.items()}
     return from_saved(model, config, adapter_name, entries).values
 
