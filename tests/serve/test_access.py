@@ -12,7 +12,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from dvora.adapter_file.packs import write_pack
-from dvora.serve import keys
+from dvora.serve import access
 from dvora.serve.access import Allowance, Keys
 from dvora.serve.app import make_app
 from dvora.serve.requests import RefusedError
@@ -138,7 +138,7 @@ def test_a_minute_has_so_many_requests(client: httpx.Client) -> None:
 
 def test_what_was_used_comes_back_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(keys.time, "monotonic", lambda: now)
+    monkeypatch.setattr(access.time, "monotonic", lambda: now)
     tokens = Allowance(60)
     tokens.take(75)
     assert tokens.seconds(0) == pytest.approx(15)

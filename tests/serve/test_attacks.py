@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from dvora.adapter_file.packs import write_pack
-from dvora.serve import connections, guard
+from dvora.serve import bounds, connections
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, Alone, Serving, complete, copied, save_trained, serving
 from tests.serve.test_connections import POST, connected
@@ -112,13 +112,13 @@ def test_bodies_that_are_too_large(
         with suppress(httpx.HTTPError):
             assert client.put("/v1/adapters/x", content=endless(), headers=ADMIN).status_code == 413  # type: ignore[arg-type]
         json_body = {"content-type": "application/json"}
-        too_large = client.post("/v1/completions", content=bytes(guard.LARGEST_JSON + 1), headers=json_body)
+        too_large = client.post("/v1/completions", content=bytes(bounds.LARGEST_JSON + 1), headers=json_body)
         assert too_large.status_code == 413
         assert complete(client, "a0", "the ").status_code == 200
 
 
 def test_a_slow_body_is_given_up(writers: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(bounds, "BODY_SECONDS", 0.5)
     client, _ = writers
     with connected(client, POST + b"Content-Length: 100\r\n\r\n{") as slow:
         assert b" 408 " in slow.recv(1000)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from dvora.serve import guard
+from dvora.serve import bounds
 from dvora.serve.run import JsonLines
 from tests.serve.served import ADMIN, complete, copied, serving
 from tests.serve.test_connections import HEAD, POST, connected
@@ -23,14 +23,14 @@ def test_which_bodies_are_read(llama: Path, language_adapters: Path, tmp_path: P
             (b"PUT /v1/adapters/a0", 10**6, b"", b"401"),
             (b"POST /v1/nothing", 10**6, token, b"404"),
             (b"POST /health", 10**6, token, b"405"),
-            (b"POST /v1/completions", guard.LARGEST_JSON + 1, token, b"413"),
+            (b"POST /v1/completions", bounds.LARGEST_JSON + 1, token, b"413"),
             (b"PUT /v1/adapters/a0", 2**23 + 1, token, b"413"),
-            (b"PUT /v1/adapters/a0", guard.LARGEST_JSON + 1, token, b"100"),
+            (b"PUT /v1/adapters/a0", bounds.LARGEST_JSON + 1, token, b"100"),
         ):
             head = line + b" HTTP/1.1\r\nContent-Length: %d\r\n" % length + HEAD + headers + waits + b"\r\n"
             with connected(client, head) as connection:
                 assert connection.recv(2**16).startswith(b"HTTP/1.1 " + status), line
-        large = client.put("/v1/adapters/a0", content=bytes(guard.LARGEST_JSON + 1), headers=ADMIN)
+        large = client.put("/v1/adapters/a0", content=bytes(bounds.LARGEST_JSON + 1), headers=ADMIN)
         assert large.status_code == 422
 
 
@@ -61,7 +61,7 @@ def test_answers_are_counted(bert: Path, classifiers: Path, tmp_path: Path) -> N
         for count, status in ((500, 503), (10, 200), (500, 503), (200, 200)):
             answer = client.post("/v1/embeddings", json={"model": "two", "input": ["a"] * count})
             assert answer.status_code == status, count
-        assert len(answer.content) > guard.PIECE
+        assert len(answer.content) > bounds.PIECE
         assert len(answer.json()["data"]) == 200
 
 
