@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dvora.recipes.tasks.head_alone import fitted
+from dvora.recipes.tasks.head_alone import fitted, read_head_alone, save_head_alone
 from materials.fetch import build_once
 
 # Strengths tried on the validation rows, beside the summed loss of the training rows.
@@ -35,9 +34,6 @@ def fitted_head(
         classes = 0 if outputs == 1 else outputs
         heads = [fitted(train, train_labels, classes, penalty / len(train)) for penalty in PENALTIES]
         best = min(heads, key=lambda head: losses(head(checked), labels).mean().item())
-        save_file(best.state_dict(), folder / "head.safetensors")
+        save_head_alone(best, folder / "head.safetensors")
 
-    values = load_file(build_once(f"quality-head-{name}", build) / "head.safetensors")
-    head: nn.Linear = nn.utils.skip_init(nn.Linear, values["weight"].shape[1], outputs)
-    head.load_state_dict(values)
-    return head
+    return read_head_alone(build_once(f"quality-head-{name}", build) / "head.safetensors").requires_grad_(True)

@@ -74,6 +74,12 @@ def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
         assert {*head(x).argmax(-1).tolist()} <= {*labels.tolist()}
 
 
+def test_features_that_hardly_change_get_no_weights_that_explode() -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-32, 1e-9])
+    head = fitted(x, (x[:, 0] > 0).long(), 2, 1e-2)
+    assert head.weight.abs().max() < 100
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: str) -> None:
     base, dataset, collator, chosen = made("text-classification", models[name], ROWS, ("bad", "good"))

@@ -200,6 +200,8 @@ def fitted(
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
+    # Some models have features that hardly change: of unit variance they would get weights of 1e30, and gradients too.
+    scaler.scale_[scaler.scale_ < 1e-6 * scaler.scale_.max()] = 1.0
     x, y = scaler.transform(features.double().numpy()), labels.numpy()
     if not classes:
         model = Ridge(alpha=strength * len(x), fit_intercept=has_bias).fit(x, y)
