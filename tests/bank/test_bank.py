@@ -183,7 +183,10 @@ def test_a_partial_adapter_is_the_base_where_it_lacks_layers_and_heads(tmp_path:
     partial = Kind(MODELS["mlp"], {"r": 4, "target_modules": ["lin1"]})
     saved(partial.trained(3), tmp_path / "partial")
     with these.bank() as served:
-        with pytest.raises(ValueError, match=r"adapter 'p': the adapter lacks lin0, and 2 of the others' .* in all"):
+        # It may lack layers that its settings do not name, but not the others' head.
+        with pytest.raises(
+            ValueError, match=r"adapter 'p': the adapter lacks lin2.weight, and 1 of the others' .* in all"
+        ):
             served.bank.add("p", tmp_path / "partial")
         served.bank.add("p", tmp_path / "partial", allow_partial=True)
         found = served(["p", "a", "p", None])

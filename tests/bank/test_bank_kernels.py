@@ -41,7 +41,8 @@ def test_kernels_do_not_depend_on_the_number_of_adapters(matrices: str, tmp_path
         base = kernels(lambda: plain(**inputs(plain, ROWS))).total()
     served = bank_of(kind, tmp_path, ADAPTERS)
     first = counted(served, 1)
-    assert {counted(served, distinct) for distinct in (0, 2, 5, 16)} == {first}
+    assert {counted(served, distinct) for distinct in (2, 5, 16)} == {first}
+    assert counted(served, 0) < first
     assert counted(bank_of(kind, tmp_path / "few", ROWS), 16) == first
     assert first - base <= LIMIT[matrices] * 6
 

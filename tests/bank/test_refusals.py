@@ -251,7 +251,13 @@ LIN1 = "base_model.model.lin1"
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
     "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
-    "fewer layers": (adapter(target_modules=["lin1"]), "lacks lin0, and 1 of the others'"),
+    "fewer layers than it names": (
+        lambda folder: edit_weights(
+            saved(HEADED.trained(), folder),
+            lambda tensors: [tensors.pop(name) for name in [*tensors] if "lin0" in name],
+        ),
+        "lacks lin0, and 1 of the others'",
+    ),
     "untrained": (lambda folder: saved(HEADED.fresh(), folder), "it changes nothing; pass allow_unchanged=True"),
     "without a direction": (
         lambda folder: edit_weights(saved(HEADED.fresh(), folder), without_direction),

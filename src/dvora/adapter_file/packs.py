@@ -28,6 +28,7 @@ import torch
 
 from ..whole_files import claimed, new_folder
 from .content import Content
+from .settings import DVoRAConfig
 from .values import AdapterValues, Description, FolderSource, described, errors_of, values_of
 from .values_file import LARGEST_HEADER, LARGEST_SETTINGS, SETTINGS, VALUES, Shape
 
@@ -151,6 +152,11 @@ class PackedSource(NamedTuple):
     def content(self) -> Content:
         """What it consists of."""
         return self.description.content
+
+    @property
+    def config(self) -> DVoRAConfig:
+        """Its settings."""
+        return self.description.config
 
     @property
     def beside(self) -> Mapping[str, Shape]:

@@ -134,6 +134,10 @@ class Source(Protocol):
         """What the adapter consists of, known before its values are read."""
 
     @property
+    def config(self) -> DVoRAConfig:
+        """Its settings, shared with others."""
+
+    @property
     def beside(self) -> Mapping[str, Shape]:
         """Shapes of what its file has besides the adapter."""
 
@@ -162,7 +166,8 @@ class FolderSource:
                 header, size = read_header(file)
             self.description = described(settings, header)
             check_size(self.description.data_size, size)
-        self.content, self.beside = self.description.content, self.description.beside
+        description = self.description
+        self.content, self.config, self.beside = description.content, description.config, description.beside
 
     def read(self) -> AdapterValues:
         """The values as they are now, from one reading of the files.
@@ -221,7 +226,7 @@ class VectorSource:
     def __init__(
         self, content: Content, config: DVoRAConfig, strengths: tuple[float, ...], vector: Float[Tensor, "S"]
     ) -> None:
-        self.content, self.beside = content, dict[str, Shape]()
+        self.content, self.config, self.beside = content, config, dict[str, Shape]()
         if not isinstance(vector, Tensor) or vector.dtype != torch.float32:
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"vector is {got}, expected a tensor of torch.float32: half precision rounds a magnitude")

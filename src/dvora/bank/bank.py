@@ -26,7 +26,7 @@ from ..rows.batch import Batch, Batches
 from ..rows.gathered import RowIndex, check_names
 from ..text import did_you_mean
 from .factor_rows import FactorRows, check_dtype
-from .hooks import check_unchanged, check_without_bank
+from .hooks import BlockForward, check_unchanged, check_without_bank
 from .served import ServedModel
 from .slots import AdapterRow, HostRows, Slots
 from .training import TrainableAdapters
@@ -83,7 +83,7 @@ class _Fitted(NamedTuple):
     served: ServedModel
     rows: FactorRows
     slots: Slots
-    handles: list[RemovableHandle]
+    handles: list[RemovableHandle | BlockForward]
 
 
 class AdapterBank:
@@ -490,8 +490,10 @@ class AdapterBank:
             first = self._fitted is None
             try:
                 if self._fitted is None:
-                    with _of_adapter(versions[0]):
-                        self._fitted = self._fit(versions[0].source, allow_partial)
+                    # Others may leave out layers.
+                    widest = max(versions, key=lambda version: len(version.source.content.layers))
+                    with _of_adapter(widest):
+                        self._fitted = self._fit(widest.source, allow_partial)
                 for version in versions:
                     self._check_fits(version, allow_partial)
                 if read:
@@ -570,7 +572,7 @@ class AdapterBank:
     def _check_fits(self, adapter: Version, allow_partial: bool) -> None:
         with _of_adapter(adapter):
             served, content = self._required().served, adapter.source.content
-            served.check_fits(content, adapter.source.beside, allow_partial)
+            served.check_fits(content, adapter.source.beside, adapter.source.config, allow_partial)
             size, of_base = served.head_bytes(content), served.head_bytes(served.content)
             if size > (most := max(of_base, self._head_bytes // self._slot_count)):
                 raise ValueError(

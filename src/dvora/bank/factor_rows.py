@@ -11,7 +11,7 @@ Dimensions: N adapters, S values of a vector, F values of a factor row, O out, R
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class FactorRows:
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
         self.width = self.places[-1].stop
         self.row_lengths = [length for place in self.places for length in place.lengths]
+        self._by_list = [
+            sorted(
+                (place.block, at)
+                for place, at in zip(served.block_places, self.places, strict=True)
+                if place and place.list == number
+            )
+            for number in range(len(served.block_lists))
+        ]
+        """The layers of each list of blocks, the first block's first."""
         self._segments = torch.tensor(self.row_lengths)
         self.lengths = [length for layer in served.content.layers for length in layer.lengths]
         self._base = json.dumps(served.content.base)
@@ -57,13 +66,12 @@ class FactorRows:
 
     def base(self) -> AdapterRow:
         """The row of the base itself."""
-        return AdapterRow(torch.zeros(self.width, dtype=self.dtype), self.served.own_heads)
+        return self._row(torch.zeros(self.width, dtype=self.dtype), self.served.own_heads)
 
     def is_of_base(self, row: AdapterRow) -> bool:
         """Whether an adapter changes nothing."""
         for place in self.places:
-            gain_minus_one, scale, lambda_d = row.factors[place.start : place.stop].split(place.lengths)
-            if gain_minus_one.any() or (scale.any() and lambda_d.any()):
+            if self._acts(row.factors, place):
                 return False
         return all(torch.equal(row.heads[name], values) for name, values in self.served.own_heads.items())
 
@@ -97,7 +105,20 @@ class FactorRows:
                 f"the adapter has factors that {self.dtype} cannot hold; make the bank with dtype=torch.float32, or "
                 "look whether its training diverged"
             )
-        return AdapterRow(factors.clone(), self.served.heads_of(values.whole))
+        return self._row(factors.clone(), self.served.heads_of(values.whole))
+
+    def _row(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> AdapterRow:
+        acts_from = [
+            next((block for block, place in layers if self._acts(factors, place)), len(blocks))
+            for layers, (_, blocks) in zip(self._by_list, self.served.block_lists, strict=True)
+        ]
+        return AdapterRow(factors, heads, acts_from)
+
+    @staticmethod
+    def _acts(factors: Float[Tensor, "F"], place: LayerPlace) -> bool:
+        """Whether an adapter changes a layer."""
+        gain_minus_one, scale, lambda_d = factors[place.start : place.stop].split(place.lengths)
+        return bool(gain_minus_one.any() or (scale.any() and lambda_d.any()))
 
     def vector(self, values: AdapterValues) -> Float[Tensor, "S"]:
         """The vectors of an adapter; the base's for layers that it does not have."""

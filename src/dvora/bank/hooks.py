@@ -6,7 +6,7 @@ Dimensions: O out.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
-from ..rows.batch import Batches
-from ..rows.gathered import HeadByRow, HeadGroup, ServedHead
-from ..tensors import TensorVersion, bias_of
+from ..rows.batch import Batch, Batches
+from ..rows.gathered import BlockPlace, HeadByRow, HeadGroup, ServedHead
+from ..rows.shared import Arguments, SharedPass
+from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
 
 
@@ -82,22 +83,74 @@ class LayerHook(_Hook):
     Args:
         layer: the layer.
         position: among the layers of the bank.
+        place: of the block that it is in.
         batches: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, position: int, batches: Batches) -> None:
+    def __init__(self, layer: ServedLayer, position: int, place: BlockPlace | None, batches: Batches) -> None:
         super().__init__(batches)
-        self.layer, self.position = layer, position
+        self.layer, self.position, self.place = layer, position, place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         layer = self.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         check_gradient(module, layer.layer_type, x, base_output, layer.name)
         rows = self.batches.required().rows
+        if self.place is not None and not rows.act_in(self.place):
+            rows.rows.of(len(x))
+            return base_output
         factors = rows.factors(self.position, len(x), base_output.dim(), layer.adapted.w.dtype)
         adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
         bias = bias_of(module, layer.measured_bias)
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+
+
+class BlockForward(_Hook):
+    """In the place of a block's forward: it is computed once for rows of a batch that are equal in it.
+
+    Not a hook, since others' hooks are to see all rows.
+
+    Args:
+        module: the block.
+        place: of the block.
+        passes: through its list of blocks, in which some rows are equal, of the batches that run.
+        batches: of the bank.
+    """
+
+    def __init__(
+        self, module: nn.Module, place: BlockPlace, passes: MutableMapping[Batch, SharedPass], batches: Batches
+    ) -> None:
+        super().__init__(batches)
+        self.place, self._module, self._passes = place, module, passes
+        self._forward, self._own = module.forward, vars(module).get("forward")
+        vars(module)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        is_first = self.place.block == 0
+        if not (is_first or self._passes) or is_traced() or (batch := self.batches.current()) is None:
+            return self._forward(*args, **kwargs)
+        given, shared = Arguments(args, kwargs), self._passes.pop(batch, None)
+        if is_first:
+            is_plain = not (self._module.training or torch.is_grad_enabled())
+            shared = SharedPass.begun(batch.rows, given) if is_plain else None
+        if shared is None or (narrowed := shared.enter(self.place, given)) is None:
+            return self._forward(*args, **kwargs)
+        all_rows, batch.rows = batch.rows, shared.rows
+        try:
+            outputs = self._forward(*narrowed.args, **narrowed.kwargs)
+        finally:
+            batch.rows = all_rows
+        if (repeated := shared.leave(outputs)) is None:
+            return self._forward(*args, **kwargs)
+        self._passes[batch] = shared
+        return repeated
+
+    def remove(self) -> None:
+        """Give the block its own forward back, unless somebody has put another one around this."""
+        if vars(self._module).get("forward") is self:
+            del vars(self._module)["forward"]
+            if self._own is not None:
+                vars(self._module)["forward"] = self._own
 
 
 class HeadHook(_Hook):

@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from math import prod
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,11 +26,13 @@ from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
-from ..rows.batch import Batches
-from ..rows.gathered import ServedHead
+from ..rows.batch import Batch, Batches
+from ..rows.gathered import BlockPlace, ServedHead
+from ..rows.shared import SharedPass, block_lists
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
+    BlockForward,
     HeadHook,
     LayerHook,
     OutputHook,
@@ -69,6 +72,16 @@ class ServedModel:
         self.layers = _layers(model, self.config, content)
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
+        self.block_lists = block_lists(model, [head.name for head in self.heads])
+        blocks = [
+            (f"{name}.{b}.", BlockPlace(n, b))
+            for n, (name, list_) in enumerate(self.block_lists)
+            for b in range(len(list_))
+        ]
+        self.block_places = [
+            next((place for prefix, place in blocks if layer.name.startswith(prefix)), None) for layer in self.layers
+        ]
+        """The block that each layer is in, if it is in one."""
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
         self.content = content._replace(base=tuple((layer.name, layer.fingerprint) for layer in self.layers))
         devices = {layer.adapted.w.device: layer.name for layer in self.layers}
@@ -82,32 +95,46 @@ class ServedModel:
         if len({value.dtype for value in self.own_heads.values()}) > 1:
             raise ValueError("model: its heads have several dtypes; cast them to one")
 
-    def hook(self, batches: Batches) -> list[RemovableHandle]:
+    def hook(self, batches: Batches) -> list[RemovableHandle | BlockForward]:
         """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
         if "torch._dynamo" in sys.modules:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
         share_inputs(self.model)
         hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [
-            (layer.module, LayerHook(layer, position, batches)) for position, layer in enumerate(self.layers)
+            (layer.module, LayerHook(layer, position, place, batches))
+            for position, (layer, place) in enumerate(zip(self.layers, self.block_places, strict=True))
         ]
         hooks += [(head.module, HeadHook(head, batches)) for head in self.heads]
         # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
-        handles = [module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks]
+        handles: list[RemovableHandle | BlockForward] = [
+            module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks
+        ]
+        for number, (_, blocks) in enumerate(self.block_lists):
+            passes: WeakKeyDictionary[Batch, SharedPass] = WeakKeyDictionary()
+            for place, module in enumerate(blocks):
+                handles.append(BlockForward(module, BlockPlace(number, place), passes, batches))
         return [*handles, self.model.register_forward_hook(OutputHook(batches))]
 
-    def unhook(self, handles: Sequence[RemovableHandle]) -> None:
+    def unhook(self, handles: Sequence[RemovableHandle | BlockForward]) -> None:
         """Take the hooks back."""
         for handle in handles:
             handle.remove()
         stop_sharing_inputs(self.model)
 
-    def check_fits(self, content: Content, beside: Mapping[str, Shape], allow_partial: bool = False) -> None:
+    def check_fits(
+        self,
+        content: Content,
+        beside: Mapping[str, Shape],
+        config: DVoRAConfig | None = None,
+        allow_partial: bool = False,
+    ) -> None:
         """Refuse an adapter of another content or base, before its values are read.
 
         Args:
             content: of the adapter. Its heads may have other numbers of outputs than the model's.
             beside: shapes of what its file has besides the adapter.
+            config: of the adapter, which may lack layers that it does not name; None: it has to have them all.
             allow_partial: whether layers and heads may be missing, which are then the base's.
 
         Raises:
@@ -115,6 +142,9 @@ class ServedModel:
         """
         expected, names = self.content, _names(content)
         absent = sorted(_names(expected) - names)
+        if config is not None:
+            layers_here = {layer.name for layer in expected.layers}
+            absent = [name for name in absent if name not in layers_here or _is_named(name, config)]
         if absent and not allow_partial:
             raise ValueError(
                 f"the adapter lacks {absent[0]}, and {len(absent)} of the others' layers and heads in all; use "
@@ -198,11 +228,16 @@ class ServedModel:
 def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content, advice: str) -> None:
     """Refuse an adapter without vectors of a layer that its settings name: others would be compared with that."""
     names = {layer.name for layer in content.layers}
-    targets = find_targets(model, lambda name: bool(DVoRAModel._check_target_module_exists(config, name)), config)
+    targets = find_targets(model, lambda name: _is_named(name, config), config)
     heads = [f".{head}." for head in config.modules_to_save or ()]
     for target in targets:
         if target.name not in names and not any(head in f".{target.name}." for head in heads):
             raise ValueError(f"the adapter lacks {target.name}, which its settings name; save it again{advice}")
+
+
+def _is_named(layer: str, config: DVoRAConfig) -> bool:
+    """Whether settings name a layer as one to adapt."""
+    return bool(DVoRAModel._check_target_module_exists(config, layer))
 
 
 def _layers(model: nn.Module, config: DVoRAConfig, content: Content) -> list[ServedLayer]:

@@ -26,6 +26,8 @@ class AdapterRow(NamedTuple):
     factors: Float[Tensor, "F"]
     heads: Mapping[str, Tensor]
     """Parameters and buffers of heads, by their full names."""
+    acts_from: Sequence[int] = ()
+    """For each list of blocks, the first one that the adapter changes."""
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +95,8 @@ class Slots:
             self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
         self.heads: list[Mapping[str, Tensor]] = [{}] * (count + 1)
         """Parts of the head in each slot, by their full names: of any number of outputs."""
+        self.acts_from: list[Sequence[int]] = [()] * (count + 1)
+        """Of the adapter in each slot, for each list of blocks."""
         self._changed = threading.Condition()
         self._slot_of: OrderedDict[str, int] = OrderedDict()
         """By digest; the least recently used first."""
@@ -152,7 +156,9 @@ class Slots:
 
     def rows(self, index: RowIndex) -> GatheredRows:
         """The rows of a batch."""
-        return GatheredRows(index, self._lengths, lambda: self.factors, lambda: self.heads, base=self.count)
+        return GatheredRows(
+            index, self._lengths, lambda: self.factors, lambda: self.heads, self.count, acts_from=lambda: self.acts_from
+        )
 
     def release(self, batch: object) -> None:
         """Give the slots of a batch back, if it has any; its adapters stay in them until others need the room."""
@@ -221,4 +227,5 @@ class Slots:
     def _put(self, slot: int, row: AdapterRow) -> None:
         with torch.inference_mode(False):
             self.factors[slot].copy_(row.factors)
+            self.acts_from[slot] = row.acts_from
             self.heads[slot] = {name: values.to(self.factors.device) for name, values in row.heads.items()}

@@ -232,7 +232,7 @@ class Packing:
             TypeError, ValueError: it is damaged, of another base, or has other layers or sizes of heads.
         """
         source = FolderSource(adapter)
-        self.served.check_fits(source.content, source.beside)
+        self.served.check_fits(source.content, source.beside, source.config)
         values = source.read()
         row = self.rows.row(values, self.rows.of([values])[0])
         for name, head in row.heads.items():

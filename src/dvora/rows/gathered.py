@@ -9,6 +9,7 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,15 @@ class LayerPlace(NamedTuple):
     def stop(self) -> int:
         """The first value behind it."""
         return self.start + sum(self.lengths)
+
+
+class BlockPlace(NamedTuple):
+    """Where a block stands in a model."""
+
+    list: int
+    """Of the lists of blocks."""
+    block: int
+    """Of the blocks in that list."""
 
 
 class ServedHead(NamedTuple):
@@ -150,6 +160,7 @@ class GatheredRows:
         heads: gives the parts of the heads of all, by place and name.
         base: the place of the base, or None where no row can be its.
         dropout: of the inputs of updates.
+        acts_from: for each place the first block of each list that its adapter changes; None: perhaps the first ones.
     """
 
     def __init__(
@@ -160,8 +171,10 @@ class GatheredRows:
         heads: Callable[[], Sequence[Mapping[str, Tensor]]],
         base: int | None = None,
         dropout: nn.Module | None = None,
+        acts_from: Callable[[], Sequence[Sequence[int]]] | None = None,
     ) -> None:
         self.rows, self.dropout = rows, dropout
+        self._acts_from = acts_from
         self._lengths, self._matrix, self._heads, self._base = lengths, factors, heads, base
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
@@ -187,6 +200,31 @@ class GatheredRows:
                 parts = iter(values.split(self._lengths, -1))
                 self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
+
+    def acting(self, place: BlockPlace) -> list[int]:
+        """The adapter of each row as far as a block, by its place; -1 where it has changed nothing by its end."""
+        if self._acts_from is None:
+            return self.rows.places
+        acts_from = self._acts_from()
+        return [at if acts_from[at][place.list] <= place.block else -1 for at in self.rows.places]
+
+    def act_in(self, place: BlockPlace) -> bool:
+        """Whether an adapter of the batch changes something by the end of a block."""
+        return self._first_blocks is None or self._first_blocks[place.list] <= place.block
+
+    @cached_property
+    def _first_blocks(self) -> list[int] | None:
+        """The first block of each list that an adapter of the batch changes."""
+        if self._acts_from is None:
+            return None
+        acts_from = self._acts_from()
+        return [*map(min, zip(*map(acts_from.__getitem__, self.rows.places), strict=True))]
+
+    def of_rows(self, rows: Sequence[int]) -> GatheredRows:
+        """The adapters of some of the rows, which are not repeated."""
+        index = RowIndex([self.rows.places[row] for row in rows], 1, self.rows.once.device)
+        settings = self._base, self.dropout, self._acts_from
+        return GatheredRows(index, self._lengths, self._matrix, self._heads, *settings)
 
     def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
         """The parameters of a head, by groups of rows with heads of the same shapes."""

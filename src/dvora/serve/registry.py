@@ -44,7 +44,8 @@ class Registry:
         """Why what has these names was left out when the server started."""
         self._changing = threading.RLock()
         """Held during a change, so that changes come one after another."""
-        for version in opened:
+        # The first one says which layers are hooked, of which others may leave out some.
+        for version in sorted(opened, key=lambda version: -len(version.source.content.layers)):
             try:
                 self._check_name(version.name)
                 with self._loading(version, read=version.put_as is not None):

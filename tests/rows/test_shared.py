@@ -1,0 +1,297 @@
+"""Rows that are equal are computed once, and every row is what it is alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    T5ForConditionalGeneration,
+    ViTForImageClassification,
+)
+
+import dvora
+from dvora.rows.shared import Groups, equal_rows
+from tests.peft.tiny import VOCABULARY, llama, t5, train_vectors
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "num_labels": 3,
+    "initializer_range": 0.2,
+}
+OTHER_SIZES: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 4},
+    "llama": {"use_cache": False},
+}
+TARGETS = {
+    "bert": ["query", "dense"],
+    "roberta": ["query", "dense"],
+    "distilbert": ["q_lin", "lin1"],
+    "modernbert": ["Wqkv", "mlp.Wo"],
+    "llama": ["q_proj", "down_proj"],
+}
+DEPTHS: dict[str, list[int] | None] = {"two": [2, 3], "also two": [2, 3], "one": [3], "all": None}
+
+
+class Shared:
+    """A bank of adapters at different depths, that counts the rows of each block."""
+
+    def __init__(self, model: nn.Module, bank: dvora.AdapterBank, blocks: nn.ModuleList) -> None:
+        self.model, self.bank = model, bank
+        self.rows = Counter[int]()
+        for number, block in enumerate(blocks):
+            inner = next(module for module in block.modules() if isinstance(module, nn.Linear))
+            inner.register_forward_pre_hook(lambda _, args, number=number: self._count(number, len(args[0])))
+
+    def _count(self, number: int, rows: int) -> None:
+        self.rows[number] += rows
+
+    @torch.inference_mode()
+    def __call__(self, names: Sequence[str | None], **inputs: Any) -> Any:
+        self.rows.clear()
+        with self.bank.rows(names):
+            return self.model(**inputs)
+
+    def alone(self, names: Sequence[str | None], **inputs: Tensor) -> Tensor:
+        """Each row in a batch of its own."""
+        rows = [self([n], **{key: x[i : i + 1] for key, x in inputs.items()}).logits for i, n in enumerate(names)]
+        return torch.cat(rows)
+
+
+def classifier(kind: str) -> nn.Module:
+    config = AutoConfig.for_model(kind, **{**SIZES, **OTHER_SIZES.get(kind, {})})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+
+
+@contextmanager
+def shared(
+    base: Callable[[], nn.Module], targets: Sequence[str], folder: Path, blocks: str, **config: Any
+) -> Iterator[Shared]:
+    for seed, (name, layers) in enumerate(DEPTHS.items()):
+        adapted = get_peft_model(
+            base(), dvora.DVoRAConfig(r=4, target_modules=[*targets], layers_to_transform=layers, **config)
+        )
+        train_vectors(adapted, seed=seed)
+        adapted.save_pretrained(folder / name)
+    model = base()
+    with dvora.AdapterBank(model, own_heads=True) as bank:
+        bank.add_folder(folder)
+        yield Shared(model, bank, model.get_submodule(blocks))
+
+
+def blocks_of(kind: str) -> str:
+    lists = [name for name, module in classifier(kind).named_modules() if isinstance(module, nn.ModuleList)]
+    return min(lists, key=len)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    folder = tmp_path_factory.mktemp("bert")
+    with shared(lambda: classifier("bert"), TARGETS["bert"], folder, blocks_of("bert"), task_type="SEQ_CLS") as found:
+        yield found
+
+
+def texts(*rows: int) -> dict[str, Tensor]:
+    """Two texts of other lengths, by row."""
+    ids = torch.arange(3, 3 + 2 * 9).view(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": (ids * mask)[[*rows]], "attention_mask": mask[[*rows]]}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_rows_part_where_their_own_adapter_begins(kind: str, tmp_path: Path) -> None:
+    with shared(lambda: classifier(kind), TARGETS[kind], tmp_path, blocks_of(kind), task_type="SEQ_CLS") as model:
+        for names, rows, counts in (
+            (["two", "also two", "one"], [0, 0, 0], [1, 1, 3, 3]),
+            (["two", "one", "all", None], [0, 0, 0, 0], [2, 2, 3, 4]),
+            (["two", "one", "two", "one"], [0, 0, 1, 1], [2, 2, 4, 4]),
+            (["two", "one", "two", "also two"], [0, 1, 0, 1], [2, 2, 3, 3]),
+            (["two", "one"], [0, 1], [2, 2, 2, 2]),
+            ([None, None, None], [0, 0, 0], [1, 1, 1, 1]),
+        ):
+            expected = model.alone(names, **texts(*rows))
+            output = model(names, **texts(*rows))
+            assert [model.rows[block] for block in range(4)] == counts, (names, rows)
+            torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_that_a_model_gives_is_of_all_rows(bert: Shared) -> None:
+    names = ["two", "one", "all", None]
+    outputs = bert(names, **texts(0, 0, 0, 0), output_hidden_states=True, output_attentions=True)
+    assert {len(part) for part in (*outputs.hidden_states, *outputs.attentions)} == {4}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([*DEPTHS, None]), st.integers(0, 1)), min_size=1, max_size=9),
+)
+def test_any_batch_is_its_rows_alone(bert: Shared, rows: list[tuple[str | None, int]]) -> None:
+    names, inputs = [name for name, _ in rows], texts(*(text for _, text in rows))
+    torch.testing.assert_close(bert(names, **inputs).logits, bert.alone(names, **inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_tokens_with_other_masks_are_not_equal(bert: Shared) -> None:
+    inputs = texts(0, 0, 0)
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, 5:] = 0
+    names = ["two", "two", "one"]
+    torch.testing.assert_close(bert(names, **inputs).logits, bert.alone(names, **inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_fails_leaves_the_batch_as_it_was(bert: Shared) -> None:
+    names, inputs = ["two", "one", None], texts(0, 0, 0)
+    expected = bert(names, **inputs).logits
+    layer = bert.model.get_submodule(blocks_of("bert"))[1].output.dense
+    handle = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.inference_mode(), bert.bank.rows(names):
+        with pytest.raises(ZeroDivisionError):
+            bert.model(**inputs)
+        handle.remove()
+        torch.testing.assert_close(bert.model(**inputs).logits, expected)
+
+
+def test_nothing_is_shared_with_gradients_or_dropout(bert: Shared) -> None:
+    names, inputs = ["two", "two"], texts(0, 0)
+    with bert.bank.rows(names):
+        bert.rows.clear()
+        bert.model(**inputs)
+        assert bert.rows[0] == 2
+        bert.model.train()
+        with torch.no_grad():
+            logits = bert.model(**inputs).logits
+    bert.model.eval()
+    assert bert.rows[0] == 4
+    assert not torch.equal(logits[0], logits[1])
+
+
+class Blocks(nn.Module):
+    """A model that writes to what its blocks return, and gives each of them a part of the batch besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+
+    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            x[:, 0] += added[:, 0]
+        return x
+
+
+def test_what_is_written_between_blocks_counts(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Blocks().eval()
+
+    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=2, target_modules=["blocks.2"]))
+    train_vectors(adapted)
+    adapted.save_pretrained(tmp_path)
+    model = base()
+    x, added = torch.randn(1, 6).repeat(3, 1), torch.randn(3, 6)
+    with dvora.AdapterBank(model) as bank:
+        bank.add("a", tmp_path)
+        for run in (torch.no_grad, torch.inference_mode):
+            with run():
+                with bank.rows(["a", None, "a"]):
+                    found = model(x, added)
+                for row, name in enumerate(["a", None, "a"]):
+                    with bank.rows([name]):
+                        expected = model(x[row : row + 1], added[row : row + 1])
+                    torch.testing.assert_close(found[row : row + 1], expected)
+
+
+def test_a_closed_bank_leaves_the_blocks_their_own_forward(tmp_path: Path) -> None:
+    with shared(lambda: classifier("bert"), ["query"], tmp_path, blocks_of("bert"), task_type="SEQ_CLS") as model:
+        block = model.model.get_submodule(blocks_of("bert"))[0]
+        assert "forward" in vars(block)
+    assert "forward" not in vars(block)
+
+
+def test_an_encoder_and_a_decoder_share_too(tmp_path: Path) -> None:
+    def base() -> T5ForConditionalGeneration:
+        return t5().requires_grad_(False)
+
+    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=2, target_modules=r"decoder\.block\.1\..*\.(q|v)"))
+    train_vectors(adapted)
+    adapted.save_pretrained(tmp_path)
+    model = base()
+    inputs = {"input_ids": torch.arange(3, 10).repeat(3, 1), "decoder_input_ids": torch.arange(3, 7).repeat(3, 1)}
+    with dvora.AdapterBank(model) as bank, torch.no_grad():
+        bank.add("a", tmp_path)
+        counts = Shared(model, bank, model.encoder.block)
+        names = ["a", None, "a"]
+        torch.testing.assert_close(
+            counts(names, **inputs, use_cache=False).logits, counts.alone(names, **inputs), rtol=1e-5, atol=1e-5
+        )
+        counts(names, **inputs, use_cache=False)
+        assert counts.rows[0] == 1
+
+
+def test_images_share_too(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        config = AutoConfig.for_model(
+            "vit", image_size=8, patch_size=4, **{k: v for k, v in SIZES.items() if k != "vocab_size"}
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return ViTForImageClassification(config).eval().requires_grad_(False)
+
+    blocks = next(name for name, module in base().named_modules() if isinstance(module, nn.ModuleList))
+    with shared(base, ["q_proj"], tmp_path, blocks, modules_to_save=["classifier"]) as model:
+        images = torch.randn(1, 3, 8, 8).repeat(3, 1, 1, 1)
+        names = ["two", "one", None]
+        expected = model.alone(names, pixel_values=images)
+        torch.testing.assert_close(model(names, pixel_values=images).logits, expected, rtol=1e-5, atol=1e-5)
+        assert [model.rows[block] for block in range(4)] == [1, 1, 2, 3]
+
+
+def test_with_a_cache_each_row_is_computed(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return llama().requires_grad_(False)
+
+    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
+    train_vectors(adapted)
+    adapted.save_pretrained(tmp_path)
+    model = base()
+    with dvora.AdapterBank(model) as bank, torch.no_grad():
+        bank.add("a", tmp_path)
+        counts = Shared(model, bank, model.model.layers)
+        counts(["a", None, "a"], input_ids=torch.arange(3, 10).repeat(3, 1), use_cache=True)
+        assert counts.rows[0] == 3
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_groups_are_repeated_as_they_were_narrowed(keys: list[int]) -> None:
+    groups, x = Groups(keys, torch.device("cpu")), torch.tensor(keys).float()[:, None]
+    assert len(groups) == len({*keys})
+    assert torch.equal(groups.repeated(groups.narrowed(x)), x)
+    assert groups.are_equal_in(x)
+    assert groups.are_equal_in(torch.arange(len(keys))) == (len(groups) == len(keys))
+
+
+def test_rows_of_equal_sums_are_compared() -> None:
+    x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
+    assert equal_rows(x) == [0, 1, 0]
+    assert equal_rows(x[:1]) is None
