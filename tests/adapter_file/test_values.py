@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import VeraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import dvora
@@ -97,8 +97,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep settings": (written(b"[" * 10**5, SETTINGS), "cannot be read as JSON"),
     "endless settings": (lambda folder: os.truncate(folder / SETTINGS, 2**25), "expected at most"),
     "another method": (
-        lambda folder: get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"])).save_pretrained(folder),
-        "LORA; only adapters of DVoRA",
+        lambda folder: get_peft_model(MODELS["mlp"](), VeraConfig(target_modules=["lin0"])).save_pretrained(folder),
+        "VERA; only those of DVoRA and LoRA",
     ),
     "an endless header": (written(b"\xff" * 64), "truncated, or no safetensors"),
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),

@@ -9,17 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvora.bank.slots import AdapterRow, HostRows, Slots
-from dvora.rows.gathered import LayerPlace
+from dvora.rows.gathered import Held, LayerPlace
 from tests.bank.versions import in_threads, until
 
 
 def rows(digests: Sequence[str]) -> dict[str, AdapterRow]:
     """That say which adapter it is; those of capital letters are larger."""
-    return {digest: AdapterRow(torch.full((5 if digest.isupper() else 3,), ord(digest)), {}) for digest in digests}
+    return {
+        digest: AdapterRow(torch.full((5 if digest.isupper() else 3,), ord(digest)), Held({})) for digest in digests
+    }
 
 
 def slots(count: int) -> Slots:
-    return Slots(count, AdapterRow(torch.zeros(3), {}), [LayerPlace(0, 1, 1)], torch.device("cpu"))
+    return Slots(count, AdapterRow(torch.zeros(3), Held({})), [LayerPlace(0, 1, 1)], torch.device("cpu"))
 
 
 def test_a_batch_takes_all_its_slots_or_none_while_it_waits() -> None:

@@ -72,6 +72,17 @@ class LayerSizes(NamedTuple):
         return self.out_features, self.out_features if self.rank else 0, self.rank
 
 
+class LoRASizes(NamedTuple):
+    """The factors of one layer in an adapter of LoRA."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+    """alpha / rank, or alpha / sqrt(rank)."""
+
+
 class SavedWhole(NamedTuple):
     """A tensor that is trained and saved whole: of a head, a bias, a table of tokens."""
 
@@ -111,6 +122,8 @@ class Content(NamedTuple):
     whole: tuple[SavedWhole, ...]
     base: tuple[tuple[str, tuple[float, ...]], ...]
     """Fingerprints of the base weights by layer, where they are known."""
+    lora: tuple[LoRASizes, ...] = ()
+    """Of an adapter of LoRA, which has no `layers`."""
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
@@ -119,7 +132,7 @@ class Content(NamedTuple):
         for key in filter(is_vector, shapes):
             layer, vector = layer_and_vector(key)
             vectors.setdefault(plain_name(layer), {})[vector] = shapes[key]
-        whole = {plain_key(key): shapes[key] for key in shapes if _is_trained_whole(key, config)}
+        whole = {plain_key(key): shapes[key] for key in shapes if is_trained_whole(key, config)}
         return cls(
             CommonSettings.of(config),
             tuple(_sizes(name, vectors[name], config) for name in sorted(vectors)),
@@ -130,7 +143,7 @@ class Content(NamedTuple):
     @property
     def digest(self) -> str:
         """A hash of all that must be equal to the last bit; the base is compared by `difference`."""
-        exact = [FORMAT_VERSION, self.settings, self.layers, self.whole]
+        exact = [FORMAT_VERSION, self.settings, self.layers, self.whole, *([self.lora] if self.lora else ())]
         return hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:16]
 
     def difference(self, other: Content) -> str | None:
@@ -201,7 +214,7 @@ def in_order(saved: Mapping[str, _Value], config: DVoRAConfig) -> dict[str, _Val
     vectors = {plain_key(key): value for key, value in saved.items() if is_vector(key)}
     layers = sorted({name.rpartition(VECTOR_PREFIX)[0] for name in vectors})
     names = [f"{layer}{VECTOR_PREFIX}{vector}" for layer in layers for vector in Vectors._fields]
-    whole = {plain_key(key): value for key, value in saved.items() if _is_trained_whole(key, config)}
+    whole = {plain_key(key): value for key, value in saved.items() if is_trained_whole(key, config)}
     return {name: vectors[name] for name in names if name in vectors} | {name: whole[name] for name in sorted(whole)}
 
 
@@ -235,7 +248,7 @@ def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> Layer
     return sizes
 
 
-def _is_trained_whole(key: str, config: DVoRAConfig) -> bool:
+def is_trained_whole(key: str, config: DVoRAConfig) -> bool:
     """Whether a key of a file is of something trained whole; files may also have tables and biases of the base."""
     if VECTOR_PREFIX in key or key.startswith(MATRIX_PREFIX) or OF_SAVED_MODULES.search(key):
         return False

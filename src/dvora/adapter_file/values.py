@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import prod
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..functional import Vectors
 from ..tensors import Float
 from .content import Content, check_saved_ranks, in_order, vector_digest
+from .lora import lora_of
 from .settings import DVoRAConfig
 from .values_file import (
     LARGEST_SETTINGS,
@@ -67,6 +69,8 @@ class Description:
     """Of all entries; None where they have several."""
     strengths: tuple[float, ...]
     """One a layer."""
+    factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Names in the file of A and B of an adapter of LoRA, by layer."""
 
     @cached_property
     def places(self) -> Mapping[str, range]:
@@ -118,11 +122,14 @@ class AdapterValues:
     """Shared by adapters with equal settings."""
     beside: Mapping[str, Tensor]
     """What a file has that is not the adapter's (tables and biases of the base, projections), by the names in it."""
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """A (R, I) and B (O, R) of an adapter of LoRA, in their own dtype, by layer."""
 
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        whole = [part for name, t in self.whole.items() for part in (f"{name} {t.dtype} ".encode(), as_bytes(t))]
+        tensors = [*self.whole.items(), *((name, factor) for name, both in self.factors.items() for factor in both)]
+        whole = [part for name, t in tensors for part in (f"{name} {t.dtype} ".encode(), as_bytes(t))]
         return vector_digest(json.dumps([_digest(self.content), self.strengths]), as_bytes(self.vector), *whole)
 
 
@@ -288,8 +295,11 @@ def _described(settings: bytes, header: bytes) -> Description:
     entries = header_entries(header)
     shapes = {name: shape for name, (_, shape) in entries.items()}
     config = DVoRAConfig.from_bytes(settings, shapes)
+    if isinstance(config, LoraConfig):
+        config, content, of_file = lora_of(config, entries)
+        return Description(settings, header, config, content, entries, of_file.whole, {}, None, (), of_file.factors)
     if not isinstance(config, DVoRAConfig):
-        raise TypeError(f"it is an adapter of type {config.peft_type}; only adapters of DVoRA share their matrices")
+        raise TypeError(f"it is an adapter of type {config.peft_type}; only those of DVoRA and LoRA share a base")
     check_saved_ranks(config, shapes)
     content = Content.of_saved(config, shapes)
     if not content.layers:
@@ -322,6 +332,11 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     check_size(description.data_size, len(data))
     check_exact(description)
     content, buffer = description.content, bytearray(data)
+    if description.factors:
+        parts = tensors_of(description.entries, buffer)
+        factors = {name: (parts[a], parts[b]) for name, (a, b) in description.factors.items()}
+        heads = {name: parts[key] for name, key in description.names.items()}
+        return _finite(AdapterValues(content, torch.empty(0), (), heads, description.config, {}, factors))
     # Most files have one dtype, and hundreds of entries, which need no view each then.
     if description.dtype is None:
         parts = tensors_of(description.entries, buffer)
@@ -341,7 +356,8 @@ def check_exact(description: Description) -> None:
     Raises:
         TypeError: some are none.
     """
-    for name, key in description.names.items():
+    factors = {key: key for both in description.factors.values() for key in both}
+    for name, key in {**description.names, **factors}.items():
         if (dtype := description.entries[key][0]) not in _EXACT:
             raise TypeError(f"{name} is {dtype}, expected torch.float32 or half precision; save it as that")
 
@@ -364,6 +380,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _finite(values: AdapterValues) -> AdapterValues:
     """Values that are all finite."""
+    for name, factors in values.factors.items():
+        if not all(map(is_finite, factors)):
+            raise ValueError(f"{name} has factors that are not finite; they are damaged, or training diverged")
     if not all(map(is_finite, (values.vector, *values.whole.values()))):
         shapes = _shapes(values.content)
         vectors = [name for name in shapes if name not in values.whole]

@@ -98,7 +98,8 @@ class AdapterBank:
         model: the frozen base, without adapters, whole and in memory; it may be quantised.
         slots: how many adapters are on the device at a time, at least as many as one batch has.
         host_bytes: of factor rows in memory, at least those of one adapter.
-        head_bytes: of heads on the device, for which every slot has an equal part, or as much as the model's own head.
+        head_bytes: of heads and of factors of LoRA on the device, of which every slot has an equal part, or as much as
+            the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
         like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
         own_heads: whether rows of the base are meant to have the model's own head, of which nobody is warned then.
@@ -458,6 +459,31 @@ class AdapterBank:
         slots = Slots(self._slot_count, base, rows.places, served.device)
         return _Fitted(served, rows, slots, served.hook(self._batches))
 
+    def is_hooked_for(self, source: Source) -> bool:
+        """Whether an adapter can come while batches run: the layers that it needs are hooked."""
+        if self._fitted is None or not (self._versions or self._is_for_one_kind):
+            return False
+        return bool(self._fitted.served.layers) or not source.content.layers
+
+    def _unfit_for(self, versions: Sequence[Version]) -> Source | None:
+        """Free the layers, if others have to be hooked for new adapters: that of an adapter which is there, if one is.
+
+        The last one of a kind may have left, or the first one of DVoRA comes to some of LoRA.
+        """
+        first = next(iter(self._versions.values()), None)
+        if self._fitted is None or all(self.is_hooked_for(version.source) for version in versions):
+            return None
+        if self._batches.are_running:
+            if first is None:
+                return None
+            raise ValueError(
+                "all adapters of the bank are of LoRA, and the first one of DVoRA comes between batches: add it when "
+                "none runs, or make the bank with like= of one"
+            )
+        self._unfit()
+        self._host = HostRows(self._host.limit)
+        return None if first is None else first.source
+
     def _unfit(self) -> None:
         """Free the layers that are hooked, if any are."""
         if self._fitted is not None:
@@ -484,9 +510,7 @@ class AdapterBank:
         # The first ones come one after another: each says which layers there are, and may be refused.
         with nullcontext() if self._versions else self._lock:
             self._batches.check_open()
-            if not self._versions and not self._is_for_one_kind and not self._batches.are_running:
-                # The last one of the kind before has left.
-                self._unfit()
+            before = self._unfit_for(versions)
             first = self._fitted is None
             try:
                 if self._fitted is None:
@@ -494,6 +518,8 @@ class AdapterBank:
                     widest = max(versions, key=lambda version: len(version.source.content.layers))
                     with _of_adapter(widest):
                         self._fitted = self._fit(widest.source, allow_partial)
+                    for version in self._versions.values():
+                        self._check_fits(version, allow_partial)
                 for version in versions:
                     self._check_fits(version, allow_partial)
                 if read:
@@ -509,8 +535,9 @@ class AdapterBank:
                     replaced = [old for v in versions if (old := self._versions.get(v.name)) is not None]
                     self._versions |= {version.name: version for version in versions}
             except BaseException:
-                if first and not self._versions:
+                if first:
                     self._unfit()
+                    self._fitted = None if before is None else self._fit(before)
                 self._release(versions)
                 raise
         self._release(replaced)
@@ -572,12 +599,13 @@ class AdapterBank:
     def _check_fits(self, adapter: Version, allow_partial: bool) -> None:
         with _of_adapter(adapter):
             served, content = self._required().served, adapter.source.content
+            self._batches.have_lora |= bool(content.lora)
             served.check_fits(content, adapter.source.beside, adapter.source.config, allow_partial)
-            size, of_base = served.head_bytes(content), served.head_bytes(served.content)
+            size, of_base = served.head_bytes(content), served.head_bytes(served.content._replace(lora=()))
             if size > (most := max(of_base, self._head_bytes // self._slot_count)):
                 raise ValueError(
-                    f"its head takes {size:,} bytes on the device, and the bank has room for {most:,} in each of "
-                    f"{self._slot_count} slots (head_bytes={self._head_bytes}); train a smaller head, or make a bank "
+                    f"its head and factors of LoRA take {size:,} bytes on the device, and the bank has room for "
+                    f"{most:,} in each of {self._slot_count} slots (head_bytes={self._head_bytes}); make a bank "
                     "with more head_bytes or fewer slots"
                 )
 

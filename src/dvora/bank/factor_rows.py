@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..adapter_file.content import LayerSizes, vector_digest
 from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
-from ..rows.gathered import LayerPlace
+from ..rows.gathered import ActsFrom, Held, LayerPlace, LoRAFactors
 from ..tensors import Float
 from .served import ServedModel
 from .slots import AdapterRow
@@ -41,14 +42,11 @@ class FactorRows:
         for layer in served.content.layers:
             start = self.places[-1].stop if self.places else 0
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
-        self.width = self.places[-1].stop
+        self.width = self.places[-1].stop if self.places else 0
         self.row_lengths = [length for place in self.places for length in place.lengths]
+        blocks = [(served.block_of(layer.name), at) for layer, at in zip(served.layers, self.places, strict=True)]
         self._by_list = [
-            sorted(
-                (place.block, at)
-                for place, at in zip(served.block_places, self.places, strict=True)
-                if place and place.list == number
-            )
+            sorted((block.block, at) for block, at in blocks if block is not None and block.list == number)
             for number in range(len(served.block_lists))
         ]
         """The layers of each list of blocks, the first block's first."""
@@ -57,12 +55,15 @@ class FactorRows:
         self._base = json.dumps(served.content.base)
         starts = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
         parts = [part for vectors in starts for part in vectors]
-        self.start = torch.cat([part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)])
+        starting = [part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)]
+        self.start = torch.cat([torch.empty(0), *starting])
         """The vector of the base, (S,)."""
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
-        return vector_digest(f'[{self._base}, "{values.digest}"]')
+        # Files of LoRA do not say of which base they are.
+        base = self._base if values.content.layers else "[]"
+        return vector_digest(f'[{base}, "{values.digest}"]')
 
     def base(self) -> AdapterRow:
         """The row of the base itself."""
@@ -73,11 +74,14 @@ class FactorRows:
         for place in self.places:
             if self._acts(row.factors, place):
                 return False
-        return all(torch.equal(row.heads[name], values) for name, values in self.served.own_heads.items())
+        own_heads = self.served.own_heads
+        return not row.held.lora and all(torch.equal(row.held.heads[name], own_heads[name]) for name in own_heads)
 
     @torch.no_grad()
     def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
         """The factor rows of adapters with their strengths, in the bank's dtype, on the CPU."""
+        if not self.places:
+            return torch.zeros(len(adapters), 0, dtype=self.dtype)
         vectors = torch.stack([self.vector(values) for values in adapters])
         factors = self.of_vectors(vectors.to(self.served.device)).to("cpu", torch.float32)
         for values, row in zip(adapters, factors, strict=True):
@@ -105,14 +109,31 @@ class FactorRows:
                 f"the adapter has factors that {self.dtype} cannot hold; make the bank with dtype=torch.float32, or "
                 "look whether its training diverged"
             )
-        return self._row(factors.clone(), self.served.heads_of(values.whole))
+        return self._row(factors.clone(), self.served.heads_of(values.whole), self._lora(values))
 
-    def _row(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> AdapterRow:
-        acts_from = [
-            next((block for block, place in layers if self._acts(factors, place)), len(blocks))
-            for layers, (_, blocks) in zip(self._by_list, self.served.block_lists, strict=True)
-        ]
-        return AdapterRow(factors, heads, acts_from)
+    def _row(
+        self,
+        factors: Float[Tensor, "F"],
+        heads: Mapping[str, Tensor],
+        lora: Mapping[str, LoRAFactors] = MappingProxyType({}),
+    ) -> AdapterRow:
+        with_lora = [place for layer in lora if (place := self.served.block_of(layer)) is not None]
+        acts_from = []
+        for number, (_, blocks) in enumerate(self.served.block_lists):
+            by_vectors = (block for block, place in self._by_list[number] if self._acts(factors, place))
+            by_lora = (place.block for place in with_lora if place.list == number)
+            acts_from.append(ActsFrom(next(by_vectors, len(blocks)), min(by_lora, default=len(blocks))))
+        return AdapterRow(factors, Held(heads, acts_from, lora))
+
+    def _lora(self, values: AdapterValues) -> dict[str, LoRAFactors]:
+        """The factors of an adapter of LoRA as its layers compute with them."""
+        scalings = {layer.name: layer.scaling for layer in values.content.lora}
+        factors, dtype = {}, self.served.dtype
+        for name, (A, B) in values.factors.items():
+            factors[name] = LoRAFactors(A.to(dtype, copy=True), (scalings[name] * B.float()).to(dtype))
+            if not all(map(is_finite, factors[name])):
+                raise ValueError(f"{name} has factors that {dtype}, the base's, cannot hold")
+        return factors
 
     @staticmethod
     def _acts(factors: Float[Tensor, "F"], place: LayerPlace) -> bool:
@@ -125,6 +146,8 @@ class FactorRows:
         present, layers = values.content.layers, self.served.content.layers
         if present == layers:
             return values.vector
+        if not present:
+            return self.start
         parts = dict(zip((layer.name for layer in layers), self._by_layer(self.start, layers), strict=True))
         parts |= zip((layer.name for layer in present), self._by_layer(values.vector, present), strict=True)
         return torch.cat([parts[layer.name] for layer in layers])

@@ -105,6 +105,31 @@ class LayerHook(_Hook):
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
 
 
+class LoRAHook(_Hook):
+    """The forward hook of a linear layer: it adds `B (A x)` for the rows whose adapters are of LoRA.
+
+    Args:
+        name: of the layer.
+        batches: of the bank.
+    """
+
+    def __init__(self, name: str, batches: Batches) -> None:
+        super().__init__(batches)
+        self.name = name
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not self.batches.have_lora:
+            return None
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if (of_rows := self.batches.required().rows.lora(self.name, len(x))) is None:
+            return None
+        who, (A, B) = of_rows
+        x = x if who is None else x.index_select(0, who)
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        update = (tokens.to(A.dtype) @ A.mT @ B.mT).to(output.dtype).reshape(len(x), *output.shape[1:])
+        return output + update if who is None else output.index_add(0, who, update)
+
+
 class BlockForward(_Hook):
     """In the place of a block's forward: it is computed once for rows of a batch that are equal in it.
 

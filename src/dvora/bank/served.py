@@ -18,12 +18,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_file.content import Content, LayerSizes, SavedWhole
+from ..adapter_file.content import Content, LayerSizes, LoRASizes, SavedWhole
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
+from ..peft.layer_types import is_linear, linear_sizes
 from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
@@ -35,6 +36,7 @@ from .hooks import (
     BlockForward,
     HeadHook,
     LayerHook,
+    LoRAHook,
     OutputHook,
     ServedLayer,
     check_without_bank,
@@ -69,25 +71,22 @@ class ServedModel:
         self.model, self.config, self._advice = model, copy.deepcopy(config), advice
         if not allow_partial:
             _check_complete(model, self.config, content, advice)
-        self.layers = _layers(model, self.config, content)
+        self.layers = _layers(model, self.config, content) if content.layers else []
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
         self.block_lists = block_lists(model, [head.name for head in self.heads])
-        blocks = [
-            (f"{name}.{b}.", BlockPlace(n, b))
-            for n, (name, list_) in enumerate(self.block_lists)
-            for b in range(len(list_))
-        ]
-        self.block_places = [
-            next((place for prefix, place in blocks if layer.name.startswith(prefix)), None) for layer in self.layers
-        ]
-        """The block that each layer is in, if it is in one."""
+        self.linears = _linears(model, [head.name for head in self.heads])
+        """All that can have factors of LoRA, by name."""
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
         self.content = content._replace(base=tuple((layer.name, layer.fingerprint) for layer in self.layers))
         devices = {layer.adapted.w.device: layer.name for layer in self.layers}
+        devices = devices or {next(model.parameters()).device: ""}
         if len(devices) > 1:
             raise ValueError(f"model: its layers are on several devices ({devices}), a bank is on one")
         self.device = next(iter(devices))
+        floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+        self.dtype = next(floating, torch.get_default_dtype())
+        """In which factors of LoRA are multiplied."""
         values = model.state_dict() if self.heads else {}
         parts = [part.name for head in self.heads for part in head.parts]
         self.own_heads = {name: values[name].detach().to("cpu", copy=True) for name in parts}
@@ -101,9 +100,13 @@ class ServedModel:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
         share_inputs(self.model)
-        hooks: list[tuple[nn.Module, LayerHook | HeadHook]] = [
-            (layer.module, LayerHook(layer, position, place, batches))
-            for position, (layer, place) in enumerate(zip(self.layers, self.block_places, strict=True))
+        # The last to be put before all others comes first: LoRA is added to what DVoRA gives.
+        hooks: list[tuple[nn.Module, LoRAHook | LayerHook | HeadHook]] = [
+            (module, LoRAHook(name, batches)) for name, module in self.linears.items()
+        ]
+        hooks += [
+            (layer.module, LayerHook(layer, position, self.block_of(layer.name), batches))
+            for position, layer in enumerate(self.layers)
         ]
         hooks += [(head.module, HeadHook(head, batches)) for head in self.heads]
         # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
@@ -115,6 +118,13 @@ class ServedModel:
             for place, module in enumerate(blocks):
                 handles.append(BlockForward(module, BlockPlace(number, place), passes, batches))
         return [*handles, self.model.register_forward_hook(OutputHook(batches))]
+
+    def block_of(self, layer: str) -> BlockPlace | None:
+        """The block that a layer is in, if it is in one."""
+        for number, (name, _) in enumerate(self.block_lists):
+            if layer.startswith(f"{name}."):
+                return BlockPlace(number, int(layer.removeprefix(f"{name}.").partition(".")[0]))
+        return None
 
     def unhook(self, handles: Sequence[RemovableHandle | BlockForward]) -> None:
         """Take the hooks back."""
@@ -140,7 +150,12 @@ class ServedModel:
         Raises:
             ValueError: what differs.
         """
+        for sizes in content.lora:
+            self._check_linear(sizes)
         expected, names = self.content, _names(content)
+        if content.lora:
+            # What layers of DVoRA have in common.
+            expected = expected._replace(settings=content.settings)
         absent = sorted(_names(expected) - names)
         if config is not None:
             layers_here = {layer.name for layer in expected.layers}
@@ -160,6 +175,16 @@ class ServedModel:
         for key, shape in beside.items():
             if not key.startswith(MATRIX_PREFIX) and here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
+
+    def _check_linear(self, sizes: LoRASizes) -> None:
+        """Refuse factors of LoRA that fit no layer."""
+        if (layer := self.linears.get(sizes.name)) is None:
+            raise ValueError(f"the adapter has factors of {sizes.name}, which is no linear layer of the model")
+        if (here := linear_sizes(layer)) != (sizes.out_features, sizes.in_features):
+            raise ValueError(
+                f"{sizes.name} has {here[0]} outputs and {here[1]} inputs in the model, and {sizes.out_features} and "
+                f"{sizes.in_features} in the adapter: another base"
+            )
 
     def _check_matrices(self, shapes: Sequence[Shape]) -> None:
         """Refuse matrices in a file, which are read and not used, that are larger than those of the layers."""
@@ -201,8 +226,10 @@ class ServedModel:
         return heads
 
     def head_bytes(self, content: Content) -> int:
-        """Bytes of an adapter's heads in the model's dtype."""
-        return sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
+        """Bytes of an adapter's heads, and of factors of LoRA, as they are on the device."""
+        of_heads: int = sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
+        values = sum(layer.rank * (layer.in_features + layer.out_features) for layer in content.lora)
+        return of_heads + values * self.dtype.itemsize
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""
@@ -289,6 +316,16 @@ def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Serv
         ServedHead(name, module := model.get_submodule(name), copy.deepcopy(module), tuple(parts))
         for name, parts in by_head.items()
     ]
+
+
+def _linears(model: nn.Module, heads: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers of a model that are called, but for those in its heads."""
+    within = tuple(f"{head}." for head in heads)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and not f"{name}.".startswith(within)
+    }
 
 
 def _check_plain(model: nn.Module) -> None:

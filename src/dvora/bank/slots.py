@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..rows.gathered import GatheredRows, LayerPlace, RowIndex
+from ..rows.gathered import GatheredRows, Held, LayerPlace, LoRAFactors, RowIndex
 from ..tensors import Float
 
 
@@ -24,15 +24,13 @@ class AdapterRow(NamedTuple):
     """One adapter as a bank holds it."""
 
     factors: Float[Tensor, "F"]
-    heads: Mapping[str, Tensor]
-    """Parameters and buffers of heads, by their full names."""
-    acts_from: Sequence[int] = ()
-    """For each list of blocks, the first one that the adapter changes."""
+    held: Held
+    """Heads, and factors of LoRA."""
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.factors.nbytes + sum(tensor.nbytes for tensor in self.heads.values())
+        return self.factors.nbytes + sum(tensor.nbytes for tensor in _tensors_of(self.held))
 
 
 class HostRows:
@@ -93,10 +91,8 @@ class Slots:
         # Not within inference mode, whose tensors no later pass may write to.
         with torch.inference_mode(False):
             self.factors = base.factors.new_zeros(count + 1, len(base.factors), device=device)
-        self.heads: list[Mapping[str, Tensor]] = [{}] * (count + 1)
-        """Parts of the head in each slot, by their full names: of any number of outputs."""
-        self.acts_from: list[Sequence[int]] = [()] * (count + 1)
-        """Of the adapter in each slot, for each list of blocks."""
+        self.held = [Held({})] * (count + 1)
+        """What the adapter in each slot has besides: heads of any number of outputs, factors of any rank."""
         self._changed = threading.Condition()
         self._slot_of: OrderedDict[str, int] = OrderedDict()
         """By digest; the least recently used first."""
@@ -156,9 +152,7 @@ class Slots:
 
     def rows(self, index: RowIndex) -> GatheredRows:
         """The rows of a batch."""
-        return GatheredRows(
-            index, self._lengths, lambda: self.factors, lambda: self.heads, self.count, acts_from=lambda: self.acts_from
-        )
+        return GatheredRows(index, self._lengths, lambda: self.factors, lambda: self.held, base=self.count)
 
     def release(self, batch: object) -> None:
         """Give the slots of a batch back, if it has any; its adapters stay in them until others need the room."""
@@ -185,7 +179,7 @@ class Slots:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.factors.nbytes + sum(part.nbytes for head in self.heads for part in head.values())
+        return self.factors.nbytes + sum(part.nbytes for held in self.held for part in _tensors_of(held))
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._slot_of
@@ -227,5 +221,14 @@ class Slots:
     def _put(self, slot: int, row: AdapterRow) -> None:
         with torch.inference_mode(False):
             self.factors[slot].copy_(row.factors)
-            self.acts_from[slot] = row.acts_from
-            self.heads[slot] = {name: values.to(self.factors.device) for name, values in row.heads.items()}
+            device, held = self.factors.device, row.held
+            self.held[slot] = Held(
+                {name: values.to(device) for name, values in held.heads.items()},
+                held.acts_from,
+                {name: LoRAFactors(A.to(device), B.to(device)) for name, (A, B) in held.lora.items()},
+            )
+
+
+def _tensors_of(held: Held) -> Iterator[Tensor]:
+    yield from held.heads.values()
+    yield from chain.from_iterable(held.lora.values())

@@ -21,7 +21,7 @@ from ..adapter_file.values import AdapterValues
 from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
 from ..rows.batch import Batches
-from ..rows.gathered import GatheredRows, RowIndex, check_names, saved_here
+from ..rows.gathered import GatheredRows, Held, RowIndex, check_names, saved_here
 from ..tensors import Float
 from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, grouped, magnitude_rate
 from .factor_rows import FactorRows
@@ -209,14 +209,14 @@ class TrainableAdapters:
             for parameter, values in zip(own.values(), parts, strict=True):
                 parameter.copy_(values)
 
-    def heads_of(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    def held_of(self, names: Sequence[str]) -> list[Held]:
         """The heads of adapters by their parts."""
-        heads = []
+        held = []
         for name in names:
             shapes = self.head_shapes[self.place(name)]
             parts = self.parameters_of[name]["head"].split([prod(shape) for shape in shapes.values()])
-            heads.append({part: flat.view(shape) for (part, shape), flat in zip(shapes.items(), parts, strict=True)})
-        return heads
+            held.append(Held({part: flat.view(shapes[part]) for part, flat in zip(shapes, parts, strict=True)}))
+        return held
 
     def factors(self, names: Sequence[str]) -> Float[Tensor, "n F"]:
         """The factor rows of adapters, with a graph."""
@@ -279,7 +279,7 @@ class TrainedRows:
     ) -> None:
         self._adapters, self._present, self._rows = adapters, present, rows
         self.gathered = GatheredRows(
-            rows, adapters.row_lengths, self._matrix, lambda: adapters.heads_of(present), dropout=dropout
+            rows, adapters.row_lengths, self._matrix, lambda: adapters.held_of(present), dropout=dropout
         )
         self._cached: _OfPass | None = None
 

@@ -235,13 +235,13 @@ class Packing:
         self.served.check_fits(source.content, source.beside, source.config)
         values = source.read()
         row = self.rows.row(values, self.rows.of([values])[0])
-        for name, head in row.heads.items():
+        for name, head in row.held.heads.items():
             if head.shape != self.served.own_heads[name].shape:
                 raise ValueError(
                     f"{adapter}: {name} has shape {tuple(head.shape)}, and a graph has one, "
                     f"{tuple(self.served.own_heads[name].shape)}; export adapters with as many classes together"
                 )
-        return self._vector(row.factors, row.heads)
+        return self._vector(row.factors, row.held.heads)
 
     def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> dict[str, Any]:
         """Write a packed adapter as safetensors: what it is of, and its digest, stand in the metadata.

@@ -172,6 +172,16 @@ def is_linear_by_forward(layer: nn.Module) -> bool:
     return all(type(size) is int and size > 0 for size in sizes_of(layer))
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear, and called."""
+    return not is_read(layer) and (isinstance(layer, nn.Linear | Conv1D) or is_linear_by_forward(layer))
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """The outputs and inputs of a linear layer."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else sizes_of(layer)
+
+
 def sizes_of(layer: nn.Module) -> tuple[Any, Any]:
     """Output and input features as the layer states them; None where it does not."""
     return getattr(layer, "out_features", None), getattr(layer, "in_features", None)

@@ -1,6 +1,6 @@
 """The adapters of a batch by its rows: factors of layers, and heads.
 
-Dimensions: B rows of a batch, S places of adapters, F values of a factor row.
+Dimensions: B rows of a batch, S places of adapters, F values of a factor row, R rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from ..adapter_file.content import SavedWhole
 from ..factors import Factors
-from ..tensors import saved_tensors_are_hooked
+from ..tensors import Float, saved_tensors_are_hooked
 
 
 class LayerPlace(NamedTuple):
@@ -47,6 +48,34 @@ class BlockPlace(NamedTuple):
     """Of the lists of blocks."""
     block: int
     """Of the blocks in that list."""
+
+
+class LoRAFactors(NamedTuple):
+    """Of one layer in one adapter."""
+
+    A: Float[Tensor, "*N R I"]
+    B: Float[Tensor, "*N O R"]
+    """With alpha / R in it."""
+
+
+class ActsFrom(NamedTuple):
+    """The first block of a list that an adapter changes; the number of blocks, where it changes none."""
+
+    vectors: int
+    """By vectors of DVoRA."""
+    lora: int
+    """By factors of LoRA."""
+
+
+class Held(NamedTuple):
+    """What an adapter has besides its factor row."""
+
+    heads: Mapping[str, Tensor]
+    """Parts of heads by their full names."""
+    acts_from: Sequence[ActsFrom] | None = None
+    """By list of blocks; None: perhaps from the first ones on, by vectors."""
+    lora: Mapping[str, LoRAFactors] = {}
+    """By layer."""
 
 
 class ServedHead(NamedTuple):
@@ -157,10 +186,9 @@ class GatheredRows:
         rows: the place of each row's adapter.
         lengths: of `g - 1`, scale and lambda_d of every layer.
         factors: gives the factor rows of all, (S, F); gathered anew when that is another tensor.
-        heads: gives the parts of the heads of all, by place and name.
+        held: gives what each of them has besides.
         base: the place of the base, or None where no row can be its.
         dropout: of the inputs of updates.
-        acts_from: for each place the first block of each list that its adapter changes; None: perhaps the first ones.
     """
 
     def __init__(
@@ -168,17 +196,16 @@ class GatheredRows:
         rows: RowIndex,
         lengths: Sequence[int],
         factors: Callable[[], Tensor],
-        heads: Callable[[], Sequence[Mapping[str, Tensor]]],
+        held: Callable[[], Sequence[Held]],
         base: int | None = None,
         dropout: nn.Module | None = None,
-        acts_from: Callable[[], Sequence[Sequence[int]]] | None = None,
     ) -> None:
         self.rows, self.dropout = rows, dropout
-        self._acts_from = acts_from
-        self._lengths, self._matrix, self._heads, self._base = lengths, factors, heads, base
+        self._lengths, self._matrix, self._held, self._base = lengths, factors, held, base
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
+        self._lora: dict[tuple[str, int], tuple[Tensor | None, LoRAFactors] | None] = {}
 
     def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
         """The factors of a layer: a part of what is gathered and split once.
@@ -201,34 +228,61 @@ class GatheredRows:
                 self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
 
+    def lora(self, layer: str, rows: int) -> tuple[Tensor | None, LoRAFactors] | None:
+        """Which rows have factors of LoRA in a layer (None: all), and these, (N, R, I) and (N, O, R); None: no row has.
+
+        Those of a smaller rank than others are filled up with zeros. One adapter for all rows has factors of N = 1.
+
+        Args:
+            layer: its name.
+            rows: of its outputs.
+        """
+        if (layer, rows) not in self._lora:
+            held, index = self._held(), self.rows.of(rows)
+            places = self.rows.places if index is self.rows.once else index.tolist()
+            with_factors = [row for row, place in enumerate(places) if layer in held[place].lora]
+            self._lora[layer, rows] = None
+            if with_factors:
+                is_one = len({places[row] for row in with_factors}) == 1
+                factors = [held[places[row]].lora[layer] for row in with_factors[: 1 if is_one else None]]
+                rank = max(len(of_row.A) for of_row in factors)
+                stacked = LoRAFactors(
+                    torch.stack([pad(of_row.A, (0, 0, 0, rank - len(of_row.A))) for of_row in factors]),
+                    torch.stack([pad(of_row.B, (0, rank - len(of_row.A))) for of_row in factors]),
+                )
+                who = None if len(with_factors) == rows else torch.tensor(with_factors, device=index.device)
+                self._lora[layer, rows] = who, stacked
+        return self._lora[layer, rows]
+
     def acting(self, place: BlockPlace) -> list[int]:
         """The adapter of each row as far as a block, by its place; -1 where it has changed nothing by its end."""
-        if self._acts_from is None:
-            return self.rows.places
-        acts_from = self._acts_from()
-        return [at if acts_from[at][place.list] <= place.block else -1 for at in self.rows.places]
+        held = self._held()
+        acts = [
+            (from_ := held[at].acts_from) is None or min(from_[place.list]) <= place.block for at in self.rows.places
+        ]
+        return [at if does else -1 for at, does in zip(self.rows.places, acts, strict=True)]
 
     def act_in(self, place: BlockPlace) -> bool:
-        """Whether an adapter of the batch changes something by the end of a block."""
+        """Whether vectors of an adapter of the batch change something by the end of a block."""
         return self._first_blocks is None or self._first_blocks[place.list] <= place.block
 
     @cached_property
     def _first_blocks(self) -> list[int] | None:
-        """The first block of each list that an adapter of the batch changes."""
-        if self._acts_from is None:
+        """The first block of each list that vectors of an adapter of the batch change."""
+        held = self._held()
+        of_rows = [held[place].acts_from for place in dict.fromkeys(self.rows.places)]
+        if any(acts_from is None for acts_from in of_rows):
             return None
-        acts_from = self._acts_from()
-        return [*map(min, zip(*map(acts_from.__getitem__, self.rows.places), strict=True))]
+        return [min(of_list.vectors for of_list in lists) for lists in zip(*filter(None, of_rows), strict=True)]
 
     def of_rows(self, rows: Sequence[int]) -> GatheredRows:
         """The adapters of some of the rows, which are not repeated."""
         index = RowIndex([self.rows.places[row] for row in rows], 1, self.rows.once.device)
-        settings = self._base, self.dropout, self._acts_from
-        return GatheredRows(index, self._lengths, self._matrix, self._heads, *settings)
+        return GatheredRows(index, self._lengths, self._matrix, self._held, self._base, self.dropout)
 
     def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
         """The parameters of a head, by groups of rows with heads of the same shapes."""
-        heads, index = self._heads(), self.rows.of(rows)
+        heads, index = [held.heads for held in self._held()], self.rows.of(rows)
         places = self.rows.places if index is self.rows.once else index.tolist()
         of_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
         for row, place in enumerate(places):

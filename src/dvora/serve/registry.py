@@ -79,8 +79,8 @@ class Registry:
     @contextmanager
     def _loading(self, version: Served, *, read: bool = True) -> Iterator[None]:
         """Read and check a version, which its name has when the block ends; what was put once must be what was put."""
-        # The bank's first adapter says which layers are hooked, which happens between passes.
-        hooking = nullcontext() if self.bank.serves and len(self.bank) else self.base.between_passes()
+        # The bank's first adapter, of DVoRA too, says which layers are hooked, which happens between passes.
+        hooking = nullcontext() if self.bank.is_hooked_for(version.source) else self.base.between_passes()
         with hooking, self.bank.loading(version, read=read):
             if version.put_as not in (None, version.digest):
                 raise ValueError("its files are other ones than were put; put it again")
@@ -122,7 +122,8 @@ class Registry:
 
     def like(self, name: str | None, key: Key) -> Description | None:
         """What a vector has to be like: of an adapter, or of the first that the key sees."""
-        version = self.version(name) or next(iter(self.versions(key)), None)
+        of_dvora = (version for version in self.versions(key) if version.source.content.layers)
+        version = self.version(name) or next(of_dvora, None)
         return None if version is None else version.description
 
     @contextmanager
