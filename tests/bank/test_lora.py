@@ -133,7 +133,8 @@ def test_of_one_adapter_nothing_is_copied(tmp_path: Path) -> None:
     with bank_of(BERT.base(), {"a": path}) as bank, bank.rows(["a"] * 4) as batch:
         rows: GatheredRows = batch.rows
         who, (A, _) = rows.lora("bert.encoder.layer.0.attention.self.query", 4) or (None, (torch.empty(0), None))
-        assert who is None and A.shape == (1, 3, 32)
+        assert who is None
+        assert A.shape == (1, 3, 32)
         assert rows.lora("bert.encoder.layer.0.attention.self.value", 4) is None
 
 
@@ -214,7 +215,7 @@ def test_the_first_of_dvora_comes_between_batches(tmp_path: Path) -> None:
                 bank.add("a", these.path("a"))
             before = outputs(model)
         other = copy.deepcopy(these.path("a"))
-        with pytest.raises(ValueError, match="classifier.bias is absent here and shape"):
+        with pytest.raises(ValueError, match=r"classifier\.bias is absent here and shape"):
             bank.add("b", saved(Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"]}).trained(), tmp_path / "b"))
         with bank.rows(["l"] * 4):
             assert torch.equal(outputs(model), before)

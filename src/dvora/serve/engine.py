@@ -28,6 +28,8 @@ class Encoder:
 
     def __init__(self, base: Base) -> None:
         self.base, self.pooling = base, pooling_of(Path(base.source))
+        # Decoders that classify make a cache of keys, with which no block is shared.
+        base.model.config.use_cache = False
 
     @torch.no_grad()
     def run(self, batch: Batch) -> list[tuple[Request, Answer]]:

@@ -46,11 +46,14 @@ def inspect_pack(file: Path) -> dict[str, Any]:
 
 
 def _in_short(content: Content, count: int) -> dict[str, Any]:
+    vectors = sum(sum(layer.lengths) for layer in content.layers)
+    factors = sum(layer.rank * (layer.in_features + layer.out_features) for layer in content.lora)
     return {
         "adapters": count,
-        "layers": len(content.layers),
-        "ranks": sorted({layer.rank for layer in content.layers}),
-        "values": sum(sum(layer.lengths) for layer in content.layers) + sum(prod(part.shape) for part in content.whole),
+        "method": "lora" if content.lora else "dvora",
+        "layers": len(content.layers or content.lora),
+        "ranks": sorted({layer.rank for layer in content.layers or content.lora}),
+        "values": vectors + factors + sum(prod(part.shape) for part in content.whole),
         "saved_whole": [part.name for part in content.whole],
         "digest": content.digest,
     }
