@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import BlockPlace, HeadByRow, HeadGroup, ServedHead
+from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
 from ..rows.shared import Arguments, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
@@ -92,13 +92,24 @@ class LayerHook(_Hook):
         self.layer, self.position, self.place = layer, position, place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
-        layer = self.layer
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        check_gradient(module, layer.layer_type, x, base_output, layer.name)
+        check_gradient(module, self.layer.layer_type, x, base_output, self.layer.name)
         rows = self.batches.required().rows
         if self.place is not None and not rows.act_in(self.place):
             rows.rows.of(len(x))
             return base_output
+        if (part := rows.with_vectors(len(x))) is not None:
+            # Copying rows costs less than updating those that have nothing to update.
+            who, rows = part
+            if not len(who):
+                return base_output
+            outputs = self._outputs(module, x.index_select(0, who), base_output.index_select(0, who), rows)
+            # Nobody else has seen them yet.
+            return base_output.index_copy_(0, who, outputs)
+        return self._outputs(module, x, base_output, rows)
+
+    def _outputs(self, module: nn.Module, x: Tensor, base_output: Tensor, rows: GatheredRows) -> Tensor:
+        layer = self.layer
         factors = rows.factors(self.position, len(x), base_output.dim(), layer.adapted.w.dtype)
         adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
         bias = bias_of(module, layer.measured_bias)
@@ -126,8 +137,18 @@ class LoRAHook(_Hook):
         who, (A, B) = of_rows
         x = x if who is None else x.index_select(0, who)
         tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        update = (tokens.to(A.dtype) @ A.mT @ B.mT).to(output.dtype).reshape(len(x), *output.shape[1:])
-        return output + update if who is None else output.index_add(0, who, update)
+        low = tokens.to(A.dtype) @ A.mT
+        if who is None and not torch.is_grad_enabled() and output.dtype == B.dtype and output.is_contiguous():
+            # In place, and with one adapter for all rows by one product.
+            if len(B) == 1:
+                output.view(-1, output.shape[-1]).addmm_(low.flatten(0, 1), B[0].T)
+            else:
+                output.view(len(x), -1, output.shape[-1]).baddbmm_(low, B.mT)
+            return output
+        update = (low @ B.mT).to(output.dtype).reshape(len(x), *output.shape[1:])
+        if who is None:
+            return output + update
+        return output.index_add(0, who, update) if torch.is_grad_enabled() else output.index_add_(0, who, update)
 
 
 class BlockForward(_Hook):

@@ -266,6 +266,24 @@ class GatheredRows:
         """Whether vectors of an adapter of the batch change something by the end of a block."""
         return self._first_blocks is None or self._first_blocks[place.list] <= place.block
 
+    def with_vectors(self, rows: int) -> tuple[Tensor, GatheredRows] | None:
+        """The rows that vectors of an adapter change, and their adapters; None where most of them are.
+
+        Args:
+            rows: of a layer's outputs.
+        """
+        if rows != len(self.rows.once) or torch.is_grad_enabled():
+            return None
+        return self._with_vectors
+
+    @cached_property
+    def _with_vectors(self) -> tuple[Tensor, GatheredRows] | None:
+        held, places = self._held(), self.rows.places
+        changed = [row for row, place in enumerate(places) if place != self._base and not held[place].lora]
+        if 2 * len(changed) > len(places):
+            return None
+        return torch.tensor(changed, dtype=torch.int64, device=self.rows.once.device), self.of_rows(changed)
+
     @cached_property
     def _first_blocks(self) -> list[int] | None:
         """The first block of each list that vectors of an adapter of the batch change."""
