@@ -339,6 +339,7 @@ def thin_outputs(
     adapted: AdaptedWeight,
     factors: Factors,
     bias: Float[Tensor, "O"] | None,
+    in_place: bool = False,
 ) -> Float[Tensor, "*T O"]:
     """The outputs from those of the base, by two thin products and one combination; also by row of the batch.
 
@@ -348,6 +349,7 @@ def thin_outputs(
         adapted: the frozen side; where rows have adapters of their own, of any of them.
         factors: of the adapter, or of each row's.
         bias: the base's, or None.
+        in_place: whether nobody else has the base's outputs, which may be written to where no gradient is recorded.
 
     Raises:
         TypeError, ValueError: inputs or outputs are not those of the weight's shard.
@@ -363,7 +365,7 @@ def thin_outputs(
             y: Tensor = _Thin.apply(*operands, matrices)
             return y
         product = None if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
-        return _combined(base_output, product, *operands[3:])
+        return _combined(base_output, product, *operands[3:], in_place)
     low = base_output.new_zeros(()) if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
     return F.combine(base_output, low.expand_as(base_output), factors.gain_minus_one, factors.scale, bias)
 
@@ -382,12 +384,18 @@ def _combined(
     scale: Float[Tensor, "*B O"],
     gain: Float[Tensor, "*B O"] | None,
     bias: Float[Tensor, "O"] | None,
+    in_place: bool = False,
 ) -> Float[Tensor, "*T O"]:
-    """`functional.combine` in place; in float32 or wider, rounded once."""
-    y = _rescaled(base_output, gain_minus_one, gain)
+    """`functional.combine`; in float32 or wider, rounded once."""
+    if is_written := in_place and gain is None and base_output.dtype == gain_minus_one.dtype:
+        # One pass less, and no new memory, which takes longer to get than to fill.
+        shift = base_output.new_zeros(()) if bias is None else -gain_minus_one * bias
+        y = torch.addcmul(shift, base_output, 1 + gain_minus_one, out=base_output)
+    else:
+        y = _rescaled(base_output, gain_minus_one, gain)
     if low is not None:
         y.addcmul_(low, scale)
-    if bias is not None:
+    if bias is not None and not is_written:
         y.addcmul_(gain_minus_one, as_dtype(bias, y.dtype), value=-1)
     return as_dtype(y, base_output.dtype)
 

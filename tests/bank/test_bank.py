@@ -316,7 +316,8 @@ def test_modes_without_gradients_may_be_mixed(tmp_path: Path) -> None:
             asked = x.clone().requires_grad_()
             second = model(asked)
             second.sum().backward()
-        assert torch.equal(first, second)
+        # Without gradients the outputs are written in place, and rounded in another order.
+        torch.testing.assert_close(first, second)
         assert asked.grad.any()
         check_rows(second, these, [name] * 4, 1e-5)
 

@@ -113,7 +113,8 @@ class LayerHook(_Hook):
         factors = rows.factors(self.position, len(x), base_output.dim(), layer.adapted.w.dtype)
         adapter = ActiveAdapter(layer.adapted, factors, rows.dropout)
         bias = bias_of(module, layer.measured_bias)
-        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias)
+        # This hook is the first one, so that nobody has seen the base's outputs.
+        return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias, in_place=True)
 
 
 class LoRAHook(_Hook):

@@ -244,8 +244,12 @@ def adapted_outputs(
     base_output: Tensor,
     adapters: Sequence[ActiveAdapter],
     bias: Tensor | None,
+    in_place: bool = False,
 ) -> Tensor:
-    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output."""
+    """The outputs of the base with the updates of all adapters added up, in the memory format of the base's output.
+
+    `in_place` is as for `thin_outputs`.
+    """
     for adapted, _, dropout in adapters:
         if adapted.shard is not None:
             adapted.shard.check_sizes(x, base_output, adapted.name)
@@ -256,7 +260,7 @@ def adapted_outputs(
                 )
     if len(adapters) == 1 and layer_type.low_rank is linear:
         adapted, factors, dropout = adapters[0]
-        return thin_outputs(base_output, x if dropout is None else dropout(x), adapted, factors, bias)
+        return thin_outputs(base_output, x if dropout is None else dropout(x), adapted, factors, bias, in_place)
     features = -1 - layer_type.spatial
     outputs = base_output.movedim(features, -1)
     updates = [_update(base_layer, layer_type, x, outputs, adapter) for adapter in adapters]
