@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from huggingface_hub import InferenceClient
 from openai import OpenAI
 from transformers import AutoModel
 
-from tests.serve.served import CLASSES, Alone, Serving, copied, serving
+from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, serving
 
 TEXTS = ["good movie", "the book was very bad", "it"]
 
@@ -42,6 +43,45 @@ def test_names_of_classes_are_those_of_the_run(bert: Path, classifiers: Path, tm
         answer = client.post("/predict", json={"model": "tone", "inputs": TEXTS[0]}).json()
     assert {row["label"] for row in answer} == {"cross", "kind"}
     assert answer[0]["score"] > answer[1]["score"]
+
+
+def test_an_answer_has_every_class_in_the_order_of_the_head_and_the_revision(judges: Serving) -> None:
+    client, server = judges
+    for row in client.post("/v1/classify", json={"model": "five", "input": TEXTS}).json()["data"]:
+        assert row["labels"] == [f"LABEL_{index}" for index in range(5)]
+        assert sum(row["probs"]) == pytest.approx(1, abs=1e-12)
+        assert (row["label"], row["score"]) == max(
+            zip(row["labels"], row["probs"], strict=True), key=lambda pair: pair[1]
+        )
+        assert row["digest"] == server.registry.version("five").digest  # type: ignore[union-attr]
+
+
+def test_http_classify_of_semantic_router(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    """`POST {endpoint}/classify` with `{"inputs": text}` and a key, as `HTTPClassifierInference` sends it (its pull
+    requests 2759 and 2930), and takes: a list of each declared label once, with scores in [0, 1] that add up to one."""
+    for name, labels in {"domain": ["code", "law"], "guard": ["benign", "jailbreak", "spam"]}.items():
+        copied(classifiers / {2: "two", 3: "three"}[len(labels)], tmp_path / "adapters" / name / "adapter")
+        (tmp_path / "adapters" / name / "run.json").write_text(json.dumps({"labels": labels}))
+    keys = "".join(
+        f'[{name}]\nsha256 = "{sha256(name.encode()).hexdigest()}"\nadapters = ["{name}"]\n'
+        for name in ("domain", "guard")
+    )
+    (tmp_path / "keys.toml").write_text(keys)
+    with serving(bert, tmp_path / "adapters", keys=tmp_path / "keys.toml") as (client, _):
+        for name, labels in {"domain": {"code", "law"}, "guard": {"benign", "jailbreak", "spam"}}.items():
+            headers = {"Accept": "application/json", "Authorization": f"Bearer {name}"}
+            answer = client.post("/classify", json={"inputs": TEXTS[1]}, headers=headers)
+            assert answer.status_code == 200
+            scores = answer.json()
+            assert [row.keys() for row in scores] == [{"label", "score"}] * len(labels)
+            assert {row["label"] for row in scores} == labels
+            assert all(0 <= row["score"] <= 1 for row in scores)
+            assert sum(row["score"] for row in scores) == pytest.approx(1, abs=1e-6)
+            expected = client.post("/predict", json={"inputs": TEXTS[1], "model": name}, headers=headers)
+            assert scores == expected.json()
+        everything = {"Authorization": f"Bearer {TOKEN}"}
+        unclear = client.post("/classify", json={"inputs": TEXTS[1]}, headers=everything)
+        assert (unclear.status_code, "name an adapter" in unclear.text) == (400, True)
 
 
 def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, judges: Serving) -> None:

@@ -92,6 +92,15 @@ async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Respon
     return await call.answer_rows(rows, lambda _, row: _scores(row, call.server, body))
 
 
+@router.post("/classify", openapi_extra=takes(Predict))
+async def classify_as_routers_ask(body: Annotated[Predict, sent(Predict)], call: Here) -> Response:
+    """`/predict` where no adapter has to be named, if the key sees but one: semantic-router's `http_classify`."""
+    seen = call.server.registry.versions(call.key)
+    if body.model is None and "model" not in call.request.query_params and len(seen) == 1:
+        body = body.model_copy(update={"model": seen[0].name})
+    return await predict(body, call)
+
+
 @router.post("/embed", openapi_extra=takes(Embed))
 async def embed(body: Annotated[Embed, sent(Embed)], call: Here) -> Response:
     """Vectors of length one."""
@@ -146,7 +155,8 @@ def classes_of(row: Row, server: Server) -> dict[str, Any]:
     """The likeliest class of a row with all probabilities, or the number that a head of one output gives."""
     if row.values.numel() == 1:
         return {**whose(row.version), "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
-    probabilities, labels = row.values.softmax(-1), _labels(row, server)
+    # In double precision, so that they add up to one.
+    probabilities, labels = row.values.double().softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
     scores = {"label": labels[best], "score": float(probabilities[best]), "probs": probabilities.tolist()}
     return {**whose(row.version), **scores, "labels": labels, "num_classes": len(labels)}
@@ -166,4 +176,4 @@ def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
 
 
-_FUNCTIONS = {"none": Tensor.float, "sigmoid": Tensor.sigmoid, "softmax": lambda values: values.softmax(-1)}
+_FUNCTIONS = {"none": Tensor.float, "sigmoid": Tensor.sigmoid, "softmax": lambda values: values.double().softmax(-1)}
