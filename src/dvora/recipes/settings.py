@@ -161,6 +161,10 @@ class Settings(BaseModel):
         "steps between checkpoints, a multiple of evaluate_every", None, null="as evaluate_every", ge=1, rare=True
     )
     keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
+    calibrate: bool = _evaluating(
+        "fit a temperature to the validation rows, so that probabilities of classes are as often right as they say",
+        False,
+    )
     early_stopping: int | None = _evaluating(
         "evaluations without a better one after which training stops", None, null="never", ge=1
     )
