@@ -56,6 +56,24 @@ def test_an_answer_has_every_class_in_the_order_of_the_head_and_the_revision(jud
         assert row["digest"] == server.registry.version("five").digest  # type: ignore[union-attr]
 
 
+def test_rows_that_are_not_sure_abstain(bert: Path, classifiers: Path, judges: Serving, tmp_path: Path) -> None:
+    client, _ = judges
+    body = {"model": "three", "input": TEXTS}
+    named = client.post("/v1/classify", json=body).json()["data"]
+    least = sorted(row["score"] for row in named)[1]
+    expected = [
+        {**row, "abstained": row["score"] < least, "label": None if row["score"] < least else row["label"]}
+        for row in named
+    ]
+    assert {row["abstained"] for row in expected} == {True, False}
+    assert client.post("/v1/classify", json={**body, "abstain_below": least}).json()["data"] == expected
+    assert client.post("/v1/classify", json={**body, "abstain_below": 70}).status_code == 400
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), abstain_below=least) as (strict, _):
+        by_default = strict.post("/v1/classify", json=body).json()["data"]
+        assert [row["label"] for row in by_default] == [row["label"] for row in expected]
+        assert strict.post("/v1/classify", json={**body, "abstain_below": 0}).json()["data"][0]["label"] is not None
+
+
 def test_http_classify_of_semantic_router(bert: Path, classifiers: Path, tmp_path: Path) -> None:
     """`POST {endpoint}/classify` with `{"inputs": text}` and a key, as `HTTPClassifierInference` sends it (its pull
     requests 2759 and 2930), and takes: a list of each declared label once, with scores in [0, 1] that add up to one."""

@@ -27,6 +27,7 @@ class Classify(Body):
     model: str | Texts = Field(description="the name of an adapter, or a list of such names")
     input: str | Texts | Pairs = Field(description="a text, a list of texts, or a list of lists of one text or two")
     truncate: Switch = False
+    abstain_below: float | None = Field(None, ge=0, le=1, description="a probability, 0 to 1")
 
 
 class _Inputs(Body):
@@ -73,10 +74,12 @@ class Rerank(_Inputs):
 async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
     models = [body.model] if isinstance(body.model, str) else body.model
+    least = call.server.settings.abstain_below if body.abstain_below is None else body.abstain_below
     rows = await call.rows("classify", models, inputs_of(body.input), body.truncate)
 
     def item(index: int, row: Row) -> dict[str, Any]:
-        return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
+        classes = classes_of(row, call.server, least)
+        return {"index": index // len(models), "model": models[index % len(models)], **classes}
 
     return await call.answer_rows(rows, item, object="list", model=body.model)
 
@@ -151,15 +154,29 @@ async def info(call: Here) -> dict[str, Any]:
     }
 
 
-def classes_of(row: Row, server: Server) -> dict[str, Any]:
-    """The likeliest class of a row with all probabilities, or the number that a head of one output gives."""
+def classes_of(row: Row, server: Server, least: float) -> dict[str, Any]:
+    """The likeliest class of a row with all probabilities, or the number that a head of one output gives.
+
+    Args:
+        row: with what came out.
+        server: which has the names of classes.
+        least: probability of a class that is named; where the likeliest has less, the row abstains.
+    """
     if row.values.numel() == 1:
         return {**whose(row.version), "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
     # In double precision, so that they add up to one.
     probabilities, labels = row.values.double().softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
-    scores = {"label": labels[best], "score": float(probabilities[best]), "probs": probabilities.tolist()}
-    return {**whose(row.version), **scores, "labels": labels, "num_classes": len(labels)}
+    score = float(probabilities[best])
+    # Nobody who passes the field over may act on a label.
+    label = {"label": None if score < least else labels[best], "score": score, "abstained": score < least}
+    return {
+        **whose(row.version),
+        **label,
+        "probs": probabilities.tolist(),
+        "labels": labels,
+        "num_classes": len(labels),
+    }
 
 
 def _labels(row: Row, server: Server) -> list[str]:

@@ -59,6 +59,27 @@ def test_classes_are_the_model_s(classified: Predictor) -> None:
     assert {*from_lines(classified, TEXTS[0])[0].columns} == {"prediction", "probability"}
 
 
+def test_rows_that_are_not_sure_name_no_class_and_evaluation_counts_them(classified: Predictor) -> None:
+    rows = load_data(classified.run.settings).test
+    inputs = [Input({}, {"text": row["text"]}) for row in rows]
+    named = [row.columns for row in classified.predict(inputs, 8)]
+    least = sorted(float(str(columns["probability"])) for columns in named)[len(rows) // 2]
+    answered = []
+    for row, before, after in zip(rows, named, classified.predict(inputs, 8, abstain_below=least), strict=True):
+        abstains = float(str(before["probability"])) < least
+        assert after.columns == {
+            **before,
+            "prediction": None if abstains else before["prediction"],
+            "abstained": abstains,
+        }
+        answered += [] if abstains else [before["prediction"] == classified.run.labels[row["label"]]]
+    # Probabilities of predictions are rounded.
+    metrics = evaluate_run(classified.run, abstain_below=least - 1e-6).metrics["test"]
+    assert metrics["coverage"] == pytest.approx(len(answered) / len(rows))
+    assert metrics["answered_accuracy"] == pytest.approx(sum(answered) / len(answered))
+    assert "answered_accuracy" not in evaluate_run(classified.run, abstain_below=1.0).metrics["test"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     one, other = (from_lines(classified, "\n".join(TEXTS), size) for size in (4, batch_size))

@@ -1,6 +1,6 @@
 """Probabilities that are as often right as they say: temperature scaling (Guo et al., 2017), put into the head.
 
-A model's last linear layer, divided by the temperature, gives calibrated logits wherever it goes: a bank, a graph, PEFT.
+A last linear layer that is divided by the temperature gives calibrated logits wherever it goes: a bank, a graph, PEFT.
 
 Dimensions: N rows, C classes.
 """
@@ -37,7 +37,7 @@ def fitted_temperature(logits: Float[Tensor, "N C"], labels: Tensor) -> float:
         torch.autograd.backward(value)
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     return float((-inverse.detach()).exp().clamp(LOWEST, HIGHEST))
 
 

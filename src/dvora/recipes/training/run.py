@@ -92,8 +92,8 @@ def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Tr
         data = load_data(settings)
         if settings.calibrate and not (data.labels and data.validation):
             raise ValueError(
-                f"calibrate fits a temperature to validation rows with classes, and here are {len(data.labels)} classes "
-                f"and {len(data.validation)} such rows; leave it out, or set validation_share"
+                f"calibrate fits a temperature to validation rows with classes, got {len(data.labels)} classes and "
+                f"{len(data.validation)} such rows; leave it out, or set validation_share"
             )
         record = _start_record(settings, data, earlier)
         return _trained(_prepared(settings, data, record, note, trust), record, on_progress)
