@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..recipes.reports.prediction import Predicted
 
 STREAM = "-"
+ROWS = ""
+"""All of them, where classes are counted; no class has this name."""
 
 
 @command
@@ -106,7 +108,7 @@ def predict(
     if cut := predictor.truncation.sentence(predictor.length):
         shown.note(cut)
     if output != STREAM:
-        summary: dict[str, Any] = {"output": output, "rows": counts.total()}
+        summary: dict[str, Any] = {"output": output, "rows": counts.pop(ROWS, 0)}
         if abstain_below is not None:
             summary["abstained"] = counts.pop(None, 0)
         if finished.labels:
@@ -121,8 +123,9 @@ def _counted(
     predicted: "Iterable[Predicted]", counts: Counter[str | None], labels: tuple[str, ...]
 ) -> "Iterator[Predicted]":
     for row in predicted:
-        # Of numbers only how many there are.
-        counts[cast(str | None, row.columns["prediction"]) if labels else ""] += 1
+        prediction = row.columns["prediction"]
+        counts.update([one["label"] for one in prediction] if isinstance(prediction, list) else [prediction][: len(labels)])
+        counts[ROWS] += 1
         yield row
 
 

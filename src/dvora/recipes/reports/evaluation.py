@@ -121,7 +121,7 @@ def unchanged_data(run: Run) -> Data:
 
 def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
     """What the simplest guess gets; None where there is none, or where nobody knows any more what it would be."""
-    if run.settings.task == "causal-lm":
+    if run.settings.task in ("causal-lm", "token-classification"):
         return None
     if data is not None:
         return simplest_guess_on(data.train, rows, run.labels)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.entities import entities_in
 from ..data.examples import Input
 from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run
@@ -22,12 +23,12 @@ BATCH = 32
 class Predicted(NamedTuple):
     """A row as it was read, and the columns that are added to it.
 
-    These are the `prediction`, a class's name or a number; of classes its `probability`, and on request `abstained`,
+    These are the `prediction`, a class's name, a number or a list of entities; of classes its `probability`, and on request `abstained`,
     where the prediction may be None, and `probability_NAME` of each.
     """
 
     input: Input
-    columns: dict[str, str | float | None]
+    columns: dict[str, Any]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -80,11 +81,19 @@ class Predictor(RunModel):
 
     def _columns(
         self, batch: Sequence[Input], every_class: bool, abstain_below: float | None
-    ) -> list[dict[str, str | float | None]]:
+    ) -> list[dict[str, Any]]:
         logits = self._logits([row.row for row in batch])
+        if self.run.settings.task == "token-classification":
+            texts = [row.row["text"] for row in batch]
+            offsets = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
+            is_left = self.processor.padding_side == "left"
+            return [
+                {"prediction": entities_in(text, places, values[-len(places) :] if is_left else values, self.run.labels)}
+                for text, places, values in zip(texts, offsets["offset_mapping"], logits, strict=True)
+            ]
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]
-        rows: list[dict[str, str | float | None]] = []
+        rows: list[dict[str, Any]] = []
         for values in logits.softmax(-1).tolist():
             probabilities = dict(zip(self.run.labels, values, strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
@@ -149,4 +158,4 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
 
 def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
     unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
-    return [cast(str | float, predicted.columns["prediction"]) for predicted in predictor.predict(unlabelled, BATCH)]
+    return [predicted.columns["prediction"] for predicted in predictor.predict(unlabelled, BATCH)]

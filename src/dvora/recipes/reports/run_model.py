@@ -79,7 +79,7 @@ def check_can_abstain(run: Run, abstain_below: float | None) -> None:
     Raises:
         ValueError: it predicts something else.
     """
-    if abstain_below is not None and not run.labels:
+    if abstain_below is not None and (not run.labels or run.settings.task == "token-classification"):
         raise ValueError(f"abstain_below is for classes, and the run in {run.folder} is of {run.settings.task}")
 
 

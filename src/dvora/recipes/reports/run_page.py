@@ -40,7 +40,7 @@ TOKENS = 60
 THUMBNAIL = 72
 MOST_CLASSES = 30
 """Classes beyond which there is no matrix, but a list of the commonest mistakes."""
-MAIN_METRICS = ("accuracy", "pearson", "bits_per_byte", "perplexity")
+MAIN_METRICS = ("accuracy", "f1", "pearson", "bits_per_byte", "perplexity")
 
 
 def write_page(
@@ -76,9 +76,9 @@ def write_page(
     sections = [_metrics(run), _trained(run), _curves(run.record["history"], run.record["best_step"])]
     if settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
-    elif run.labels:
+    elif run.labels and settings.task != "token-classification":
         sections += _classes(run, compared(run, held_out, other), other)
-    else:
+    elif not run.labels:
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
     trained = RunModel(run)

@@ -1,7 +1,7 @@
 """Metrics of predictions (classes, numbers, tokens), and those of a run as rows of a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...text import shown
+from ..data.entities import tagged
 
-GREATER_IS_BETTER = {"accuracy": True, "rmse": False, "loss": False}
+GREATER_IS_BETTER = {"accuracy": True, "f1": True, "rmse": False, "loss": False}
 """The metric that a task is judged by: the first of these that it has."""
 MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
 """Names for what is evaluated, by the ending of its key in run.json."""
@@ -62,6 +63,26 @@ def of_tokens(evaluated: Any) -> dict[str, float]:
     total, tokens = evaluated.predictions.astype(np.float64).sum(0)
     loss = float(total / tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+
+
+def of_entities(evaluated: Any, tags: Sequence[str]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, which are right if their tokens and their label are; of `best_tags`."""
+    counts = np.zeros(3)
+    for predicted, labels in zip(evaluated.predictions, evaluated.label_ids, strict=True):
+        guessed, true = ({*tagged([tags[tag] for tag in row[labels >= 0]])} for row in (predicted, labels))
+        counts += len(guessed & true), len(guessed), len(true)
+    right, guesses, truths = map(float, counts)
+    return {
+        "f1": 2 * right / max(1, guesses + truths),
+        "precision": right / max(1, guesses),
+        "recall": right / max(1, truths),
+    }
+
+
+def best_tags(outputs: Any, labels: Any) -> Tensor:
+    """The likeliest tag of each token."""
+    best: Tensor = only_logits(outputs, labels).argmax(-1)
+    return best
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:

@@ -16,6 +16,7 @@ from ..tasks.metrics import metric_rows
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
     "IMAGE_CLS": "image-classification",
     "CAUSAL_LM": "text-generation",
 }

@@ -90,10 +90,10 @@ def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Tr
         if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
             raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
         data = load_data(settings)
-        if settings.calibrate and not (data.labels and data.validation):
+        if settings.calibrate and not (data.labels and data.validation and settings.task != "token-classification"):
             raise ValueError(
-                f"calibrate fits a temperature to validation rows with classes, got {len(data.labels)} classes and "
-                f"{len(data.validation)} such rows; leave it out, or set validation_share"
+                f"calibrate fits a temperature to validation rows with classes, got {len(data.validation)} rows of "
+                f"{settings.task}; leave it out, or set validation_share"
             )
         record = _start_record(settings, data, earlier)
         return _trained(_prepared(settings, data, record, note, trust), record, on_progress)
@@ -165,7 +165,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
+    head, last = None, last_layer(base.model) if task.best in ("accuracy", "rmse") else None
     if last is not None:
         file = Path(settings.output) / HEAD_ALONE
         if record["metrics"] and file.is_file():
