@@ -13,9 +13,11 @@ import pytest
 import torch
 from huggingface_hub import InferenceClient
 from openai import OpenAI
-from transformers import AutoModel
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForTokenClassification, pipeline
 
-from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, serving
+from dvora.adapter_file.packs import write_pack
+from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, save_classifier, serving
 
 TEXTS = ["good movie", "the book was very bad", "it"]
 
@@ -100,6 +102,54 @@ def test_http_classify_of_semantic_router(bert: Path, classifiers: Path, tmp_pat
         everything = {"Authorization": f"Bearer {TOKEN}"}
         unclear = client.post("/classify", json={"inputs": TEXTS[1]}, headers=everything)
         assert (unclear.status_code, "name an adapter" in unclear.text) == (400, True)
+
+
+TAGS = {"pii": ["O", "B-MAIL", "I-MAIL", "B-NAME", "I-NAME"], "place": ["O", "B-CITY", "I-CITY"]}
+
+
+def test_entities_of_texts_of_several_lengths_by_several_adapters(bert: Path, tmp_path: Path) -> None:
+    """As pipelines of transformers find them, each adapter alone; spans are semantic-router's `token_spans.v1`."""
+    texts = ["the book was very bad", "good", "it is é 你 not a movie  great"]
+    expected = {}
+    for seed, (name, tags) in enumerate(TAGS.items()):
+        folder = save_classifier(bert, tmp_path / "adapters" / name / "adapter", seed, len(tags), "TOKEN_CLS")
+        (folder.parent / "run.json").write_text(json.dumps({"labels": tags}))
+        model = AutoModelForTokenClassification.from_pretrained(
+            bert, num_labels=len(tags), id2label=dict(enumerate(tags))
+        )
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        alone = pipeline(
+            "token-classification", model, tokenizer=str(bert), aggregation_strategy="simple", device="cpu"
+        )
+        for text in texts:
+            expected[name, text] = [
+                {
+                    "start": one["start"],
+                    "end": one["end"],
+                    "label": one["entity_group"],
+                    "text": text[one["start"] : one["end"]],
+                }
+                for one in alone(text)
+            ]
+    assert {one["label"] for found in expected.values() for one in found} == {"MAIL", "NAME", "CITY"}
+    with serving(bert, tmp_path / "adapters") as (client, server):
+        answer = client.post("/v1/classify", json={"model": [*TAGS], "input": texts}).json()["data"]
+        assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+        for row in answer:
+            found = [{key: one[key] for key in ("start", "end", "label", "text")} for one in row["entities"]]
+            assert found == expected[row["model"], texts[row["index"]]]
+            assert all(0 < one["score"] <= 1 for one in row["entities"])
+            assert row["digest"] == server.registry.version(row["model"]).digest  # type: ignore[union-attr]
+        spans = client.post("/classify", params={"model": "pii"}, json={"inputs": texts[0]}).json()
+        assert spans == answer[0]["entities"]
+        for body in ({"input": [texts[:2]]}, {"input": texts, "abstain_below": 0.5}):
+            assert client.post("/v1/classify", json={"model": "pii", **body}).status_code == 400
+        assert client.post("/predict", json={"model": "pii", "inputs": "a", "raw_scores": True}).status_code == 400
+        values = save_classifier(bert, tmp_path / "whole", 0, 2) / "adapter_model.safetensors"
+        pack = tmp_path / "whole.pack"
+        write_pack(pack, {"whole": values.parent})
+        put = client.put("/v1/adapters/whole", content=pack.read_bytes(), headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (put.status_code, "'SEQ_CLS'" in put.text) == (422, True)
 
 
 def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, judges: Serving) -> None:

@@ -124,7 +124,9 @@ def _counted(
 ) -> "Iterator[Predicted]":
     for row in predicted:
         prediction = row.columns["prediction"]
-        counts.update([one["label"] for one in prediction] if isinstance(prediction, list) else [prediction][: len(labels)])
+        counts.update(
+            [one["label"] for one in prediction] if isinstance(prediction, list) else [prediction][: len(labels)]
+        )
         counts[ROWS] += 1
         yield row
 

@@ -196,7 +196,9 @@ class Call:
                 400, f"{server.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
             )
         if work == "classify" and server.base.has_tags and not all(isinstance(text, str) for text in texts):
-            raise RefusedError(400, f"the tokens of {server.base.name} are classified in texts, not in pairs; send texts")
+            raise RefusedError(
+                400, f"the tokens of {server.base.name} are classified in texts, not in pairs; send texts"
+            )
         read = await self.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
         rows = [(name, text) for text in read for name in names]
         async with self.asking(work, rows, Sampling()) as (versions, parts):

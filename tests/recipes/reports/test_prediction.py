@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
 from dvora.recipes.data.examples import Input, file_inputs, line_inputs, reading_settings
 from dvora.recipes.data.run_data import load_data
@@ -115,6 +116,30 @@ def test_pairs_have_a_tab_between_them(tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("first,sentence2\n" + "\n".join(pair.replace("\t", ",") for pair in pairs))
     again = from_file(predictor, tmp_path / "new.csv", text_column="first")
     assert [row.columns for row in again] == [row.columns for row in found]
+
+
+def test_entities_are_those_of_the_pipeline_of_transformers(tmp_path: Path) -> None:
+    predictor = Predictor(finished("token-classification", tmp_path, epochs=10))
+    tags = predictor.run.labels
+    assert tags == ("O", "B-OPINION", "I-OPINION", "B-THING", "I-THING")
+    predictor.model.config.id2label = dict(enumerate(tags))
+    alone = pipeline(
+        "token-classification",
+        predictor.model,
+        tokenizer=predictor.processor,
+        aggregation_strategy="simple",
+        device="cpu",
+    )
+    texts = ["the movie was very good", "a", "bad bad very great it movie was movie", "it  is   very   good"]
+    names = {"start": "start", "end": "end", "label": "entity_group", "score": "score"}
+    for row, text in zip(from_lines(predictor, "\n".join(texts)), texts, strict=True):
+        found = [{key: one[key] for key in names} for one in row.columns["prediction"]]
+        assert found == [
+            {key: pytest.approx(one[name], abs=1e-5) for key, name in names.items()} for one in alone(text)
+        ]
+        assert all(one["text"] == text[one["start"] : one["end"]] for one in row.columns["prediction"])
+    with pytest.raises(ValueError, match="abstain_below is for classes"):
+        next(predictor.predict([Input({}, {"text": "a"})], 1, abstain_below=0.5))
 
 
 def test_images_by_folder_and_by_path(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def entities_in(
         start, end = offsets[tokens[first]][0], offsets[tokens[behind - 1]][1]
         # Some tokenizers take the space before a word for a part of it.
         start = end - len(text[start:end].lstrip())
-        score = sum(scores[token] for token in tokens[first:behind]) / (behind - first)
+        # Without digits that single precision does not have.
+        score = round(sum(scores[token] for token in tokens[first:behind]) / (behind - first), 7)
         answers.append({"start": start, "end": end, "label": label, "score": score, "text": text[start:end]})
     return answers

@@ -116,7 +116,8 @@ def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
                 continue
             example.row["label"] = indices[_class_name(label)] if labels else _number(label)
         except KeyError as error:
-            raise ValueError(f"{example.place}: the class {str(error.args[0]).removeprefix('B-')!r} does not occur in the training data") from None
+            name = str(error.args[0]).removeprefix("B-") if isinstance(label, tuple) else label
+            raise ValueError(f"{example.place}: the class {name!r} does not occur in the training data") from None
         except ValueError as error:
             raise ValueError(f"{example.place}: the label {error}") from None
 

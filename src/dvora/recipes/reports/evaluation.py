@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..data.tables import Note
 from ..models.bases import quiet_transformers
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
-from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
+from ..tasks.head_alone import frozen_features, head_metrics, labels_of, read_head_alone
 from ..tasks.metrics import of_answered_classes
 from ..tasks.task import Task, Truncation
 from .run_model import Rows, RunModel, check_can_abstain, load_trained
@@ -160,9 +159,8 @@ def _evaluation(
 
         metrics = {part: metrics_of(trained.model)}
         if head is not None:
-            labels = torch.tensor(dataset.with_format(None)["label"][:])
             outputs = head_alone_outputs(run, head, dataset, trained.task)
-            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels, run.labels)
+            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels_of(dataset), run.labels, settings)
         elif (recorded := run.record["metrics"].get(f"{part}_head_alone")) is not None:
             metrics[f"{part}_head_alone"] = recorded
         if guess is not None:

@@ -23,8 +23,8 @@ BATCH = 32
 class Predicted(NamedTuple):
     """A row as it was read, and the columns that are added to it.
 
-    These are the `prediction`, a class's name, a number or a list of entities; of classes its `probability`, and on request `abstained`,
-    where the prediction may be None, and `probability_NAME` of each.
+    These are the `prediction`, a class's name, a number or a list of entities; of classes its `probability`, and on
+    request `abstained`, where the prediction may be None, and `probability_NAME` of each.
     """
 
     input: Input
@@ -79,16 +79,18 @@ class Predictor(RunModel):
                     raise ValueError(f"the rows have a column {min(taken)!r} already; rename it, to keep both")
                 yield Predicted(row, columns)
 
-    def _columns(
-        self, batch: Sequence[Input], every_class: bool, abstain_below: float | None
-    ) -> list[dict[str, Any]]:
+    def _columns(self, batch: Sequence[Input], every_class: bool, abstain_below: float | None) -> list[dict[str, Any]]:
         logits = self._logits([row.row for row in batch])
         if self.run.settings.task == "token-classification":
             texts = [row.row["text"] for row in batch]
             offsets = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
             is_left = self.processor.padding_side == "left"
             return [
-                {"prediction": entities_in(text, places, values[-len(places) :] if is_left else values, self.run.labels)}
+                {
+                    "prediction": entities_in(
+                        text, places, values[-len(places) :] if is_left else values, self.run.labels
+                    )
+                }
                 for text, places, values in zip(texts, offsets["offset_mapping"], logits, strict=True)
             ]
         if not self.run.labels:

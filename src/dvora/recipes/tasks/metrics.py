@@ -1,7 +1,7 @@
 """Metrics of predictions (classes, numbers, tokens), and those of a run as rows of a table."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,20 @@ def of_tokens(evaluated: Any) -> dict[str, float]:
 
 
 def of_entities(evaluated: Any, tags: Sequence[str]) -> dict[str, float]:
-    """Precision, recall and F1 of entities, which are right if their tokens and their label are; of `best_tags`."""
+    """`entity_metrics` of a trainer's `best_tags`."""
+    return entity_metrics(evaluated.predictions, evaluated.label_ids, tags)
+
+
+def entity_metrics(predicted: Iterable[Any], labels: Iterable[Any], tags: Sequence[str]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, which are right if their tokens and their label are.
+
+    Args:
+        predicted, labels: of each text the tags of its tokens, by number; none is read where the label is negative.
+        tags: their names.
+    """
     counts = np.zeros(3)
-    for predicted, labels in zip(evaluated.predictions, evaluated.label_ids, strict=True):
-        guessed, true = ({*tagged([tags[tag] for tag in row[labels >= 0]])} for row in (predicted, labels))
+    for guesses_of, truths_of in zip(predicted, labels, strict=True):
+        guessed, true = ({*tagged([tags[tag] for tag in row[truths_of >= 0]])} for row in (guesses_of, truths_of))
         counts += len(guessed & true), len(guessed), len(true)
     right, guesses, truths = map(float, counts)
     return {

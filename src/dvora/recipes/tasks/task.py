@@ -97,7 +97,9 @@ def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Tas
         return Task(padding, metrics.of_tokens, metrics.surprise, "loss")
     if settings.task == "token-classification":
         if not processor.is_fast:
-            raise ValueError("the tokenizer does not say where its tokens are in a text; give a fast one, tokenizer.json")
+            raise ValueError(
+                "the tokenizer does not say where its tokens are in a text; give a fast one, tokenizer.json"
+            )
         of_tokens = DataCollatorForTokenClassification(processor)
         return Task(of_tokens, partial(metrics.of_entities, tags=labels), metrics.best_tags, "f1")
     images = settings.task == "image-classification"

@@ -165,7 +165,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head, last = None, last_layer(base.model) if task.best in ("accuracy", "rmse") else None
+    head, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
     if last is not None:
         file = Path(settings.output) / HEAD_ALONE
         if record["metrics"] and file.is_file():
