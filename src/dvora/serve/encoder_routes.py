@@ -177,14 +177,9 @@ def classes_of(row: Row, server: Server, least: float) -> dict[str, Any]:
     best = int(probabilities.argmax())
     score = float(probabilities[best])
     # Nobody who passes the field over may act on a label.
-    label = {"label": None if score < least else labels[best], "score": score, "abstained": score < least}
-    return {
-        **whose(row.version),
-        **label,
-        "probs": probabilities.tolist(),
-        "labels": labels,
-        "num_classes": len(labels),
-    }
+    named = {"label": None if score < least else labels[best], "score": score, "abstained": score < least}
+    every = {"probs": probabilities.tolist(), "labels": labels, "num_classes": len(labels)}
+    return {**whose(row.version), **named, **every}
 
 
 def _labels(row: Row, server: Server) -> list[str]:

@@ -24,7 +24,6 @@ from ..data.images import opened_image
 from ..models.hub import offline
 from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
-from ..tasks import calibration
 from ..tasks.metrics import metric_rows
 from ..tasks.task import Truncation
 from .evaluation import unchanged_data
@@ -130,8 +129,8 @@ def _metrics(run: Run) -> Section:
     text = []
     if any(part.endswith("head_alone") for part in run.record["metrics"]):
         text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
-    if calibrated := calibration.sentence(run.record.get("calibration", {})):
-        text.append(f"Calibrated: {calibrated}.")
+    if calibration := run.record.get("calibration"):
+        text.append(f"Calibrated on the validation rows: {shown(calibration).replace('_', ' ')}.")
     # The rows that were held out for the test come first.
     tables = [Table(by_part[part], f"{part} rows") for part in sorted(by_part)]
     return Section("How good it is", text, tables=tables)

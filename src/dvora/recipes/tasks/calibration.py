@@ -65,7 +65,7 @@ def calibrate(trainer: Any, layer: nn.Linear, datasets: Mapping[str, Any]) -> di
     if "test" in datasets:
         logits, labels = _logits(trainer, datasets["test"])
         before, after = (calibration_error(logits / divisor, labels) for divisor in (1.0, temperature))
-        record |= {"test_error_before": before, "test_error_after": after}
+        record |= {"test_calibration_error_before": before, "test_calibration_error_after": after}
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.div_(temperature)
@@ -74,14 +74,4 @@ def calibrate(trainer: Any, layer: nn.Linear, datasets: Mapping[str, Any]) -> di
 
 def _logits(trainer: Any, dataset: Any) -> tuple[Tensor, Tensor]:
     predicted = trainer.predict(dataset)
-    labels = torch.from_numpy(predicted.label_ids).long()
-    return torch.from_numpy(predicted.predictions)[labels >= 0].float(), labels[labels >= 0]
-
-
-def sentence(record: Mapping[str, Any]) -> str:
-    """What `calibrate` did, in words; empty where it did nothing."""
-    if not record:
-        return ""
-    errors = [record[key] for key in ("test_error_before", "test_error_after") if key in record]
-    error = "expected calibration error on the test rows {:.3g} before, {:.3g} after".format(*errors) if errors else ""
-    return "; ".join(filter(None, [f"temperature {record['temperature']:.4g}, fitted on the validation rows", error]))
+    return torch.from_numpy(predicted.predictions).float(), torch.from_numpy(predicted.label_ids).long()

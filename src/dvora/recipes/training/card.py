@@ -11,7 +11,6 @@ from ...adapter_file.card import NEEDS, is_name_on_hub
 from ...text import shown, visible
 from ..models.bases import AUTO_CLASSES, TASK_TYPES
 from ..settings import Settings
-from ..tasks import calibration
 from ..tasks.metrics import metric_rows
 
 PIPELINES = {
@@ -65,7 +64,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),
-        "Calibration": calibration.sentence(record.get("calibration", {})),
+        "Calibration": shown(record.get("calibration", {})).replace("_", " "),
         "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",
         "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
