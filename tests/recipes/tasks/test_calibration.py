@@ -75,9 +75,9 @@ def test_whoever_reads_a_calibrated_run_gets_calibrated_logits(tmp_path: Path) -
 
     assert temperature == pytest.approx(fitted_temperature(*logits_of(data.validation)), rel=1e-3)
     logits, labels = logits_of(data.test)
-    assert run.record["calibration"]["test_calibration_error_before"] == pytest.approx(calibration_error(logits, labels), abs=1e-5)
-    after = calibration_error(logits / temperature, labels)
-    assert run.record["calibration"]["test_calibration_error_after"] == pytest.approx(after, abs=1e-5)
+    for name, divisor in (("before", 1.0), ("after", temperature)):
+        expected = calibration_error(logits / divisor, labels)
+        assert run.record["calibration"][f"test_calibration_error_{name}"] == pytest.approx(expected, abs=1e-5)
     base = AutoModelForSequenceClassification.from_pretrained(run.settings.model, num_labels=2)
     by_peft = PeftModel.from_pretrained(base, run.adapter).eval()
     texts = [row["text"] for row in data.test]
