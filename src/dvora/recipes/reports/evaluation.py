@@ -67,7 +67,7 @@ def evaluate_run(
             no classes.
     """
     check_can_abstain(run, abstain_below)
-    evaluation = partial(_evaluation, run=run, with_base=with_base, abstain_below=abstain_below)
+    evaluation = partial(_evaluation, run=run, with_base=with_base, least=abstain_below)
     if not files:
         data = unchanged_data(run)
         if not data.test:
@@ -139,7 +139,7 @@ def _evaluation(
     *,
     run: Run,
     with_base: bool,
-    abstain_below: float | None,
+    least: float | None,
 ) -> Evaluation:
     settings, of_text = run.settings, run.settings.task == "causal-lm"
     head = head_alone_of(run) if with_base and not of_text else None
@@ -147,8 +147,8 @@ def _evaluation(
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
     trained = RunModel(run)
     task = trained.task
-    if abstain_below is not None:
-        task = replace(task, compute_metrics=partial(of_answered_classes, abstain_below=abstain_below))
+    if least is not None:
+        task = replace(task, compute_metrics=partial(of_answered_classes, least=least))
     with quiet_transformers(), TemporaryDirectory() as folder:
         dataset, truncation = trained.features(rows)
         if not len(dataset):

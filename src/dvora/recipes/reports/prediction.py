@@ -54,11 +54,7 @@ class Predictor(RunModel):
         self.truncation = Truncation()
 
     def predict(
-        self,
-        inputs: Iterable[Input],
-        batch_size: int,
-        every_class: bool = False,
-        abstain_below: float | None = None,
+        self, inputs: Iterable[Input], batch_size: int, every_class: bool = False, abstain_below: float | None = None
     ) -> Iterator[Predicted]:
         """Predict for rows in their order, in batches; no more than a batch of them is held.
 
@@ -83,16 +79,12 @@ class Predictor(RunModel):
         logits = self._logits([row.row for row in batch])
         if self.run.settings.task == "token-classification":
             texts = [row.row["text"] for row in batch]
-            offsets = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
-            is_left = self.processor.padding_side == "left"
-            return [
-                {
-                    "prediction": entities_in(
-                        text, places, values[-len(places) :] if is_left else values, self.run.labels
-                    )
-                }
-                for text, places, values in zip(texts, offsets["offset_mapping"], logits, strict=True)
-            ]
+            read = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
+            of_texts = [*logits]
+            if self.processor.padding_side == "left":
+                of_texts = [values[-len(ids) :] for values, ids in zip(logits, read["input_ids"], strict=True)]
+            rows_of = zip(texts, read["offset_mapping"], of_texts, strict=True)
+            return [{"prediction": entities_in(*row, self.run.labels)} for row in rows_of]
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]
         rows: list[dict[str, Any]] = []

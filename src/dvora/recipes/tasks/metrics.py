@@ -44,10 +44,10 @@ def of_classes(evaluated: Any) -> dict[str, float]:
     return class_metrics(evaluated.predictions.argmax(-1), evaluated.label_ids)
 
 
-def of_answered_classes(evaluated: Any, abstain_below: float) -> dict[str, float]:
+def of_answered_classes(evaluated: Any, least: float) -> dict[str, float]:
     """`of_classes`; the share of rows that are answered, as their class has that probability; and their accuracy."""
     confidence, predicted = torch.from_numpy(evaluated.predictions).float().softmax(-1).max(-1)
-    answered = confidence >= abstain_below
+    answered = confidence >= least
     right = (predicted == torch.from_numpy(evaluated.label_ids))[answered].double()
     accuracy = {"answered_accuracy": float(right.mean())} if len(right) else {}
     return {**of_classes(evaluated), "coverage": float(answered.double().mean()), **accuracy}
