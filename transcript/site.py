@@ -76,6 +76,7 @@ def columns() -> str:
     """Rows of a table: the names by which a column is recognised."""
     found = {
         "the text": names.TEXT,
+        "the entities": names.ENTITIES,
         "the first of two texts": names.FIRST_TEXT,
         "the second": names.SECOND_TEXT,
         "a class": names.CLASS,

@@ -125,6 +125,7 @@ def test_continuations_as_json() -> None:
         (["predict", "dvora-run", "new.csv", "-o", "no/predicted.csv"], "there is no folder no"),
         (["predict", "dvora-run", "new.csv", "-o", "folder.csv"], "it is a folder; name a file in it"),
         (["predict", "dvora-run", "new.csv", "--text-column", "txt"], "did you mean 'text'"),
+        (["evaluate", "runs/play", "--abstain-below", "0.7"], "abstain_below is for classes"),
         (["predict", "runs/play", "new.csv"], "`dvora generate` continues texts"),
         (["generate", "dvora-run", "x"], "use `dvora predict`"),
         (["generate"], "the folder of a run, or --adapter FOLDER"),

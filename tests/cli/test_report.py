@@ -56,7 +56,7 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     name = RUNS[task]
     found = headings(pages[name])
     assert found[:3] == SECTIONS
-    middle = {"causal-lm": ["Texts"]}
+    middle = {"causal-lm": ["Texts"], "token-classification": []}
     classes = ["Scores of each class", "Which classes it mistakes for which", "Compared with head alone"]
     pairs = (
         ["Predicted and true numbers", "Rows that are furthest off"] if not read_run(made / name).labels else classes

@@ -17,6 +17,7 @@ DATA: dict[str, tuple[str, str, Callable[[Path], Path]]] = {
     "text-classification": ("bert", "reviews.csv", tiny_data.reviews),
     "regression": ("bert", "ratings.csv", tiny_data.ratings),
     "sentence-pairs": ("bert", "pairs.csv", tiny_data.pairs),
+    "token-classification": ("bert", "entities.jsonl", tiny_data.entities),
     "image-classification": ("vit", "images", tiny_data.images),
     "causal-lm": ("llama", "play.txt", tiny_data.play),
 }

@@ -6,11 +6,21 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from dvora import DVoRAConfig
 
-CLASSES = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM, None: AutoModel}
+CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    None: AutoModel,
+}
 METHODS = ("dvora", "vera", "lora", "dora")
 
 
@@ -25,7 +35,7 @@ def config_of(method: str, rank: int, **settings: Any) -> Any:
 
 def adapted(base: Path, method: str, rank: int = 4, task_type: str | None = None, **settings: Any) -> PeftModel:
     """An adapted model of the folder, its trained parameters moved."""
-    options = {"num_labels": 3} if task_type == "SEQ_CLS" else {}
+    options = {"num_labels": 3} if task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         # PEFT asks for flags by old names; transformers reports the new head.

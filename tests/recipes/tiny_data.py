@@ -44,6 +44,31 @@ def pairs(path: Path, count: int = 120) -> Path:
     return _written(path, ["sentence1", "sentence2", "label", "id"], rows)
 
 
+def entities(path: Path, count: int = 120) -> Path:
+    """Sentences whose opinions, of one word or with "very", and things have labels."""
+    generator = random.Random(0)
+    lines: dict[str, str] = {}
+    while len(lines) < count:
+        text, found = "", []
+        for _ in range(3):
+            filler = generator.choice(["a", "the", "was", "it", "is"])
+            label, phrase = generator.choice(
+                [
+                    ("OPINION", f"very {generator.choice(OPINIONS['good'])}"),
+                    ("OPINION", "bad"),
+                    ("THING", "movie"),
+                    ("", ""),
+                ]
+            )
+            text += f"{filler} "
+            if label:
+                found.append({"start": len(text), "end": len(text) + len(phrase), "label": label})
+                text += f"{phrase} "
+        lines[text] = json.dumps({"text": text, "entities": found})
+    path.write_text("\n".join(lines.values()))
+    return path
+
+
 def play(path: Path) -> Path:
     """A text of paragraphs."""
     generator = random.Random(0)

@@ -111,6 +111,8 @@ def test_heads_of_any_size_and_names_of_classes(bert: Path, classifiers: Path, t
             answer = client.put("/v1/adapters/wind", content=content, params=query, headers=ADMIN)
             # Kept when a new version comes without names.
             assert answer.json()["labels"] == labels
+        twice = client.put("/v1/adapters/wind", content=content, params={"labels": ["a", "a", "b", "c"]}, headers=ADMIN)
+        assert (twice.status_code, "one name" in twice.text) == (422, True)
         row = client.post("/v1/classify", json={"model": "wind", "input": "good"}).json()["data"][0]
     assert row["labels"] == labels
     assert row["probs"] == pytest.approx(Alone(bert).logits(new, 4, "good").softmax(-1).tolist(), abs=1e-5)

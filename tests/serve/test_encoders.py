@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from huggingface_hub import InferenceClient
 from openai import OpenAI
-from transformers import AutoModel
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForTokenClassification, pipeline
 
-from tests.serve.served import CLASSES, Alone, Serving, copied, serving
+from dvora.adapter_file.packs import write_pack
+from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, save_classifier, serving
 
 TEXTS = ["good movie", "the book was very bad", "it"]
 
@@ -42,6 +45,111 @@ def test_names_of_classes_are_those_of_the_run(bert: Path, classifiers: Path, tm
         answer = client.post("/predict", json={"model": "tone", "inputs": TEXTS[0]}).json()
     assert {row["label"] for row in answer} == {"cross", "kind"}
     assert answer[0]["score"] > answer[1]["score"]
+
+
+def test_an_answer_has_every_class_in_the_order_of_the_head_and_the_revision(judges: Serving) -> None:
+    client, server = judges
+    for row in client.post("/v1/classify", json={"model": "five", "input": TEXTS}).json()["data"]:
+        assert row["labels"] == [f"LABEL_{index}" for index in range(5)]
+        assert sum(row["probs"]) == pytest.approx(1, abs=1e-12)
+        assert (row["label"], row["score"]) == max(
+            zip(row["labels"], row["probs"], strict=True), key=lambda pair: pair[1]
+        )
+        assert row["digest"] == server.registry.version("five").digest  # type: ignore[union-attr]
+
+
+def test_rows_that_are_not_sure_abstain(bert: Path, classifiers: Path, judges: Serving, tmp_path: Path) -> None:
+    client, _ = judges
+    body = {"model": "three", "input": TEXTS}
+    named = client.post("/v1/classify", json=body).json()["data"]
+    least = sorted(row["score"] for row in named)[1]
+    expected = [
+        {**row, "abstained": row["score"] < least, "label": None if row["score"] < least else row["label"]}
+        for row in named
+    ]
+    assert {row["abstained"] for row in expected} == {True, False}
+    assert client.post("/v1/classify", json={**body, "abstain_below": least}).json()["data"] == expected
+    assert client.post("/v1/classify", json={**body, "abstain_below": 70}).status_code == 400
+    with serving(bert, copied(classifiers, tmp_path / "adapters"), abstain_below=least) as (strict, _):
+        by_default = strict.post("/v1/classify", json=body).json()["data"]
+        assert [row["label"] for row in by_default] == [row["label"] for row in expected]
+        assert strict.post("/v1/classify", json={**body, "abstain_below": 0}).json()["data"][0]["label"] is not None
+
+
+def test_http_classify_of_semantic_router(bert: Path, classifiers: Path, tmp_path: Path) -> None:
+    """`POST {endpoint}/classify` with `{"inputs": text}` and a key, as `HTTPClassifierInference` sends it (its pull
+    requests 2759 and 2930), and takes: a list of each declared label once, with scores in [0, 1] that add up to one."""
+    for name, labels in {"domain": ["code", "law"], "guard": ["benign", "jailbreak", "spam"]}.items():
+        copied(classifiers / {2: "two", 3: "three"}[len(labels)], tmp_path / "adapters" / name / "adapter")
+        (tmp_path / "adapters" / name / "run.json").write_text(json.dumps({"labels": labels}))
+    keys = "".join(
+        f'[{name}]\nsha256 = "{sha256(name.encode()).hexdigest()}"\nadapters = ["{name}"]\n'
+        for name in ("domain", "guard")
+    )
+    (tmp_path / "keys.toml").write_text(keys)
+    with serving(bert, tmp_path / "adapters", keys=tmp_path / "keys.toml") as (client, _):
+        for name, labels in {"domain": {"code", "law"}, "guard": {"benign", "jailbreak", "spam"}}.items():
+            headers = {"Accept": "application/json", "Authorization": f"Bearer {name}"}
+            answer = client.post("/classify", json={"inputs": TEXTS[1]}, headers=headers)
+            assert answer.status_code == 200
+            scores = answer.json()
+            assert [row.keys() for row in scores] == [{"label", "score"}] * len(labels)
+            assert {row["label"] for row in scores} == labels
+            assert all(0 <= row["score"] <= 1 for row in scores)
+            assert sum(row["score"] for row in scores) == pytest.approx(1, abs=1e-6)
+            expected = client.post("/predict", json={"inputs": TEXTS[1], "model": name}, headers=headers)
+            assert scores == expected.json()
+        everything = {"Authorization": f"Bearer {TOKEN}"}
+        unclear = client.post("/classify", json={"inputs": TEXTS[1]}, headers=everything)
+        assert (unclear.status_code, "name an adapter" in unclear.text) == (400, True)
+
+
+TAGS = {"pii": ["O", "B-MAIL", "I-MAIL", "B-NAME", "I-NAME"], "place": ["O", "B-CITY", "I-CITY"]}
+
+
+def test_entities_of_texts_of_several_lengths_by_several_adapters(bert: Path, tmp_path: Path) -> None:
+    """As pipelines of transformers find them, each adapter alone; spans are semantic-router's `token_spans.v1`."""
+    texts = ["the book was very bad", "good", "it is é 你 not a movie  great"]
+    expected = {}
+    for seed, (name, tags) in enumerate(TAGS.items()):
+        folder = save_classifier(bert, tmp_path / "adapters" / name / "adapter", seed, len(tags), "TOKEN_CLS")
+        (folder.parent / "run.json").write_text(json.dumps({"labels": tags}))
+        model = AutoModelForTokenClassification.from_pretrained(
+            bert, num_labels=len(tags), id2label=dict(enumerate(tags))
+        )
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        alone = pipeline(
+            "token-classification", model, tokenizer=str(bert), aggregation_strategy="simple", device="cpu"
+        )
+        for text in texts:
+            expected[name, text] = [
+                {
+                    "start": one["start"],
+                    "end": one["end"],
+                    "label": one["entity_group"],
+                    "text": text[one["start"] : one["end"]],
+                }
+                for one in alone(text)
+            ]
+    assert {one["label"] for found in expected.values() for one in found} == {"MAIL", "NAME", "CITY"}
+    with serving(bert, tmp_path / "adapters") as (client, server):
+        answer = client.post("/v1/classify", json={"model": [*TAGS], "input": texts}).json()["data"]
+        assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+        for row in answer:
+            found = [{key: one[key] for key in ("start", "end", "label", "text")} for one in row["entities"]]
+            assert found == expected[row["model"], texts[row["index"]]]
+            assert all(0 < one["score"] <= 1 for one in row["entities"])
+            assert row["digest"] == server.registry.version(row["model"]).digest  # type: ignore[union-attr]
+        spans = client.post("/classify", params={"model": "pii"}, json={"inputs": texts[0]}).json()
+        assert spans == answer[0]["entities"]
+        for body in ({"input": [texts[:2]]}, {"input": texts, "abstain_below": 0.5}):
+            assert client.post("/v1/classify", json={"model": "pii", **body}).status_code == 400
+        assert client.post("/predict", json={"model": "pii", "inputs": "a", "raw_scores": True}).status_code == 400
+        values = save_classifier(bert, tmp_path / "whole", 0, 2) / "adapter_model.safetensors"
+        pack = tmp_path / "whole.pack"
+        write_pack(pack, {"whole": values.parent})
+        put = client.put("/v1/adapters/whole", content=pack.read_bytes(), headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (put.status_code, "'SEQ_CLS'" in put.text) == (422, True)
 
 
 def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, judges: Serving) -> None:

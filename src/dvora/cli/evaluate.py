@@ -9,7 +9,7 @@ import typer
 
 from ..recipes.settings import Trust
 from .errors import check_there, check_writable
-from .options import ARun, Download, LabelColumn, OwnCode, SecondTextColumn, TextColumn, command
+from .options import AbstainBelow, ARun, Download, LabelColumn, OwnCode, SecondTextColumn, TextColumn, command
 from .output import Output
 
 
@@ -25,6 +25,7 @@ def evaluate(
         bool,
         typer.Option("--base", help="Also evaluate the base: a language model before training, else the head alone."),
     ] = False,
+    abstain_below: AbstainBelow = None,
     text_column: TextColumn = None,
     second_text_column: SecondTextColumn = None,
     label_column: LabelColumn = None,
@@ -38,7 +39,8 @@ def evaluate(
 
     Without DATA it is evaluated on the rows that the run held out for its test,
     which are drawn again from the same data; if that has changed, give files.
-    Nothing is written unless --output is given.
+    Nothing is written unless --output is given. With --abstain-below the metrics have
+    the share of rows that are answered (coverage) and the accuracy on these.
 
     Examples:
 
@@ -61,7 +63,7 @@ def evaluate(
     from ..recipes.tasks.verdict import verdict
     from ..whole_files import write_atomically
 
-    evaluation = evaluate_run(finished, data or [], columns, base, shown.note)
+    evaluation = evaluate_run(finished, data or [], columns, base, shown.note, abstain_below)
     sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
     result: dict[str, Any] = {
         "run": str(finished.folder),

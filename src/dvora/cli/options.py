@@ -42,6 +42,10 @@ def _column(meaning: str) -> Any:
     return Annotated[str | None, option]
 
 
+AbstainBelow = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Name no class whose probability is below this.", show_default="always name one"),
+]
 TextColumn, SecondTextColumn = _column("text"), _column("second text of a pair")
 LabelColumn = _column("class or number")
 

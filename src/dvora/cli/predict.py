@@ -14,13 +14,15 @@ from ..recipes.settings import Trust
 from ..text import shown as as_text
 from ..text import visible
 from .errors import check_there, check_writable
-from .options import ARun, Download, OwnCode, SecondTextColumn, TextColumn, command
+from .options import AbstainBelow, ARun, Download, OwnCode, SecondTextColumn, TextColumn, command
 from .output import Output, print_rows, print_text, results
 
 if TYPE_CHECKING:
     from ..recipes.reports.prediction import Predicted
 
 STREAM = "-"
+ROWS = ""
+"""All of them, where classes are counted; no class has this name."""
 
 
 @command
@@ -37,6 +39,7 @@ def predict(
     all_probabilities: Annotated[
         bool, typer.Option("--all-probabilities", help="A column with the probability of every class.")
     ] = False,
+    abstain_below: AbstainBelow = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at once.")] = 32,
     text_column: TextColumn = None,
     second_text_column: SecondTextColumn = None,
@@ -57,6 +60,7 @@ def predict(
     take no more memory than short ones (but .json, which is read whole). An
     output file appears when it is complete. Cells are written as they were read: if
     others wrote them, give --safe-csv before you open the file in a spreadsheet.
+    With --abstain-below rows that are less sure have no prediction; `abstained` says so.
 
     Examples:
 
@@ -91,8 +95,8 @@ def predict(
         inputs = file_inputs(Path(file), settings, shown.note)
     # Whoever types lines wants an answer to each.
     size = 1 if file == STREAM and sys.stdin.isatty() else batch_size
-    predicted = predictor.predict(inputs, size, all_probabilities)
-    counts: Counter[str] = Counter()
+    predicted = predictor.predict(inputs, size, all_probabilities, abstain_below)
+    counts: Counter[str | None] = Counter()
     if output != STREAM:
         with new_file(typed(Path(output))) as opened:
             for text in write(row.row for row in _counted(predicted, counts, finished.labels)):
@@ -104,7 +108,9 @@ def predict(
     if cut := predictor.truncation.sentence(predictor.length):
         shown.note(cut)
     if output != STREAM:
-        summary: dict[str, Any] = {"output": output, "rows": counts.total()}
+        summary: dict[str, Any] = {"output": output, "rows": counts.pop(ROWS, 0)}
+        if abstain_below is not None:
+            summary["abstained"] = counts.pop(None, 0)
         if finished.labels:
             summary["predicted"] = dict(counts.most_common())
         if shown.as_json:
@@ -113,10 +119,15 @@ def predict(
         shown.next_step("dvora", "report", str(run), why="a page on how good they are")
 
 
-def _counted(predicted: "Iterable[Predicted]", counts: Counter[str], labels: tuple[str, ...]) -> "Iterator[Predicted]":
+def _counted(
+    predicted: "Iterable[Predicted]", counts: Counter[str | None], labels: tuple[str, ...]
+) -> "Iterator[Predicted]":
     for row in predicted:
-        # Of numbers only how many there are.
-        counts[str(row.columns["prediction"]) if labels else ""] += 1
+        prediction = row.columns["prediction"]
+        counts.update(
+            [one["label"] for one in prediction] if isinstance(prediction, list) else [prediction][: len(labels)]
+        )
+        counts[ROWS] += 1
         yield row
 
 
@@ -127,7 +138,10 @@ def _table(predicted: "Iterable[Predicted]", labels: tuple[str, ...], width: int
         rest = {name: value for name, value in row.columns.items() if name != "prediction"}
         if not number:
             yield visible("  ".join(["prediction".ljust(first), *rest, *row.input.row]))[:width] + "\n"
-        numbers = [f"{value:.3f}".rjust(len(name)) for name, value in rest.items()]
+        numbers = [
+            (f"{value:.3f}" if isinstance(value, float) else as_text(value)).rjust(len(name))
+            for name, value in rest.items()
+        ]
         texts = [" ".join(str(value).split()) for value in row.input.row.values()]
         cells = [as_text(row.columns["prediction"]).ljust(first), *numbers, visible(" | ".join(texts)[:width])]
         yield "  ".join(cells)[:width] + "\n"

@@ -139,6 +139,7 @@ def _result(record: Any, folder: Path, adapter: Path, as_json: bool) -> dict[str
         "seconds": round(record["seconds"], 1),
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
+        **({"calibration": record["calibration"]} if "calibration" in record else {}),
         "metrics": metric_rows(record["metrics"]),
         **({"verdict": record["verdict"]} if as_json and "verdict" in record else {}),
     }

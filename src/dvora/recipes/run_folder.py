@@ -60,6 +60,7 @@ class _Record(BaseModel):
     labels: Annotated[list[str], FailFast()]
     data: _Data = _Data()
     metrics: dict[str, dict[str, Any]] = {}
+    calibration: dict[str, float] = {}
     history: Annotated[list[dict[str, Any]], FailFast()] = []
     steps: int = 0
     best_step: int = 0

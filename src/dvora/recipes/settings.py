@@ -14,7 +14,9 @@ from pydantic.fields import FieldInfo
 from ..text import shown
 from .files import checked, parsed_yaml, read_small
 
-Task = Literal["text-classification", "regression", "sentence-pairs", "image-classification", "causal-lm"]
+Task = Literal[
+    "text-classification", "regression", "sentence-pairs", "token-classification", "image-classification", "causal-lm"
+]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 Projections = Literal["kaiming_uniform", "structured"]
@@ -86,7 +88,7 @@ class Settings(BaseModel):
 
     text_column: str | None = _data("column of the text, or of the messages of a chat", None, null=GUESSED)
     second_text_column: str | None = _data("column of the second text of a pair", None, null=GUESSED)
-    label_column: str | None = _data("column of the class or the number to predict", None, null=GUESSED)
+    label_column: str | None = _data("column of the class, the number or the entities to predict", None, null=GUESSED)
     label_kind: Literal["classes", "numbers"] | None = _data(
         "what the labels of sentence pairs are: classes or numbers", None, null="found from the labels", rare=True
     )
@@ -161,6 +163,10 @@ class Settings(BaseModel):
         "steps between checkpoints, a multiple of evaluate_every", None, null="as evaluate_every", ge=1, rare=True
     )
     keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
+    calibrate: bool = _evaluating(
+        "fit a temperature to the validation rows, so that probabilities of classes are as often right as they say",
+        False,
+    )
     early_stopping: int | None = _evaluating(
         "evaluations without a better one after which training stops", None, null="never", ge=1
     )

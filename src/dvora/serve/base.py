@@ -51,6 +51,11 @@ class Base:
             return ("generate",)
         return ("classify", "embed") if heads_of(self.model) else ("embed",)
 
+    @cached_property
+    def has_tags(self) -> bool:
+        """Whether it classifies tokens, and not texts."""
+        return "TokenClassification" in type(self.model).__name__
+
     def require(self, work: Work) -> None:
         """Refuse what it does not do, with 400."""
         if work not in self.works:
@@ -99,7 +104,8 @@ class Base:
         """Refuse, with a ValueError, an adapter for which a server that starts again could load another class."""
         settings, here = json.loads(description.settings), type(self.model).__name__
         task, named = settings.get("task_type"), (settings.get("auto_mapping") or {}).get("base_model_class")
-        here_is = {"generate": "CAUSAL_LM", "classify": "SEQ_CLS", "embed": "FEATURE_EXTRACTION"}[self.works[0]]
+        classes = "TOKEN_CLS" if self.has_tags else "SEQ_CLS"
+        here_is = {"generate": "CAUSAL_LM", "classify": classes, "embed": "FEATURE_EXTRACTION"}[self.works[0]]
         if task is None and named in (None, here) and here in (named, *(self.model.config.architectures or ())):
             return
         if task != here_is:

@@ -35,8 +35,7 @@ class Row(NamedTuple):
     version: Served | None
     """Of its adapter; None is the base."""
     values: Tensor
-    tokens: int
-    """Of its text."""
+    read: Text
 
 
 def whose(version: Served | None) -> dict[str, str]:
@@ -196,12 +195,16 @@ class Call:
             raise RefusedError(
                 400, f"{server.base.name} has no trained head of its own, so it classifies nothing; name an adapter"
             )
+        if work == "classify" and server.base.has_tags and not all(isinstance(text, str) for text in texts):
+            raise RefusedError(
+                400, f"the tokens of {server.base.name} are classified in texts, not in pairs; send texts"
+            )
         read = await self.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
         rows = [(name, text) for text in read for name in names]
         async with self.asking(work, rows, Sampling()) as (versions, parts):
             answers = {number: part async for number, part in parts if isinstance(part, Answer)}
         return [
-            Row(version, answers[number].values, len(text.tokens))
+            Row(version, answers[number].values, text)
             for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
         ]
 

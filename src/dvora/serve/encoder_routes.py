@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
+from ..recipes.data.entities import entities_in
 from .bodies import Body, Inputs, Switch, Texts, inputs_of, takes
 from .calls import Here, Row, answer, sent, whose
 from .requests import RefusedError
@@ -27,6 +28,7 @@ class Classify(Body):
     model: str | Texts = Field(description="the name of an adapter, or a list of such names")
     input: str | Texts | Pairs = Field(description="a text, a list of texts, or a list of lists of one text or two")
     truncate: Switch = False
+    abstain_below: float | None = Field(None, ge=0, le=1, description="a probability, 0 to 1")
 
 
 class _Inputs(Body):
@@ -73,23 +75,39 @@ class Rerank(_Inputs):
 async def classify(body: Annotated[Classify, sent(Classify)], call: Here) -> Response:
     """Classes of texts, by one adapter or by each of several, which run in one pass."""
     models = [body.model] if isinstance(body.model, str) else body.model
+    least = call.server.settings.abstain_below if body.abstain_below is None else body.abstain_below
+    if body.abstain_below is not None and call.server.base.has_tags:
+        raise RefusedError(400, "abstain_below is for classes of texts; each entity has a score, leave it out")
     rows = await call.rows("classify", models, inputs_of(body.input), body.truncate)
 
     def item(index: int, row: Row) -> dict[str, Any]:
-        return {"index": index // len(models), "model": models[index % len(models)], **classes_of(row, call.server)}
+        classes = classes_of(row, call.server, least)
+        return {"index": index // len(models), "model": models[index % len(models)], **classes}
 
     return await call.answer_rows(rows, item, object="list", model=body.model)
 
 
 @router.post("/predict", openapi_extra=takes(Predict))
 async def predict(body: Annotated[Predict, sent(Predict)], call: Here) -> Response:
-    """Classes with their scores, the likeliest first; of one text with `parameters` in a list, as pipelines do."""
+    """Classes with their scores, the likeliest first, or entities; of one text with `parameters` in a list, as
+    pipelines do."""
+    if call.server.base.has_tags and (body.raw_scores or "parameters" in body.model_fields_set):
+        raise RefusedError(400, "raw_scores and parameters are for classes of texts; leave them out")
     is_one = isinstance(body.inputs, str) or isinstance(body.inputs[0], str)
     inputs: Sequence[Any] = [body.inputs] if is_one else body.inputs
     rows = await call.rows("classify", [body.model], inputs, body.truncate)
     if is_one and "parameters" not in body.model_fields_set:
         return answer(_scores(rows[0], call.server, body), [rows[0].version])
     return await call.answer_rows(rows, lambda _, row: _scores(row, call.server, body))
+
+
+@router.post("/classify", openapi_extra=takes(Predict))
+async def classify_as_routers_ask(body: Annotated[Predict, sent(Predict)], call: Here) -> Response:
+    """`/predict` where no adapter has to be named, if the key sees but one: semantic-router's `http_classify`."""
+    seen = call.server.registry.versions(call.key)
+    if body.model is None and "model" not in call.request.query_params and len(seen) == 1:
+        body = body.model_copy(update={"model": seen[0].name})
+    return await predict(body, call)
 
 
 @router.post("/embed", openapi_extra=takes(Embed))
@@ -142,23 +160,42 @@ async def info(call: Here) -> dict[str, Any]:
     }
 
 
-def classes_of(row: Row, server: Server) -> dict[str, Any]:
-    """The likeliest class of a row with all probabilities, or the number that a head of one output gives."""
+def classes_of(row: Row, server: Server, least: float) -> dict[str, Any]:
+    """The likeliest class of a row with all probabilities, the number of a head of one output, or the entities.
+
+    Args:
+        row: with what came out.
+        server: which has the names of classes.
+        least: probability of a class that is named; where the likeliest has less, the row abstains.
+    """
+    if row.read.offsets is not None:
+        return {**whose(row.version), "entities": _entities(row, server)}
     if row.values.numel() == 1:
         return {**whose(row.version), "label": None, "score": float(row.values), "probs": [], "num_classes": 0}
-    probabilities, labels = row.values.softmax(-1), _labels(row, server)
+    # In double precision, so that they add up to one.
+    probabilities, labels = row.values.double().softmax(-1), _labels(row, server)
     best = int(probabilities.argmax())
-    scores = {"label": labels[best], "score": float(probabilities[best]), "probs": probabilities.tolist()}
-    return {**whose(row.version), **scores, "labels": labels, "num_classes": len(labels)}
+    score = float(probabilities[best])
+    # Nobody who passes the field over may act on a label.
+    named = {"label": None if score < least else labels[best], "score": score, "abstained": score < least}
+    every = {"probs": probabilities.tolist(), "labels": labels, "num_classes": len(labels)}
+    return {**whose(row.version), **named, **every}
 
 
 def _labels(row: Row, server: Server) -> list[str]:
-    count, names = row.values.numel(), server.base.model.config.id2label
+    count, names = row.values.shape[-1], server.base.model.config.id2label
     labels = row.version.labels if row.version is not None else [names[index] for index in sorted(names)]
     return list(labels) if len(labels) == count else [f"LABEL_{index}" for index in range(count)]
 
 
+def _entities(row: Row, server: Server) -> list[dict[str, Any]]:
+    assert row.read.offsets is not None, "of a text"
+    return entities_in(row.read.text, row.read.offsets, row.values, _labels(row, server))
+
+
 def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
+    if row.read.offsets is not None:
+        return _entities(row, server)
     default = "none" if body.raw_scores else "sigmoid" if row.values.numel() == 1 else "softmax"
     scores = _FUNCTIONS[body.parameters.function_to_apply or default](row.values)
     labels = _labels(row, server)
@@ -166,4 +203,4 @@ def _scores(row: Row, server: Server, body: Predict) -> list[dict[str, Any]]:
     return [{"label": labels[index], "score": float(scores[index])} for index in order]
 
 
-_FUNCTIONS = {"none": Tensor.float, "sigmoid": Tensor.sigmoid, "softmax": lambda values: values.softmax(-1)}
+_FUNCTIONS = {"none": Tensor.float, "sigmoid": Tensor.sigmoid, "softmax": lambda values: values.double().softmax(-1)}

@@ -47,6 +47,9 @@ class Encoder:
         else:
             logits = model(**inputs).logits.float().cpu()
             values = rows.split(logits) if rows is not None and rows.widths else list(logits)
+            if logits.dim() == 3:
+                # Of tokens, without those that fill rows up.
+                values = [row[mask] for row, mask in zip(values, inputs["attention_mask"].bool().cpu(), strict=True)]
         answers = [Answer(value) if value.isfinite().all() else Answer(error=not_finite()) for value in values]
         return list(zip(batch.requests, answers, strict=True))
 

@@ -178,7 +178,7 @@ async def embeddings(body: Annotated[Embeddings, sent(Embeddings)], call: Here) 
         values = base64.b64encode(vector.astype("<f4").tobytes()).decode() if is_base64 else vector.tolist()
         return {"object": "embedding", "index": index, "embedding": values, **whose(row.version)}
 
-    count = sum(row.tokens for row in rows)
+    count = sum(len(row.read.tokens) for row in rows)
     usage = {"prompt_tokens": count, "total_tokens": count}
     return await call.answer_rows(rows, item, object="list", model=body.model, usage=usage)
 

@@ -161,6 +161,8 @@ class Registry:
             folder = self.store.write(upload.files(self.like(name, Key()), self.base.name if is_new else None))
             unused.callback(remove, folder)
             labels = upload.labels or (() if before is None else before.labels)
+            if len({*labels}) < len(labels):
+                raise ValueError(f"labels: two classes have one name in {list(labels)}; name them apart")
             version = Served(name, FolderSource(folder), labels=labels, upload=folder)
             if len(labels) not in (0, outputs := version.adapter.label_count):
                 if upload.labels:

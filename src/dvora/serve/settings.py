@@ -39,6 +39,9 @@ class Settings(Limits):
     )
     dtype: Dtype = _option("of the base's weights; auto: as they are stored", "auto")
     download: bool = _option("fetch the base from the hub if it is not there", False)
+    abstain_below: float = _option(
+        "/v1/classify names no class whose probability is below this, unless a request says another", 0.0, ge=0, le=1
+    )
     max_length: int | None = _limit(
         "tokens of a text and its continuation; more are refused", None, null="what the model takes", ge=2
     )

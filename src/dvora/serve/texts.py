@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from jinja2 import TemplateError
 
 from ..recipes.data.chats import Message, prompt_text
+from ..recipes.data.entities import Offsets
 from .base import Base
 from .requests import RefusedError
 
@@ -56,6 +57,9 @@ class Text(NamedTuple):
 
     tokens: Sequence[int]
     types: Sequence[int] | None = None
+    text: str = ""
+    offsets: Offsets | None = None
+    """Where the tokens are in the text, for a model that classifies them."""
 
 
 class Texts:
@@ -63,6 +67,7 @@ class Texts:
 
     def __init__(self, base: Base, longest: int) -> None:
         self.name, self.generates, self.longest = base.name, "generate" in base.works, longest
+        self.has_tags = base.has_tags
         self.vocabulary = base.model.get_input_embeddings().num_embeddings
         # A space between words is of no piece in many vocabularies.
         self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
@@ -121,8 +126,10 @@ class Texts:
                 parts = [part[: self.most_characters] for part in parts]
             self.check(max(map(len, parts), default=0))
             cut = {"truncation": True, "max_length": most} if truncate else {}
-            encoded = tokenizer(*parts, verbose=False, add_special_tokens=not is_template, **cut)
-            read = Text(encoded["input_ids"], encoded.get("token_type_ids"))
+            places = {"return_offsets_mapping": self.has_tags and len(parts) == 1}
+            encoded = tokenizer(*parts, verbose=False, add_special_tokens=not is_template, **cut, **places)
+            offsets = encoded.get("offset_mapping")
+            read = Text(encoded["input_ids"], encoded.get("token_type_ids"), parts[0] if offsets else "", offsets)
         if not read.tokens:
             raise RefusedError(400, "the input has no tokens; send a text")
         if (count := len(read.tokens)) > most:

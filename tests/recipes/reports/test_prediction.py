@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
 from dvora.recipes.data.examples import Input, file_inputs, line_inputs, reading_settings
 from dvora.recipes.data.run_data import load_data
@@ -59,6 +60,27 @@ def test_classes_are_the_model_s(classified: Predictor) -> None:
     assert {*from_lines(classified, TEXTS[0])[0].columns} == {"prediction", "probability"}
 
 
+def test_rows_that_are_not_sure_name_no_class_and_evaluation_counts_them(classified: Predictor) -> None:
+    rows = load_data(classified.run.settings).test
+    inputs = [Input({}, {"text": row["text"]}) for row in rows]
+    named = [row.columns for row in classified.predict(inputs, 8)]
+    least = sorted(float(str(columns["probability"])) for columns in named)[len(rows) // 2]
+    answered = []
+    for row, before, after in zip(rows, named, classified.predict(inputs, 8, abstain_below=least), strict=True):
+        abstains = float(str(before["probability"])) < least
+        assert after.columns == {
+            **before,
+            "prediction": None if abstains else before["prediction"],
+            "abstained": abstains,
+        }
+        answered += [] if abstains else [before["prediction"] == classified.run.labels[row["label"]]]
+    # Probabilities of predictions are rounded.
+    metrics = evaluate_run(classified.run, abstain_below=least - 1e-6).metrics["test"]
+    assert metrics["coverage"] == pytest.approx(len(answered) / len(rows))
+    assert metrics["answered_accuracy"] == pytest.approx(sum(answered) / len(answered))
+    assert "answered_accuracy" not in evaluate_run(classified.run, abstain_below=1.0).metrics["test"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     one, other = (from_lines(classified, "\n".join(TEXTS), size) for size in (4, batch_size))
@@ -94,6 +116,30 @@ def test_pairs_have_a_tab_between_them(tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text("first,sentence2\n" + "\n".join(pair.replace("\t", ",") for pair in pairs))
     again = from_file(predictor, tmp_path / "new.csv", text_column="first")
     assert [row.columns for row in again] == [row.columns for row in found]
+
+
+def test_entities_are_those_of_the_pipeline_of_transformers(tmp_path: Path) -> None:
+    predictor = Predictor(finished("token-classification", tmp_path, epochs=10))
+    tags = predictor.run.labels
+    assert tags == ("O", "B-OPINION", "I-OPINION", "B-THING", "I-THING")
+    predictor.model.config.id2label = dict(enumerate(tags))
+    alone = pipeline(
+        "token-classification",
+        predictor.model,
+        tokenizer=predictor.processor,
+        aggregation_strategy="simple",
+        device="cpu",
+    )
+    texts = ["the movie was very good", "a", "bad bad very great it movie was movie", "it  is   very   good"]
+    names = {"start": "start", "end": "end", "label": "entity_group", "score": "score"}
+    for row, text in zip(from_lines(predictor, "\n".join(texts)), texts, strict=True):
+        found = [{key: one[key] for key in names} for one in row.columns["prediction"]]
+        assert found == [
+            {key: pytest.approx(one[name], abs=1e-5) for key, name in names.items()} for one in alone(text)
+        ]
+        assert all(one["text"] == text[one["start"] : one["end"]] for one in row.columns["prediction"])
+    with pytest.raises(ValueError, match="abstain_below is for classes"):
+        next(predictor.predict([Input({}, {"text": "a"})], 1, abstain_below=0.5))
 
 
 def test_images_by_folder_and_by_path(tmp_path: Path) -> None:

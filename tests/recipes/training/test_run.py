@@ -43,9 +43,12 @@ def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: 
     expected = {
         "regression": {"loss", "pearson", "rmse"},
         "causal-lm": {"loss", "perplexity", "bits_per_byte"},
+        "token-classification": {"loss", "f1", "precision", "recall"},
     }.get(task, {"loss", "accuracy", "macro_f1"})
     assert record["metrics"]["test"].keys() == expected
-    baselines = ["before_training"] if task == "causal-lm" else ["head_alone", "simplest_guess"]
+    baselines = {"causal-lm": ["before_training"], "token-classification": ["head_alone"]}.get(
+        task, ["head_alone", "simplest_guess"]
+    )
     for baseline in baselines:
         assert record["metrics"][f"test_{baseline}"].keys() >= expected - {"loss"}
     alone = ["head_alone.safetensors"] if task != "causal-lm" else []

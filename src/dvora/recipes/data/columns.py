@@ -12,6 +12,7 @@ FIRST_TEXT = ("sentence1", "text1", "text_a", "premise", "question1", "first", *
 SECOND_TEXT = ("sentence2", "text2", "text_b", "hypothesis", "question2", "second", "answer", "context")
 CLASS = ("label", "labels", "class", "category", "target", "sentiment", "topic", "y")
 NUMBER = ("label", "labels", "score", "rating", "value", "target", "similarity", "stars", "y")
+ENTITIES = ("entities", "spans", "labels", "label", "ner")
 LANGUAGE = ("messages", "text", "content", "document", "prompt")
 
 KINDS = {"text_column": "text", "second_text_column": "text2", "label_column": "label"}
@@ -62,6 +63,8 @@ def _likely_names(settings: Settings) -> dict[str, Sequence[str]]:
     """The columns that the task needs, and what they are likely to be called."""
     if settings.task == "causal-lm":
         return {"text_column": LANGUAGE}
+    if settings.task == "token-classification":
+        return {"text_column": TEXT, "label_column": ENTITIES}
     if settings.task != "sentence-pairs" and settings.second_text_column is None:
         return {"text_column": TEXT, "label_column": NUMBER if settings.task == "regression" else CLASS}
     numbers = settings.task == "regression" or settings.label_kind == "numbers"

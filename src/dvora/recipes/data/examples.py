@@ -10,6 +10,7 @@ from ..files import check_no_device
 from ..run_folder import Run
 from ..settings import Settings
 from .columns import KINDS, check_column, chosen_columns
+from .entities import checked_entities
 from .images import image_key, images_in, labelled_images
 from .splits import same_text
 from .tables import Note, Row, read_text, stream_table
@@ -69,7 +70,7 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
             rows = [*stream_table(path, settings.encoding, note)]
             names = {name: None for _, row in rows for name in row}
             columns.update(chosen_columns(path, names, settings, note))
-            read = _chat_or_text if settings.task == "causal-lm" else row_of
+            read = {"causal-lm": _chat_or_text, "token-classification": _with_entities}.get(settings.task, row_of)
             examples += [Example(*read(row, columns, place), place) for place, row in rows]
     return examples, columns
 
@@ -114,6 +115,14 @@ def row_of(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, st
             texts.append(same_text(value))
     # A pair in the other order gives away as much about a held-out one.
     return row, "\n".join(sorted(texts))
+
+
+def _with_entities(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
+    row, key = row_of(values, columns, place)
+    try:
+        return {**row, "label": checked_entities(row["label"], row["text"])}, key
+    except ValueError as error:
+        raise ValueError(f"{place}: column {columns['label']!r}: {error}") from None
 
 
 def _chat_or_text(values: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..files import check_no_device
 from ..run_folder import Run
 from ..settings import Settings
+from .entities import tags_of
 from .examples import Example, read_examples, reading_settings
 from .splits import split_rows
 from .tables import CHUNK, Note
@@ -27,9 +28,9 @@ class Data:
     """What a run is trained and evaluated on.
 
     Args:
-        train, validation, test: rows with `text` (and `text2`), `messages` or `image`, and `label`, a class's index or
-            a number. The last two may be empty.
-        labels: names of the classes; empty where there are none.
+        train, validation, test: rows with `text` (and `text2`), `messages` or `image`, and `label`, a class's index, a
+            number or a tuple of entities. The last two may be empty.
+        labels: names of the classes, of tokens their tags; empty where there are none.
         record: for run.json: sha256 and size of each file, columns, counts.
         notes: what was guessed, assumed or removed.
         train_keys: of the training rows: what the same example has in any file.
@@ -62,7 +63,7 @@ def load_data(settings: Settings) -> Data:
         for examples in read.values():
             _encode_labels(examples, labels)
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
-    drawn = _split(distinct, bool(labels), settings)
+    drawn = _split(distinct, bool(labels) and settings.task != "token-classification", settings)
     parts = _without_leaks(drawn)
     rows = {part: len(examples) for part, examples in parts.items()}
     _check_sizes(rows, settings)
@@ -110,9 +111,13 @@ def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
     for example in examples:
         label = example.row["label"]
         try:
+            if isinstance(label, tuple):
+                example.row["label"] = tuple(one._replace(label=indices[f"B-{one.label}"]) for one in label)
+                continue
             example.row["label"] = indices[_class_name(label)] if labels else _number(label)
-        except KeyError:
-            raise ValueError(f"{example.place}: the class {label!r} does not occur in the training data") from None
+        except KeyError as error:
+            name = str(error.args[0]).removeprefix("B-") if isinstance(label, tuple) else label
+            raise ValueError(f"{example.place}: the class {name!r} does not occur in the training data") from None
         except ValueError as error:
             raise ValueError(f"{example.place}: the label {error}") from None
 
@@ -120,6 +125,10 @@ def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
 def _classes(train: Sequence[Example], column: str, settings: Settings, note: Note) -> tuple[str, ...]:
     """The names of the classes; none where the labels are numbers."""
     labels = [example.row["label"] for example in train]
+    if settings.task == "token-classification":
+        if not (names := {one.label for entities in labels for one in entities}):
+            raise ValueError(f"column {column!r} has no entity in any row; there is nothing to predict")
+        return tags_of([*names])
     numbers = settings.task == "regression" or settings.label_kind == "numbers"
     if settings.task == "sentence-pairs" and settings.label_kind is None:
         numbers = _are_numbers(labels)

@@ -30,6 +30,7 @@ TASK_TYPES: Mapping[Task, str] = {
     "text-classification": "SEQ_CLS",
     "sentence-pairs": "SEQ_CLS",
     "regression": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
     "image-classification": "IMAGE_CLS",
     "causal-lm": "CAUSAL_LM",
 }

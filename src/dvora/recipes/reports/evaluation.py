@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from ..data.tables import Note
 from ..models.bases import quiet_transformers
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
-from ..tasks.head_alone import frozen_features, head_metrics, read_head_alone
+from ..tasks.head_alone import frozen_features, head_metrics, labels_of, read_head_alone
+from ..tasks.metrics import of_answered_classes
 from ..tasks.task import Task, Truncation
-from .run_model import Rows, RunModel, load_trained
+from .run_model import Rows, RunModel, check_can_abstain, load_trained
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def evaluate_run(
     columns: Mapping[str, str | None] | None = None,
     with_base: bool = False,
     note: Note = lambda _: None,
+    abstain_below: float | None = None,
 ) -> Evaluation:
     """Evaluate a run's model.
 
@@ -58,24 +60,28 @@ def evaluate_run(
         columns: of the files, where they are not those of the run; see `reading_settings`.
         with_base: also evaluate the base: a language model's as it is, that of another task with the head alone.
         note: called with what had to be assumed to read the files.
+        abstain_below: also how many rows have a class of this probability or more, and how many of these are right.
 
     Raises:
-        ValueError: the run's data has changed, a file is not what the task needs, or the run kept no head alone.
+        ValueError: the run's data has changed, a file is not what the task needs, or the run kept no head alone or has
+            no classes.
     """
+    check_can_abstain(run, abstain_below)
+    evaluation = partial(_evaluation, run=run, with_base=with_base, least=abstain_below)
     if not files:
         data = unchanged_data(run)
         if not data.test:
             raise ValueError(f"the run in {run.folder} held no rows out for a test; give files to evaluate it on")
-        return _evaluation("test", data.test, _guess(run, data, data.test), run, with_base, 0)
+        return evaluation("test", data.test, _guess(run, data, data.test), 0)
     examples = labelled_examples(files, run, columns or {}, note)
     rows = [example.row for example in examples]
     try:
         data = unchanged_data(run)
     except ValueError:
-        return _evaluation("files", rows, _guess(run, None, rows), run, with_base, None)
+        return evaluation("files", rows, _guess(run, None, rows), None)
     train = {*data.train_keys}
     seen = sum(example.key in train for example in examples)
-    return _evaluation("files", rows, _guess(run, data, rows), run, with_base, seen)
+    return evaluation("files", rows, _guess(run, data, rows), seen)
 
 
 def head_alone_of(run: Run) -> nn.Linear | None:
@@ -114,7 +120,7 @@ def unchanged_data(run: Run) -> Data:
 
 def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
     """What the simplest guess gets; None where there is none, or where nobody knows any more what it would be."""
-    if run.settings.task == "causal-lm":
+    if run.settings.task in ("causal-lm", "token-classification"):
         return None
     if data is not None:
         return simplest_guess_on(data.train, rows, run.labels)
@@ -126,26 +132,35 @@ def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
 
 
 def _evaluation(
-    part: str, rows: Rows, guess: dict[str, Any] | None, run: Run, with_base: bool, seen: int | None
+    part: str,
+    rows: Rows,
+    guess: dict[str, Any] | None,
+    seen: int | None,
+    *,
+    run: Run,
+    with_base: bool,
+    least: float | None,
 ) -> Evaluation:
     settings, of_text = run.settings, run.settings.task == "causal-lm"
     head = head_alone_of(run) if with_base and not of_text else None
     if with_base and not of_text and head is None:
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
     trained = RunModel(run)
+    task = trained.task
+    if least is not None:
+        task = replace(task, compute_metrics=partial(of_answered_classes, least=least))
     with quiet_transformers(), TemporaryDirectory() as folder:
         dataset, truncation = trained.features(rows)
         if not len(dataset):
             raise ValueError(f"no row has anything to evaluate within max_length {trained.length}")
 
         def metrics_of(model: Any) -> dict[str, float]:
-            return evaluated(evaluator(model, trained.task, settings, Path(folder)), dataset)
+            return evaluated(evaluator(model, task, settings, Path(folder)), dataset)
 
         metrics = {part: metrics_of(trained.model)}
         if head is not None:
-            labels = torch.tensor(dataset.with_format(None)["label"][:])
             outputs = head_alone_outputs(run, head, dataset, trained.task)
-            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels, run.labels)
+            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels_of(dataset), run.labels, settings)
         elif (recorded := run.record["metrics"].get(f"{part}_head_alone")) is not None:
             metrics[f"{part}_head_alone"] = recorded
         if guess is not None:

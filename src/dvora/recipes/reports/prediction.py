@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.entities import entities_in
 from ..data.examples import Input
 from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run
 from ..tasks.task import Truncation
 from .evaluation import head_alone_of, head_alone_outputs
-from .run_model import Rows, RunModel
+from .run_model import Rows, RunModel, check_can_abstain
 
 DIGITS = 7
 """Decimal digits that a number in single precision has."""
@@ -22,12 +23,12 @@ BATCH = 32
 class Predicted(NamedTuple):
     """A row as it was read, and the columns that are added to it.
 
-    These are the `prediction`, a class's name or a number; of classes its `probability`, and on request
-    `probability_NAME` of each.
+    These are the `prediction`, a class's name, a number or a list of entities; of classes its `probability`, and on
+    request `abstained`, where the prediction may be None, and `probability_NAME` of each.
     """
 
     input: Input
-    columns: dict[str, str | float]
+    columns: dict[str, Any]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -52,33 +53,48 @@ class Predictor(RunModel):
         self.model.to(self.device)
         self.truncation = Truncation()
 
-    def predict(self, inputs: Iterable[Input], batch_size: int, every_class: bool = False) -> Iterator[Predicted]:
+    def predict(
+        self, inputs: Iterable[Input], batch_size: int, every_class: bool = False, abstain_below: float | None = None
+    ) -> Iterator[Predicted]:
         """Predict for rows in their order, in batches; no more than a batch of them is held.
 
         Args:
             inputs: rows.
             batch_size: rows that the model sees at once.
             every_class: also give the probability of every class.
+            abstain_below: name no class with a lower probability; None: always name the likeliest.
 
         Raises:
-            ValueError: a row has a column with the name of one that is added.
+            ValueError: a row has a column with the name of one that is added, or what has no classes should abstain.
         """
+        check_can_abstain(self.run, abstain_below)
         rest = iter(inputs)
         while batch := list(islice(rest, batch_size)):
-            for row, columns in zip(batch, self._columns(batch, every_class), strict=True):
+            for row, columns in zip(batch, self._columns(batch, every_class, abstain_below), strict=True):
                 if taken := columns.keys() & row.values.keys():
                     raise ValueError(f"the rows have a column {min(taken)!r} already; rename it, to keep both")
                 yield Predicted(row, columns)
 
-    def _columns(self, batch: Sequence[Input], every_class: bool) -> list[dict[str, str | float]]:
+    def _columns(self, batch: Sequence[Input], every_class: bool, abstain_below: float | None) -> list[dict[str, Any]]:
         logits = self._logits([row.row for row in batch])
+        if self.run.settings.task == "token-classification":
+            texts = [row.row["text"] for row in batch]
+            read = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
+            of_texts = [*logits]
+            if self.processor.padding_side == "left":
+                of_texts = [values[-len(ids) :] for values, ids in zip(logits, read["input_ids"], strict=True)]
+            rows_of = zip(texts, read["offset_mapping"], of_texts, strict=True)
+            return [{"prediction": entities_in(*row, self.run.labels)} for row in rows_of]
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]
-        rows: list[dict[str, str | float]] = []
+        rows: list[dict[str, Any]] = []
         for values in logits.softmax(-1).tolist():
             probabilities = dict(zip(self.run.labels, values, strict=True))
             best = max(probabilities, key=probabilities.__getitem__)
             rows.append({"prediction": best, "probability": _rounded(probabilities[best])})
+            if abstain_below is not None:
+                abstains = _rounded(probabilities[best]) < abstain_below
+                rows[-1] |= {"prediction": None if abstains else best, "abstained": abstains}
             if every_class:
                 rows[-1] |= {f"probability_{name}": _rounded(value) for name, value in probabilities.items()}
         return rows

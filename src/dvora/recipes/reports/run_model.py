@@ -73,6 +73,16 @@ def _load_head(base: Base, run: Run) -> None:
         raise ValueError(f"{file} lacks {lacking[0]}, which the run trained")
 
 
+def check_can_abstain(run: Run, abstain_below: float | None) -> None:
+    """Refuse a least probability, which is None where there is none, for a run that predicts no classes.
+
+    Raises:
+        ValueError: it predicts something else.
+    """
+    if abstain_below is not None and (not run.labels or run.settings.task == "token-classification"):
+        raise ValueError(f"abstain_below is for classes, and the run in {run.folder} is of {run.settings.task}")
+
+
 class RunModel:
     """The model of a finished run, ready for rows, with its tokenizer or image processor.
 

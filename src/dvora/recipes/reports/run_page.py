@@ -39,7 +39,7 @@ TOKENS = 60
 THUMBNAIL = 72
 MOST_CLASSES = 30
 """Classes beyond which there is no matrix, but a list of the commonest mistakes."""
-MAIN_METRICS = ("accuracy", "pearson", "bits_per_byte", "perplexity")
+MAIN_METRICS = ("accuracy", "f1", "pearson", "bits_per_byte", "perplexity")
 
 
 def write_page(
@@ -75,9 +75,9 @@ def write_page(
     sections = [_metrics(run), _trained(run), _curves(run.record["history"], run.record["best_step"])]
     if settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
-    elif run.labels:
+    elif run.labels and settings.task != "token-classification":
         sections += _classes(run, compared(run, held_out, other), other)
-    else:
+    elif not run.labels:
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
     trained = RunModel(run)
@@ -129,6 +129,8 @@ def _metrics(run: Run) -> Section:
     text = []
     if any(part.endswith("head_alone") for part in run.record["metrics"]):
         text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
+    if calibration := run.record.get("calibration"):
+        text.append(f"Calibrated on the validation rows: {shown(calibration).replace('_', ' ')}.")
     # The rows that were held out for the test come first.
     tables = [Table(by_part[part], f"{part} rows") for part in sorted(by_part)]
     return Section("How good it is", text, tables=tables)

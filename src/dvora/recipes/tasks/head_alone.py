@@ -23,7 +23,7 @@ from ...tensors import Float
 from ...whole_files import write_atomically
 from ..models.bases import computing, device_of
 from ..settings import Settings
-from .metrics import class_metrics, number_metrics
+from .metrics import class_metrics, entity_metrics, number_metrics
 
 MOST_ROWS = 20_000
 """Training rows that it is fitted on at most, spread over all of them."""
@@ -76,7 +76,7 @@ def last_layer(model: Any) -> nn.Linear | None:
 def frozen_features(
     model: Any, dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
 ) -> Float[Tensor, "N H"]:
-    """What the last layer of the head reads of every row, in float32 on the CPU.
+    """What the last layer of the head reads of every row, or of every token with a tag, in float32 on the CPU.
 
     Args:
         model: of transformers, without an adapter; it is left in evaluation mode on the CPU.
@@ -109,12 +109,26 @@ def frozen_features(
             batch = collator([dataset[int(row)] for row in chosen])
             with computing(settings):
                 outputs = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"})
-            rows.append(outputs.logits.float().cpu())
+            read = outputs.logits.float().cpu()
+            of_tokens = read.dim() == 3
+            rows += (
+                [row[tags >= 0] for row, tags in zip(read, batch["labels"], strict=True)]
+                if of_tokens
+                else read.split(1)
+            )
             on_batch(lengths[chosen].sum())
     finally:
         model.set_submodule(name, layer)
         model.to("cpu")
-    return torch.cat(rows)[torch.from_numpy(order).argsort()]
+    return torch.cat([rows[place] for place in np.argsort(order)])
+
+
+def labels_of(dataset: Dataset) -> Tensor:
+    """The label of every row, or the tag of every token that has one."""
+    if "labels" not in dataset.column_names:
+        return torch.tensor(dataset.with_format(None)["label"][:])
+    tags = torch.tensor([tag for row in dataset["labels"] for tag in row])
+    return tags[tags >= 0]
 
 
 def fitted_head(
@@ -139,15 +153,21 @@ def fitted_head(
         The layer, and the task's metrics by part.
     """
     train = datasets["train"]
-    most = min(len(train), MOST_ROWS, (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation)
+    # Tokens are rows here.
+    tokens = len(labels_of(train)) if settings.task == "token-classification" else len(train)
+    most = min(
+        len(train),
+        max(1, MOST_ROWS * len(train) // tokens),
+        (settings.max_steps or MOST_ROWS) * settings.batch_size * settings.accumulation,
+    )
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
     features = {part: frozen_features(model, rows, collator, settings, note) for part, rows in parts.items()}
-    labels = {part: torch.tensor(rows.with_format(None)["label"][:]) for part, rows in parts.items()}
+    labels = {part: labels_of(rows) for part, rows in parts.items()}
 
     def score(head: nn.Linear) -> float:
-        metrics = head_metrics(head(features["validation"]), labels["validation"], classes)
-        return metrics["accuracy"] if classes else -metrics["rmse"]
+        metrics = head_metrics(head(features["validation"]), labels["validation"], classes, settings)
+        return metrics["f1" if "f1" in metrics else "accuracy"] if classes else -metrics["rmse"]
 
     strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
     layer = last_layer(model)
@@ -159,7 +179,7 @@ def fitted_head(
         on_fit(1)
     head = max(heads, key=score) if "validation" in parts else heads[0]
     held_out = [part for part in parts if part != "train"]
-    return head, {part: head_metrics(head(features[part]), labels[part], classes) for part in held_out}
+    return head, {part: head_metrics(head(features[part]), labels[part], classes, settings) for part in held_out}
 
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
@@ -177,8 +197,12 @@ def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[
     return on_part
 
 
-def head_metrics(outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
+def head_metrics(
+    outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str], settings: Settings
+) -> dict[str, float]:
     """The task's metrics of a head's outputs."""
+    if settings.task == "token-classification":
+        return entity_metrics([outputs.argmax(-1).numpy()], [labels.numpy()], classes)
     if classes:
         return class_metrics(outputs.argmax(-1).numpy(), labels.numpy())
     return number_metrics(outputs.flatten().double().numpy(), labels.double().numpy())

@@ -1,7 +1,7 @@
 """Metrics of predictions (classes, numbers, tokens), and those of a run as rows of a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...text import shown
+from ..data.entities import tagged
 
-GREATER_IS_BETTER = {"accuracy": True, "rmse": False, "loss": False}
+GREATER_IS_BETTER = {"accuracy": True, "f1": True, "rmse": False, "loss": False}
 """The metric that a task is judged by: the first of these that it has."""
 MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
 """Names for what is evaluated, by the ending of its key in run.json."""
@@ -43,6 +44,15 @@ def of_classes(evaluated: Any) -> dict[str, float]:
     return class_metrics(evaluated.predictions.argmax(-1), evaluated.label_ids)
 
 
+def of_answered_classes(evaluated: Any, least: float) -> dict[str, float]:
+    """`of_classes`; the share of rows that are answered, as their class has that probability; and their accuracy."""
+    confidence, predicted = torch.from_numpy(evaluated.predictions).float().softmax(-1).max(-1)
+    answered = confidence >= least
+    right = (predicted == torch.from_numpy(evaluated.label_ids))[answered].double()
+    accuracy = {"answered_accuracy": float(right.mean())} if len(right) else {}
+    return {**of_classes(evaluated), "coverage": float(answered.double().mean()), **accuracy}
+
+
 def of_numbers(evaluated: Any) -> dict[str, float]:
     """`number_metrics` of a trainer's predictions."""
     return number_metrics(evaluated.predictions.astype(np.float64).ravel(), evaluated.label_ids.astype(np.float64))
@@ -53,6 +63,36 @@ def of_tokens(evaluated: Any) -> dict[str, float]:
     total, tokens = evaluated.predictions.astype(np.float64).sum(0)
     loss = float(total / tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+
+
+def of_entities(evaluated: Any, tags: Sequence[str]) -> dict[str, float]:
+    """`entity_metrics` of a trainer's `best_tags`."""
+    return entity_metrics(evaluated.predictions, evaluated.label_ids, tags)
+
+
+def entity_metrics(predicted: Iterable[Any], labels: Iterable[Any], tags: Sequence[str]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, which are right if their tokens and their label are.
+
+    Args:
+        predicted, labels: of each text the tags of its tokens, by number; none is read where the label is negative.
+        tags: their names.
+    """
+    counts = np.zeros(3)
+    for guesses_of, truths_of in zip(predicted, labels, strict=True):
+        guessed, true = ({*tagged([tags[tag] for tag in row[truths_of >= 0]])} for row in (guesses_of, truths_of))
+        counts += len(guessed & true), len(guessed), len(true)
+    right, guesses, truths = map(float, counts)
+    return {
+        "f1": 2 * right / max(1, guesses + truths),
+        "precision": right / max(1, guesses),
+        "recall": right / max(1, truths),
+    }
+
+
+def best_tags(outputs: Any, labels: Any) -> Tensor:
+    """The likeliest tag of each token."""
+    best: Tensor = only_logits(outputs, labels).argmax(-1)
+    return best
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:

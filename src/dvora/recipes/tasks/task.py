@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, DefaultDataCollator
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+)
 
 from ..data.chats import IGNORED, chat_features
+from ..data.entities import token_tags
 from ..data.images import opened_image
 from ..models.bases import NO_LIMIT, longest_text
 from ..settings import Settings
@@ -88,6 +95,13 @@ def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Tas
     if settings.task == "causal-lm":
         padding = DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
         return Task(padding, metrics.of_tokens, metrics.surprise, "loss")
+    if settings.task == "token-classification":
+        if not processor.is_fast:
+            raise ValueError(
+                "the tokenizer does not say where its tokens are in a text; give a fast one, tokenizer.json"
+            )
+        of_tokens = DataCollatorForTokenClassification(processor)
+        return Task(of_tokens, partial(metrics.of_entities, tags=labels), metrics.best_tags, "f1")
     images = settings.task == "image-classification"
     collator: Any = DefaultDataCollator() if images else DataCollatorWithPadding(processor)
     if labels:
@@ -118,9 +132,14 @@ def features(rows: Rows, settings: Settings, processor: Any, max_length: int) ->
     if settings.task == "causal-lm":
         return _language_features(rows, processor, max_length)
     texts = [(row["text"], row["text2"]) if "text2" in row else row["text"] for row in rows]
-    encoded = processor(texts, truncation=True, max_length=max_length)
+    has_tags = settings.task == "token-classification"
+    encoded = processor(texts, truncation=True, max_length=max_length, return_offsets_mapping=has_tags)
     columns = {name: encoded[name] for name in processor.model_input_names if name in encoded}
-    if rows and "label" in rows[0]:
+    if has_tags and rows and "label" in rows[0]:
+        columns["labels"] = [
+            token_tags(offsets, row["label"]) for row, offsets in zip(rows, encoded["offset_mapping"], strict=True)
+        ]
+    elif rows and "label" in rows[0]:
         columns["label"] = [row["label"] for row in rows]
     # Only of those that fill `max_length` the whole length is not known.
     tokens = [len(ids) for ids in encoded["input_ids"]]

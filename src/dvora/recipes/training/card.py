@@ -15,6 +15,7 @@ from ..tasks.metrics import metric_rows
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
     "IMAGE_CLS": "image-classification",
     "CAUSAL_LM": "text-generation",
 }
@@ -63,6 +64,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),
+        "Calibration": shown(record.get("calibration", {})).replace("_", " "),
         "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",
         "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

@@ -26,6 +26,7 @@ from ..run_folder import (
     write_record,
 )
 from ..settings import NAMED, Settings, Trust, commented
+from ..tasks.calibration import calibrate
 from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import verdict
@@ -89,6 +90,11 @@ def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Tr
         if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
             raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
         data = load_data(settings)
+        if settings.calibrate and not (data.labels and data.validation and settings.task != "token-classification"):
+            raise ValueError(
+                f"calibrate fits a temperature to validation rows with classes, got {len(data.validation)} rows of "
+                f"{settings.task}; leave it out, or set validation_share"
+            )
         record = _start_record(settings, data, earlier)
         return _trained(_prepared(settings, data, record, note, trust), record, on_progress)
 
@@ -117,6 +123,10 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         return Outcome(None, trainer.state.global_step)
     # Before the final evaluations, which the trainer logs as if they were of this step.
     history = _history(trainer.state.log_history)
+    if prepared.settings.calibrate:
+        layer = last_layer(prepared.base.model)
+        assert layer is not None, "checked when it was prepared"
+        record["calibration"] = calibrate(trainer, layer, prepared.datasets)
     record |= {
         "state": "finished",
         "trained_parameters": trained_parameters(prepared.model),
@@ -169,6 +179,11 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
             # The same start for every method.
             last.load_state_dict(head.state_dict(), strict=last.bias is not None)
     model = adapt(base, settings)
+    if settings.calibrate and ((layer := last_layer(base.model)) is None or not layer.weight.requires_grad):
+        raise ValueError(
+            f"calibrate divides the last layer, and the head of {type(base.model).__name__} does not end in a linear "
+            "layer that is trained; leave it out"
+        )
     record["learning_rates"] = learning_rates(model, settings)
     rows = ", ".join(f"{part} {len(of_part):,}" for part, of_part in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")

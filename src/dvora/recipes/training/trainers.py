@@ -100,10 +100,10 @@ def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, A
             continue
         metrics[part] = evaluated(trainer, prepared.datasets[part])
         metrics |= {name: values for name, values in of_baselines.items() if name.startswith(part)}
-        if prepared.settings.task != "causal-lm":
+        if prepared.task.best in ("accuracy", "rmse"):
             rows = getattr(prepared.data, part)
             metrics[f"{part}_simplest_guess"] = simplest_guess_on(prepared.data.train, rows, prepared.data.labels)
-        elif isinstance(prepared.model, PeftModel):
+        elif prepared.settings.task == "causal-lm" and isinstance(prepared.model, PeftModel):
             with prepared.model.disable_adapter():
                 metrics[f"{part}_before_training"] = evaluated(trainer, prepared.datasets[part])
     return metrics
