@@ -90,6 +90,18 @@ def test_batches_change_nothing(classified: Predictor, batch_size: int) -> None:
     )
 
 
+def test_equal_texts_are_computed_once(classified: Predictor) -> None:
+    sizes = list[int]()
+    handle = classified.model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    found = from_lines(classified, "a book\ngreat\na book\na book")
+    handle.remove()
+    assert sizes == [2]
+    first, other, *rest = [row.columns for row in found]
+    assert rest == [first, first] != [other, other]
+
+
 def test_numbers_are_the_model_s_with_the_metrics_of_its_evaluation(tmp_path: Path) -> None:
     run = finished("regression", tmp_path)
     held_out = load_data(run.settings).test

@@ -103,10 +103,16 @@ class Predictor(RunModel):
         with quiet_transformers():
             dataset, truncation = self.features(rows)
             self.truncation += truncation
-            batch = self.task.collator([dataset[index] for index in range(len(dataset))])
+            # Equal texts are computed once.
+            first: dict[Any, int] = {}
+            keys = [(row["text"], row.get("text2")) if "text" in row else index for index, row in enumerate(rows)]
+            like = [first.setdefault(key, index) for index, key in enumerate(keys)]
+            distinct = sorted({*like})
+            batch = self.task.collator([dataset[index] for index in distinct])
         with computing(self.run.settings):
             outputs = self.model(**{name: values.to(self.device) for name, values in batch.items()})
-        return torch.as_tensor(outputs.logits, device="cpu", dtype=torch.float32)
+        logits = torch.as_tensor(outputs.logits, device="cpu", dtype=torch.float32)
+        return logits[[distinct.index(index) for index in like]]
 
 
 def _rounded(value: float) -> float:
