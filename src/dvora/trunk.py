@@ -29,12 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 def frozen_blocks(model: nn.Module) -> int:
-    """How many blocks come before the first one that is trained; 0 where none is trained."""
-    return max((_frozen(blocks) for _, blocks in block_lists(model)), default=0)
-
-
-def _frozen(blocks: nn.ModuleList) -> int:
-    return next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), 0)
+    """How many blocks come before the first one that is trained; 0 where none is, or the model has not one list."""
+    lists = block_lists(model)
+    trained = [any(p.requires_grad for p in block.parameters()) for block in lists[0][1]] if len(lists) == 1 else []
+    return trained.index(True) if any(trained) else 0
 
 
 @contextmanager
@@ -86,7 +84,7 @@ class Trunk:
 
     def __init__(self, model: nn.Module, rows: "_Rows", note: Callable[[str], None]) -> None:
         ((path, blocks),) = block_lists(model)
-        self._model, self._rows, self._note, self._blocks = model, rows, note, _frozen(blocks)
+        self._model, self._rows, self._note, self._blocks = model, rows, note, frozen_blocks(model)
         self._first = blocks[self._blocks]
         self._states: Tensor | None = None
         """What enters the first trained block in this pass; None: it is computed."""
