@@ -26,6 +26,7 @@ ORDER = [
     "factors",
     "layer",
     "adapter",
+    "trunk",
     "training",
     "adapter_file",
     "rows",

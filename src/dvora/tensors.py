@@ -8,7 +8,7 @@ Trained vectors and norms stay in float32 or wider, whatever a model is cast to:
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
@@ -39,6 +39,7 @@ __all__ = [
     "at_least_float32",
     "autocast_dtype",
     "bias_of",
+    "block_lists",
     "full_precision",
     "gathers_uncounted",
     "grad_recorded",
@@ -258,6 +259,16 @@ def weight_in_memory(layer: nn.Module, parameter_name: str) -> Tensor | None:
     weight = getattr(layer, parameter_name)
     assert isinstance(weight, Tensor), type(weight)
     return weight
+
+
+def block_lists(model: nn.Module, heads: Sequence[str] = ()) -> list[tuple[str, nn.ModuleList]]:
+    """The outermost lists of two modules or more, with their names, but for those in heads."""
+    lists, within = list[tuple[str, nn.ModuleList]](), [f"{head}." for head in heads]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not f"{name}.".startswith(tuple(within)):
+            lists.append((name, module))
+            within.append(f"{name}.")
+    return lists
 
 
 def bias_of(layer: nn.Module, measured: Float[Tensor, "O"] | None) -> Float[Tensor, "O"] | None:

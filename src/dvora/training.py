@@ -1,4 +1,4 @@
-"""For training loops: parameter groups with their learning rates, and checks that processes hold the same adapters."""
+"""For training loops: groups with their learning rates, the trunk computed once, and whether processes agree."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from .adapter import DVoRAAdapter
 from .checks import checked_not_negative
 from .functional import Vectors
 from .tensors import is_dtensor, is_partitioned
+from .trunk import cached_trunk
 from .weight import AdaptedWeight
 
-__all__ = ["AdapterSettings", "check_ranks_agree", "parameter_groups", "recommended_rates"]
+__all__ = ["AdapterSettings", "cached_trunk", "check_ranks_agree", "parameter_groups", "recommended_rates"]
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -21,7 +21,7 @@ from tests.recipes import tiny_data, tiny_models
 
 ROOT = Path(__file__).parent.parent.parent
 GIVEN = ["--task", "text-classification", "-m", "minilm", "--data", "reviews.csv"]
-TRAINED = [*GIVEN, "--epochs", "1", "--rank", "4", "--cpu"]
+TRAINED = [*GIVEN, "--epochs", "1", "--rank", "4", "--cpu", "--if-no-better", "adapter"]
 
 
 @pytest.fixture(scope="module")

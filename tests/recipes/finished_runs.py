@@ -61,6 +61,7 @@ def _trained(task: str, settings: tuple[tuple[str, Any], ...]) -> Path:
         "learning_rate": 0.03,
         "max_length": 24,
         "cpu": True,
+        "if_no_better": "adapter",
         **dict(settings),
     }
     if given.get("method") in ("full", "head"):

@@ -54,6 +54,9 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rates": {"magnitud": 1.0}}, "did you mean 'magnitude'"),
         ({"learning_rates": "head: ["}, "learning_rates is .* while parsing"),
         ({"task": "causal-lm", "method": "head"}, "causal-lm has no new head"),
+        ({"blocks": "first:2"}, "blocks is 'first:2': string should match pattern"),
+        ({"blocks": "last:0"}, "blocks is 'last:0'"),
+        ({"blocks": "last:2", "method": "full"}, "blocks is last:2, but the method full adapts no layers"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(change: dict[str, Any], message: str) -> None:

@@ -29,8 +29,8 @@ from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import BlockPlace, ServedHead
-from ..rows.shared import SharedPass, block_lists
-from ..tensors import is_dtensor, is_partitioned
+from ..rows.shared import SharedPass
+from ..tensors import block_lists, is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
     BlockForward,

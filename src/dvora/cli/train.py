@@ -134,6 +134,7 @@ def _result(record: Any, folder: Path, adapter: Path, as_json: bool) -> dict[str
         "run": str(folder),
         "adapter": str(adapter),
         "trained_parameters": record["trained_parameters"],
+        **({"saved": record["saved"]} if "saved" in record else {}),
         "best_step": record["best_step"],
         "steps": record["steps"],
         "seconds": round(record["seconds"], 1),

@@ -113,6 +113,13 @@ class Settings(BaseModel):
     targets: str | tuple[str, ...] = _method(
         "layers to adapt: all-linear, or a regular expression for their names", "all-linear"
     )
+    blocks: str | None = _method(
+        "adapt the last blocks only, such as last:2. What comes before them is computed once a text, without dropout, "
+        "and cached, also where targets leave the first blocks alone",
+        None,
+        null="all",
+        pattern=r"^last:[1-9]\d*$",
+    )
     projections: Projections = _method(
         f"random matrices of dvora: one of {', '.join(get_args(Projections))}", "structured", rare=True
     )
@@ -161,6 +168,11 @@ class Settings(BaseModel):
     evaluate_every: int | None = _evaluating("steps between evaluations", None, null="an epoch", ge=1)
     save_every: int | None = _evaluating(
         "steps between checkpoints, a multiple of evaluate_every", None, null="as evaluate_every", ge=1, rare=True
+    )
+    if_no_better: Literal["head", "adapter"] = _evaluating(
+        "what a run in one process saves if its adapter is no better on held-out rows than the head alone: head (as an "
+        "adapter that changes nothing else) or adapter",
+        "head",
     )
     keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
     calibrate: bool = _evaluating(
@@ -214,6 +226,8 @@ class Settings(BaseModel):
         vectors = {*self.learning_rates} - {"head"}
         if vectors and self.method != "dvora":
             raise ValueError(f"learning_rates has {min(vectors)}, which only the method dvora trains")
+        if self.blocks and self.method in ("full", "head"):
+            raise ValueError(f"blocks is {self.blocks}, but the method {self.method} adapts no layers; leave it out")
         if self.task == "causal-lm" and self.method == "head":
             raise ValueError("causal-lm has no new head to train; use dvora, vera, lora, dora or full")
         return self

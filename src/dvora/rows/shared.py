@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tensors import TensorVersion
 from .gathered import BlockPlace, GatheredRows
@@ -33,16 +33,6 @@ class Arguments(NamedTuple):
     def first(self) -> Any:
         """The block's inputs."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
-
-
-def block_lists(model: nn.Module, heads: Sequence[str]) -> list[tuple[str, nn.ModuleList]]:
-    """The outermost lists of two modules or more, with their names, but for those in heads."""
-    lists, within = list[tuple[str, nn.ModuleList]](), [f"{head}." for head in heads]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not f"{name}.".startswith(tuple(within)):
-            lists.append((name, module))
-            within.append(f"{name}.")
-    return lists
 
 
 class Groups:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dvora.recipes.tasks.verdict import verdict
+from dvora.recipes.tasks.verdict import beats_head_alone, verdict
 
 ROWS = {"train": 800, "validation": 100, "test": 400}
 
@@ -62,6 +62,16 @@ def test_what_to_try_follows_from_the_training_loss(losses: list[float], best_st
 def test_of_numbers_less_is_better() -> None:
     found = {"test": {"loss": 1.0, "pearson": 0.5, "rmse": 0.9}, "test_head_alone": {"pearson": 0.4, "rmse": 0.8}}
     assert verdict(found, ROWS) == ["NO BETTER than the head alone (test rmse: 0.9 trained, 0.8 the head alone)"]
+
+
+def test_the_head_alone_is_saved_where_the_verdict_is_that_it_is_as_good() -> None:
+    assert beats_head_alone(metrics(0.88, 0.87, 0.5))
+    assert not beats_head_alone(metrics(0.87, 0.87, 0.5))
+    # The test rows decide where there are any.
+    assert beats_head_alone({"validation": {"rmse": 2.0}, "validation_head_alone": {"rmse": 1.0}, **metrics(1, 0, 0)})
+    assert not beats_head_alone({"validation": {"rmse": 2.0}, "validation_head_alone": {"rmse": 1.0}})
+    assert beats_head_alone({"test": {"loss": 1.0}, "test_before_training": {"loss": 0.5}})
+    assert beats_head_alone({})
 
 
 def test_without_held_out_rows_there_is_no_verdict() -> None:

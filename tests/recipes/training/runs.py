@@ -34,6 +34,8 @@ class Run:
                 "rank": 4,
                 "epochs": 2,
                 "cpu": True,
+                # Tiny ones are often no better than the head alone.
+                "if_no_better": "adapter",
                 **changes,
             },
             "",

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import dvora.recipes
+from dvora import AdapterBank
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
+from dvora.recipes.tasks.head_alone import last_layer, read_head_alone
 from dvora.recipes.tasks.task import features
 from dvora.recipes.training.callbacks import Progress
 from dvora.recipes.training.checkpoints import checkpoints
@@ -197,6 +199,88 @@ def test_batches_that_are_accumulated_are_one_batch(models: dict[str, Path], tmp
         assert parts == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize(("targets", "layers"), [("all-linear", 6), (".*(query|output.dense)", 3)], ids=str)
+@pytest.mark.parametrize("method", ["dvora", "vera", "lora", "dora"])
+def test_the_last_blocks_alone_are_adapted(
+    models: dict[str, Path], tmp_path: Path, method: str, targets: str, layers: int
+) -> None:
+    notes, settings = list[str](), {"method": method, "blocks": "last:1", "targets": targets, "epochs": 1}
+    found = finished(Run(models, tmp_path).settings("out", **settings), note=notes.append)
+    adapter = read_adapter(found.adapter)
+    assert (adapter.settings["layers_to_transform"], adapter.settings["layers_pattern"]) == ([1], "layer")
+    assert any("block 0 is computed once a text, without dropout: 120 texts" in note for note in notes)
+    model, _ = load_trained(found)
+    wrapped = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    assert len(wrapped) == layers
+    assert all(".layer.1." in name for name in wrapped)
+
+
+def test_a_run_of_the_last_blocks_goes_on_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
+    run, settings = Run(models, tmp_path), {"dropout": 0.1, "blocks": "last:1"}
+    train(run.settings("whole", **settings))
+    stopped = run.settings("stopped", **settings)
+    train(stopped, on_progress=signal_after(7))
+    train(stopped, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("task", [task for task in DATA if task != "text-classification"])
+def test_the_trunk_of_other_tasks(models: dict[str, Path], tmp_path: Path, task: str) -> None:
+    # Without dropout, all is as it is when every pass computes the trunk.
+    base = shutil.copytree(models[DATA[task][0]], tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    (base / "config.json").write_text(json.dumps(config))
+    run, notes = Run({DATA[task][0]: base}, tmp_path, task), list[str]()
+    cached = finished(run.settings("cached", blocks="last:1", gradient_checkpointing=False), note=notes.append)
+    usual = finished(run.settings("usual", blocks="last:1", gradient_checkpointing=True), note=notes.append)
+    assert sum("computed once a text" in note for note in notes) == 1
+    assert sum("gradient checkpointing" in note for note in notes) == 1
+    for one, other in zip(cached.record["history"], usual.record["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dvora", "vera", "lora", "dora"])
+def test_an_adapter_that_is_no_better_than_the_head_alone_is_not_saved(
+    models: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    settings = {"method": method, "max_steps": 2, "learning_rate": 1e-9, "if_no_better": "head"}
+    found = finished(Run(models, tmp_path).settings("out", **settings))
+    metrics = found.record["metrics"]
+    assert found.record["saved"] == "head"
+    assert found.record["verdict"][-1].startswith("Saved: the head alone over the base")
+    assert "Saved: the head alone" in (found.adapter / "README.md").read_text()
+    assert metrics["test"]["accuracy"] == metrics["test_head_alone"]["accuracy"]
+    assert metrics["test_not_saved"].keys() == metrics["test"].keys()
+    head = read_head_alone(tmp_path / "out" / "head_alone.safetensors")
+    saved, start = trained_parameters(tmp_path / "out"), head.state_dict()
+    for name in ("weight", "bias"):
+        assert torch.equal(saved[f"base_model.model.classifier.{name}"], start[name])
+    # It is the base to the bit, also as PEFT and a bank load it.
+    model, tokenizer = load_trained(found)
+    base, _ = load_trained(found, with_adapter=False)
+    last_layer(base).load_state_dict(start)
+    inputs = tokenizer(["good movie", "bad"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        assert torch.equal(model(**inputs).logits, expected)
+        if method == "dvora":
+            other, _ = load_trained(found, with_adapter=False)
+            bank = AdapterBank(other)
+            bank.add("none", found.adapter)
+            with bank.rows(["none", "none"]):
+                torch.testing.assert_close(other(**inputs).logits, expected)
+
+
+def test_an_adapter_that_is_better_is_saved(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"epochs": 4, "learning_rate": 0.05, "if_no_better": "head", "test_share": 0.3}
+    run = Run(models, tmp_path, "sentence-pairs")
+    found = finished(run.settings("out", **settings))
+    assert found.record["metrics"]["test"]["accuracy"] > found.record["metrics"]["test_head_alone"]["accuracy"]
+    assert "saved" not in found.record
+    assert any(value.any() for name, value in trained_parameters(tmp_path / "out").items() if "lambda_b" in name)
+
+
 def test_a_folder_is_not_trained_over(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
     first = finished(run.settings("out"))
@@ -302,6 +386,8 @@ def test_the_magnitude_s_rate_goes_with_the_others_and_with_the_rows(models: dic
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"targets": "no_such_layer"}, "no_such_layer"),
         ({"method": "vera", "alpha": 2.0}, "vera has none"),
+        ({"blocks": "last:3"}, "blocks is last:3, and the model has 2 blocks"),
+        ({"blocks": "last:1", "targets": ".*pooler.*"}, "name no layer in the blocks last:1"),
         ({"method": "lora", "task": "causal-lm", "learning_rates": {"head": 0.1}}, "names the group 'head'"),
     ],
 )

@@ -9,7 +9,7 @@ Dimensions: N rows, H features, C outputs.
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,36 +91,46 @@ def frozen_features(
     if layer is None:
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
     name = next(name for name, module in model.named_modules() if module is layer)
-    # Rows of similar length together, as a batch is padded to its longest; the longest first, to estimate from.
+    rows, order = list[Tensor](), list[int]()
+    try:
+        # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
+        model.set_submodule(name, nn.Identity())
+        model.to(device).eval()
+        for chosen, batch in longest_first(dataset, collator, settings, note):
+            with computing(settings):
+                read = model(**{key: values for key, values in batch.items() if key != "labels"}).logits.float().cpu()
+            of_tokens = read.dim() == 3
+            rows += (
+                [row[tags >= 0] for row, tags in zip(read, batch["labels"].cpu(), strict=True)]
+                if of_tokens
+                else read.split(1)
+            )
+            order += chosen
+    finally:
+        model.set_submodule(name, layer)
+        model.to("cpu")
+    return torch.cat([rows[place] for place in np.argsort(order)])
+
+
+def longest_first(
+    dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The rows of a dataset that the frozen base reads, by batch: their indices, and its inputs on the run's device.
+
+    Rows of similar length come together, as a batch is padded to its longest; the longest first, to estimate from.
+    """
     if "input_ids" in dataset.column_names:
         lengths = np.array([len(tokens) for tokens in dataset["input_ids"]])
     else:
         # Images all cost the same.
         lengths = np.ones(len(dataset), int)
-    order = np.argsort(-lengths, kind="stable")
+    order, device = np.argsort(-lengths, kind="stable"), device_of(settings)
     on_batch = _estimating(note, f"the frozen base reads {len(order):,} rows", lengths.sum())
-    rows: list[Tensor] = []
-    try:
-        # Without this layer the model's outputs are what the layer reads, of the token that the model chooses.
-        model.set_submodule(name, nn.Identity())
-        model.to(device).eval()
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
-            batch = collator([dataset[int(row)] for row in chosen])
-            with computing(settings):
-                outputs = model(**{key: values.to(device) for key, values in batch.items() if key != "labels"})
-            read = outputs.logits.float().cpu()
-            of_tokens = read.dim() == 3
-            rows += (
-                [row[tags >= 0] for row, tags in zip(read, batch["labels"], strict=True)]
-                if of_tokens
-                else read.split(1)
-            )
-            on_batch(lengths[chosen].sum())
-    finally:
-        model.set_submodule(name, layer)
-        model.to("cpu")
-    return torch.cat([rows[place] for place in np.argsort(order)])
+    for start in range(0, len(order), settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        batch = collator([dataset[int(row)] for row in chosen])
+        yield chosen.tolist(), {key: values.to(device) for key, values in batch.items()}
+        on_batch(lengths[chosen].sum())
 
 
 def labels_of(dataset: Dataset) -> Tensor:

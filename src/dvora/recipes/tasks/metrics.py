@@ -14,7 +14,12 @@ from ..data.entities import tagged
 
 GREATER_IS_BETTER = {"accuracy": True, "f1": True, "rmse": False, "loss": False}
 """The metric that a task is judged by: the first of these that it has."""
-MODELS = {"": "trained", "head_alone": "head alone, base frozen", "before_training": "before training"}
+MODELS = {
+    "": "trained",
+    "head_alone": "head alone, base frozen",
+    "before_training": "before training",
+    "not_saved": "trained, not saved",
+}
 """Names for what is evaluated, by the ending of its key in run.json."""
 
 
@@ -109,11 +114,13 @@ def surprise(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The metrics of a run as rows with the same columns, the baselines below what was trained."""
+    """The metrics of a run as rows with the same columns, the baselines below what was trained, or is saved."""
     names = {name: None for values in metrics.values() for name in values if name != "guess"}
     rows = []
     for key, values in metrics.items():
         part, _, compared = key.partition("_")
-        model = MODELS.get(compared) or f"always {shown(values.get('guess'))}"
+        model = (
+            "saved" if f"{key}_not_saved" in metrics else MODELS.get(compared) or f"always {shown(values.get('guess'))}"
+        )
         rows.append({"part": part, "model": model, **{name: values.get(name) for name in names}})
     return rows

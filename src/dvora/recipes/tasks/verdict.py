@@ -8,6 +8,10 @@ from typing import Any
 from ...text import shown
 from .metrics import GREATER_IS_BETTER
 
+HEAD_SAVED = (
+    "Saved: the head alone over the base, as an adapter that changes nothing else; --if-no-better adapter saves what "
+    "was trained"
+)
 CHANGE = 0.02
 """Relative change of the training loss that counts as one."""
 
@@ -26,7 +30,7 @@ def verdict(
         Every baseline that is as good, and what to try; else by how much the best baseline was beaten. Nothing where
         no rows were held out.
     """
-    part = next((part for part in ("test", "validation", *metrics) if part in metrics), None)
+    part = _judged_on(metrics)
     if part is None:
         return []
     trained = metrics[part]
@@ -44,6 +48,22 @@ def verdict(
     if failures:
         return failures + ([_advice(run)] if run is not None else [])
     return [sentence for sentence, _ in compared[:1]]
+
+
+def beats_head_alone(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether what was trained is better than the head alone, in the metric and on the rows of the verdict.
+
+    Also true where there is nothing to tell it from.
+    """
+    part = _judged_on(metrics)
+    if part is None or f"{part}_head_alone" not in metrics:
+        return True
+    metric = next(name for name in GREATER_IS_BETTER if name in metrics[part])
+    return _compared(metric, part, metrics[part][metric], metrics[f"{part}_head_alone"], "", 0)[1]
+
+
+def _judged_on(metrics: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next((part for part in ("test", "validation", *metrics) if part in metrics), None)
 
 
 def _compared(

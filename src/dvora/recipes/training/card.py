@@ -12,6 +12,7 @@ from ...text import shown, visible
 from ..models.bases import AUTO_CLASSES, TASK_TYPES
 from ..settings import Settings
 from ..tasks.metrics import metric_rows
+from ..tasks.verdict import HEAD_SAVED
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -61,6 +62,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     facts = {
         "Base": base,
         "Method": settings.method + (f", rank {settings.rank}" if settings.rank else ""),
+        "Note": HEAD_SAVED if record.get("saved") == "head" else "",
         "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),

@@ -1,18 +1,24 @@
 """The methods that a base can be trained with: what each trains of it, at which learning rates, and what it saves."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ...adapter_file.patterns import check_expressions
 from ...peft import DVoRAConfig
+from ...tensors import block_lists
 from ...training import parameter_groups, recommended_rates
 from ..models.bases import TASK_TYPES, Base
 from ..run_folder import HEAD_FILE
 from ..settings import Group, Settings
+from ..tasks.head_alone import last_layer
 
 
 def adapt(base: Base, settings: Settings) -> nn.Module:
@@ -30,15 +36,19 @@ def adapt(base: Base, settings: Settings) -> nn.Module:
         return model
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return get_peft_model(base.model, peft_config(settings, base.heads))
+        return get_peft_model(base.model, peft_config(settings, base))
 
 
-def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
-    """The PEFT configuration of a method that has one; the heads are modules to train and save whole."""
+def peft_config(settings: Settings, base: Base) -> PeftConfig:
+    """The PEFT configuration of a method that has one; the heads are modules to train and save whole.
+
+    Raises:
+        ValueError: a setting does not fit the method or the model.
+    """
     common: dict[str, Any] = {
         "r": settings.rank,
-        "target_modules": settings.targets if isinstance(settings.targets, str) else list(settings.targets),
-        "modules_to_save": list(heads) or None,
+        **targets_of(settings, base),
+        "modules_to_save": list(base.heads) or None,
         # PEFT has no name for images.
         "task_type": None if settings.task == "image-classification" else TASK_TYPES[settings.task],
     }
@@ -56,6 +66,39 @@ def peft_config(settings: Settings, heads: tuple[str, ...]) -> PeftConfig:
         return VeraConfig(projection_prng_key=settings.projection_seed, vera_dropout=settings.dropout, **common)
     alpha: Any = settings.alpha or 2 * common["r"]
     return LoraConfig(lora_alpha=alpha, lora_dropout=settings.dropout, use_dora=settings.method == "dora", **common)
+
+
+def targets_of(settings: Settings, base: Base) -> dict[str, Any]:
+    """PEFT's settings of the layers to adapt: the targets, where `blocks` is set those in the last blocks.
+
+    Raises:
+        ValueError: the model has not so many blocks, or no list of them, or the targets name nothing in them.
+    """
+    targets: Any = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    if settings.blocks is None:
+        return {"target_modules": targets}
+    lists, count = block_lists(base.model, base.heads), int(settings.blocks.removeprefix("last:"))
+    if len(lists) != 1:
+        names = f" ({', '.join(name for name, _ in lists)})" if lists else ""
+        raise ValueError(
+            f"blocks is {settings.blocks}, and the model has {len(lists)} lists of blocks{names}, where one was "
+            "expected; leave blocks out, and name the layers with targets"
+        )
+    ((path, blocks),) = lists
+    if count > len(blocks):
+        raise ValueError(f"blocks is {settings.blocks}, and the model has {len(blocks)} blocks")
+    indices = range(len(blocks) - count, len(blocks))
+    modules = {name: module for i in indices for name, module in blocks[i].named_modules(prefix=f"{path}.{i}")}
+    # PEFT takes indices beside a list of names only.
+    if targets == "all-linear":
+        layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+        targets = sorted({name.rpartition(".")[2] for name in layers})
+    elif isinstance(targets, str):
+        check_expressions({"target_modules": targets}, modules, bounded=False)
+        targets = [name for name in modules if re.fullmatch(targets, name)]
+    if not targets:
+        raise ValueError(f"targets {settings.targets!r} name no layer in the blocks {settings.blocks}")
+    return {"target_modules": targets, "layers_to_transform": [*indices], "layers_pattern": path.rpartition(".")[2]}
 
 
 def learning_rates(model: nn.Module, settings: Settings) -> dict[Group, float]:
@@ -96,6 +139,26 @@ def optimizer(
             if parameters
         ]
     )
+
+
+def values_at_start(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter trains, before it does, when the outputs are the base's; empty where there is no adapter."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def back_to_head_alone(model: nn.Module, base: Base, start: Mapping[str, Tensor], head: nn.Linear | None) -> None:
+    """Undo what was trained of an adapted model, and give it the head that was fitted to its base."""
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.copy_(start[name])
+    # Of the two in PEFT's wrapper this is the trained one.
+    last = last_layer(base.model)
+    assert last is not None
+    assert head is not None
+    last.load_state_dict(head.state_dict(), strict=last.bias is not None)
 
 
 def save_trained(model: Any, settings: Settings, heads: tuple[str, ...], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,12 +29,12 @@ from ..settings import NAMED, Settings, Trust, commented
 from ..tasks.calibration import calibrate
 from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
-from ..tasks.verdict import verdict
+from ..tasks.verdict import HEAD_SAVED, beats_head_alone, verdict
 from .callbacks import OnProgress, StopRequest
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_all_but
-from .methods import adapt, learning_rates, save_trained, trained_parameters
-from .trainers import Prepared, final_metrics, length_of_run, make_trainer
+from .methods import adapt, back_to_head_alone, learning_rates, save_trained, trained_parameters, values_at_start
+from .trainers import Prepared, final_metrics, length_of_run, make_trainer, trunk_computed_once
 
 Note = Callable[[str], None]
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -96,10 +96,10 @@ def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Tr
                 f"{settings.task}; leave it out, or set validation_share"
             )
         record = _start_record(settings, data, earlier)
-        return _trained(_prepared(settings, data, record, note, trust), record, on_progress)
+        return _trained(_prepared(settings, data, record, note, trust), record, on_progress, note)
 
 
-def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None) -> Outcome:
+def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress | None, note: Note) -> Outcome:
     folder = Path(prepared.settings.output)
     stop, start = StopRequest(), time.monotonic()
     trainer, callback = make_trainer(prepared, stop, on_progress)
@@ -114,32 +114,44 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         if prepared.head_alone is not None:
             save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
         remove_all_but(complete, folder / CHECKPOINTS)
-    with stop.listening(), errors_of_damage(last):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    record["seconds"] += time.monotonic() - start
-    if callback.was_stopped:
-        if is_first():
-            write_record(folder, record)
-        return Outcome(None, trainer.state.global_step)
-    # Before the final evaluations, which the trainer logs as if they were of this step.
-    history = _history(trainer.state.log_history)
+    with trunk_computed_once(trainer, prepared, note):
+        with stop.listening(), errors_of_damage(last):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        record["seconds"] += time.monotonic() - start
+        if callback.was_stopped:
+            if is_first():
+                write_record(folder, record)
+            return Outcome(None, trainer.state.global_step)
+        record |= {
+            "state": "finished",
+            "trained_parameters": trained_parameters(prepared.model),
+            "steps": trainer.state.global_step,
+            "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
+            or trainer.state.global_step,
+            # Before the final evaluations, which the trainer logs as if they were of this step.
+            "history": _history(trainer.state.log_history),
+        }
+        baselines = record["metrics"]
+        _evaluate(trainer, prepared, record, baselines)
+        record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
+        if prepared.start and not beats_head_alone(record["metrics"]):
+            not_saved = {f"{part}_not_saved": record["metrics"][part] for part in prepared.datasets if part != "train"}
+            back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
+            _evaluate(trainer, prepared, record, {**not_saved, **baselines})
+            record["saved"] = "head"
+            record["verdict"].append(HEAD_SAVED)
+    if is_first():
+        _finish(folder, prepared, record)
+    return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
+
+
+def _evaluate(trainer: Any, prepared: Prepared, record: dict[str, Any], baselines: Mapping[str, Any]) -> None:
+    """Put the final metrics of what the model is now into the record, calibrated before, if that is set."""
     if prepared.settings.calibrate:
         layer = last_layer(prepared.base.model)
         assert layer is not None, "checked when it was prepared"
         record["calibration"] = calibrate(trainer, layer, prepared.datasets)
-    record |= {
-        "state": "finished",
-        "trained_parameters": trained_parameters(prepared.model),
-        "steps": trainer.state.global_step,
-        "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
-        or trainer.state.global_step,
-        "metrics": final_metrics(trainer, prepared, record["metrics"]),
-        "history": history,
-    }
-    record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
-    if is_first():
-        _finish(folder, prepared, record)
-    return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
+    record["metrics"] = final_metrics(trainer, prepared, baselines)
 
 
 def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:
@@ -190,7 +202,9 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
     if max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
-    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head)
+    may_be_saved = settings.if_no_better == "head" and head is not None and world_size() == 1
+    start = values_at_start(model) if may_be_saved else {}
+    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head, start)
 
 
 def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,21 +1,24 @@
 """transformers' Trainer, set up for a run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...training import check_ranks_agree
+from ...trunk import NOT_CACHED, cached_trunk, frozen_blocks
 from ..data.run_data import Data
-from ..models.bases import Base
+from ..models.bases import Base, computing
 from ..run_folder import CHECKPOINTS, world_size
 from ..settings import EPOCHS, MOST_STEPS, Group, Settings
 from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
+from ..tasks.head_alone import longest_first
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
 from .callbacks import OnProgress, RunCallback, StopRequest
@@ -30,6 +33,7 @@ class Prepared:
         datasets: the model's inputs, of the parts that have rows.
         rates: learning rates of the groups that have their own.
         head_alone: the baseline; None where there is none.
+        start: what is trained, as it was before, if that may be what is saved.
     """
 
     settings: Settings
@@ -40,6 +44,7 @@ class Prepared:
     datasets: Mapping[str, Any]
     rates: dict[Group, float]
     head_alone: nn.Linear | None = None
+    start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def length_of_run(settings: Settings, rows: int) -> tuple[float, int | None]:
@@ -87,6 +92,35 @@ def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress 
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
     return trainer, callback
+
+
+@contextmanager
+def trunk_computed_once(trainer: Any, prepared: Prepared, note: Callable[[str], None]) -> Iterator[None]:
+    """Cache what comes before the first trained block, where there are blocks before it, of all rows that are read.
+
+    All in one order, whatever step training starts from: to the last digits, rows depend on those of their batch.
+    """
+    settings, datasets = prepared.settings, dict(prepared.datasets)
+    if not frozen_blocks(prepared.model):
+        yield
+        return
+    if trainer.args.n_gpu > 1:
+        note(f"{NOT_CACHED}: several GPUs are used by one process")
+        yield
+        return
+    max_steps = length_of_run(settings, len(datasets["train"]))[1]
+    if max_steps is not None and max_steps * settings.batch_size * settings.accumulation < len(datasets["train"]):
+        # No row is read twice.
+        del datasets["train"]
+    with cached_trunk(prepared.model, folder=Path(settings.output), note=note) as trunk:
+        if trunk is not None:
+            for dataset in datasets.values():
+                for _, batch in longest_first(without_bytes(dataset), prepared.task.collator, settings, note):
+                    with computing(settings):
+                        trunk.store(batch)
+            if trunk.is_used:
+                note(str(trunk))
+        yield
 
 
 def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, Any]) -> dict[str, Any]:
