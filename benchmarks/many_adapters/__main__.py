@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import dvora
-from benchmarks.many_adapters import batches, loading, plan, resident, training
+from benchmarks.many_adapters import batches, loading, one_text, plan, resident, training
 from benchmarks.many_adapters.arms import packed
 from benchmarks.many_adapters.results import check_environment, merge
 from benchmarks.results import file_of
@@ -46,13 +46,20 @@ def _training(chosen: plan.Plan, folder: Path, report: Report) -> None:
     training.measure(report, chosen.encoder, chosen.adapter, folder, rounds=3)
 
 
+def _one_text(chosen: plan.Plan, folder: Path, report: Report) -> None:
+    for asked in chosen.one_text:
+        (own := folder / asked.encoder).mkdir()
+        one_text.measure(report, asked, own)
+
+
 SECTIONS: dict[str, Callable[[plan.Plan, Path, Report], None]] = {
     "batches": _batches,
     "training": _training,
     "resident": _resident,
     "loading": _loading,
+    "one text": _one_text,
 }
-"""Batches with one adapter and with many; steps that train one and as many as rows; memory; sizes and first uses."""
+"""Batches with one adapter and with many; steps that train one and as many as rows; memory; sizes and first uses; texts."""
 
 
 def main(arguments: list[str] | None = None) -> int:

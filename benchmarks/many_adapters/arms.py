@@ -15,7 +15,7 @@ from benchmarks.many_adapters.gathered_lora import GatheredLoRA, random_factors
 from benchmarks.population import name_of, perturbed
 from benchmarks.speed.arms import MERGED, Arm, adapted, config_of, moved, sharing_copy
 from benchmarks.speed.workloads import Workload
-from dvora.adapter_file.packs import write_pack
+from dvora.adapter_file.packs import Pack, write_pack
 
 Chosen = Callable[[], AbstractContextManager[Callable[..., Any]]]
 """Opens a context in which the model has the adapters of an arm in its rows."""
@@ -83,12 +83,28 @@ class Models:
             return lambda: nullcontext(self.base)
         if arm.way == "merged":
             return lambda: nullcontext(self._once(self._merged))
+        if arm.way.startswith("bank, half"):
+            return self._in_mixed_bank(arm)
         return {"bank": self._in_bank, "adapter_names": self._by_names, "gathered": self._gathered}[arm.way](arm)
 
     def _in_bank(self, arm: ManyArm) -> Chosen:
         model, bank = self._once(self._bank, arm.adapter, arm.known)
         names = [name_of(number) for number in adapters_of_rows(arm, self.rows)]
         return lambda: _within(bank.rows(names), model)
+
+    def _in_mixed_bank(self, arm: ManyArm) -> Chosen:
+        model, bank = self._once(self._bank, arm.adapter, arm.known)
+        self._once(self._add_lora, bank, arm.known)
+        names = [name_of(number) for number in adapters_of_rows(arm, self.rows)]
+        mixed = [f"lora-{name}" if row % 2 else name for row, name in enumerate(names)]
+        return lambda: _within(bank.rows(mixed), model)
+
+    def _add_lora(self, bank: dvora.AdapterBank, known: int) -> None:
+        start = adapted(self.base, Arm("LoRA", 8), self.workload.targets)
+        folder = Path(self._open.enter_context(TemporaryDirectory(prefix="dvora-known-")))
+        with Pack.open(packed(start, known, folder)) as pack:
+            for name in pack.entries:
+                bank.add(f"lora-{name}", pack.source(name))
 
     def _by_names(self, arm: ManyArm) -> Chosen:
         model, names = self._once(self._peft, arm.adapter, arm.known)

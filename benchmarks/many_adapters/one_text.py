@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import dvora
 from benchmarks.environment import machine
+from benchmarks.many_adapters.plan import OneText
 from benchmarks.population import perturbed
 from benchmarks.speed.runner import Report
 from benchmarks.speed.timing import Step
@@ -42,19 +43,15 @@ class Way(NamedTuple):
         return {"arm": self.name, "way": self.way, "classifiers": self.classifiers}
 
 
-def measure(
-    report: Report, encoder: str, folder: Path, counts: Sequence[int], lengths: Sequence[int], rounds: int
-) -> None:
+def measure(report: Report, asked: OneText, folder: Path) -> None:
     """Add a row for each way, number of classifiers and length of the text.
 
     Args:
         report: gets the rows.
-        encoder: of `ENCODERS`.
+        asked: what is measured.
         folder: an empty one for adapters.
-        counts: of classifiers.
-        lengths: of the text, in tokens.
-        rounds: how often each is timed.
     """
+    encoder, counts = asked.encoder, asked.classifiers
     model, blocks = _base(encoder), ENCODERS[encoder][0]
     merged = _base(encoder)
     names = _adapters(encoder, folder, max(counts), [*range(blocks - LAST, blocks)])
@@ -70,12 +67,12 @@ def measure(
             inputs = texts[:count] if way.way == "as rows" else texts[:1].repeat(count, 1)
             return partial(_in_bank, bank, rows, model, inputs)
 
-        for length in lengths:
+        for length in asked.tokens:
             texts = torch.randint(3, VOCABULARY, (max(counts), length), generator=torch.Generator().manual_seed(0))
             ways = [Way("base", 1), *(Way(way, count) for count in counts for way in WAYS[1:])]
             makers: dict[Any, Callable[[], Step]] = {way: partial(step, way, texts) for way in ways}
             setting = {"part": "one text", "workload": encoder, "dtype": "float32", "machine": machine()}
-            report.time_in_turns({**setting, "tokens": length, "blocks": blocks, "last": LAST}, makers, rounds)
+            report.time_in_turns({**setting, "tokens": length, "blocks": blocks, "last": LAST}, makers, asked.rounds)
 
 
 def _in_bank(bank: dvora.AdapterBank, names: Sequence[str], model: nn.Module, inputs: Tensor) -> None:

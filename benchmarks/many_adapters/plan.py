@@ -62,6 +62,23 @@ class Ground:
 
 
 @dataclass(frozen=True)
+class OneText:
+    """Many classifiers on one text.
+
+    Args:
+        encoder: of `one_text.ENCODERS`.
+        classifiers: how many there are.
+        tokens: of the text.
+        rounds: how often every way is timed.
+    """
+
+    encoder: str
+    classifiers: Sequence[int]
+    tokens: Sequence[int]
+    rounds: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is measured.
 
@@ -72,6 +89,7 @@ class Plan:
         known: adapters of the banks whose memory is measured.
         resident: slots, and bytes of the host's tier, of these banks.
         loaded: models whose adapters are loaded and weighed, which adapters these are, and how many are loaded.
+        one_text: many classifiers on one text.
     """
 
     grounds: Sequence[Ground]
@@ -80,6 +98,7 @@ class Plan:
     known: int
     resident: Sequence[tuple[int, int]]
     loaded: Sequence[tuple[Workload, Sequence[Arm], int]]
+    one_text: Sequence[OneText]
 
 
 def whole() -> Plan:
@@ -91,6 +110,7 @@ def whole() -> Plan:
         known=KNOWN[-1],
         resident=[(SLOTS, 2**30), (64, 2**26)],
         loaded=[(model, (STRUCTURED, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
+        one_text=[OneText("MiniLM", (1, 6, 16, 64), (32, 128, 500), 3), OneText("BERT-base", (6, 16), (32, 128), 3)],
     )
 
 
@@ -104,6 +124,7 @@ def quick() -> Plan:
         known=SLOTS + 4,
         resident=[(SLOTS, 2**30)],
         loaded=[(tiny, [Arm("dvora structured", rank) for rank in (16, 4)], 6)],
+        one_text=[OneText("tiny", (1, 3), (9,), 2)],
     )
 
 
@@ -115,7 +136,7 @@ def whole_grounds() -> list[Ground]:
     return [
         Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 7, PASSES)]),
         Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 5, PASSES)]),
-        Ground(minilm, "float32", all_arms(), [Phase("prefill", 32, 5)]),
+        Ground(minilm, "float32", [*all_arms(), *kinds()], [Phase("prefill", 32, 5)]),
         Ground(minilm, "bfloat16", few_arms(), [Phase("prefill", 32, 3)]),
         Ground(smollm2, "float32", smollm2_arms, [Phase("decode", 1, 5, 2, cached=16), Phase("prefill", 4, 3)]),
     ]
@@ -127,6 +148,7 @@ def quick_grounds() -> list[Ground]:
     arms = [BASE, MERGED, *(bank_arm(arm, n, 8) for arm in tiny for n in (1, 8))]
     arms += [ManyArm("adapter_names", arm, n, 8) for arm in (*tiny, LORAS[0]) for n in (1, 8)]
     arms += [ManyArm("gathered", arm, 8, 8) for arm in LORAS]
+    arms += [bank_arm(LORAS[0], 8, 8), kinds()[-1]._replace(adapter=tiny[0], distinct=8, known=8)]
     llama = workloads.llama(64, 176, heads=4)
     return [
         Ground(workloads.linears(64, 176), "bfloat16", arms[:4], [Phase("decode", 1, 2, PASSES)], rows=8),
@@ -158,6 +180,11 @@ def bank_arms(adapters: Sequence[Arm], known: int) -> list[ManyArm]:
 def by_names(*adapters: Arm) -> list[ManyArm]:
     """Through PEFT's `adapter_names`."""
     return [ManyArm("adapter_names", adapter, distinct, ROWS) for adapter in adapters for distinct in (1, ROWS)]
+
+
+def kinds() -> list[ManyArm]:
+    """LoRA in a bank, alone and in half of the rows."""
+    return [*bank_arms(LORAS[:1], ROWS), ManyArm("bank, half of the rows LoRA r=8", STRUCTURED, ROWS, ROWS)]
 
 
 def gathered() -> list[ManyArm]:
