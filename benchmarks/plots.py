@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.many_adapters.targets import DECODED
 from benchmarks.pictures import FAINT, METHODS, WIDTH, save
+from benchmarks.quality.depth import picture as depth
 from benchmarks.quality.page import MAIN, YARDSTICK, over_time
 from benchmarks.quality.summary import result_of
 from benchmarks.results import load
@@ -156,6 +157,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "equal_time": equal_time,
     "speed_tokens": speed_tokens,
     "many_batch": many_batch,
+    "depth": depth,
     "speakers": lambda: speakers(load("speakers")),
 }
 

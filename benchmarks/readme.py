@@ -15,6 +15,7 @@ from benchmarks.installation_tables import versions
 from benchmarks.many_adapters.tables import parts as many_adapters
 from benchmarks.many_adapters.tables import storage
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
+from benchmarks.quality.depth import parts as depth
 from benchmarks.quality.pace import pace
 from benchmarks.quality.page import at_a_glance
 from benchmarks.quality.page import details as quality_details
@@ -171,7 +172,11 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "docs/how-to/export.md": lambda: exporting(load("exporting")),
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
-    "docs/many-adapters.md": lambda: {**many_adapters(load("many_adapters")), **serving(load("serving"))},
+    "docs/many-adapters.md": lambda: {
+        **many_adapters(load("many_adapters")),
+        **serving(load("serving")),
+        **depth(load("depth"), load("equal_bytes")),
+    },
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("pace")["rows"]),
         "tenants": tenants(load("tenants")),

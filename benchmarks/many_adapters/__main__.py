@@ -59,7 +59,7 @@ SECTIONS: dict[str, Callable[[plan.Plan, Path, Report], None]] = {
     "loading": _loading,
     "one text": _one_text,
 }
-"""Batches with one adapter and with many; steps that train one and as many as rows; memory; sizes and first uses; texts."""
+"""Batches with one adapter and with many; steps that train one and as many as rows; memory; first uses; one text."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
         "many-in-short": text(_in_short(rows)),
         "many-batches": _batches(rows, source),
         "many-training": _training(rows),
+        "one-text": _one_text(rows),
         "many-resident": _resident(rows),
         "many-loading": text(_loading(rows).rstrip(), *missing(result)),
     }
@@ -91,6 +92,29 @@ def _training(rows: Rows) -> str:
     return text(
         f"A step (forward, backward, AdamW) of MiniLM on {first['batch']} rows of {first['tokens']} tokens, {kind}, in "
         f"units of PEFT's with one adapter: {times}."
+    )
+
+
+def _one_text(rows: Rows) -> str:
+    of_text = [row for row in rows if row["part"] == "one text"]
+    asked = [row for row in of_text if row["way"] != "base"]
+    settings = dict.fromkeys((row["workload"], row["tokens"], row["classifiers"]) for row in asked)
+    ways = dict.fromkeys(row["way"] for row in asked)
+    lines = [
+        (
+            f"{encoder}, {tokens} tokens, {count}",
+            *(
+                _median(time_ratio(of_text, f"{way}, {count}", "base, 1", workload=encoder, tokens=tokens))
+                for way in ways
+            ),
+        )
+        for encoder, tokens, count in settings
+    ]
+    return text(
+        table(("encoder, text, classifiers", *ways), lines),
+        f"In passes of the base over one text, DVoRA r=256 in the last {of_text[0]['last']} blocks. As rows: as many "
+        "different texts, of which nothing is shared. Heads alone: adapters that change no block. BERT-base has "
+        "random values.",
     )
 
 
