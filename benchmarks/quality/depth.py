@@ -82,8 +82,8 @@ def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]
                 ("", *(NAMES[task] for task in TASKS), "above the head alone", "of all blocks'", "blocks for 6"),
                 [("head alone, of all rows", *of_head, "", "", str(_layers(0))), *lines],
             ),
-            f"MiniLM, test scores, seeds {', '.join(map(str, seeds_of(scores)))}, 500 steps; blocks for 6: computed for six "
-            f"classifiers on one text (`benchmarks/results/depth.json` and `equal_bytes.json`; torch "
+            f"MiniLM, test scores, seeds {', '.join(map(str, seeds_of(scores)))}, 500 steps; blocks for 6: computed for "
+            f"six classifiers on one text (`benchmarks/results/depth.json` and `equal_bytes.json`; torch "
             f"{content['environment']['torch']}, PEFT {content['environment']['peft']}, CPU).",
         ),
     }
@@ -98,7 +98,7 @@ def picture() -> Figure:
         gains = [gain(scores, arm) for arm in arms]
         axes.plot([_layers(depth) for depth in DEPTHS], gains, "o-", color=METHODS[colour])
         look: dict[str, Any] = {"color": METHODS[colour], "weight": "bold", "ha": "right"}
-        side = 8 if label.startswith("LoRA") else -16
+        side = 8 if label.startswith("LoRA") else -26
         axes.annotate(label, (_layers(BLOCKS), gains[-1]), (0, side), textcoords="offset points", **look)
     axes.set_xticks([_layers(depth) for depth in (0, *DEPTHS)])
     axes.set(
