@@ -69,6 +69,7 @@ def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]
             lines.append(
                 (f"{label}, {where}", *shown, f"{gain(scores, arm):+.1f}", f"{share:.0%}", str(_layers(depth)))
             )
+    seeds = ", ".join(map(str, seeds_of(scores)))
     of_head = [f"{score:.1f}" for score in means(scores, HEAD)]
     three = ARMS["r256"][2]
     share = gain(scores, three[2]) / gain(scores, three[3])
@@ -82,9 +83,9 @@ def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]
                 ("", *(NAMES[task] for task in TASKS), "above the head alone", "of all blocks'", "blocks for 6"),
                 [("head alone, of all rows", *of_head, "", "", str(_layers(0))), *lines],
             ),
-            f"MiniLM, test scores, seeds {', '.join(map(str, seeds_of(scores)))}, 500 steps; blocks for 6: computed for "
-            f"six classifiers on one text (`benchmarks/results/depth.json` and `equal_bytes.json`; torch "
-            f"{content['environment']['torch']}, PEFT {content['environment']['peft']}, CPU).",
+            f"MiniLM, test scores, seeds {seeds}, 500 steps; blocks for 6: computed for six classifiers on one text "
+            f"(`benchmarks/results/depth.json` and `equal_bytes.json`; torch {content['environment']['torch']}, PEFT "
+            f"{content['environment']['peft']}, CPU).",
         ),
     }
 
