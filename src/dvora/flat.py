@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file.content import Content
-from .adapter_file.values import FolderSource
+from .adapter_file.values import of_dvora
 from .adapter_file.values_file import VECTOR_PREFIX
 from .checks import FAR
 from .factors import factor_rows
@@ -100,7 +100,7 @@ class Layout:
         if isinstance(source, nn.Module):
             tensors = self._adapter_in(source).tensors()
         else:
-            self._check_same((folder := FolderSource(Path(source))).content, source)
+            self._check_same((folder := of_dvora(Path(source))).content, source)
             tensors = folder.tensors()
         for name, tensor in tensors.items():
             if tensor.dtype not in _NARROW:

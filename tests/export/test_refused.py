@@ -45,7 +45,7 @@ def test_an_adapter_of_other_classes_is_named(bert: Path, tmp_path: Path) -> Non
     assert "as many classes together" in message
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"r": 3}, "rank"), ({"target_modules": ["query"]}, "lacks")])
+@pytest.mark.parametrize(("settings", "said"), [({"r": 3}, "rank"), ({"projection_seed": 1}, "projection_seed")])
 def test_an_adapter_of_other_settings_is_named(
     bert: Path, tmp_path: Path, settings: dict[str, object], said: str
 ) -> None:

@@ -123,6 +123,7 @@ def test_columns_of_A_are_selected(kind: str, rank: int, size: int, dtype: torch
 @example("structured", [3], (211, 384, 36), torch.float32, 0, 2**22)  # the rank is above the outputs alone
 @example("structured", [3], (211, 36, 384), torch.float32, 0, 2**22)  # and above the inputs
 @example("kaiming_uniform", [2], (211, 36, 384), torch.float32, 0, 0)
+@example("structured", [], (3, 1, 48), torch.float64, 0, 0)  # one input, whose product is a view
 @example("structured", [], (30, 1, 1), torch.float32, 0, 0)  # one value, which is the sum of 30 that cancel
 def test_squares_and_their_gradient_are_those_of_the_dense_rows(
     kind: str, adapters: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, dense: int, at_once: int

@@ -127,7 +127,7 @@ def test_a_folder_that_misses_one_of_its_files_is_refused(tmp_path: Path) -> Non
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path)
     for read in (Layout.of, partial(dvora.hotswap_adapter, mlp().fresh())):
-        with pytest.raises(ValueError, match=r"is an adapter of type .*LORA; only adapters of DVoRA share"):
+        with pytest.raises(ValueError, match="is an adapter of type LORA; only those of DVoRA have vectors"):
             read(tmp_path)
 
 

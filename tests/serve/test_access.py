@@ -226,7 +226,7 @@ def test_a_tenant_gets_nothing_of_hidden_adapters(
     assert client.put("/v1/adapters/shop-1", content=content, headers=headers("shop")).status_code == 201
     (uploaded,) = (adapters / ".served").glob("*/adapter_config.json")
     assert json.loads(uploaded.read_text())["base_model_name_or_path"] == llama.name
-    other = save_trained(llama, tmp_path / "other", 1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    other = save_trained(llama, tmp_path / "other", 1, r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
     write_pack(tmp_path / "pack", {"x": other})
     answer = client.put("/v1/adapters/shop-2", content=(tmp_path / "pack").read_bytes(), headers=headers("shop"))
     assert answer.status_code == 422

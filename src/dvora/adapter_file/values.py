@@ -217,6 +217,18 @@ class FolderSource:
         return {name: tensors[key] for name, key in self.description.names.items()}
 
 
+def of_dvora(folder: Path) -> FolderSource:
+    """An adapter in a folder, which must be one of DVoRA.
+
+    Raises:
+        ValueError: it is of another method, or as for `FolderSource`.
+    """
+    source = FolderSource(folder)
+    if source.content.lora:
+        raise ValueError(f"{folder}: it is an adapter of type LORA; only those of DVoRA have vectors. Merge it")
+    return source
+
+
 class VectorSource:
     """An adapter as one flat vector, of which a copy is kept.
 

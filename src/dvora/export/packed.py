@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter_file.content import vector_digest
-from ..adapter_file.values import FolderSource, is_finite
+from ..adapter_file.values import is_finite, of_dvora
 from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
@@ -148,13 +148,6 @@ def _metadata(layout_digest: str, name: str) -> dict[str, str]:
     return {"format": FORMAT, "version": str(VERSION), "layout": layout_digest, "name": name}
 
 
-def _of_dvora(adapter: Path) -> FolderSource:
-    source = FolderSource(adapter)
-    if source.content.lora:
-        raise ValueError(f"{adapter} is an adapter of LoRA, and graphs take those of DVoRA; merge it into the base")
-    return source
-
-
 def _digest(layout_digest: str, name: str, labels: str, vector: Float[Tensor, "P"]) -> str:
     """Of all that a packed adapter has."""
     return vector_digest(f"{layout_digest}\n{name}\n{labels}", as_bytes(vector))
@@ -172,7 +165,7 @@ class Packing:
     """
 
     def __init__(self, model: nn.Module, adapter: Path) -> None:
-        description = _of_dvora(adapter).description
+        description = of_dvora(adapter).description
         self.served = ServedModel(model, description.config, description.content)
         if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
             raise ValueError(
@@ -238,7 +231,7 @@ class Packing:
         Raises:
             TypeError, ValueError: it is damaged, of another base, or has other layers or sizes of heads.
         """
-        source = _of_dvora(adapter)
+        source = of_dvora(adapter)
         self.served.check_fits(source.content, source.beside, source.config)
         values = source.read()
         row = self.rows.row(values, self.rows.of([values])[0])

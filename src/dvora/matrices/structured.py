@@ -257,7 +257,8 @@ class StructuredMatrices(Matrices):
         side, size = _rows_of_update(rank, *reversed(d_update.shape))
         rows = self.rows(side, rank, size, d_update.dtype, d_update.device)
         products = self.project(d_update, rank) if side == "B" else self.expand_transpose(d_update.T.contiguous(), rank)
-        return products.mul_(rows).sum(0)
+        # What has a gradient may be a view.
+        return (products * rows if products.requires_grad else products.mul_(rows)).sum(0)
 
     def squares(self, lambda_d: Float[Tensor, "*N R"], in_features: int, out_features: int) -> Float[Tensor, "*N O"]:
         rank = lambda_d.shape[-1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapter_file.content import CommonSettings, Content, LayerSizes, SavedWhole
 from ..adapter_file.fingerprint import change, warn_of_changes
 from ..adapter_file.settings import DVoRAConfig
-from ..adapter_file.values import FolderSource
+from ..adapter_file.values import of_dvora
 from ..adapter_file.values_file import VECTOR_PREFIX, plain_key, plain_name
 from ..functional import Vectors
 from .layer import DVoRALayer, layers_of
@@ -89,7 +89,7 @@ def content_of(source: ModelOrFolder, adapter_name: str) -> Content:
     if isinstance(source, nn.Module):
         return ModelAdapter.of(source, adapter_name).content()
     if isinstance(source, str | os.PathLike):
-        return FolderSource(Path(source)).content
+        return of_dvora(Path(source)).content
     raise TypeError(f"source must be a model or the folder of an adapter, got {type(source).__name__}")
 
 
@@ -111,7 +111,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model's own
     adapter = ModelAdapter.of(model, adapter_name)
-    source = FolderSource(Path(folder))
+    source = of_dvora(Path(folder))
     config = source.description.config
     if difference := adapter.content().difference(source.content):
         raise ValueError(
