@@ -99,7 +99,7 @@ def picture() -> Figure:
         gains = [gain(scores, arm) for arm in arms]
         axes.plot([_layers(depth) for depth in DEPTHS], gains, "o-", color=METHODS[colour])
         look: dict[str, Any] = {"color": METHODS[colour], "weight": "bold", "ha": "right"}
-        side = 8 if label.startswith("LoRA") else -26
+        side = 8 if label.startswith("LoRA") else -38
         axes.annotate(label, (_layers(BLOCKS), gains[-1]), (0, side), textcoords="offset points", **look)
     axes.set_xticks([_layers(depth) for depth in (0, *DEPTHS)])
     axes.set(
