@@ -112,6 +112,28 @@ def test_one_text_shares_the_blocks_below(mixed: tuple[Kind, dict[str | None, Pa
     torch.testing.assert_close(found[:2], torch.stack([expected, expected]), rtol=1e-5, atol=1e-5)
 
 
+class Shifted(nn.Module):
+    """A linear layer that gets rows, and one that gets a table of another number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_rows, self.of_table = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.ones(7, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_rows(x) + self.of_table(self.table).sum(0)
+
+
+def test_layers_that_nobody_adapts_may_get_something_else_than_rows(tmp_path: Path) -> None:
+    base = Shifted().requires_grad_(False)
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["of_rows"], init_lora_weights=False))
+    saved(adapted, tmp_path)
+    x = torch.arange(12.0).view(3, 4)
+    with bank_of(base, {"l": tmp_path}) as bank, torch.no_grad(), bank.rows(["l", None, "l"]):
+        found = base(x)
+    torch.testing.assert_close(found[[0, 2]], adapted.eval()(x).detach()[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
 def test_packs_and_replacements(tmp_path: Path) -> None:
     paths = {
         name: lora(BERT, tmp_path / name, seed, r=3, target_modules=["query"], **HEAD) for seed, name in enumerate("ab")

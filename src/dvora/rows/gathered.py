@@ -162,6 +162,11 @@ class RowIndex:
             "expert's) cannot have an adapter for each row"
         )
 
+    def places_of(self, rows: int) -> list[int]:
+        """The places for a batch as a layer has it; errors as of `of`."""
+        index = self.of(rows)
+        return self.places if index is self.once else index.tolist()
+
 
 def check_names(names: Sequence[object], repeats: int, kinds: tuple[type, ...] = (str,)) -> None:
     """Refuse what cannot name the rows of a batch.
@@ -205,7 +210,7 @@ class GatheredRows:
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
-        self._lora: dict[tuple[str, int], tuple[Tensor | None, LoRAFactors] | None] = {}
+        self._lora: dict[tuple[str, int], tuple[Tensor | None, LoRAFactors]] = {}
 
     def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
         """The factors of a layer: a part of what is gathered and split once.
@@ -237,21 +242,22 @@ class GatheredRows:
             layer: its name.
             rows: of its outputs.
         """
+        held = self._held()
+        if not any(layer in held[place].lora for place in self.rows.places):
+            # Layers that nobody adapts may get something else than rows.
+            return None
         if (layer, rows) not in self._lora:
-            held, index = self._held(), self.rows.of(rows)
-            places = self.rows.places if index is self.rows.once else index.tolist()
+            places = self.rows.places_of(rows)
             with_factors = [row for row, place in enumerate(places) if layer in held[place].lora]
-            self._lora[layer, rows] = None
-            if with_factors:
-                is_one = len({places[row] for row in with_factors}) == 1
-                factors = [held[places[row]].lora[layer] for row in with_factors[: 1 if is_one else None]]
-                rank = max(len(of_row.A) for of_row in factors)
-                stacked = LoRAFactors(
-                    torch.stack([pad(of_row.A, (0, 0, 0, rank - len(of_row.A))) for of_row in factors]),
-                    torch.stack([pad(of_row.B, (0, rank - len(of_row.A))) for of_row in factors]),
-                )
-                who = None if len(with_factors) == rows else torch.tensor(with_factors, device=index.device)
-                self._lora[layer, rows] = who, stacked
+            is_one = len({places[row] for row in with_factors}) == 1
+            factors = [held[places[row]].lora[layer] for row in with_factors[: 1 if is_one else None]]
+            rank = max(len(of_row.A) for of_row in factors)
+            stacked = LoRAFactors(
+                torch.stack([pad(of_row.A, (0, 0, 0, rank - len(of_row.A))) for of_row in factors]),
+                torch.stack([pad(of_row.B, (0, rank - len(of_row.A))) for of_row in factors]),
+            )
+            who = None if len(with_factors) == rows else torch.tensor(with_factors, device=self.rows.once.device)
+            self._lora[layer, rows] = who, stacked
         return self._lora[layer, rows]
 
     def acting(self, place: BlockPlace) -> list[int]:
@@ -300,18 +306,18 @@ class GatheredRows:
 
     def heads(self, head: ServedHead, rows: int) -> list[HeadGroup]:
         """The parameters of a head, by groups of rows with heads of the same shapes."""
-        heads, index = [held.heads for held in self._held()], self.rows.of(rows)
-        places = self.rows.places if index is self.rows.once else index.tolist()
+        held = self._held()
+        heads = [held[place].heads for place in self.rows.places_of(rows)]
         of_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
-        for row, place in enumerate(places):
-            of_shapes.setdefault(tuple(heads[place][part.name].shape for part in head.parts), []).append(row)
+        for row, parts in enumerate(heads):
+            of_shapes.setdefault(tuple(parts[part.name].shape for part in head.parts), []).append(row)
         groups = []
         for members in of_shapes.values():
             parameters = {
-                part.name.removeprefix(f"{head.name}."): torch.stack([heads[places[row]][part.name] for row in members])
+                part.name.removeprefix(f"{head.name}."): torch.stack([heads[row][part.name] for row in members])
                 for part in head.parts
             }
-            who = None if len(of_shapes) == 1 else torch.tensor(members, device=index.device)
+            who = None if len(of_shapes) == 1 else torch.tensor(members, device=self.rows.once.device)
             groups.append(HeadGroup(who, parameters))
         return groups
 

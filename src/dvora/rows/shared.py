@@ -98,6 +98,8 @@ class SharedPass:
 
     def __init__(self, rows: GatheredRows, x: Tensor, texts: Sequence[int]) -> None:
         self._all_rows, self._texts, self._device = rows, texts, x.device
+        self._acting: list[int] | None = None
+        """The adapter of each row in the last block, by which the groups are."""
         self._groups = Groups(range(len(x)), self._device)
         self.rows = rows
         """The adapters of the groups."""
@@ -124,14 +126,14 @@ class SharedPass:
         """The arguments of a block with one row of each group; None: from here on nothing is shared."""
         if given.first is not self._given or not (self._version is None or self._version.is_of(self._given)):
             return None
-        groups = Groups([*zip(self._texts, self._all_rows.acting(place), strict=True)], self._device)
-        # Repeating rows costs about an eighth of a block.
-        if 8 * len(groups) > 7 * len(self._texts):
-            return None
-        if groups.of != self._groups.of:
+        if (acting := self._all_rows.acting(place)) != self._acting:
+            groups = Groups([*zip(self._texts, acting, strict=True)], self._device)
+            # Repeating rows costs about an eighth of a block.
+            if 8 * len(groups) > 7 * len(self._texts):
+                return None
             before = [self._groups.of[row] for row in groups.first]
             self._narrow = self._narrow.index_select(0, torch.tensor(before, device=self._device))
-            self._groups, self.rows, self._same = groups, self._all_rows.of_rows(groups.first), {}
+            self._acting, self._groups, self.rows, self._same = acting, groups, self._all_rows.of_rows(groups.first), {}
         try:
             return Arguments(*_mapped(tuple(given), self._narrowed))
         except _UnsharedError:
