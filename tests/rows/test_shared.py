@@ -151,6 +151,26 @@ def test_any_batch_is_its_rows_alone(bert: Shared, rows: list[tuple[str | None, 
     torch.testing.assert_close(bert(names, **inputs).logits, bert.alone(names, **inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [["all", "two", None], ["two", "two", "one"]], ids=["all differ", "some are equal"])
+def test_long_rows_go_through_a_block_in_portions(names: list[str | None], tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        # One row has more values than a portion.
+        config = AutoConfig.for_model("bert", **{**SIZES, "hidden_size": 256, "max_position_embeddings": 1024})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+
+    ids = torch.randint(3, VOCABULARY, (1, 1024)).repeat(3, 1)
+    with shared(base, TARGETS["bert"], tmp_path, blocks_of("bert"), task_type="SEQ_CLS") as model:
+        expected, sizes = model.alone(names, input_ids=ids), set[int]()
+        last = model.model.get_submodule(blocks_of("bert"))[-1]
+        last.output.dense.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
+        outputs = model(names, input_ids=ids, output_hidden_states=True)
+        assert sizes == {1}
+        assert {len(states) for states in outputs.hidden_states} == {3}
+        torch.testing.assert_close(outputs.logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_equal_tokens_with_other_masks_are_not_equal(bert: Shared) -> None:
     inputs = texts(0, 0, 0)
     inputs["attention_mask"] = inputs["attention_mask"].clone()

@@ -180,11 +180,12 @@ class BlockForward(_Hook):
         if is_first:
             is_plain = not (self._module.training or torch.is_grad_enabled())
             shared = SharedPass.begun(batch.rows, given) if is_plain else None
-        if shared is None or (narrowed := shared.enter(self.place, given)) is None:
+        if shared is None or (portions := shared.enter(self.place, given)) is None:
             return self._forward(*args, **kwargs)
-        all_rows, batch.rows = batch.rows, shared.rows
+        all_rows, outputs = batch.rows, []
         try:
-            outputs = self._forward(*narrowed.args, **narrowed.kwargs)
+            for batch.rows, narrowed in portions:
+                outputs.append(self._forward(*narrowed.args, **narrowed.kwargs))
         finally:
             batch.rows = all_rows
         if (repeated := shared.leave(outputs)) is None:

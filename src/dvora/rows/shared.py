@@ -5,6 +5,8 @@ their adapters change nothing: sixteen classifiers of one text need the blocks b
 gets one row for each group of equal ones, and its outputs are repeated for all rows, as the model around it expects.
 Rows part where their own adapter begins; those of one adapter and one text never do.
 
+On a CPU rows go through a block in portions, since a product is slow whose inputs have left the cache.
+
 Nothing is shared where values alone do not say what is equal: with gradients or dropout, with a cache of keys, with
 arguments that differ among equal rows, and from the block on that is given something else than the last one returned.
 
@@ -14,6 +16,7 @@ Dimensions: B rows of a batch, U groups of equal ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,10 @@ from torch import Tensor
 
 from ..tensors import TensorVersion
 from .gathered import BlockPlace, GatheredRows
+
+
+PORTION = 3 * 2**17
+"""Values of inputs that go through a block together on a CPU (measured; a row is never divided)."""
 
 
 class Arguments(NamedTuple):
@@ -56,13 +63,11 @@ class Groups:
 
     def narrowed(self, tensor: Tensor) -> Tensor:
         """One row of each group: (B, ...) to (U, ...)."""
-        return tensor.index_select(0, self._first)
+        return tensor if len(self.first) == len(self.of) else tensor.index_select(0, self._first)
 
     def repeated(self, tensor: Tensor) -> Tensor:
         """All rows: (U, ...) to (B, ...)."""
-        # No inference tensor: those do not count writes, and what is written to is no longer a repetition.
-        with torch.inference_mode(False):
-            return tensor.index_select(0, self._of)
+        return tensor if len(self.first) == len(self.of) else tensor.index_select(0, self._of)
 
     def are_equal_in(self, tensor: Tensor) -> bool:
         """Whether the rows of each group are equal in a tensor of B rows."""
@@ -101,8 +106,8 @@ class SharedPass:
         self._acting: list[int] | None = None
         """The adapter of each row in the last block, by which the groups are."""
         self._groups = Groups(range(len(x)), self._device)
-        self.rows = rows
-        """The adapters of the groups."""
+        self._portions: list[tuple[slice, GatheredRows]] = []
+        """Of the groups, with their adapters."""
         self._given = self._narrow = x
         """What the model has from the last block, and the same with one row of each group."""
         self._version: TensorVersion | None = None
@@ -116,49 +121,73 @@ class SharedPass:
         if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != len(index.places) or index.repeats > 1:
             return None
         try:
-            _mapped(tuple(given), lambda tensor: tensor)
+            _mapped(lambda tensor: tensor, tuple(given))
         except _UnsharedError:
             return None
         texts = equal_rows(x)
-        return None if texts is None else cls(rows, x, texts)
+        if texts is None and x.numel() <= PORTION:
+            return None
+        return cls(rows, x, texts or range(len(x)))
 
-    def enter(self, place: BlockPlace, given: Arguments) -> Arguments | None:
-        """The arguments of a block with one row of each group; None: from here on nothing is shared."""
+    def enter(self, place: BlockPlace, given: Arguments) -> list[tuple[GatheredRows, Arguments]] | None:
+        """The arguments of a block with one row of each group, and their adapters, in portions.
+
+        None: from here on nothing is shared.
+        """
         if given.first is not self._given or not (self._version is None or self._version.is_of(self._given)):
             return None
         if (acting := self._all_rows.acting(place)) != self._acting:
             groups = Groups([*zip(self._texts, acting, strict=True)], self._device)
             # Repeating rows costs about an eighth of a block.
             if 8 * len(groups) > 7 * len(self._texts):
-                return None
+                groups = Groups(range(len(self._texts)), self._device)
             before = [self._groups.of[row] for row in groups.first]
             self._narrow = self._narrow.index_select(0, torch.tensor(before, device=self._device))
-            self._acting, self._groups, self.rows, self._same = acting, groups, self._all_rows.of_rows(groups.first), {}
+            self._acting, self._groups, self._same = acting, groups, {}
+            size = len(groups)
+            if self._device.type == "cpu":
+                size = max(1, round(PORTION * size / self._narrow.numel()))
+            if len(groups) == len(self._texts) <= size:
+                return None
+            parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+            self._portions = [(part, self._all_rows.of_rows(groups.first[part])) for part in parts]
         try:
-            return Arguments(*_mapped(tuple(given), self._narrowed))
+            narrowed = [_mapped(partial(self._narrowed, part), tuple(given)) for part, _ in self._portions]
         except _UnsharedError:
             return None
+        return [(rows, Arguments(*part)) for (_, rows), part in zip(self._portions, narrowed, strict=True)]
 
-    def leave(self, outputs: Any) -> Any:
-        """The outputs of a block for all rows; None where they do not say which of them are of which row."""
+    def leave(self, portions: Sequence[Any]) -> Any:
+        """The outputs of a block for all rows; None where they do not say which of them are of which row.
+
+        Args:
+            portions: of its outputs.
+        """
         try:
-            repeated = _mapped(outputs, self._repeated)
+            # No inference tensor: those do not count writes, and what is written to is no longer a repetition.
+            with torch.inference_mode(False):
+                outputs = portions[0] if len(portions) == 1 else _mapped(self._joined, *portions)
+                repeated = _mapped(self._repeated, outputs)
         except _UnsharedError:
             return None
         self._narrow, self._given = _first(outputs), _first(repeated)
         self._version = TensorVersion.of(self._given)
         return repeated
 
-    def _narrowed(self, tensor: Tensor) -> Tensor:
+    def _narrowed(self, part: slice, tensor: Tensor) -> Tensor:
         if tensor is self._given:
-            return self._narrow
+            return self._narrow[part]
         if tensor.dim() == 0 or len(tensor) != len(self._texts):
             return tensor
         if id(tensor) not in self._same:
             if not self._groups.are_equal_in(tensor):
                 raise _UnsharedError
             self._same[id(tensor)] = tensor, self._groups.narrowed(tensor)
-        return self._same[id(tensor)][1]
+        return self._same[id(tensor)][1][part]
+
+    def _joined(self, *portions: Tensor) -> Tensor:
+        first, (part, _) = portions[0], self._portions[0]
+        return torch.cat(portions) if first.dim() and len(first) == part.stop else first
 
     def _repeated(self, tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) not in (1, len(self._groups)):
@@ -166,16 +195,17 @@ class SharedPass:
         return self._groups.repeated(tensor) if len(tensor) == len(self._groups) else tensor
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments or outputs with other tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(part, function) for part in value)
-    if isinstance(value, dict):
-        return type(value)(**{key: _mapped(part, function) for key, part in value.items()})
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return value
+def _mapped(function: Callable[..., Tensor], *values: Any) -> Any:
+    """Arguments or outputs of one form, with a tensor for those in the same place."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(*values)
+    if type(first) in (tuple, list):
+        return type(first)(_mapped(function, *parts) for parts in zip(*values, strict=True))
+    if isinstance(first, dict):
+        return type(first)(**{key: _mapped(function, *(value[key] for value in values)) for key in first})
+    if first is None or isinstance(first, bool | int | float | str | torch.dtype):
+        return first
     raise _UnsharedError
 
 
