@@ -155,7 +155,7 @@ def test_any_batch_is_its_rows_alone(bert: Shared, rows: list[tuple[str | None, 
 def test_long_rows_go_through_a_block_in_portions(names: list[str | None], tmp_path: Path) -> None:
     def base() -> nn.Module:
         # One row has more values than a portion.
-        config = AutoConfig.for_model("bert", **{**SIZES, "hidden_size": 256, "max_position_embeddings": 1024})
+        config = AutoConfig.for_model("bert", **{**SIZES, "hidden_size": 512, "max_position_embeddings": 1024})
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)

@@ -25,7 +25,6 @@ from torch import Tensor
 from ..tensors import TensorVersion
 from .gathered import BlockPlace, GatheredRows
 
-
 PORTION = 3 * 2**17
 """Values of inputs that go through a block together on a CPU (measured; a row is never divided)."""
 
@@ -54,7 +53,7 @@ class Groups:
         numbers: dict[Hashable, int] = {}
         self.of = [numbers.setdefault(key, len(numbers)) for key in keys]
         """The group of each row."""
-        self.first = [self.of.index(group) for group in range(len(numbers))]
+        self.first = [*map(self.of.index, range(len(numbers)))]
         """The row that stands for each group."""
         self._of, self._first = torch.tensor(self.of, device=device), torch.tensor(self.first, device=device)
 
@@ -141,21 +140,25 @@ class SharedPass:
             # Repeating rows costs about an eighth of a block.
             if 8 * len(groups) > 7 * len(self._texts):
                 groups = Groups(range(len(self._texts)), self._device)
+            size = len(groups)
+            if self._device.type == "cpu":
+                size = max(1, round(PORTION * len(self._narrow) / self._narrow.numel()))
+            if len(groups) == len(self._texts) <= size:
+                return None
             before = [self._groups.of[row] for row in groups.first]
             self._narrow = self._narrow.index_select(0, torch.tensor(before, device=self._device))
             self._acting, self._groups, self._same = acting, groups, {}
-            size = len(groups)
-            if self._device.type == "cpu":
-                size = max(1, round(PORTION * size / self._narrow.numel()))
-            if len(groups) == len(self._texts) <= size:
-                return None
-            parts = [slice(start, start + size) for start in range(0, len(groups), size)]
-            self._portions = [(part, self._all_rows.of_rows(groups.first[part])) for part in parts]
+            self._portions = [
+                (slice(start, start + size), self._all_rows.of_rows(groups.first[start : start + size]))
+                for start in range(0, len(groups), size)
+            ]
         try:
-            narrowed = [_mapped(partial(self._narrowed, part), tuple(given)) for part, _ in self._portions]
+            return [
+                (rows, Arguments(*_mapped(partial(self._narrowed, part), tuple(given))))
+                for part, rows in self._portions
+            ]
         except _UnsharedError:
             return None
-        return [(rows, Arguments(*part)) for (_, rows), part in zip(self._portions, narrowed, strict=True)]
 
     def leave(self, portions: Sequence[Any]) -> Any:
         """The outputs of a block for all rows; None where they do not say which of them are of which row.
