@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +207,7 @@ def _mapped(function: Callable[..., Tensor], *values: Any) -> Any:
     if type(first) in (tuple, list):
         return type(first)(_mapped(function, *parts) for parts in zip(*values, strict=True))
     if isinstance(first, dict):
-        return type(first)(**{key: _mapped(function, *(value[key] for value in values)) for key in first})
+        return type(first)(**{key: _mapped(function, *map(itemgetter(key), values)) for key in first})
     if first is None or isinstance(first, bool | int | float | str | torch.dtype):
         return first
     raise _UnsharedError
