@@ -99,6 +99,13 @@ CATALOGUE: tuple[Example, ...] = (
         needs=("transformers", "gguf"),
     ),
     Example(
+        "sixteen_classifiers",
+        "`dvora train`, `dvora serve`",
+        "sixteen classifiers of one message in one pass; one is taught anew while others go on asking",
+        limit_seconds=600,
+        needs=("fastapi", "typer"),
+    ),
+    Example(
         "torchrun_ddp",
         "torchrun, DistributedDataParallel",
         "two processes train what one does; only the vectors' gradients are exchanged",

@@ -25,6 +25,7 @@ class TaskPlan:
 
     Args:
         fresh: rows behind the `train` rows, which the head was fitted to, that the batches are of; 0: of those rows.
+        with_train: whether the batches are of the `train` rows too.
     """
 
     model: str
@@ -34,6 +35,7 @@ class TaskPlan:
     validation: int
     test: int
     fresh: int = 0
+    with_train: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Arm:
         rate: of the adapter, where it is not tuned.
         tuned_as: the arm whose tuned rates this one takes, times `rate_factor`.
         base: float32, quantised as nf4, or fine_tuned before.
-        head_rows: what its head is fitted to: the task's `train` rows, or all, which are those and the `fresh` ones.
+        head_rows: what its head is fitted to: the task's `train` rows, or all, which are those and the `fresh` ones, or
+            half of all, where the batches are of all.
+        refit: whether a head is fitted to what the trained backbone gives, besides.
         schedule: how the rates fall after the warm-up.
         steps_factor: trains so many times as long as the task's other arms, in trials too.
         steps: by task, where they are no multiple.
@@ -67,7 +71,8 @@ class Arm:
     tuned_as: str | None = None
     rate_factor: float = 1.0
     base: Literal["float32", "nf4", "fine_tuned"] = "float32"
-    head_rows: Literal["train", "all"] = "train"
+    head_rows: Literal["train", "all", "half"] = "train"
+    refit: bool = False
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     steps_factor: float = 1
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -123,8 +128,12 @@ class Grid:
 
     def plan(self, task: str, name: str) -> TaskPlan:
         """A task as an arm reads it."""
-        plan = self.tasks[task]
-        return plan if self.arms[name].head_rows == "train" else replace(plan, train=plan.train + plan.fresh, fresh=0)
+        plan, head_rows = self.tasks[task], self.arms[name].head_rows
+        if head_rows == "train":
+            return plan
+        count = plan.train + plan.fresh
+        first = count if head_rows == "all" else count // 2
+        return replace(plan, train=first, fresh=count - first, with_train=True)
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
         """The final seeds of an arm."""

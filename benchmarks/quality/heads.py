@@ -1,6 +1,6 @@
 """The linear head that is best for frozen features: where every method starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,27 +13,29 @@ from materials.fetch import build_once
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
-def fitted_head(
-    name: str,
-    parts: Sequence[tuple[Tensor, Callable[[], Tensor]]],
-    outputs: int,
-    losses: Callable[[Tensor, Tensor], Tensor],
-) -> nn.Linear:
-    """A head fitted once and kept in the cache: of the penalty with the lowest validation loss.
+@torch.no_grad()
+def best_head(features: Tensor, labels: Tensor, outputs: int, loss: Callable[[nn.Linear], Tensor]) -> nn.Linear:
+    """The head of the penalty with the lowest loss.
+
+    Args:
+        features, labels: of the rows that it is fitted to.
+        outputs: classes (three or more), or 1 for a number.
+        loss: of a head on other rows.
+    """
+    classes = 0 if outputs == 1 else outputs
+    heads = (fitted(features, labels, classes, penalty / len(features)) for penalty in PENALTIES)
+    return min(heads, key=lambda head: loss(head).item())
+
+
+def kept_head(name: str, fit: Callable[[], nn.Linear]) -> nn.Linear:
+    """A head that is fitted once and kept in the cache.
 
     Args:
         name: of the task and its sizes.
-        parts: labels, and what computes the features, of training and validation.
-        outputs: classes (three or more), or 1 for a number.
-        losses: of outputs and labels, one a row.
+        fit: gives it.
     """
 
-    @torch.no_grad()
     def build(folder: Path) -> None:
-        (train_labels, train), (labels, checked) = [(labels, features()) for labels, features in parts]
-        classes = 0 if outputs == 1 else outputs
-        heads = [fitted(train, train_labels, classes, penalty / len(train)) for penalty in PENALTIES]
-        best = min(heads, key=lambda head: losses(head(checked), labels).mean().item())
-        save_head_alone(best, folder / "head.safetensors")
+        save_head_alone(fit(), folder / "head.safetensors")
 
     return read_head_alone(build_once(f"quality-head-{name}", build) / "head.safetensors").requires_grad_(True)

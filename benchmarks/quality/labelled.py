@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.quality.cron import CronExpressions
 from benchmarks.quality.evaluation import Evaluation
 from benchmarks.quality.grid import TaskPlan
-from benchmarks.quality.heads import fitted_head
+from benchmarks.quality.heads import best_head, kept_head
 from benchmarks.quality.models import LOADERS, SentenceReader
 from materials import data, many_classes
 from materials.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
@@ -50,14 +50,16 @@ class Labelled:
         """The backbone with a head fitted to its features (of the float32 base where `base` is quantised)."""
         whole = "float32" if base == "nf4" else base
         reader = SentenceReader(LOADERS[self.plan.model](whole), nn.Linear(0, 0)).eval()
-        parts = [
-            (self.parts[part].labels, lambda part=part: self._everything(reader.features, part))
-            for part in ("train", "validation")
-        ]
         name = f"{self.name}-{self.plan.train}-{self.plan.validation}"
-        head = fitted_head(name if whole == "float32" else f"{name}-{whole}", parts, self.outputs, self._losses)
+        head = kept_head(name if whole == "float32" else f"{name}-{whole}", partial(self.fitted, reader, "train"))
         backbone = reader.backbone if base == whole else LOADERS[self.plan.model](base)
         return SentenceReader(backbone, head).eval()
+
+    def fitted(self, reader: SentenceReader, part: str) -> nn.Linear:
+        """The best head for the features of a part, of the penalty with the lowest validation loss."""
+        features, checked = (self._everything(reader.features, of) for of in (part, "validation"))
+        losses = partial(self._losses, labels=self.parts["validation"].labels)
+        return best_head(features, self.parts[part].labels, self.outputs, lambda head: losses(head(checked)).mean())
 
     @property
     def reference(self) -> np.ndarray | None:
@@ -152,6 +154,6 @@ def problem(name: str, plan: TaskPlan) -> Problem:
         return Part(unlabelled(some.texts[rows], tokenizer), torch.from_numpy(some.labels[rows]))
 
     parts = {of: part(of, slice(getattr(plan, of))) for of in ("train", "validation", "test")}
-    fresh = slice(plan.train, plan.train + plan.fresh)
+    fresh = slice(0 if plan.with_train else plan.train, plan.train + plan.fresh)
     parts["batches"] = part("train", fresh) if plan.fresh else parts["train"]
     return Labelled(name, plan, parts, len(task.classes) or 1)

@@ -66,6 +66,10 @@ def _outcome(grid: Grid, run: Run) -> dict[str, Any]:
         if run.stage == "trial":
             return row | {"validation": _scores(validation)}
         row |= _evaluated(validation, task.evaluate(reader, "test"))
+        if arm.refit:
+            trained_head, reader.head = reader.head, task.fitted(reader, "batches")
+            row["refitted"] = {part: _scores(task.evaluate(reader, part)) for part in ("validation", "test")}
+            reader.head = trained_head
         with tempfile.TemporaryDirectory() as folder:
             row |= saved_bytes(reader.backbone, Path(folder))
         if run.seed == 0:

@@ -13,8 +13,8 @@ from benchmarks.examples.catalogue import CATALOGUE, Example
 FOLDER = Path(__file__).parent.parent.parent / "examples"
 # What several of them use.
 SHARED = {
-    *("__init__", "checks", "eight_bits", "flower_strategies", "lying_digits", "reviews", "serving"),
-    *("spoken_lines", "sync_costs", "top_layers"),
+    *("__init__", "checks", "eight_bits", "flower_strategies", "lying_digits", "messages", "reviews"),
+    *("serving", "spoken_lines", "sync_costs", "top_layers"),
 }
 
 REPORTS = """print('{"works": true, "figures": {"loss": [2.0, 1.0]}}')\n"""
@@ -55,8 +55,8 @@ def test_an_example_says_what_it_is_and_reports_last(example: Example) -> None:
     # Nothing that a reader who copies it would not want.
     assert not re.search(r"^\s*(from|import) (benchmarks|demo|tests)\b", text, flags=re.MULTILINE)
     assert len(text.splitlines()) <= 150
-    # Six simulations.
-    assert example.limit_seconds <= (600 if example.name == "federated_flower" else 300)
+    # Six simulations, and sixteen runs.
+    assert example.limit_seconds <= (600 if example.name in ("federated_flower", "sixteen_classifiers") else 300)
 
 
 def test_one_that_works_has_its_figures_and_versions(root: Path) -> None:
