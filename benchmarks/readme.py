@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compiling import compiling
-from benchmarks.examples.table import examples, synchronisation
+from benchmarks.examples.table import examples, sixteen, synchronisation
 from benchmarks.exporting import parts as exporting
 from benchmarks.installation_tables import versions
 from benchmarks.many_adapters.tables import parts as many_adapters
@@ -170,6 +170,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "examples": examples(load("examples")),
     },
     "docs/how-to/export.md": lambda: exporting(load("exporting")),
+    "docs/how-to/route-messages.md": lambda: {"sixteen": sixteen(load("examples"))},
     "docs/how-it-works.md": lambda: {"exactness": exactness(load("exactness"))},
     "docs/how-to/sync.md": lambda: {"synchronisation": synchronisation(load("examples"))},
     "docs/many-adapters.md": lambda: {

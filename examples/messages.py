@@ -29,8 +29,8 @@ def labelled(part: str, count: Callable[[str], int]) -> dict[str, Rows]:
     for field in DEPARTMENTS:
         yes = [(text, "yes") for text, word in definitions if word == field]
         # A message that is no definition is none of theirs either.
-        no = [(text, "no") for text, word in definitions + reviews + lines if word != field]
-        kinds[field.removeprefix("the ")] = yes, no
+        no = [[(text, "no") for text, word in rows if word != field] for rows in (definitions, reviews, lines)]
+        kinds[field.removeprefix("the ")] = [yes, *no]
     sources = {"definition": definitions, "review": reviews, "code": lines}
     kinds["source"] = [[(text, name) for text, _ in rows] for name, rows in sources.items()]
     kinds["opinion"] = [[row for row in reviews if row[1] == word] for word in ("bad", "good")]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from examples.checks import require
 
@@ -56,3 +57,23 @@ def continued(
 
     with ThreadPoolExecutor(len(prompts)) as threads:
         return list(threads.map(one, range(len(prompts))))
+
+
+def classify(address: str, models: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers of each classifier to each text, text by text."""
+    body = json.dumps({"model": [*models], "input": [*texts]}).encode()
+    request = urllib.request.Request(f"{address}/v1/classify", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["data"]
+
+
+def replace(address: str, name: str, run: Path) -> None:
+    """Have a server that runs answer with another version."""
+    labels = "&".join(f"labels={word}" for word in json.loads((run / "run.json").read_text())["labels"])
+    request = urllib.request.Request(
+        f"{address}/v1/adapters/{name}?{labels}",
+        (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        {"Authorization": f"Bearer {TOKEN}"},
+        method="PUT",
+    )
+    urllib.request.urlopen(request).close()

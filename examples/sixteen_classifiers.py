@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Any
 import dvora
 from examples.checks import report, require
 from examples.messages import Rows, labelled
-from examples.serving import TOKEN, server
+from examples.serving import classify, replace, server
 from materials.models import minilm
 
-FEW, MANY, HELD_OUT = 64, 500, 200
+FEW, MANY, HELD_OUT = 128, 500, 200
 """Rows to train on, of most classifiers and of some, and rows to test on."""
 WITH_MANY = ("opinion", "language", "rating")
 TAUGHT = "ships"
@@ -52,29 +51,16 @@ def train(name: str, rows: Rows, folder: Path) -> dict[str, Any]:
     return json.loads(ended.stdout)
 
 
-def classify(address: str, models: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The answers of each classifier to each text, text by text."""
-    body = json.dumps({"model": [*models], "input": [*texts]}).encode()
-    request = urllib.request.Request(f"{address}/v1/classify", body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)["data"]
-
-
-def replace(address: str, name: str, run: Path) -> None:
-    """Have a server that runs answer with another version."""
-    labels = "&".join(f"labels={word}" for word in json.loads((run / "run.json").read_text())["labels"])
-    request = urllib.request.Request(
-        f"{address}/v1/adapters/{name}?{labels}",
-        (run / "adapter" / "adapter_model.safetensors").read_bytes(),
-        {"Authorization": f"Bearer {TOKEN}"},
-        method="PUT",
-    )
-    urllib.request.urlopen(request).close()
-
-
 def accuracy(address: str, name: str, rows: Rows) -> float:
     answers = classify(address, [name], [text for text, _ in rows])
     return mean(answer["label"] == label for answer, (_, label) in zip(answers, rows, strict=True))
+
+
+def described(answers: Sequence[dict[str, Any]]) -> str:
+    """What those say that do not say no."""
+    return ", ".join(
+        f"{one['model']}: {one['label'] or ''} {one['score']:.2f}" for one in answers if one["label"] != "no"
+    )
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -92,10 +78,7 @@ def main(folder: Path) -> None:
     minutes = (perf_counter() - before) / 60
     held_out = labelled("test", lambda _: HELD_OUT)
     with server(minilm(), folder / "runs") as address:
-        for message in MESSAGES:
-            said = [one for one in classify(address, names, [message]) if one["label"] != "no"]
-            words = (f"{one['model']}: {one['label'] or ''} {one['score']:.2f}" for one in said)
-            print(f"{message}\n    {', '.join(words)}", flush=True)
+        answers = {message: described(classify(address, names, [message])) for message in MESSAGES}
         scores = {name: accuracy(address, name, held_out[name]) for name in names if name != "rating"}
         one_text = [MESSAGES[0]]
         ratio = median(
@@ -130,7 +113,7 @@ def main(folder: Path) -> None:
         {
             "works": True,
             "figures": {
-                "classifiers": len(names),
+                "answers": answers,
                 "heads_alone": sum(result.get("saved") == "head" for result in results.values()),
                 "minutes_to_train_all": round(minutes, 1),
                 "accuracy": round(mean(scores.values()), 3),
