@@ -175,17 +175,19 @@ def _main(result: Result, environment: Mapping[str, Any]) -> str:
     labels = _heads(tasks) | {arm: LABELS[arm] for arm in MAIN}
     return text(
         table(
-            ("", "file, kB", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)),
+            ("", "file, kB", "kB, float16", "points above LoRA r=1", "over tasks", *(NAMES[task] for task in tasks)),
             (
                 (
                     *(label, kilobytes(result.size(tasks[0], arm, "saved_bytes"))),
                     *(kilobytes(result.size(tasks[0], arm, "smallest_bytes")), _above(result, tasks, arm)),
+                    _over_tasks(result, tasks, arm),
                     *(f"{_score(result, task, arm):.1f}" for task in tasks),
                 )
                 for arm, label in labels.items()
             ),
         ),
-        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals. File: as PEFT saves it "
+        f"Test scores of MiniLM, {_seeds(result, tasks)} seeds, 95 % intervals of the mean over these tasks; over "
+        "tasks: of what other tasks would give, if these are drawn from them (Student's t). File: as PEFT saves it "
         "(of HyperAdapt its values). float16: "
         f"without matrices that a seed gives. {len(result.rows):,} runs, {hours:.0f} hours of a core "
         f"(`benchmarks/results/equal_bytes.json`; torch {environment['torch']}, PEFT {environment['peft']}, CPU).",
@@ -331,6 +333,11 @@ def _mean_score(result: Result, tasks: Sequence[str], arm: str) -> float:
 def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
     gain: Interval | None = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
     return "" if gain is None else points(gain.mean, gain)
+
+
+def _over_tasks(result: Result, tasks: Sequence[str], arm: str) -> str:
+    gain = None if arm == YARDSTICK else result.gain_over_tasks(tasks, arm, YARDSTICK)
+    return "" if gain is None else f"{gain.low:+.1f} to {gain.high:+.1f}"
 
 
 def _in_time(runs: Sequence[Timed]) -> str:

@@ -22,7 +22,7 @@ class Interval:
 
 
 def over_seeds(scores: np.ndarray) -> Interval:
-    """Mean of (seeds,) scores with Student's interval; a single seed has none, and gets its score as both ends."""
+    """Mean of (seeds,) scores, or of tasks', with Student's interval; a single one has none, it is at both ends."""
     mean = float(scores.mean())
     if len(scores) < 2:
         return Interval(mean, mean, mean)

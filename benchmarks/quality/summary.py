@@ -63,6 +63,11 @@ class Result:
         """
         return self.mean_gain([(task, arm, over) for task in tasks])
 
+    def gain_over_tasks(self, tasks: Sequence[str], arm: str, over: str) -> Interval | None:
+        """The same mean, with the interval that it has if tasks are drawn too; None where one of them has no rows."""
+        gains = [self.gain([task], arm, over) for task in tasks]
+        return over_seeds(np.array([gain.mean for gain in gains if gain])) if all(gains) else None
+
     def mean_gain(self, pairs: Sequence[tuple[str, str, str]]) -> Interval | None:
         """The mean of gains over (task, arm, other arm); None where one of them has no rows."""
         differences = [self._difference(*pair) for pair in pairs]

@@ -27,7 +27,7 @@ from benchmarks.environment import machine
 from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_lora
+from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_classifiers, write_lora
 from dvora.adapter_file.packs import write_pack
 from dvora.flat import Layout
 from materials.files import lay_out
@@ -167,6 +167,21 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
     return rows
 
 
+def kinds(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
+    """Classification by 64 adapters of one method, and by as many of four methods mixed."""
+    firsts = {"DVoRA r=64": folder / "classifier" / "adapter", **write_classifiers(bases["minilm"], folder / "firsts")}
+    adapters = {name: perturbed(first, folder / f"64 of {name}", 64) for name, first in firsts.items()}
+    in_turn = list(adapters.values())
+    adapters["all four"] = {name: in_turn[number % 4][name] for number, name in enumerate(in_turn[0])}
+    with ExitStack() as running:
+        loads = {}
+        for number, (name, folders) in enumerate(adapters.items()):
+            write_pack(pack := folder / f"kind-{number}.pack", folders)
+            server = running.enter_context(started(dvora(bases["minilm"], pack, SLOTS)))
+            loads[name] = Load([server], drawn(64, requests))
+        return {f"kinds: {name}": row for name, row in in_turns(loads, turns, CLIENTS, 0, console).items()}
+
+
 def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
     """Generation, beside the base alone and the merged model."""
     adapters = perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
@@ -273,7 +288,7 @@ def main() -> None:
     """Measure, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few requests, nothing is recorded")
-    parser.add_argument("--only", choices=("classify", "generate", "engines", "update"), help="one section")
+    parser.add_argument("--only", choices=("classify", "kinds", "generate", "engines", "update"), help="one section")
     parser.add_argument(
         "--vllm", help="an interpreter with vLLM and dvora-vllm, as `make vllm` sets up; else no engines"
     )
@@ -290,6 +305,8 @@ def main() -> None:
         if given.only in (None, "classify"):
             rows |= encoders(folder, bases, requests, turns, console)
             rows |= cold(folder, bases, *((1, 64) if given.quick else (8, 400)))
+        if given.only in (None, "kinds"):
+            rows |= kinds(folder, bases, requests, turns, console)
         if given.only in (None, "generate"):
             rows |= decoders(folder, bases, texts, turns, console)
         if given.vllm and given.only in (None, "engines"):

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import httpx2 as httpx
 import psutil
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import IA3Config, LoraConfig, RoadConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 TOKEN = "of the benchmark"
 
@@ -97,3 +97,18 @@ def write_lora(base: Path, folder: Path, rank: int, count: int) -> None:
         torch.manual_seed(number)
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         adapted.save_pretrained(folder / f"tenant-{number:04d}")
+
+
+def write_classifiers(base: Path, folder: Path) -> dict[str, Path]:
+    """Save a classifier of each other method than DVoRA, with random values; where they are."""
+    common = {"target_modules": ["query", "key", "value", "dense"], "task_type": "SEQ_CLS"}
+    configs = {
+        "LoRA r=8": LoraConfig(r=8, init_lora_weights=False, **common),
+        "RoAd": RoadConfig(init_weights=False, **common),
+        "(IA)3": IA3Config(init_ia3_weights=False, feedforward_modules=[], **common),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        adapted = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+        adapted.save_pretrained(folder / name)
+    return {name: folder / name for name in configs}

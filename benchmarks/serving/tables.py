@@ -9,6 +9,7 @@ from benchmarks.tables import table, text
 
 SECTIONS = {
     "classify": ("merged model", "p95, ms"),
+    "kinds": ("DVoRA r=64", "p95, ms"),
     "tenants": ("one process beside them, 16 adapters", "p95, ms"),
     "generate": ("merged model", "first token p95, ms"),
     "engines": ("vLLM, merged model", "first token p95, ms"),
