@@ -221,11 +221,12 @@ def one_more(losses: Mapping[float, float], between: float) -> float:
 
 
 def read_grid(file: Path = FILE) -> Grid:
-    """The grid of a YAML file."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    tasks = {name: TaskPlan(**entry) for name, entry in content["tasks"].items()}
+    """The grid of a YAML file. Its tasks are `FILE`'s, and what it does not say of training, tuning and layers."""
+    first, content = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (FILE, file))
+    tasks = {name: TaskPlan(**first["tasks"][name]) for name in content["tasks"]}
     arms = {name: Arm(**_tuples(entry)) for name, entry in content["arms"].items()}
-    return Grid(content["training"], content["tuning"], tasks, content["layers"], arms)
+    training, tuning, layers = ({**first[name], **content.get(name, {})} for name in ("training", "tuning", "layers"))
+    return Grid(training, tuning, tasks, layers, arms)
 
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
