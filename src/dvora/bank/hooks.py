@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.gathered import BlockPlace, FactorGroup, GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.layer_factors import InputScales
 from ..rows.shared import Arguments, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
@@ -117,8 +118,8 @@ class LayerHook(_Hook):
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias, in_place=True)
 
 
-class LoRAHook(_Hook):
-    """The forward hook of a linear layer: it adds `B (A x)` for the rows whose adapters are of LoRA.
+class FactorsHook(_Hook):
+    """The forward hook of a linear layer: what adapters of other methods do for their rows.
 
     Args:
         name: of the layer.
@@ -129,27 +130,39 @@ class LoRAHook(_Hook):
         super().__init__(batches)
         self.name = name
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not self.batches.have_lora:
-            return None
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if (of_rows := self.batches.required().rows.lora(self.name, len(x))) is None:
-            return None
-        who, (A, B) = of_rows
-        x = x if who is None else x.index_select(0, who)
-        tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        low = tokens.to(A.dtype) @ A.mT
-        if who is None and not torch.is_grad_enabled() and output.dtype == B.dtype and output.is_contiguous():
-            # In place, and with one adapter for all rows by one product.
-            if len(B) == 1:
-                output.view(-1, output.shape[-1]).addmm_(low.flatten(0, 1), B[0].T)
-            else:
-                output.view(len(x), -1, output.shape[-1]).baddbmm_(low, B.mT)
-            return output
-        update = (low @ B.mT).to(output.dtype).reshape(len(x), *output.shape[1:])
-        if who is None:
-            return output + update
-        return output.index_add(0, who, update) if torch.is_grad_enabled() else output.index_add_(0, who, update)
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        given = Arguments(args, kwargs)
+        for who, factors in self._groups(given):
+            if not isinstance(factors, InputScales):
+                updated = factors.outputs(_rows(given.first, who), _rows(output, who))
+                if who is not None and not torch.is_grad_enabled():
+                    # Nobody else has seen them yet.
+                    output.index_copy_(0, who, updated)
+                else:
+                    output = _with_rows(output, who, updated)
+        return output
+
+    def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The hook before the forward."""
+        given = Arguments(args, kwargs)
+        for who, factors in self._groups(given):
+            if isinstance(factors, InputScales):
+                # In new memory: other layers have the same inputs.
+                given = given.with_first(_with_rows(given.first, who, factors.inputs(_rows(given.first, who))))
+        return given
+
+    def _groups(self, given: Arguments) -> list[FactorGroup]:
+        if not self.batches.have_factors:
+            return []
+        return self.batches.required().rows.layer_factors(self.name, len(given.first))
+
+
+def _rows(tensor: Tensor, who: Tensor | None) -> Tensor:
+    return tensor if who is None else tensor.index_select(0, who)
+
+
+def _with_rows(tensor: Tensor, who: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if who is None else tensor.index_copy(0, who, rows)
 
 
 class BlockForward(_Hook):
