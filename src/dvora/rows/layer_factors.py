@@ -4,7 +4,7 @@
 |---|---|
 | LoRA | `y + B (A x)` |
 | (IA)3 | `scale y`, or y of `scale x` |
-| RoAd | of a pair (y, z): `c y - s z` and `c' z + s' y` |
+| RoAd | of each pair (y, z): `c y - s z` and `c' z + s' y` |
 
 Scales are float32 whatever the base is, and so are products with them: near one, half precision has few digits.
 
@@ -70,13 +70,15 @@ class Rotations(NamedTuple):
 
     cos: Float[Tensor, "*N G 2 H"]
     sin: Float[Tensor, "*N G 2 H"]
-    """With the sign of the rotation in it."""
 
     def outputs(self, _: Tensor, y: Float[Tensor, "N *T O"]) -> Float[Tensor, "N *T O"]:
         """See `LowRank`."""
         pairs: Tensor = y.unflatten(-1, self.cos.shape[-3:])
         cos, sin = (_for_tokens(factor, pairs, 3) for factor in self)
-        return (pairs * cos + pairs.flip(-2) * sin).flatten(-3).to(y.dtype)
+        rotated = pairs * cos
+        for half, sign in ((0, -1), (1, 1)):
+            rotated.select(-2, half).addcmul_(pairs.select(-2, 1 - half), sin.select(-2, half), value=sign)
+        return rotated.flatten(-3).to(y.dtype)
 
 
 LayerFactors = LowRank | InputScales | OutputScales | Rotations
@@ -102,7 +104,7 @@ def layer_factors(sizes: FactorSizes, saved: Sequence[Tensor], dtype: torch.dtyp
     theta, alpha = (
         values.float().view(-1, *shape, int(group_size) // 2).expand(-1, 2, 2, -1).unbind(1) for values in saved
     )
-    return Rotations(alpha[0] * theta[0].cos(), alpha[1] * theta[1].sin() * torch.tensor([[-1.0], [1.0]]))
+    return Rotations(alpha[0] * theta[0].cos(), alpha[1] * theta[1].sin())
 
 
 def factor_bytes(sizes: FactorSizes, dtype: torch.dtype) -> int:
