@@ -151,7 +151,7 @@ def test_texts_are_generated_beside_adapters_of_dvora(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["ia3", "road"])
 def test_scales_are_not_rounded_to_the_dtype_of_the_base(method: str, tmp_path: Path) -> None:
-    folder = other(LLAMA.base().bfloat16(), tmp_path, method, **OF_LLAMA[method])
+    folder = other(LLAMA.base(), tmp_path, method, **OF_LLAMA[method])
     model = LLAMA.base().bfloat16()
     with bank_of(model, {"one": folder}) as bank, bank.rows(["one"] * 4):
         found = outputs(model)
