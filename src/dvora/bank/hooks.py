@@ -131,6 +131,8 @@ class FactorsHook(_Hook):
         self.name = name
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.batches.have_factors:
+            return output
         given = Arguments(args, kwargs)
         for who, factors in self._groups(given):
             if not isinstance(factors, InputScales):
@@ -145,6 +147,8 @@ class FactorsHook(_Hook):
     def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The hook before the forward."""
         given = Arguments(args, kwargs)
+        if not self.batches.have_factors:
+            return given
         for who, factors in self._groups(given):
             if isinstance(factors, InputScales):
                 # In new memory: other layers have the same inputs.
@@ -152,8 +156,6 @@ class FactorsHook(_Hook):
         return given
 
     def _groups(self, given: Arguments) -> list[FactorGroup]:
-        if not self.batches.have_factors:
-            return []
         return self.batches.required().rows.layer_factors(self.name, len(given.first))
 
 
