@@ -37,9 +37,10 @@ class ServedLayer(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
-        return all(
-            (tensor := holder.get(name)) is not None and version.is_of(tensor) for holder, name, version in self.frozen
-        )
+        for holder, name, version in self.frozen:
+            if (tensor := holder.get(name)) is None or not version.is_of(tensor):
+                return False
+        return True
 
 
 def check_unchanged(layers: Sequence[ServedLayer]) -> None:
