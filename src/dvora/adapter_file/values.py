@@ -132,8 +132,7 @@ class AdapterValues:
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        factors = ((name, factor) for name, of_layer in self.factors.items() for factor in of_layer)
-        tensors = [*self.whole.items(), *factors]
+        tensors = [*self.whole.items(), *((name, factor) for name, of in self.factors.items() for factor in of)]
         whole = [part for name, t in tensors for part in (f"{name} {t.dtype} ".encode(), as_bytes(t))]
         return vector_digest(json.dumps([_digest(self.content), self.strengths]), as_bytes(self.vector), *whole)
 

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import BlockPlace, FactorGroup, GatheredRows, HeadByRow, HeadGroup, ServedHead
-from ..rows.layer_factors import InputScales
+from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.layer_factors import InputScales, LayerFactors
 from ..rows.shared import Arguments, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
@@ -132,40 +132,34 @@ class FactorsHook(_Hook):
         self.name = name
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.batches.have_factors:
-            return output
-        given = Arguments(args, kwargs)
-        for who, factors in self._groups(given):
-            if not isinstance(factors, InputScales):
-                updated = factors.outputs(_rows(given.first, who), _rows(output, who))
-                if who is not None and not torch.is_grad_enabled():
-                    # Nobody else has seen them yet.
-                    output.index_copy_(0, who, updated)
-                else:
-                    output = _with_rows(output, who, updated)
+        if self.batches.have_factors:
+            x = Arguments(args, kwargs).first
+            for who, factors in self._groups(x):
+                if not isinstance(factors, InputScales):
+                    # Nobody else has seen the outputs yet.
+                    put = torch.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
+                    updated = factors.outputs(_rows(x, who), _rows(output, who))
+                    output = updated if who is None else put(output, 0, who, updated)
         return output
 
-    def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The hook before the forward."""
-        given = Arguments(args, kwargs)
         if not self.batches.have_factors:
-            return given
-        for who, factors in self._groups(given):
+            return None
+        x = Arguments(args, kwargs).first
+        for who, factors in self._groups(x):
             if isinstance(factors, InputScales):
-                # In new memory: other layers have the same inputs.
-                given = given.with_first(_with_rows(given.first, who, factors.inputs(_rows(given.first, who))))
-        return given
+                # In new memory, since other layers have the same inputs.
+                scaled = factors.inputs(_rows(x, who))
+                x = scaled if who is None else x.index_copy(0, who, scaled)
+        return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
 
-    def _groups(self, given: Arguments) -> list[FactorGroup]:
-        return self.batches.required().rows.layer_factors(self.name, len(given.first))
+    def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
+        return self.batches.required().rows.layer_factors(self.name, len(x))
 
 
 def _rows(tensor: Tensor, who: Tensor | None) -> Tensor:
     return tensor if who is None else tensor.index_select(0, who)
-
-
-def _with_rows(tensor: Tensor, who: Tensor | None, rows: Tensor) -> Tensor:
-    return rows if who is None else tensor.index_copy(0, who, rows)
 
 
 class BlockForward(_Hook):

@@ -90,15 +90,6 @@ class HeadGroup(NamedTuple):
     """By their names in the head, each with one entry a row."""
 
 
-class FactorGroup(NamedTuple):
-    """Rows of a batch whose factors of another method in a layer have the same shapes."""
-
-    rows: Tensor | None
-    """None: all."""
-    factors: LayerFactors
-    """One a row, or one for all of them."""
-
-
 class HeadByRow(threading.local):
     """A head that takes the parameters of each row; a copy for each thread, into which `functional_call` puts them."""
 
@@ -211,7 +202,7 @@ class GatheredRows:
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
-        self._layer_factors: dict[tuple[str, int], list[FactorGroup]] = {}
+        self._layer_factors: dict[tuple[str, int], list[tuple[Tensor | None, LayerFactors]]] = {}
 
     def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
         """The factors of a layer: a part of what is gathered and split once.
@@ -234,8 +225,10 @@ class GatheredRows:
                 self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
 
-    def layer_factors(self, layer: str, rows: int) -> list[FactorGroup]:
-        """The rows that have factors of another method in a layer, by groups.
+    def layer_factors(self, layer: str, rows: int) -> list[tuple[Tensor | None, LayerFactors]]:
+        """Rows (None: all) with factors of another method in a layer, and these: those of the same shapes together.
+
+        One adapter for all rows of a group has factors of N = 1.
 
         Args:
             layer: its name.
@@ -246,16 +239,18 @@ class GatheredRows:
             return []
         if (layer, rows) not in self._layer_factors:
             held, places = self._held(), self.rows.places_of(rows)
-            of_rows = {
-                row: of for row, place in enumerate(places) if (of := held[place].factors.get(layer)) is not None
-            }
-            groups = []
+            of_shapes: dict[Hashable, list[int]] = {}
+            for row, place in enumerate(places):
+                if (of_row := held[place].factors.get(layer)) is not None:
+                    of_shapes.setdefault((type(of_row), *(factor.shape for factor in of_row)), []).append(row)
+            groups: list[tuple[Tensor | None, LayerFactors]] = []
             # Inference tensors could not be used in a later pass with gradients.
             with torch.inference_mode(False):
-                for members in _by_key({row: (type(of), *(part.shape for part in of)) for row, of in of_rows.items()}):
+                for members in of_shapes.values():
                     is_one = len({places[row] for row in members}) == 1
-                    factors = _stacked([of_rows[row] for row in members[: 1 if is_one else None]])
-                    groups.append(FactorGroup(self._index(members, rows), factors))
+                    factors = [held[places[row]].factors[layer] for row in members[: 1 if is_one else None]]
+                    who = None if len(members) == rows else torch.tensor(members, device=self.rows.once.device)
+                    groups.append((who, type(factors[0])(*map(torch.stack, zip(*factors, strict=True)))))
             self._layer_factors[layer, rows] = groups
         return self._layer_factors[layer, rows]
 
@@ -312,33 +307,19 @@ class GatheredRows:
         """The parameters of a head, by groups of rows with heads of the same shapes."""
         held = self._held()
         heads = [held[place].heads for place in self.rows.places_of(rows)]
+        of_shapes: dict[tuple[torch.Size, ...], list[int]] = {}
+        for row, parts in enumerate(heads):
+            of_shapes.setdefault(tuple(parts[part.name].shape for part in head.parts), []).append(row)
         groups = []
-        for members in _by_key(
-            {row: tuple(parts[p.name].shape for p in head.parts) for row, parts in enumerate(heads)}
-        ):
+        for members in of_shapes.values():
             parameters = {
                 part.name.removeprefix(f"{head.name}."): torch.stack([heads[row][part.name] for row in members])
                 for part in head.parts
             }
-            groups.append(HeadGroup(self._index(members, rows), parameters))
+            who = None if len(of_shapes) == 1 else torch.tensor(members, device=self.rows.once.device)
+            groups.append(HeadGroup(who, parameters))
         return groups
-
-    def _index(self, members: Sequence[int], rows: int) -> Tensor | None:
-        """Some of the rows; None: they are all."""
-        return None if len(members) == rows else torch.tensor(members, device=self.rows.once.device)
 
     def of_base(self, rows: int) -> Tensor | None:
         """Which rows are the base's; None where none can be."""
         return None if self._base is None else self.rows.of(rows) == self._base
-
-
-def _by_key(keys: Mapping[int, Hashable]) -> list[list[int]]:
-    """Rows with equal keys together."""
-    groups: dict[Hashable, list[int]] = {}
-    for row, key in keys.items():
-        groups.setdefault(key, []).append(row)
-    return [*groups.values()]
-
-
-def _stacked(factors: Sequence[LayerFactors]) -> LayerFactors:
-    return type(factors[0])(*map(torch.stack, zip(*factors, strict=True)))

@@ -41,14 +41,6 @@ class Arguments(NamedTuple):
         """The block's inputs."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
-    def with_first(self, x: Any) -> Arguments:
-        """The same with other inputs."""
-        return (
-            Arguments((x, *self.args[1:]), self.kwargs)
-            if self.args
-            else Arguments((), {**self.kwargs, next(iter(self.kwargs)): x})
-        )
-
 
 class Groups:
     """Rows of a batch that are equal.
