@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
-from ..rows.layer_factors import InputScales, LayerFactors
+from ..rows.layer_factors import InputScales, LayerFactors, rows_of
 from ..rows.shared import Arguments, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
@@ -138,7 +138,7 @@ class FactorsHook(_Hook):
                 if not isinstance(factors, InputScales):
                     # Nobody else has seen the outputs yet.
                     put = torch.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
-                    updated = factors.outputs(_rows(x, who), _rows(output, who))
+                    updated = factors.outputs(x, who, rows_of(output, who))
                     output = updated if who is None else put(output, 0, who, updated)
         return output
 
@@ -150,16 +150,12 @@ class FactorsHook(_Hook):
         for who, factors in self._groups(x):
             if isinstance(factors, InputScales):
                 # In new memory, since other layers have the same inputs.
-                scaled = factors.inputs(_rows(x, who))
+                scaled = factors.inputs(rows_of(x, who))
                 x = scaled if who is None else x.index_copy(0, who, scaled)
         return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
 
     def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
         return self.batches.required().rows.layer_factors(self.name, len(x))
-
-
-def _rows(tensor: Tensor, who: Tensor | None) -> Tensor:
-    return tensor if who is None else tensor.index_select(0, who)
 
 
 class BlockForward(_Hook):

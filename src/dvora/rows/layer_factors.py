@@ -1,4 +1,4 @@
-"""What adapters of other methods do in a linear layer, for N rows of a batch, each with factors of its own.
+"""What adapters of other methods do in a linear layer, for rows of a batch, each with factors of its own.
 
 | method | outputs |
 |---|---|
@@ -8,7 +8,8 @@
 
 Scales are float32 whatever the base is, and so are products with them: near one, half precision has few digits.
 
-Dimensions: N rows, or 1 for all; I in, O out, R rank, G groups of outputs, H pairs in a group.
+Dimensions: B rows of a batch, N of them with these factors (or 1 for all of those), T tokens, I in, O out, R rank, G
+groups of outputs, H pairs in a group.
 """
 
 from __future__ import annotations
@@ -30,8 +31,15 @@ class LowRank(NamedTuple):
     B: Float[Tensor, "*N O R"]
     """With alpha / R in it."""
 
-    def outputs(self, x: Float[Tensor, "N *T I"], y: Float[Tensor, "N *T O"]) -> Float[Tensor, "N *T O"]:
-        """The outputs of all rows, from the inputs and the base's outputs, which are written to without gradients."""
+    def outputs(self, x: Float[Tensor, "B *T I"], who: Tensor | None, y: Float[Tensor, "N *T O"]) -> Tensor:
+        """The outputs of the rows that have these factors.
+
+        Args:
+            x: the inputs of all rows.
+            who: the rows; None: all.
+            y: their outputs of the base, which are written to where no gradients are recorded.
+        """
+        x = rows_of(x, who)
         tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         low = tokens.to(self.A.dtype) @ self.A.mT
         if torch.is_grad_enabled() or y.dtype != self.B.dtype or not y.is_contiguous():
@@ -39,7 +47,7 @@ class LowRank(NamedTuple):
         if len(self.B) == 1:
             y.view(-1, y.shape[-1]).addmm_(low.flatten(0, 1), self.B[0].T)
         else:
-            y.view(len(x), -1, y.shape[-1]).baddbmm_(low, self.B.mT)
+            y.view(len(y), -1, y.shape[-1]).baddbmm_(low, self.B.mT)
         return y
 
 
@@ -49,7 +57,7 @@ class InputScales(NamedTuple):
     scales: Float[Tensor, "*N I"]
 
     def inputs(self, x: Float[Tensor, "N *T I"]) -> Float[Tensor, "N *T I"]:
-        """The inputs of all rows."""
+        """The inputs of the rows that have these factors."""
         scaled: Tensor = x * _for_tokens(self.scales, x)
         return scaled.to(x.dtype)
 
@@ -59,7 +67,7 @@ class OutputScales(NamedTuple):
 
     scales: Float[Tensor, "*N O"]
 
-    def outputs(self, _: Tensor, y: Float[Tensor, "N *T O"]) -> Float[Tensor, "N *T O"]:
+    def outputs(self, _: Tensor, __: Tensor | None, y: Float[Tensor, "N *T O"]) -> Tensor:
         """See `LowRank`."""
         scales = _for_tokens(self.scales, y)
         return (y * scales).to(y.dtype) if torch.is_grad_enabled() else y.mul_(scales)
@@ -71,7 +79,7 @@ class Rotations(NamedTuple):
     cos: Float[Tensor, "*N G 2 H"]
     sin: Float[Tensor, "*N G 2 H"]
 
-    def outputs(self, _: Tensor, y: Float[Tensor, "N *T O"]) -> Float[Tensor, "N *T O"]:
+    def outputs(self, _: Tensor, __: Tensor | None, y: Float[Tensor, "N *T O"]) -> Tensor:
         """See `LowRank`."""
         pairs: Tensor = y.unflatten(-1, self.cos.shape[-3:])
         cos, sin = (_for_tokens(factor, pairs, 3) for factor in self)
@@ -111,6 +119,11 @@ def factor_bytes(sizes: FactorSizes, dtype: torch.dtype) -> int:
     """Bytes of what `layer_factors` gives."""
     features = (sizes.in_features or 0) + (sizes.out_features or 0)
     return features * {"lora": sizes.rank * dtype.itemsize, "ia3": 4, "road": 8}[sizes.method]
+
+
+def rows_of(values: Float[Tensor, "B ..."], who: Tensor | None) -> Float[Tensor, "N ..."]:
+    """Some rows of a batch; None: all."""
+    return values if who is None else values.index_select(0, who)
 
 
 def _for_tokens(factor: Float[Tensor, "*N ..."], values: Tensor, dimensions: int = 1) -> Tensor:
