@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "endless settings": (lambda folder: os.truncate(folder / SETTINGS, 2**25), "expected at most"),
     "another method": (
         lambda folder: get_peft_model(MODELS["mlp"](), VeraConfig(target_modules=["lin0"])).save_pretrained(folder),
-        "VERA; only those of DVoRA and LoRA",
+        r"VERA; only those of DVoRA, LoRA, \(IA\)3 and RoAd",
     ),
     "an endless header": (written(b"\xff" * 64), "truncated, or no safetensors"),
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),

@@ -72,15 +72,19 @@ class LayerSizes(NamedTuple):
         return self.out_features, self.out_features if self.rank else 0, self.rank
 
 
-class LoRASizes(NamedTuple):
-    """The factors of one layer in an adapter of LoRA."""
+class FactorSizes(NamedTuple):
+    """The factors of one linear layer in an adapter of another method."""
 
     name: str
-    in_features: int
-    out_features: int
-    rank: int
-    scaling: float
-    """alpha / rank, or alpha / sqrt(rank)."""
+    method: str
+    """lora, ia3 or road."""
+    in_features: int | None
+    out_features: int | None
+    """None where the factors do not say."""
+    rank: int = 0
+    """0 for scales."""
+    settings: tuple[str | float, ...] = ()
+    """By which the factors are computed from the file: of LoRA the scaling, of RoAd the variant and the group size."""
 
 
 class SavedWhole(NamedTuple):
@@ -122,8 +126,8 @@ class Content(NamedTuple):
     whole: tuple[SavedWhole, ...]
     base: tuple[tuple[str, tuple[float, ...]], ...]
     """Fingerprints of the base weights by layer, where they are known."""
-    lora: tuple[LoRASizes, ...] = ()
-    """Of an adapter of LoRA, which has no `layers`."""
+    factors: tuple[FactorSizes, ...] = ()
+    """Of an adapter of another method, which has no `layers`."""
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
@@ -141,9 +145,14 @@ class Content(NamedTuple):
         )
 
     @property
+    def method(self) -> str:
+        """In lower case."""
+        return self.factors[0].method if self.factors else "dvora"
+
+    @property
     def digest(self) -> str:
         """A hash of all that must be equal to the last bit; the base is compared by `difference`."""
-        exact = [FORMAT_VERSION, self.settings, self.layers, self.whole, *([self.lora] if self.lora else ())]
+        exact = [FORMAT_VERSION, self.settings, self.layers, self.whole, *([self.factors] if self.factors else ())]
         return hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:16]
 
     def difference(self, other: Content) -> str | None:

@@ -44,7 +44,7 @@ class _Form(NamedTuple):
 _WHOLE, _ENDING = _Form("{}", whole=True), _Form(r"(.*\.)?({})$")
 # PEFT compiles the last two again for every module, except for the few hundred that `re` caches.
 _FORMS = {
-    **dict.fromkeys(("target_modules", "magnitude_modules", "exclude_modules"), _WHOLE),
+    **dict.fromkeys(("target_modules", "magnitude_modules", "exclude_modules", "feedforward_modules"), _WHOLE),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "strength"), _ENDING),
     "modules_to_save": _Form(r"(^|.*\.){}($|\..*)", at_most=256),
     "layers_pattern": _Form(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", at_most=256),

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..functional import Vectors
 from ..tensors import Float
 from .content import Content, check_saved_ranks, in_order, vector_digest
-from .lora import lora_of
+from .other_methods import read_other
 from .settings import DVoRAConfig
 from .values_file import (
     LARGEST_SETTINGS,
@@ -69,8 +68,8 @@ class Description:
     """Of all entries; None where they have several."""
     strengths: tuple[float, ...]
     """One a layer."""
-    factors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Names in the file of A and B of an adapter of LoRA, by layer."""
+    factors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names in the file of the factors of an adapter of another method, by layer."""
 
     @cached_property
     def places(self) -> Mapping[str, range]:
@@ -95,6 +94,11 @@ class Description:
         return vector_digest(
             self.settings, self.header, values.digest.encode(), *(as_bytes(tensor) for tensor in values.beside.values())
         )
+
+    @property
+    def count(self) -> int:
+        """Of the adapter's values."""
+        return sum(prod(shape) for key, (_, shape) in self.entries.items() if key not in self.beside)
 
     @property
     def size(self) -> int:
@@ -122,13 +126,13 @@ class AdapterValues:
     """Shared by adapters with equal settings."""
     beside: Mapping[str, Tensor]
     """What a file has that is not the adapter's (tables and biases of the base, projections), by the names in it."""
-    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """A (R, I) and B (O, R) of an adapter of LoRA, in their own dtype, by layer."""
+    factors: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Those of an adapter of another method as its file has them, by layer."""
 
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that name what is served: content, strengths, and the values to the last bit."""
-        tensors = [*self.whole.items(), *((name, factor) for name, both in self.factors.items() for factor in both)]
+        tensors = [*self.whole.items(), *((name, factor) for name, of in self.factors.items() for factor in of)]
         whole = [part for name, t in tensors for part in (f"{name} {t.dtype} ".encode(), as_bytes(t))]
         return vector_digest(json.dumps([_digest(self.content), self.strengths]), as_bytes(self.vector), *whole)
 
@@ -224,8 +228,10 @@ def of_dvora(folder: Path) -> FolderSource:
         ValueError: it is of another method, or as for `FolderSource`.
     """
     source = FolderSource(folder)
-    if source.content.lora:
-        raise ValueError(f"{folder}: it is an adapter of type LORA; only those of DVoRA have vectors. Merge it")
+    if (method := source.content.method) != "dvora":
+        raise ValueError(
+            f"{folder}: it is an adapter of type {method.upper()}; only those of DVoRA have vectors. Merge it"
+        )
     return source
 
 
@@ -245,6 +251,8 @@ class VectorSource:
     def __init__(
         self, content: Content, config: DVoRAConfig, strengths: tuple[float, ...], vector: Float[Tensor, "S"]
     ) -> None:
+        if not content.layers:
+            raise ValueError(f"vector: one of {content.method} has none, only adapters of DVoRA have; give a folder")
         self.content, self.config, self.beside = content, config, dict[str, Shape]()
         if not isinstance(vector, Tensor) or vector.dtype != torch.float32:
             got = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
@@ -307,11 +315,9 @@ def _described(settings: bytes, header: bytes) -> Description:
     entries = header_entries(header)
     shapes = {name: shape for name, (_, shape) in entries.items()}
     config = DVoRAConfig.from_bytes(settings, shapes)
-    if isinstance(config, LoraConfig):
-        config, content, of_file = lora_of(config, entries)
-        return Description(settings, header, config, content, entries, of_file.whole, {}, None, (), of_file.factors)
     if not isinstance(config, DVoRAConfig):
-        raise TypeError(f"it is an adapter of type {config.peft_type}; only those of DVoRA and LoRA share a base")
+        config, content, of_file = read_other(settings, config, entries)
+        return Description(settings, header, config, content, entries, of_file.whole, {}, None, (), of_file.factors)
     check_saved_ranks(config, shapes)
     content = Content.of_saved(config, shapes)
     if not content.layers:
@@ -346,7 +352,7 @@ def values_of(description: Description, data: bytes) -> AdapterValues:
     content, buffer = description.content, bytearray(data)
     if description.factors:
         parts = tensors_of(description.entries, buffer)
-        factors = {name: (parts[a], parts[b]) for name, (a, b) in description.factors.items()}
+        factors = {name: tuple(parts[key] for key in keys) for name, keys in description.factors.items()}
         heads = {name: parts[key] for name, key in description.names.items()}
         return _finite(AdapterValues(content, torch.empty(0), (), heads, description.config, {}, factors))
     # Most files have one dtype, and hundreds of entries, which need no view each then.
@@ -368,7 +374,7 @@ def check_exact(description: Description) -> None:
     Raises:
         TypeError: some are none.
     """
-    factors = {key: key for both in description.factors.values() for key in both}
+    factors = {key: key for of_layer in description.factors.values() for key in of_layer}
     for name, key in {**description.names, **factors}.items():
         if (dtype := description.entries[key][0]) not in _EXACT:
             raise TypeError(f"{name} is {dtype}, expected torch.float32 or half precision; save it as that")

@@ -98,8 +98,8 @@ class AdapterBank:
         model: the frozen base, without adapters, whole and in memory; it may be quantised.
         slots: how many adapters are on the device at a time, at least as many as one batch has.
         host_bytes: of factor rows in memory, at least those of one adapter.
-        head_bytes: of heads and of factors of LoRA on the device, of which every slot has an equal part, or as much as
-            the model's own head.
+        head_bytes: of heads and of factors of other methods on the device, of which every slot has an equal part, or as
+            much as the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
         like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
         own_heads: whether rows of the base are meant to have the model's own head, of which nobody is warned then.
@@ -468,7 +468,7 @@ class AdapterBank:
     def _unfit_for(self, versions: Sequence[Version]) -> Source | None:
         """Free the layers, if others have to be hooked for new adapters: that of an adapter which is there, if one is.
 
-        The last one of a kind may have left, or the first one of DVoRA comes to some of LoRA.
+        The last one of a kind may have left, or the first one of DVoRA comes to some of other methods.
         """
         first = next(iter(self._versions.values()), None)
         if self._fitted is None or all(self.is_hooked_for(version.source) for version in versions):
@@ -477,8 +477,8 @@ class AdapterBank:
             if first is None:
                 return None
             raise ValueError(
-                "all adapters of the bank are of LoRA, and the first one of DVoRA comes between batches: add it when "
-                "none runs, or make the bank with like= of one"
+                "no adapter of the bank is of DVoRA, and the first one comes between batches: add it when none runs, "
+                "or make the bank with like= of one"
             )
         self._unfit()
         self._host = HostRows(self._host.limit)
@@ -599,12 +599,12 @@ class AdapterBank:
     def _check_fits(self, adapter: Version, allow_partial: bool) -> None:
         with _of_adapter(adapter):
             served, content = self._required().served, adapter.source.content
-            self._batches.have_lora |= bool(content.lora)
+            self._batches.have_factors |= bool(content.factors)
             served.check_fits(content, adapter.source.beside, adapter.source.config, allow_partial)
-            size, of_base = served.head_bytes(content), served.head_bytes(served.content._replace(lora=()))
+            size, of_base = served.head_bytes(content), served.head_bytes(served.content._replace(factors=()))
             if size > (most := max(of_base, self._head_bytes // self._slot_count)):
                 raise ValueError(
-                    f"its head and factors of LoRA take {size:,} bytes on the device, and the bank has room for "
+                    f"its head and factors take {size:,} bytes on the device, and the bank has room for "
                     f"{most:,} in each of {self._slot_count} slots (head_bytes={self._head_bytes}); make a bank "
                     "with more head_bytes or fewer slots"
                 )

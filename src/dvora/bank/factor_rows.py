@@ -20,7 +20,8 @@ from torch import Tensor
 from ..adapter_file.content import LayerSizes, vector_digest
 from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
-from ..rows.gathered import ActsFrom, Held, LayerPlace, LoRAFactors
+from ..rows.gathered import ActsFrom, Held, LayerPlace
+from ..rows.layer_factors import LayerFactors, layer_factors
 from ..tensors import Float
 from .served import ServedModel
 from .slots import AdapterRow
@@ -61,7 +62,7 @@ class FactorRows:
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
-        # Files of LoRA do not say of which base they are.
+        # Files of other methods do not say of which base they are.
         base = self._base if values.content.layers else "[]"
         return vector_digest(f'[{base}, "{values.digest}"]')
 
@@ -75,7 +76,7 @@ class FactorRows:
             if self._acts(row.factors, place):
                 return False
         own_heads = self.served.own_heads
-        return not row.held.lora and all(torch.equal(row.held.heads[name], own_heads[name]) for name in own_heads)
+        return not row.held.factors and all(torch.equal(row.held.heads[name], own_heads[name]) for name in own_heads)
 
     @torch.no_grad()
     def of(self, adapters: Sequence[AdapterValues]) -> Float[Tensor, "N F"]:
@@ -109,30 +110,29 @@ class FactorRows:
                 f"the adapter has factors that {self.dtype} cannot hold; make the bank with dtype=torch.float32, or "
                 "look whether its training diverged"
             )
-        return self._row(factors.clone(), self.served.heads_of(values.whole), self._lora(values))
+        return self._row(factors.clone(), self.served.heads_of(values.whole), self._layer_factors(values))
 
     def _row(
         self,
         factors: Float[Tensor, "F"],
         heads: Mapping[str, Tensor],
-        lora: Mapping[str, LoRAFactors] = MappingProxyType({}),
+        others: Mapping[str, LayerFactors] = MappingProxyType({}),
     ) -> AdapterRow:
-        with_lora = [place for layer in lora if (place := self.served.block_of(layer)) is not None]
+        with_factors = [place for layer in others if (place := self.served.block_of(layer)) is not None]
         acts_from = []
         for number, (_, blocks) in enumerate(self.served.block_lists):
             by_vectors = (block for block, place in self._by_list[number] if self._acts(factors, place))
-            by_lora = (place.block for place in with_lora if place.list == number)
-            acts_from.append(ActsFrom(next(by_vectors, len(blocks)), min(by_lora, default=len(blocks))))
-        return AdapterRow(factors, Held(heads, acts_from, lora))
+            by_factors = (place.block for place in with_factors if place.list == number)
+            acts_from.append(ActsFrom(next(by_vectors, len(blocks)), min(by_factors, default=len(blocks))))
+        return AdapterRow(factors, Held(heads, acts_from, others))
 
-    def _lora(self, values: AdapterValues) -> dict[str, LoRAFactors]:
-        """The factors of an adapter of LoRA as its layers compute with them."""
-        scalings = {layer.name: layer.scaling for layer in values.content.lora}
+    def _layer_factors(self, values: AdapterValues) -> dict[str, LayerFactors]:
+        """The factors of an adapter of another method as its layers compute with them."""
         factors, dtype = {}, self.served.dtype
-        for name, (A, B) in values.factors.items():
-            factors[name] = LoRAFactors(A.to(dtype, copy=True), (scalings[name] * B.float()).to(dtype))
-            if not all(map(is_finite, factors[name])):
-                raise ValueError(f"{name} has factors that {dtype}, the base's, cannot hold")
+        for sizes in values.content.factors:
+            factors[sizes.name] = of_layer = layer_factors(sizes, values.factors[sizes.name], dtype)
+            if not all(map(is_finite, of_layer)):
+                raise ValueError(f"{sizes.name} has factors that {dtype}, the base's, cannot hold")
         return factors
 
     @staticmethod

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.layer_factors import InputScales, LayerFactors, rows_of
 from ..rows.shared import Arguments, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced
 from ..weight import AdaptedWeight
@@ -36,9 +37,10 @@ class ServedLayer(NamedTuple):
 
     def is_unchanged(self) -> bool:
         """Whether the weight is still the one whose constants are kept, as far as PyTorch counts writes."""
-        return all(
-            (tensor := holder.get(name)) is not None and version.is_of(tensor) for holder, name, version in self.frozen
-        )
+        for holder, name, version in self.frozen:
+            if (tensor := holder.get(name)) is None or not version.is_of(tensor):
+                return False
+        return True
 
 
 def check_unchanged(layers: Sequence[ServedLayer]) -> None:
@@ -117,8 +119,8 @@ class LayerHook(_Hook):
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias, in_place=True)
 
 
-class LoRAHook(_Hook):
-    """The forward hook of a linear layer: it adds `B (A x)` for the rows whose adapters are of LoRA.
+class FactorsHook(_Hook):
+    """The forward hook of a linear layer: what adapters of other methods do for their rows.
 
     Args:
         name: of the layer.
@@ -129,27 +131,31 @@ class LoRAHook(_Hook):
         super().__init__(batches)
         self.name = name
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not self.batches.have_lora:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if self.batches.have_factors:
+            x = Arguments(args, kwargs).first
+            for who, factors in self._groups(x):
+                if not isinstance(factors, InputScales):
+                    # Nobody else has seen the outputs yet.
+                    put = torch.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
+                    updated = factors.outputs(x, who, rows_of(output, who))
+                    output = updated if who is None else put(output, 0, who, updated)
+        return output
+
+    def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """The hook before the forward."""
+        if not self.batches.have_factors:
             return None
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if (of_rows := self.batches.required().rows.lora(self.name, len(x))) is None:
-            return None
-        who, (A, B) = of_rows
-        x = x if who is None else x.index_select(0, who)
-        tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        low = tokens.to(A.dtype) @ A.mT
-        if who is None and not torch.is_grad_enabled() and output.dtype == B.dtype and output.is_contiguous():
-            # In place, and with one adapter for all rows by one product.
-            if len(B) == 1:
-                output.view(-1, output.shape[-1]).addmm_(low.flatten(0, 1), B[0].T)
-            else:
-                output.view(len(x), -1, output.shape[-1]).baddbmm_(low, B.mT)
-            return output
-        update = (low @ B.mT).to(output.dtype).reshape(len(x), *output.shape[1:])
-        if who is None:
-            return output + update
-        return output.index_add(0, who, update) if torch.is_grad_enabled() else output.index_add_(0, who, update)
+        x = Arguments(args, kwargs).first
+        for who, factors in self._groups(x):
+            if isinstance(factors, InputScales):
+                # In new memory, since other layers have the same inputs.
+                scaled = factors.inputs(rows_of(x, who))
+                x = scaled if who is None else x.index_copy(0, who, scaled)
+        return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
+
+    def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
+        return self.batches.required().rows.layer_factors(self.name, len(x))
 
 
 class BlockForward(_Hook):

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_file.content import Content, LayerSizes, LoRASizes, SavedWhole
+from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
 from ..layer import share_inputs, stop_sharing_inputs
@@ -29,14 +29,15 @@ from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import BlockPlace, ServedHead
+from ..rows.layer_factors import factor_bytes
 from ..rows.shared import SharedPass
 from ..tensors import block_lists, is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
     BlockForward,
+    FactorsHook,
     HeadHook,
     LayerHook,
-    LoRAHook,
     OutputHook,
     ServedLayer,
     check_without_bank,
@@ -76,7 +77,7 @@ class ServedModel:
         self.heads = _heads(model, self.config, content)
         self.block_lists = block_lists(model, [head.name for head in self.heads])
         self.linears = _linears(model, [head.name for head in self.heads])
-        """All that can have factors of LoRA, by name."""
+        """All that can have factors of other methods, by name."""
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
         self.content = content._replace(base=tuple((layer.name, layer.fingerprint) for layer in self.layers))
         devices = {layer.adapted.w.device: layer.name for layer in self.layers}
@@ -86,7 +87,7 @@ class ServedModel:
         self.device = next(iter(devices))
         floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
         self.dtype = next(floating, torch.get_default_dtype())
-        """In which factors of LoRA are multiplied."""
+        """Of products with factors of LoRA."""
         values = model.state_dict() if self.heads else {}
         parts = [part.name for head in self.heads for part in head.parts]
         self.own_heads = {name: values[name].detach().to("cpu", copy=True) for name in parts}
@@ -100,10 +101,9 @@ class ServedModel:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
         share_inputs(self.model)
-        # The last to be put before all others comes first: LoRA is added to what DVoRA gives.
-        hooks: list[tuple[nn.Module, LoRAHook | LayerHook | HeadHook]] = [
-            (module, LoRAHook(name, batches)) for name, module in self.linears.items()
-        ]
+        of_linears = [(module, FactorsHook(name, batches)) for name, module in self.linears.items()]
+        # The last to be put before all others comes first: the rest of other methods see what DVoRA gives.
+        hooks: list[tuple[nn.Module, FactorsHook | LayerHook | HeadHook]] = [*of_linears]
         hooks += [
             (layer.module, LayerHook(layer, position, self.block_of(layer.name), batches))
             for position, layer in enumerate(self.layers)
@@ -113,6 +113,8 @@ class ServedModel:
         handles: list[RemovableHandle | BlockForward] = [
             module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks
         ]
+        # Behind those that were there, which see the inputs as they would those of a merged model.
+        handles += [module.register_forward_pre_hook(hook.inputs, with_kwargs=True) for module, hook in of_linears]
         for number, (_, blocks) in enumerate(self.block_lists):
             passes: WeakKeyDictionary[Batch, SharedPass] = WeakKeyDictionary()
             for place, module in enumerate(blocks):
@@ -150,10 +152,10 @@ class ServedModel:
         Raises:
             ValueError: what differs.
         """
-        for sizes in content.lora:
+        for sizes in content.factors:
             self._check_linear(sizes)
         expected, names = self.content, _names(content)
-        if content.lora:
+        if content.factors:
             # What layers of DVoRA have in common.
             expected = expected._replace(settings=content.settings)
         absent = sorted(_names(expected) - names)
@@ -176,14 +178,16 @@ class ServedModel:
             if not key.startswith(MATRIX_PREFIX) and here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
-    def _check_linear(self, sizes: LoRASizes) -> None:
-        """Refuse factors of LoRA that fit no layer."""
+    def _check_linear(self, sizes: FactorSizes) -> None:
+        """Refuse factors that fit no layer."""
         if (layer := self.linears.get(sizes.name)) is None:
             raise ValueError(f"the adapter has factors of {sizes.name}, which is no linear layer of the model")
-        if (here := linear_sizes(layer)) != (sizes.out_features, sizes.in_features):
+        here = linear_sizes(layer)
+        there = sizes.out_features or here[0], sizes.in_features or here[1]
+        if here != there:
             raise ValueError(
-                f"{sizes.name} has {here[0]} outputs and {here[1]} inputs in the model, and {sizes.out_features} and "
-                f"{sizes.in_features} in the adapter: another base"
+                f"{sizes.name} has {here[0]} outputs and {here[1]} inputs in the model, and {there[0]} and {there[1]} "
+                "in the adapter: another base"
             )
 
     def _check_matrices(self, shapes: Sequence[Shape]) -> None:
@@ -226,10 +230,9 @@ class ServedModel:
         return heads
 
     def head_bytes(self, content: Content) -> int:
-        """Bytes of an adapter's heads, and of factors of LoRA, as they are on the device."""
+        """Bytes of an adapter's heads, and of its factors of another method, as they are on the device."""
         of_heads: int = sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
-        values = sum(layer.rank * (layer.in_features + layer.out_features) for layer in content.lora)
-        return of_heads + values * self.dtype.itemsize
+        return of_heads + sum(factor_bytes(layer, self.dtype) for layer in content.factors)
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""

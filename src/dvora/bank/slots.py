@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows.gathered import GatheredRows, Held, LayerPlace, LoRAFactors, RowIndex
+from ..rows.gathered import GatheredRows, Held, LayerPlace, RowIndex
 from ..tensors import Float
 
 
@@ -25,7 +25,7 @@ class AdapterRow(NamedTuple):
 
     factors: Float[Tensor, "F"]
     held: Held
-    """Heads, and factors of LoRA."""
+    """Heads, and factors of another method."""
 
     @property
     def nbytes(self) -> int:
@@ -225,10 +225,10 @@ class Slots:
             self.held[slot] = Held(
                 {name: values.to(device) for name, values in held.heads.items()},
                 held.acts_from,
-                {name: LoRAFactors(A.to(device), B.to(device)) for name, (A, B) in held.lora.items()},
+                {name: type(of)(*(factor.to(device) for factor in of)) for name, of in held.factors.items()},
             )
 
 
 def _tensors_of(held: Held) -> Iterator[Tensor]:
     yield from held.heads.values()
-    yield from chain.from_iterable(held.lora.values())
+    yield from chain.from_iterable(held.factors.values())

@@ -54,6 +54,8 @@ class TrainableAdapters:
             raise ValueError("names and new are empty; name the adapters to train")
         self.names, self.served = tuple(values), rows.served
         self._rows, self._batches, self.row_lengths = rows, batches, rows.row_lengths
+        if not self.served.layers:
+            raise ValueError("the bank has no adapter of DVoRA, which a new one would be like; add one first")
         self._check_frozen()
         self.config = self._common_config(values)
         for name, start in values.items():
@@ -251,6 +253,8 @@ class TrainableAdapters:
 
     def _check_start(self, name: str, start: AdapterValues | None) -> None:
         if start is not None:
+            if start.content.factors:
+                raise ValueError(f"names: {name!r} is of {start.content.method}, which is served here and not trained")
             self.served.check_fits(start.content, {})
             if any(strength != 1 for strength in start.strengths):
                 raise ValueError(f"names: {name!r} has a strength other than one in its configuration; train it at one")

@@ -109,8 +109,8 @@ class Batches:
         self._running: set[Batch] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self.have_lora = False
-        """Whether an adapter of LoRA has ever been among them."""
+        self.have_factors = False
+        """Whether an adapter of another method has ever been among them."""
 
     @contextmanager
     def entered(self, rows: GatheredRows) -> Iterator[Batch]:

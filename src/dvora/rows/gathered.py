@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
-from torch.nn.functional import pad
 
 from ..adapter_file.content import SavedWhole
 from ..factors import Factors
-from ..tensors import Float, saved_tensors_are_hooked
+from ..tensors import saved_tensors_are_hooked
+from .layer_factors import LayerFactors
 
 
 class LayerPlace(NamedTuple):
@@ -50,21 +50,13 @@ class BlockPlace(NamedTuple):
     """Of the blocks in that list."""
 
 
-class LoRAFactors(NamedTuple):
-    """Of one layer in one adapter."""
-
-    A: Float[Tensor, "*N R I"]
-    B: Float[Tensor, "*N O R"]
-    """With alpha / R in it."""
-
-
 class ActsFrom(NamedTuple):
     """The first block of a list that an adapter changes; the number of blocks, where it changes none."""
 
     vectors: int
     """By vectors of DVoRA."""
-    lora: int
-    """By factors of LoRA."""
+    factors: int
+    """By factors of another method."""
 
 
 class Held(NamedTuple):
@@ -74,8 +66,8 @@ class Held(NamedTuple):
     """Parts of heads by their full names."""
     acts_from: Sequence[ActsFrom] | None = None
     """By list of blocks; None: perhaps from the first ones on, by vectors."""
-    lora: Mapping[str, LoRAFactors] = {}
-    """By layer."""
+    factors: Mapping[str, LayerFactors] = {}
+    """Of another method by layer, each without the dimension of rows."""
 
 
 class ServedHead(NamedTuple):
@@ -210,7 +202,7 @@ class GatheredRows:
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
-        self._lora: dict[tuple[str, int], tuple[Tensor | None, LoRAFactors]] = {}
+        self._layer_factors: dict[tuple[str, int], list[tuple[Tensor | None, LayerFactors]]] = {}
 
     def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
         """The factors of a layer: a part of what is gathered and split once.
@@ -233,32 +225,39 @@ class GatheredRows:
                 self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
 
-    def lora(self, layer: str, rows: int) -> tuple[Tensor | None, LoRAFactors] | None:
-        """Which rows have factors of LoRA in a layer (None: all), and these, (N, R, I) and (N, O, R); None: no row has.
+    def layer_factors(self, layer: str, rows: int) -> list[tuple[Tensor | None, LayerFactors]]:
+        """Rows (None: all) with factors of another method in a layer, and these: those of the same shapes together.
 
-        Those of a smaller rank than others are filled up with zeros. One adapter for all rows has factors of N = 1.
+        One adapter for all rows of a group has factors of N = 1.
 
         Args:
             layer: its name.
             rows: of its outputs.
         """
-        held = self._held()
-        if not any(layer in held[place].lora for place in self.rows.places):
+        if layer not in self._layers_with_factors:
             # Layers that nobody adapts may get something else than rows.
-            return None
-        if (layer, rows) not in self._lora:
-            places = self.rows.places_of(rows)
-            with_factors = [row for row, place in enumerate(places) if layer in held[place].lora]
-            is_one = len({places[row] for row in with_factors}) == 1
-            factors = [held[places[row]].lora[layer] for row in with_factors[: 1 if is_one else None]]
-            rank = max(len(of_row.A) for of_row in factors)
-            stacked = LoRAFactors(
-                torch.stack([pad(of_row.A, (0, 0, 0, rank - len(of_row.A))) for of_row in factors]),
-                torch.stack([pad(of_row.B, (0, rank - len(of_row.A))) for of_row in factors]),
-            )
-            who = None if len(with_factors) == rows else torch.tensor(with_factors, device=self.rows.once.device)
-            self._lora[layer, rows] = who, stacked
-        return self._lora[layer, rows]
+            return []
+        if (layer, rows) not in self._layer_factors:
+            held, places = self._held(), self.rows.places_of(rows)
+            of_shapes: dict[Hashable, list[int]] = {}
+            for row, place in enumerate(places):
+                if (of_row := held[place].factors.get(layer)) is not None:
+                    of_shapes.setdefault((type(of_row), *(factor.shape for factor in of_row)), []).append(row)
+            groups: list[tuple[Tensor | None, LayerFactors]] = []
+            # Inference tensors could not be used in a later pass with gradients.
+            with torch.inference_mode(False):
+                for members in of_shapes.values():
+                    is_one = len({places[row] for row in members}) == 1
+                    factors = [held[places[row]].factors[layer] for row in members[: 1 if is_one else None]]
+                    who = None if len(members) == rows else torch.tensor(members, device=self.rows.once.device)
+                    groups.append((who, type(factors[0])(*map(torch.stack, zip(*factors, strict=True)))))
+            self._layer_factors[layer, rows] = groups
+        return self._layer_factors[layer, rows]
+
+    @cached_property
+    def _layers_with_factors(self) -> set[str]:
+        held = self._held()
+        return {layer for place in {*self.rows.places} for layer in held[place].factors}
 
     def acting(self, place: BlockPlace) -> list[int]:
         """The adapter of each row as far as a block, by its place; -1 where it has changed nothing by its end."""
@@ -285,7 +284,7 @@ class GatheredRows:
     @cached_property
     def _with_vectors(self) -> tuple[Tensor, GatheredRows] | None:
         held, places = self._held(), self.rows.places
-        changed = [row for row, place in enumerate(places) if place != self._base and not held[place].lora]
+        changed = [row for row, place in enumerate(places) if place != self._base and not held[place].factors]
         if 2 * len(changed) > len(places):
             return None
         return torch.tensor(changed, dtype=torch.int64, device=self.rows.once.device), self.of_rows(changed)

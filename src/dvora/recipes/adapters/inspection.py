@@ -68,7 +68,7 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for key, shape in adapter.shapes.items():
         name, _, vector = key.removeprefix("base_model.model.").rpartition(".")
-        if vector.startswith("dvora_"):
+        if vector.startswith(("dvora_", "ia3_", "road_")):
             ranks.setdefault(name, 0)
         if vector in ("dvora_lambda_d", "vera_lambda_d", "lora_embedding_A"):
             ranks[name] = shape[0]

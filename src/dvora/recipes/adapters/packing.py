@@ -1,13 +1,11 @@
 """A folder of adapters as one file for the bank, and what is in such a file."""
 
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...adapter_file.content import Content
 from ...adapter_file.packs import FORMAT, OnProgress, Pack, write_pack
-from ...adapter_file.values import adapters_in
+from ...adapter_file.values import Description, adapters_in
 
 
 def pack(folder: Path, output: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -31,29 +29,30 @@ def inspect_pack(file: Path) -> dict[str, Any]:
     """
     with Pack.open(file) as opened:
         sources = [opened.source(name) for name in opened.entries]
-    contents, size = Counter(source.content for source in sources), file.stat().st_size
+    counts, size = Counter(source.content for source in sources), file.stat().st_size
+    contents = {source.content: source.description for source in sources}
     return {
         "file": str(file),
         "format": FORMAT,
         "count": len(sources),
         "bytes": size,
         "bytes_an_adapter": size // len(sources),
-        "contents": [_in_short(content, count) for content, count in contents.items()],
+        "contents": [_in_short(contents[content], count) for content, count in counts.items()],
         "adapters": [
             {"name": source.name, "bytes": source.description.size, "digest": source.digest} for source in sources
         ],
     }
 
 
-def _in_short(content: Content, count: int) -> dict[str, Any]:
-    vectors = sum(sum(layer.lengths) for layer in content.layers)
-    factors = sum(layer.rank * (layer.in_features + layer.out_features) for layer in content.lora)
+def _in_short(description: Description, count: int) -> dict[str, Any]:
+    content = description.content
+    layers = content.layers or content.factors
     return {
         "adapters": count,
-        "method": "lora" if content.lora else "dvora",
-        "layers": len(content.layers or content.lora),
-        "ranks": sorted({layer.rank for layer in content.layers or content.lora}),
-        "values": vectors + factors + sum(prod(part.shape) for part in content.whole),
+        "method": content.method,
+        "layers": len(layers),
+        "ranks": sorted({layer.rank for layer in layers}),
+        "values": description.count,
         "saved_whole": [part.name for part in content.whole],
         "digest": content.digest,
     }

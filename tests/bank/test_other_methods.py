@@ -1,0 +1,401 @@
+"""Adapters of LoRA, (IA)3 and RoAd beside those of DVoRA: each row is what PEFT gives for its adapter alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+
+import dvora
+from dvora.adapter_file.packs import write_pack
+from dvora.rows.gathered import GatheredRows
+from tests.bank.tenants import BERT, HEADED, LLAMA, Kind, tenants
+from tests.peft.kinds import edit_config, edit_weights, saved
+from tests.peft.other_methods import other
+from tests.peft.tiny import LAYERS, MODELS, inputs, outputs
+
+HEAD = {"modules_to_save": ["classifier"]}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "r=8": ("lora", {"r": 8, "target_modules": LAYERS["bert"]}),
+    "r=1, queries": ("lora", {"r": 1, "lora_alpha": 3, "target_modules": ["query"]}),
+    "rslora": ("lora", {"r": 4, "use_rslora": True, "target_modules": ["query", "value"]}),
+    "patterns": (
+        "lora",
+        {
+            "r": 4,
+            "target_modules": LAYERS["bert"],
+            "rank_pattern": {"query": 6, r"layer\.1\..*value": 2},
+            "alpha_pattern": {"layer.0.attention.self.query": 9},
+        },
+    ),
+    "lora, the last block": ("lora", {"r": 2, "target_modules": ["query", "dense"], "layers_to_transform": [1]}),
+    "outputs": ("ia3", {"target_modules": LAYERS["bert"]}),
+    "inputs": ("ia3", {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]}),
+    "ia3, the last block": (
+        "ia3",
+        {"target_modules": r".*layer\.1\..*dense", "feedforward_modules": r".*layer\.1\.output\.dense"},
+    ),
+    "road_1": ("road", {"target_modules": LAYERS["bert"]}),
+    "road_2": ("road", {"variant": "road_2", "group_size": 2, "target_modules": ["query", "value"]}),
+    "road_4": ("road", {"variant": "road_4", "group_size": 16, "target_modules": ["key", "query", "dense"]}),
+    "road, the last block": ("road", {"target_modules": r".*layer\.1\..*query"}),
+}
+ONE_EACH = {
+    "lora": {"r": 3, "target_modules": ["query"]},
+    "ia3": {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]},
+    "road": {"target_modules": ["query"]},
+}
+methods = pytest.mark.parametrize("method", ONE_EACH)
+
+
+def one(method: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """An adapter of BERT."""
+    return other(BERT.base(), folder, method, seed, **HEAD, **{**ONE_EACH[method], **settings})
+
+
+def alone(kind: Kind, folder: Path | None, rows: int) -> Tensor:
+    model: nn.Module = kind.base()
+    return outputs(model if folder is None else PeftModel.from_pretrained(model, folder).eval(), rows)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, dict[str | None, Path | None]]:
+    """Adapters of all methods on one base."""
+    folder = tmp_path_factory.mktemp("mixed")
+    of_dvora = tenants(BERT, folder / "dvora", 2)
+    folders: dict[str | None, Path | None] = {name: of_dvora.path(name) for name in of_dvora.names}
+    for seed, (name, (method, config)) in enumerate(CONFIGS.items()):
+        folders[name] = other(BERT.base(), folder / str(seed), method, seed, **HEAD, **config)
+    return BERT, {**folders, None: None}
+
+
+def bank_of(model: nn.Module, folders: dict[str | None, Path | None], **settings: Any) -> dvora.AdapterBank:
+    bank = dvora.AdapterBank(model, own_heads=True, **settings)
+    for name, folder in folders.items():
+        if name is not None and folder is not None:
+            bank.add(name, folder)
+    return bank
+
+
+@pytest.mark.parametrize("first", ["a", "rslora", "inputs", "road_4"])
+def test_every_row_is_what_peft_gives(mixed: tuple[Kind, dict[str | None, Path | None]], first: str) -> None:
+    kind, folders = mixed
+    expected = {name: alone(kind, folder, len(folders)) for name, folder in folders.items()}
+    model = kind.base()
+    with bank_of(model, {first: folders[first], **folders}) as bank, torch.no_grad():
+        batch = inputs(model, len(folders))
+
+        @given(st.data())
+        def check(data: st.DataObject) -> None:
+            # Also of few adapters and few texts, so that rows are equal.
+            some = data.draw(st.lists(st.sampled_from([*folders]), min_size=1))
+            names = data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=12))
+            texts = [data.draw(st.integers(0, data.draw(st.sampled_from([0, len(folders) - 1])))) for _ in names]
+            with bank.rows(names):
+                found = model(**{key: x[texts] for key, x in batch.items()}).logits
+            rows = torch.stack([expected[name][text] for name, text in zip(names, texts, strict=True)])
+            torch.testing.assert_close(found, rows, rtol=1e-5, atol=1e-5)
+
+        check()
+        with bank.rows([*folders]):
+            found = model(**batch).logits
+        rows = torch.stack([expected[name][row] for row, name in enumerate(folders)])
+        torch.testing.assert_close(found, rows, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_others_keep_their_bits(mixed: tuple[Kind, dict[str | None, Path | None]]) -> None:
+    kind, folders = mixed
+    model, names = kind.base(), [*folders]
+    with bank_of(model, folders) as bank:
+        with bank.rows(names):
+            found = outputs(model, len(names))
+        is_scaled = [name in CONFIGS and CONFIGS[name][0] != "lora" for name in names]
+        with bank.rows([None if scaled else name for name, scaled in zip(names, is_scaled, strict=True)]):
+            without = outputs(model, len(names))
+    for row, scaled in enumerate(is_scaled):
+        assert torch.equal(found[row], without[row]) is not scaled, names[row]
+
+
+OF_LLAMA: dict[str, dict[str, Any]] = {
+    "lora": {"r": 3, "target_modules": LAYERS["llama"]},
+    "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "road": {"target_modules": "all-linear"},
+}
+
+
+def test_texts_are_generated_beside_adapters_of_dvora(tmp_path: Path) -> None:
+    folders: dict[str | None, Path | None] = {None: None, "a": tenants(LLAMA, tmp_path / "dvora", 1).path("a")}
+    folders |= {method: other(LLAMA.base(), tmp_path / method, method, **OF_LLAMA[method]) for method in OF_LLAMA}
+    model = LLAMA.base()
+    settings = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    names = ["ia3", "lora", "a", None, "road", "lora"]
+    batch = inputs(model, len(names))
+    with bank_of(model, folders) as bank:
+        with bank.rows(names):
+            found = model.generate(**batch, **settings)
+        for row, name in enumerate(names):
+            folder = folders[name]
+            peft = LLAMA.base() if folder is None else PeftModel.from_pretrained(LLAMA.base(), folder).eval()
+            expected = peft.generate(**{key: x[row : row + 1] for key, x in batch.items()}, **settings)
+            assert torch.equal(found[row : row + 1], expected)
+
+
+@pytest.mark.parametrize("method", ["ia3", "road"])
+def test_scales_are_not_rounded_to_the_dtype_of_the_base(method: str, tmp_path: Path) -> None:
+    folder = other(LLAMA.base(), tmp_path, method, **OF_LLAMA[method])
+    model = LLAMA.base().bfloat16()
+    with bank_of(model, {"one": folder}) as bank, bank.rows(["one"] * 4):
+        found = outputs(model)
+    assert torch.equal(found, outputs(PeftModel.from_pretrained(LLAMA.base().bfloat16(), folder).eval()))
+
+
+@methods
+def test_inputs_get_the_gradients_that_peft_gives(method: str, tmp_path: Path) -> None:
+    settings = {**ONE_EACH[method], "target_modules": ["lin0", "lin1"]}
+    settings |= {"feedforward_modules": ["lin1"]} if method == "ia3" else {}
+    folder = other(HEADED.base(), tmp_path / "other", method, modules_to_save=["lin2"], **settings)
+    folders = {"a": tenants(HEADED, tmp_path / "dvora", 1).path("a"), "other": folder, None: None}
+    names = ["other", None, "a", "other"]
+    x = inputs(HEADED.base())["x"].requires_grad_()
+    model = HEADED.base().requires_grad_(False)
+    with bank_of(model, dict(folders)) as bank, bank.rows(names):
+        with torch.inference_mode():
+            model(x)
+        (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    for row, name in enumerate(names):
+        path = folders[name]
+        peft = HEADED.base() if path is None else PeftModel.from_pretrained(HEADED.base(), path).eval()
+        (expected,) = torch.autograd.grad(peft(x)[row].square().sum(), x)
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_whose_weight_is_transposed(tmp_path: Path) -> None:
+    base = MODELS["gpt2"]
+    settings = {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}
+    folders: dict[str | None, Path | None] = {
+        "lora": other(base(), tmp_path / "lora", "lora", **settings),
+        "ia3": other(base(), tmp_path / "ia3", "ia3", **settings, feedforward_modules=["mlp.c_proj"]),
+    }
+    model = base().eval()
+    with bank_of(model, folders) as bank, bank.rows(["ia3", "lora", None, "ia3"]):
+        found = outputs(model)
+    for row, name in enumerate(["ia3", "lora"]):
+        expected = outputs(PeftModel.from_pretrained(base(), folders[name]).eval())
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-5, atol=1e-5)
+
+
+@methods
+def test_one_text_shares_the_blocks_below(mixed: tuple[Kind, dict[str | None, Path | None]], method: str) -> None:
+    kind, folders = mixed
+    model, name = kind.base(), f"{method}, the last block"
+    counts = []
+    model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    batch = {key: x[:1].repeat(3, 1) for key, x in inputs(model).items()}
+    with bank_of(model, folders) as bank, torch.no_grad(), bank.rows([name, name, None]):
+        found = model(**batch).logits
+    assert counts == [1]
+    expected = alone(kind, folders[name], 4)[0]
+    torch.testing.assert_close(found[:2], torch.stack([expected, expected]), rtol=1e-5, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """A linear layer that gets rows, and one that gets a table of another number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_rows, self.of_table = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.ones(7, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_rows(x) + self.of_table(self.table).sum(0)
+
+
+@methods
+def test_layers_that_nobody_adapts_may_get_something_else_than_rows(method: str, tmp_path: Path) -> None:
+    base = Shifted().requires_grad_(False)
+    settings = {"group_size": 4} if method == "road" else {}
+    other(copy.deepcopy(base), tmp_path, method, target_modules=["of_rows"], **settings)
+    x = torch.arange(12.0).view(3, 4)
+    expected = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x).detach()
+    with bank_of(base, {"l": tmp_path}) as bank, torch.no_grad(), bank.rows(["l", None, "l"]):
+        found = base(x)
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+@methods
+def test_packs_and_replacements(method: str, tmp_path: Path) -> None:
+    paths = {name: one(method, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    write_pack(tmp_path / "both.dvora", paths)
+    model = BERT.base()
+    with dvora.AdapterBank(model, slots=1) as bank, torch.no_grad():
+        assert bank.add_pack(tmp_path / "both.dvora") == ["a", "b"]
+        for name in ("a", "b", "a"):
+            with bank.rows([name] * 4):
+                torch.testing.assert_close(outputs(model), alone(BERT, paths[name], 4), rtol=1e-5, atol=1e-5)
+        before = bank.digest("a")
+        bank.replace("a", paths["b"])
+        assert bank.digest("a") == bank.digest("b") != before
+
+
+def test_settings_that_change_what_is_computed_are_in_the_digest(tmp_path: Path) -> None:
+    path = one("road", tmp_path / "a", group_size=16)
+    with bank_of(BERT.base(), {"a": path}) as bank:
+        before = bank.digest("a")
+        edit_config(path, group_size=8)
+        assert bank.digest_of(path) != before
+
+
+@methods
+def test_of_one_adapter_nothing_is_copied(method: str, tmp_path: Path) -> None:
+    path, layer = one(method, tmp_path), "bert.encoder.layer.0.attention.self"
+    with bank_of(BERT.base(), {"a": path}) as bank, bank.rows(["a"] * 4) as batch:
+        rows: GatheredRows = batch.rows
+        ((who, factors),) = rows.layer_factors(f"{layer}.query", 4)
+        assert who is None
+        assert {len(factor) for factor in factors} == {1}
+        assert rows.layer_factors(f"{layer}.value", 4) == []
+
+
+@methods
+def test_they_are_served_and_not_trained(method: str, tmp_path: Path) -> None:
+    these = tenants(BERT, tmp_path / "dvora", 1)
+    with bank_of(BERT.base().requires_grad_(False), {"l": one(method, tmp_path / "l")}) as bank:
+        with pytest.raises(ValueError, match="the bank has no adapter of DVoRA"):
+            bank.trainable(["l"])
+        with pytest.raises(ValueError, match=f"one of {method} has none"):
+            bank.replace("l", torch.ones(9))
+        bank.add("a", these.path("a"))
+        with pytest.raises(ValueError, match=f"'l' is of {method}, which is served here and not trained"):
+            bank.trainable(["l", "a"])
+
+
+def config(**values: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_config(folder, **values)
+
+
+def change(end: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Path], object]:
+    """Other values with keys of that end."""
+    return lambda folder: edit_weights(
+        folder, lambda tensors: tensors.update({key: edit(x) for key, x in tensors.items() if key.endswith(end)})
+    )
+
+
+def renamed(old: str, new: str) -> Callable[[Path], object]:
+    return lambda folder: edit_weights(
+        folder, lambda tensors: tensors.update({k.replace(old, new): tensors.pop(k) for k in [*tensors] if old in k})
+    )
+
+
+def without(part: str) -> Callable[[Path], object]:
+    return lambda folder: edit_weights(
+        folder, lambda tensors: [tensors.pop(key) for key in [*tensors] if part in key and "layer.1" not in key]
+    )
+
+
+WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "DoRA": ("lora", config(use_dora=True), "use_dora=True is not served"),
+    "biases": ("lora", config(bias="all"), "bias='all' is not served"),
+    "another base": ("lora", config(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base itself"),
+    "replicated layers": ("lora", config(layer_replication=[[0, 2]]), "layer_replication"),
+    "another rank": ("lora", config(r=4), "has rank 3, and another one in r"),
+    "an endless expression": ("lora", config(alpha_pattern={"(.+)+!": 2}), "alpha_pattern: .* could take more than"),
+    "an embedding": ("lora", renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is of no linear layer"),
+    "another width": (
+        "lora",
+        change("lora_A.weight", lambda x: x[:, :-1].clone()),
+        "32 outputs and 32 inputs in the model, and 32 and 31 in the adapter: another base",
+    ),
+    "a convolution": ("lora", change("lora_B.weight", lambda x: x[..., None, None]), ".out, r. of a linear layer"),
+    "half a layer": ("lora", without("lora_B"), "query has no lora_B.weight"),
+    "no layer": ("lora", renamed("query", "other"), "other, which is no linear layer of the model"),
+    "not finite": ("lora", change("lora_B.weight", lambda x: x * torch.nan), "factors that are not finite"),
+    "no head": ("lora", without("classifier"), "lacks classifier"),
+    "scales of a convolution": ("ia3", change("ia3_l", lambda x: x.view(1, -1, 1, 1)), ".1, in. of a linear layer"),
+    "scales of one output": ("ia3", change("query.ia3_l", lambda x: x[:1]), r"shape \(1, 1\), expected"),
+    "scales of another width": (
+        "ia3",
+        change("output.dense.ia3_l", lambda x: x[:, :-1].clone()),
+        "32 outputs and 31 inputs in the adapter: another base|32 and 31 in the adapter: another base",
+    ),
+    "scales of no layer": ("ia3", renamed("query", "other"), "other, which is no linear layer of the model"),
+    "scales that are not finite": ("ia3", change("ia3_l", lambda x: x * torch.inf), "factors that are not finite"),
+    "rotations of another width": (
+        "road",
+        change("", lambda x: x[:-4].clone() if x.dim() == 1 and len(x) == 16 else x),
+        "24 and 32 in the adapter: another base",
+    ),
+    "half a rotation": ("road", without("road_alpha"), "query has no road_alpha"),
+    "another group": ("road", config(group_size=12), "expected 6 for each group of variant='road_1' and group_size=12"),
+    "half a group": ("road", config(group_size=8.0), "group_size=8.0; save the adapter again"),
+    "another variant": ("road", config(variant="road_3"), "Invalid variant road_3"),
+    "angles of another shape": ("road", change("road_theta", lambda x: x[:8].clone()), "has angles of shape .8,."),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_more_than_its_method_in_linear_layers_is_refused(what: str, tmp_path: Path) -> None:
+    method, spoil, said = WRONG[what]
+    path = one(method, tmp_path / "l")
+    spoil(path)
+    these = tenants(BERT, tmp_path / "dvora", 1)
+    with these.bank() as served:
+        with pytest.raises((ValueError, TypeError), match=said):
+            served.bank.add("l", path)
+        assert [*served.bank] == ["a"]
+
+
+@methods
+def test_what_is_too_large_for_the_slots_is_refused(method: str, tmp_path: Path) -> None:
+    path = one(method, tmp_path, **({"variant": "road_4"} if method == "road" else {}))
+    with bank_of(BERT.base().bfloat16(), {"a": path}) as bank:
+        before = bank.stats().device_bytes
+        with bank.rows(["a"]):
+            size = bank.stats().device_bytes - before
+    said = f"take {size:,} bytes .* make a bank with more head_bytes or fewer slots"
+    with (
+        dvora.AdapterBank(BERT.base().bfloat16(), slots=4, head_bytes=4) as bank,
+        pytest.raises(ValueError, match=said),
+    ):
+        bank.add("a", path)
+
+
+@methods
+def test_settings_that_peft_does_not_know_are_refused(method: str, tmp_path: Path) -> None:
+    path = one(method, tmp_path)
+    edit_config(path, mirrored=True)
+    with (
+        dvora.AdapterBank(BERT.base()) as bank,
+        pytest.warns(UserWarning, match="mirrored"),
+        pytest.raises(ValueError, match="mirrored=True is not served"),
+    ):
+        bank.add("l", path)
+
+
+@methods
+def test_the_first_of_dvora_comes_between_batches(method: str, tmp_path: Path) -> None:
+    these = tenants(BERT, tmp_path / "dvora", 1)
+    path = one(method, tmp_path / "l")
+    model = BERT.base()
+    with bank_of(model, {"l": path}) as bank, torch.no_grad():
+        with bank.rows(["l"] * 4):
+            with pytest.raises(ValueError, match="comes between batches"):
+                bank.add("a", these.path("a"))
+            before = outputs(model)
+        other = copy.deepcopy(these.path("a"))
+        with pytest.raises(ValueError, match=r"classifier\.bias is absent here and shape"):
+            bank.add("b", saved(Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"]}).trained(), tmp_path / "b"))
+        with bank.rows(["l"] * 4):
+            assert torch.equal(outputs(model), before)
+        bank.add("a", other)
+        with bank.rows(["l", "a", "l", None]):
+            found = outputs(model)
+        torch.testing.assert_close(found[[0, 2]], before[[0, 2]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1], alone(BERT, other, 4)[1], rtol=1e-5, atol=1e-5)
