@@ -51,14 +51,17 @@ def gemma3(words: int) -> PreTrainedModel:
     return Gemma3ForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [gpt2, gemma3])
-def test_a_step_of_the_graph_is_one_of_the_model(tmp_path: Path, make: type) -> None:
+@pytest.mark.parametrize(("make", "method"), [(gpt2, "dvora"), (gpt2, "lora"), (gemma3, "dvora")])
+def test_a_step_of_the_graph_is_one_of_the_model(tmp_path: Path, make: type, method: str) -> None:
     base = tiny_models.llama(tmp_path / "base")
     words = len(tiny_models.SPECIAL) + 99
     with torch.random.fork_rng():
         torch.manual_seed(0)
         make(words).save_pretrained(base)
     targets = ["c_attn" if make is gpt2 else "q_proj"]
-    save_trained(base, tmp_path / "adapter", 1, task_type="CAUSAL_LM", target_modules=targets)
-    differences = export(tmp_path / "adapter", tmp_path / "exported", "onnx", str(base))["differences"]
+    save_trained(base, tmp_path / "adapter", 1, task_type="CAUSAL_LM", target_modules=targets, method=method)
+    differences = export(tmp_path / "adapter", tmp_path / "exported", "onnx", str(base), int8=True)["differences"]
+    # Of logits up to fifty.
+    assert differences.pop("one-int8.onnx") > 1e-3
     assert set(differences) == {"one.onnx", "table.onnx", "files.onnx"}
+    assert max(differences.values()) < 1e-4

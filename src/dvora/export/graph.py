@@ -3,7 +3,7 @@
 The layers compute what `dvora.functional` defines. A and B are constants of the graph, in the small factors that they
 have there.
 
-Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batch.
+Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batch, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache
 
+from ..adapter_file.content import LoRASizes
 from ..bank.hooks import ServedLayer
 from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..rows.gathered import HeadByRow, LayerPlace, ServedHead
 from ..tensors import Float, bias_of
-from .packed import Packing
+from .packed import LORA_PARTS, Packing
 
 Adapt = Callable[[ServedLayer, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Of a layer, its inputs, the base's outputs, values of the rows' adapters and the bias: the outputs."""
+AddLoRA = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a layer's inputs, its outputs and values of the rows' adapters: the outputs."""
 Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
 """How a model is called with tensors: its outputs."""
 
@@ -63,13 +66,26 @@ def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def adapted(
-    layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None
+    layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None = None
 ) -> Tensor:
     """The outputs of a layer from those of the base, with the factors of each row's adapter, or of the one of all."""
     weight = layer.adapted
     factors = Factors.of_rows(values.to(weight.w.dtype), weight.rank, base_output.dim())
     adapter = ActiveAdapter(weight, factors, None)
     return adapted_outputs(layer.module, layer.layer_type, x, base_output, [adapter], bias)
+
+
+def with_lora(
+    x: Float[Tensor, "B *T I"], outputs: Float[Tensor, "B *T O"], values: Float[Tensor, "B F"]
+) -> Float[Tensor, "B *T O"]:
+    """The outputs of a layer and `x A^T B^T`, of each row's adapter of LoRA, or of the one of all."""
+    (*_, in_features), (*_, out_features) = x.shape, outputs.shape
+    rank = values.shape[1] // (in_features + out_features)
+    between = (1,) * (x.dim() - 3)
+    A, B = values.split([in_features * rank, rank * out_features], 1)
+    A_T, B_T = A.view(-1, *between, in_features, rank), B.view(-1, *between, rank, out_features)
+    update: Tensor = x @ A_T @ B_T if x.dim() > 2 else (x[:, None] @ A_T @ B_T)[:, 0]
+    return outputs + update
 
 
 class AdaptedGraph(nn.Module):
@@ -80,12 +96,15 @@ class AdaptedGraph(nn.Module):
         call: how the model is called.
         by_row: whether each row of a batch has its adapter.
         adapt: `adapted`, or what stands for it.
+        add_lora: `with_lora`, or what stands for it.
     """
 
-    def __init__(self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted) -> None:
+    def __init__(
+        self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted, add_lora: AddLoRA = with_lora
+    ) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.call, self.by_row, self.adapt = call, by_row, adapt
+        self.call, self.by_row, self.adapt, self.add_lora = call, by_row, adapt, add_lora
         self.packing, self._given = packing, _Given()
         self.eval()
 
@@ -105,6 +124,12 @@ class AdaptedGraph(nn.Module):
         packing = self.packing
         offsets = {entry.name: entry.offset for entry in packing.entries}
         handles = [
+            packing.served.linears[name].register_forward_hook(
+                _LoRAHook(self, offsets[f"{name}.{LORA_PARTS[0]}"], sizes), prepend=True, with_kwargs=True
+            )
+            for name, sizes in packing.lora.items()
+        ]
+        handles += [
             layer.module.register_forward_hook(_LayerHook(self, layer, place), prepend=True, with_kwargs=True)
             for layer, place in zip(packing.served.layers, packing.rows.places, strict=True)
         ]
@@ -141,6 +166,16 @@ class _LayerHook:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         values = self.graph.values(self.place.start, self.place.stop)
         return self.graph.adapt(self.layer, x, base_output, values, self.bias)
+
+
+class _LoRAHook:
+    def __init__(self, graph: AdaptedGraph, start: int, sizes: LoRASizes) -> None:
+        self.graph, self.start = graph, start
+        self.stop = start + sizes.rank * (sizes.in_features + sizes.out_features)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return self.graph.add_lora(x, outputs, self.graph.values(self.start, self.stop))
 
 
 class _HeadHook:
