@@ -56,7 +56,7 @@ def test_vectors_have_room_for_the_largest_rank_of_each_layer(bert: Path, tmp_pa
         alone.pack(tmp_path / "high")
     with pytest.raises(ValueError, match=r"low: .*value has LoRA of rank 2, and .* room for 0; "):
         Packing(model, tmp_path / "high").pack(tmp_path / "low")
-    together = Packing(model, tmp_path / "low", FolderSource(tmp_path / "high").content.lora)
+    together = Packing(model, tmp_path / "low", [FolderSource(tmp_path / "high").content])
     assert [entry.shape for entry in together.entries] == [(16, 5), (5, 16), (16, 2), (2, 16)]
     filled = together.pack(tmp_path / "low")
     assert together.size == len(filled) == len(together.pack(tmp_path / "high")) == 7 * 32

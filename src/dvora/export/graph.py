@@ -11,20 +11,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from ..adapter_file.content import LoRASizes
 from ..bank.hooks import ServedLayer
 from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..rows.gathered import HeadByRow, LayerPlace, ServedHead
 from ..tensors import Float, bias_of
-from .packed import LORA_PARTS, Packing
+from .packed import LORA_PARTS, Entry, Packing
 
 Adapt = Callable[[ServedLayer, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Of a layer, its inputs, the base's outputs, values of the rows' adapters and the bias: the outputs."""
@@ -122,19 +120,18 @@ class AdaptedGraph(nn.Module):
     def hooked(self) -> Iterator[None]:
         """The model with its layers and heads adapted."""
         packing = self.packing
-        offsets = {entry.name: entry.offset for entry in packing.entries}
-        handles = [
-            packing.served.linears[name].register_forward_hook(
-                _LoRAHook(self, offsets[f"{name}.{LORA_PARTS[0]}"], sizes), prepend=True, with_kwargs=True
-            )
-            for name, sizes in packing.lora.items()
-        ]
+        entries = {entry.name: entry for entry in packing.entries}
+        handles = []
+        for name in packing.lora:
+            A, B = (entries[f"{name}.{part}"] for part in LORA_PARTS)
+            hook = _LoRAHook(self, A.offset, B.stop)
+            handles.append(packing.served.linears[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
         handles += [
             layer.module.register_forward_hook(_LayerHook(self, layer, place), prepend=True, with_kwargs=True)
             for layer, place in zip(packing.served.layers, packing.rows.places, strict=True)
         ]
         handles += [
-            head.module.register_forward_hook(_HeadHook(self, head, offsets), prepend=True)
+            head.module.register_forward_hook(_HeadHook(self, head, entries), prepend=True)
             for head in packing.served.heads
         ]
         try:
@@ -169,9 +166,8 @@ class _LayerHook:
 
 
 class _LoRAHook:
-    def __init__(self, graph: AdaptedGraph, start: int, sizes: LoRASizes) -> None:
-        self.graph, self.start = graph, start
-        self.stop = start + sizes.rank * (sizes.in_features + sizes.out_features)
+    def __init__(self, graph: AdaptedGraph, start: int, stop: int) -> None:
+        self.graph, self.start, self.stop = graph, start, stop
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -179,16 +175,16 @@ class _LoRAHook:
 
 
 class _HeadHook:
-    def __init__(self, graph: AdaptedGraph, head: ServedHead, offsets: dict[str, int]) -> None:
-        self.graph, self.head, self.offsets = graph, head, offsets
+    def __init__(self, graph: AdaptedGraph, head: ServedHead, entries: dict[str, Entry]) -> None:
+        self.graph, self.head, self.entries = graph, head, entries
         self.by_row = HeadByRow(head)
         self.by_row.module.eval()
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
         parameters = {}
         for part in self.head.parts:
-            start = self.offsets[part.name]
-            values = self.graph.values(start, start + prod(part.shape))
+            entry = self.entries[part.name]
+            values = self.graph.values(entry.offset, entry.stop)
             parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
         if not self.graph.by_row:
             one = {name: values[0] for name, values in parameters.items()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..adapter_file.content import LoRASizes, vector_digest
+from ..adapter_file.content import Content, vector_digest
 from ..adapter_file.values import FolderSource, is_finite
 from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
@@ -61,6 +61,11 @@ class Entry:
     name: str
     offset: int
     shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """The first value behind it."""
+        return self.offset + prod(self.shape)
 
 
 class PackedAdapter(NamedTuple):
@@ -167,15 +172,16 @@ class Packing:
         model: the base, without adapters.
         adapter: the folder of one of them, of DVoRA if there is one; the others of DVoRA have its layers and matrices,
             and all its sizes of heads.
-        lora: the factors of the others that are of LoRA.
+        others: what others consist of: a vector has room for their factors of LoRA.
 
     Raises:
         TypeError, ValueError: it is no adapter of DVoRA or LoRA, damaged, or not of this base.
     """
 
-    def __init__(self, model: nn.Module, adapter: Path, lora: Sequence[LoRASizes] = ()) -> None:
+    def __init__(self, model: nn.Module, adapter: Path, others: Sequence[Content] = ()) -> None:
         description = FolderSource(adapter).description
-        by_rank = sorted((*description.content.lora, *lora), key=lambda sizes: (sizes.name, sizes.rank))
+        lora = [sizes for content in (description.content, *others) for sizes in content.lora]
+        by_rank = sorted(lora, key=lambda sizes: (sizes.name, sizes.rank))
         self.lora = {sizes.name: sizes for sizes in by_rank}
         """Of each layer that has factors of LoRA in some adapter those of the largest rank."""
         self.served = ServedModel(model, description.config, description.content)
@@ -199,7 +205,7 @@ class Packing:
         entries, offset = [], 0
         for name, shape in shapes.items():
             entries.append(Entry(name, offset, shape))
-            offset += prod(shape)
+            offset = entries[-1].stop
         return entries
 
     @property
@@ -211,7 +217,7 @@ class Packing:
     @property
     def size(self) -> int:
         """Values of a packed adapter."""
-        return self.entries[-1].offset + prod(self.entries[-1].shape)
+        return self.entries[-1].stop
 
     @cached_property
     def layout(self) -> dict[str, Any]:

@@ -132,9 +132,9 @@ def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> 
         with _naming(name):
             contents[name] = FolderSource(folder).content
     of_dvora = [name for name, content in contents.items() if content.layers]
-    of_lora = [name for name, content in contents.items() if content.lora]
+    of_lora = [name for name in contents if name not in of_dvora]
     with _naming(first := [*of_dvora, *of_lora][0]):
-        packing = Packing(model, adapters[first], [sizes for name in of_lora for sizes in contents[name].lora])
+        packing = Packing(model, adapters[first], [*contents.values()])
     vectors = {NULL: packing.null()}
     for name, folder in adapters.items():
         with _naming(name):
