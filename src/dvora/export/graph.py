@@ -74,9 +74,9 @@ def adapted(
 
 
 def with_lora(
-    x: Float[Tensor, "B *T I"], outputs: Float[Tensor, "B *T O"], values: Float[Tensor, "B F"]
+    x: Float[Tensor, "B *T I"], outputs: Float[Tensor, "B *T O"], values: Float[Tensor, "N F"]
 ) -> Float[Tensor, "B *T O"]:
-    """The outputs of a layer and `x A^T B^T`, of each row's adapter of LoRA, or of the one of all."""
+    """The outputs of a layer and `x A^T B^T` of each row's adapter of LoRA, or of the one of all (N = 1)."""
     (*_, in_features), (*_, out_features) = x.shape, outputs.shape
     rank = values.shape[1] // (in_features + out_features)
     between = (1,) * (x.dim() - 3)

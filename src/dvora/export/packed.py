@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..adapter_file.content import Content, vector_digest
@@ -182,8 +181,8 @@ class Packing:
         description = FolderSource(adapter).description
         lora = [sizes for content in (description.content, *others) for sizes in content.lora]
         by_rank = sorted(lora, key=lambda sizes: (sizes.name, sizes.rank))
-        self.lora = {sizes.name: sizes for sizes in by_rank}
-        """Of each layer that has factors of LoRA in some adapter those of the largest rank."""
+        self.lora = {s.name: ((s.in_features, s.rank), (s.rank, s.out_features)) for s in by_rank}
+        """Shapes of A^T and B^T by layer, of the largest rank that an adapter has there."""
         self.served = ServedModel(model, description.config, description.content)
         if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
             raise ValueError(
@@ -198,8 +197,7 @@ class Packing:
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, place in zip(self.served.layers, self.rows.places, strict=True):
             shapes |= {f"{layer.name}.{part}": (n,) for part, n in zip(PARTS, place.lengths, strict=True)}
-        for name, sizes in self.lora.items():
-            of_layer = (sizes.in_features, sizes.rank), (sizes.rank, sizes.out_features)
+        for name, of_layer in self.lora.items():
             shapes |= {f"{name}.{part}": shape for part, shape in zip(LORA_PARTS, of_layer, strict=True)}
         shapes |= {name: tuple(values.shape) for name, values in self.served.own_heads.items()}
         entries, offset = [], 0
@@ -261,7 +259,7 @@ class Packing:
         source = FolderSource(adapter)
         self.served.check_fits(source.content, source.beside, source.config)
         for sizes in source.content.lora:
-            if sizes.rank > (room := self.lora[sizes.name].rank if sizes.name in self.lora else 0):
+            if sizes.rank > (room := self.lora[sizes.name][1][0] if sizes.name in self.lora else 0):
                 raise ValueError(
                     f"{adapter}: {sizes.name} has LoRA of rank {sizes.rank}, and vectors here have room for {room}; "
                     "export the adapters together"
@@ -301,9 +299,9 @@ class Packing:
 
     def _filled(self, lora: Mapping[str, LoRAFactors]) -> Iterator[Tensor]:
         """A^T (I, R) and B^T (R, O) of every layer that has some in a vector."""
-        for name, sizes in self.lora.items():
-            none = LoRAFactors(torch.zeros(0, sizes.in_features), torch.zeros(sizes.out_features, 0))
-            A, B = lora.get(name, none)
-            missing = sizes.rank - len(A)
-            yield pad(A, (0, 0, 0, missing)).T
-            yield pad(B, (0, missing)).T
+        for name, (of_A, of_B) in self.lora.items():
+            A_T, B_T = torch.zeros(of_A), torch.zeros(of_B)
+            if name in lora:
+                A, B = lora[name]
+                A_T[:, : len(A)], B_T[: len(A)] = A.T, B.T
+            yield from (A_T, B_T)
