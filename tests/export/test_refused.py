@@ -65,7 +65,7 @@ def test_an_adapter_of_other_settings_is_named(
     [
         ("dora", {}, "use_dora=True"),
         ("vera", {}, "VERA"),
-        ("lora", {"bias": "all"}, "bias='all'"),
+        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ("lora", {"outputs": 2}, "as many classes together"),
     ],
     ids=lambda value: str(value),

@@ -3,7 +3,7 @@
 Row factors of DVoRA's layers come first, then factors of LoRA's, then heads. What an adapter does not have is zero: of
 one method the part of the other, and of LoRA the ranks above its own.
 
-Dimensions: P values of a packed adapter, F of its row factors, I in, O out, R the largest rank of LoRA in a layer.
+Dimensions: P values of a packed adapter, I in, O out, R the largest rank of LoRA in a layer.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..adapter_file.values import FolderSource, is_finite
 from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
+from ..bank.slots import AdapterRow
 from ..rows.gathered import LoRAFactors
 from ..tensors import Float
 from ..whole_files import write_atomically
@@ -248,7 +249,7 @@ class Packing:
 
     def null(self) -> Float[Tensor, "P"]:
         """The base itself, with its own heads."""
-        return self._vector(self.rows.base().factors, {}, self.served.own_heads)
+        return self._vector(self.rows.base())
 
     def pack(self, adapter: Path) -> Float[Tensor, "P"]:
         """An adapter as a vector.
@@ -272,7 +273,7 @@ class Packing:
                     f"{adapter}: {name} has shape {tuple(head.shape)}, and a graph has one, "
                     f"{tuple(self.served.own_heads[name].shape)}; export adapters with as many classes together"
                 )
-        return self._vector(row.factors, row.held.lora, row.held.heads)
+        return self._vector(row)
 
     def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> dict[str, Any]:
         """Write a packed adapter as safetensors: what it is of, and its digest, stand in the metadata.
@@ -291,10 +292,9 @@ class Packing:
         write_atomically(file, content := save({TENSOR: vector}, about))
         return {"name": name, "labels": [*labels], "digest": digest, "file": file.name, "bytes": len(content)}
 
-    def _vector(
-        self, factors: Float[Tensor, "F"], lora: Mapping[str, LoRAFactors], heads: Mapping[str, Tensor]
-    ) -> Float[Tensor, "P"]:
-        parts = [factors, *self._filled(lora), *(heads[name] for name in self.served.own_heads)]
+    def _vector(self, row: AdapterRow) -> Float[Tensor, "P"]:
+        heads = (row.held.heads[name] for name in self.served.own_heads)
+        parts = [row.factors, *self._filled(row.held.lora), *heads]
         return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
 
     def _filled(self, lora: Mapping[str, LoRAFactors]) -> Iterator[Tensor]:
