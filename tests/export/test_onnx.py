@@ -21,7 +21,6 @@ from dvora.export.packed import graph_file, read_layout, read_packed
 from dvora.export.verified import sample_of_encoder
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
-from tests.recipes.saved_adapters import save
 from tests.serve.served import Alone, save_classifier, save_trained
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
@@ -30,10 +29,13 @@ TEXTS = ["good movie", "the book was very bad", "it"]
 
 @pytest.fixture(scope="module")
 def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a to d, of three classes each."""
+    """a to d of DVoRA, l and m of LoRA, of three classes each."""
     folder = tmp_path_factory.mktemp("classifiers")
     for number, name in enumerate("abcd"):
         save_classifier(bert, folder / name, number, 3)
+    some: dict[str, Any] = {"rank": 3, "target_modules": ["query", "dense"], "use_rslora": True}
+    save_classifier(bert, folder / "l", 4, 3, method="lora", **some)
+    save_classifier(bert, folder / "m", 5, 3, method="lora", rank=5, rank_pattern={"query": 2}, lora_alpha=7)
     return folder
 
 
@@ -78,26 +80,28 @@ def session(folder: Path, graph: str) -> "onnxruntime.InferenceSession":
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[2:], TEXTS * 3], ids=len)
 def test_an_adapter_a_call(texts: list[str], exported: Path, bert: Path, classifiers: Path) -> None:
     one = session(exported, "one")
-    for name in "abcd":
+    for name in "abcdlm":
         logits = one.run(["output"], {"adapter": vector(exported, name), **inputs_of(bert, texts)})[0]
-        np.testing.assert_allclose(logits, logits_of(bert, classifiers / name, texts), atol=1e-4)
+        np.testing.assert_allclose(logits, logits_of(bert, classifiers / name, texts), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_a_table_for_each_row_of_a_batch(exported: Path, bert: Path, classifiers: Path) -> None:
-    table = np.stack([vector(exported, name) for name in ("c", "a", "d")] * 300)
-    given = {"adapters": table, "index": np.array([899, 0, 1]), **inputs_of(bert, TEXTS)}
+    names, batch = ("c", "l", "a", "m", "d", "null"), TEXTS * 2
+    table = np.stack([vector(exported, name) for name in names] * 300)
+    given = {"adapters": table, "index": np.array([1798, 0, 1, 2, 3, 1]), **inputs_of(bert, batch)}
     logits = session(exported, "table").run(["output"], given)[0]
-    for row, (name, text) in enumerate(zip("dca", TEXTS, strict=True)):
-        expected = logits_of(bert, classifiers / name, TEXTS)[TEXTS.index(text)]
-        np.testing.assert_allclose(logits[row], expected, atol=1e-4)
+    for row, name in enumerate("dclaml"):
+        expected = logits_of(bert, classifiers / name, batch)[row]
+        np.testing.assert_allclose(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path) -> None:
+@pytest.mark.parametrize("name", ["b", "m"])
+def test_files_of_onnxruntime(exported: Path, bert: Path, classifiers: Path, name: str) -> None:
     files, adapter, options = session(exported, "files"), onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
-    adapter.Load(str(exported / "adapters" / "b.onnx_adapter"))
+    adapter.Load(str(exported / "adapters" / f"{name}.onnx_adapter"))
     options.add_active_adapter(adapter)
     logits = files.run(["output"], inputs_of(bert, TEXTS), options)[0]
-    np.testing.assert_allclose(logits, logits_of(bert, classifiers / "b", TEXTS), atol=1e-4)
+    np.testing.assert_allclose(logits, logits_of(bert, classifiers / name, TEXTS), rtol=1e-5, atol=1e-5)
     # Without one it is the base.
     null = session(exported, "one").run(["output"], {"adapter": vector(exported, "null"), **inputs_of(bert, TEXTS)})
     np.testing.assert_array_equal(files.run(["output"], inputs_of(bert, TEXTS))[0], null[0])
@@ -220,7 +224,7 @@ def test_nothing_names_a_folder_of_this_machine(exported: Path, bert: Path) -> N
 def test_a_packed_adapter_is_read_whole_or_refused(exported: Path, tmp_path: Path) -> None:
     layout = json.loads((exported / "layout.json").read_text())
     listed = {about["name"]: about for about in json.loads((exported / "adapters" / "index.json").read_text())}
-    assert [*listed] == ["null", *"abcd"]
+    assert [*listed] == ["null", *"abcdlm"]
     source = exported / "adapters" / listed["a"]["file"]
     read, content = read_packed(source, layout), source.read_bytes()
     np.testing.assert_array_equal(read.vector, vector(exported, "a"))
@@ -311,10 +315,10 @@ def test_a_graph_is_run_with_the_weights_that_the_layout_names(exported: Path, t
 
 
 def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
-    """Two rows with an adapter each, token by token: what the merged models generate."""
+    """Two rows with an adapter each, of DVoRA and of LoRA, token by token: what the merged models generate."""
     llama = tiny_models.llama(tmp_path / "llama")
-    for name, seed in (("a", 1), ("b", 2)):
-        save_trained(llama, tmp_path / "adapters" / name, seed, task_type="CAUSAL_LM")
+    for name, method in (("a", "dvora"), ("b", "lora")):
+        save_trained(llama, tmp_path / "adapters" / name, 1, task_type="CAUSAL_LM", method=method)
     export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(llama))
     table, alone = session(tmp_path / "exported", "table"), Alone(llama)
     layout = json.loads((tmp_path / "exported" / "layout.json").read_text())
@@ -369,8 +373,5 @@ def test_what_is_refused_leaves_nothing(bert: Path, classifiers: Path, tmp_path:
     model.save_pretrained(other)
     with pytest.raises(ValueError, match="base"):
         export(classifiers, tmp_path / "exported", "onnx", str(other))
-    save(bert, tmp_path / "loras" / "a", "lora")
-    with pytest.raises((TypeError, ValueError), match="DVoRA"):
-        export(tmp_path / "loras", tmp_path / "exported", "onnx", str(bert))
     assert not (tmp_path / "exported").exists()
     assert not list(tmp_path.glob(".*"))

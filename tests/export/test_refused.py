@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 import dvora
 from dvora.recipes.adapters.exporting import export
 from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import save
 from tests.serve.served import save_classifier, save_trained
 
 
@@ -56,6 +58,32 @@ def test_an_adapter_of_other_settings_is_named(
     assert said in message
     # What only a bank can do.
     assert "allow_partial" not in message
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("dora", {}, "use_dora=True"),
+        ("vera", {}, "VERA"),
+        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ("lora", {"outputs": 2}, "as many classes together"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_an_adapter_beside_those_of_dvora_is_named(
+    bert: Path, tmp_path: Path, method: str, settings: dict[str, Any], said: str
+) -> None:
+    save_classifier(bert, tmp_path / "adapters" / "a", 0, 3)
+    save_classifier(bert, tmp_path / "adapters" / "b", 0, method=method, **{"outputs": 3, **settings})
+    message = refused(tmp_path / "adapters", bert, tmp_path)
+    assert message.startswith("adapter 'b': ")
+    assert said in message
+
+
+def test_lora_for_executorch(bert: Path, tmp_path: Path) -> None:
+    save(bert, tmp_path / "a", "lora")
+    with pytest.raises(ValueError, match=r"^adapter 'a' is of lora, .*--to onnx"):
+        export(tmp_path / "a", tmp_path / "exported", "executorch", str(bert))
 
 
 @pytest.mark.parametrize("name", ["null", "Null"])

@@ -60,10 +60,12 @@ def save_classifiers(base: Path, folder: Path) -> Path:
     return folder
 
 
-def save_classifier(base: Path, folder: Path, seed: int, outputs: int, task_type: str = "SEQ_CLS") -> Path:
+def save_classifier(
+    base: Path, folder: Path, seed: int, outputs: int, task_type: str = "SEQ_CLS", **settings: Any
+) -> Path:
     """An adapter with a head."""
     # PEFT leaves out the head of itself for SEQ_CLS only.
-    save_trained(base, folder, seed, task_type=task_type, modules_to_save=["classifier"])
+    save_trained(base, folder, seed, task_type=task_type, modules_to_save=["classifier"], **settings)
     file = folder / "adapter_model.safetensors"
     generator = torch.Generator().manual_seed(seed)
     values = {

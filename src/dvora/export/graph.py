@@ -3,7 +3,7 @@
 The layers compute what `dvora.functional` defines. A and B are constants of the graph, in the small factors that they
 have there.
 
-Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batch.
+Dimensions: P values of a packed adapter, F of them of a layer, B rows of a batch, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +22,12 @@ from ..factors import Factors
 from ..peft.layer_types import ActiveAdapter, adapted_outputs
 from ..rows.gathered import HeadByRow, LayerPlace, ServedHead
 from ..tensors import Float, bias_of
-from .packed import Packing
+from .packed import LORA_PARTS, Entry, Packing
 
 Adapt = Callable[[ServedLayer, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Of a layer, its inputs, the base's outputs, values of the rows' adapters and the bias: the outputs."""
+AddLoRA = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of a layer's inputs, its outputs and values of the rows' adapters: the outputs."""
 Call = Callable[[nn.Module, Sequence[Tensor]], tuple[Tensor, ...]]
 """How a model is called with tensors: its outputs."""
 
@@ -63,13 +64,26 @@ def with_cache(model: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def adapted(
-    layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None
+    layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None = None
 ) -> Tensor:
     """The outputs of a layer from those of the base, with the factors of each row's adapter, or of the one of all."""
     weight = layer.adapted
     factors = Factors.of_rows(values.to(weight.w.dtype), weight.rank, base_output.dim())
     adapter = ActiveAdapter(weight, factors, None)
     return adapted_outputs(layer.module, layer.layer_type, x, base_output, [adapter], bias)
+
+
+def with_lora(
+    x: Float[Tensor, "B *T I"], outputs: Float[Tensor, "B *T O"], values: Float[Tensor, "N F"]
+) -> Float[Tensor, "B *T O"]:
+    """The outputs of a layer and `x A^T B^T` of each row's adapter of LoRA, or of the one of all (N = 1)."""
+    (*_, in_features), (*_, out_features) = x.shape, outputs.shape
+    rank = values.shape[1] // (in_features + out_features)
+    between = (1,) * (x.dim() - 3)
+    A, B = values.split([in_features * rank, rank * out_features], 1)
+    A_T, B_T = A.view(-1, *between, in_features, rank), B.view(-1, *between, rank, out_features)
+    update: Tensor = x @ A_T @ B_T if x.dim() > 2 else (x[:, None] @ A_T @ B_T)[:, 0]
+    return outputs + update
 
 
 class AdaptedGraph(nn.Module):
@@ -80,12 +94,15 @@ class AdaptedGraph(nn.Module):
         call: how the model is called.
         by_row: whether each row of a batch has its adapter.
         adapt: `adapted`, or what stands for it.
+        add_lora: `with_lora`, or what stands for it.
     """
 
-    def __init__(self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted) -> None:
+    def __init__(
+        self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted, add_lora: AddLoRA = with_lora
+    ) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.call, self.by_row, self.adapt = call, by_row, adapt
+        self.call, self.by_row, self.adapt, self.add_lora = call, by_row, adapt, add_lora
         self.packing, self._given = packing, _Given()
         self.eval()
 
@@ -103,13 +120,18 @@ class AdaptedGraph(nn.Module):
     def hooked(self) -> Iterator[None]:
         """The model with its layers and heads adapted."""
         packing = self.packing
-        offsets = {entry.name: entry.offset for entry in packing.entries}
-        handles = [
+        entries = {entry.name: entry for entry in packing.entries}
+        handles = []
+        for name in packing.lora:
+            A, B = (entries[f"{name}.{part}"] for part in LORA_PARTS)
+            hook = _LoRAHook(self, A.offset, B.stop)
+            handles.append(packing.served.linears[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
+        handles += [
             layer.module.register_forward_hook(_LayerHook(self, layer, place), prepend=True, with_kwargs=True)
             for layer, place in zip(packing.served.layers, packing.rows.places, strict=True)
         ]
         handles += [
-            head.module.register_forward_hook(_HeadHook(self, head, offsets), prepend=True)
+            head.module.register_forward_hook(_HeadHook(self, head, entries), prepend=True)
             for head in packing.served.heads
         ]
         try:
@@ -143,17 +165,26 @@ class _LayerHook:
         return self.graph.adapt(self.layer, x, base_output, values, self.bias)
 
 
+class _LoRAHook:
+    def __init__(self, graph: AdaptedGraph, start: int, stop: int) -> None:
+        self.graph, self.start, self.stop = graph, start, stop
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Tensor) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return self.graph.add_lora(x, outputs, self.graph.values(self.start, self.stop))
+
+
 class _HeadHook:
-    def __init__(self, graph: AdaptedGraph, head: ServedHead, offsets: dict[str, int]) -> None:
-        self.graph, self.head, self.offsets = graph, head, offsets
+    def __init__(self, graph: AdaptedGraph, head: ServedHead, entries: dict[str, Entry]) -> None:
+        self.graph, self.head, self.entries = graph, head, entries
         self.by_row = HeadByRow(head)
         self.by_row.module.eval()
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
         parameters = {}
         for part in self.head.parts:
-            start = self.offsets[part.name]
-            values = self.graph.values(start, start + prod(part.shape))
+            entry = self.entries[part.name]
+            values = self.graph.values(entry.offset, entry.stop)
             parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
         if not self.graph.by_row:
             one = {name: values[0] for name, values in parameters.items()}

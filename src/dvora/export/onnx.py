@@ -67,7 +67,7 @@ def to_onnx(
 
     Args:
         model: the base, without adapters, in float32 on the CPU.
-        adapters: folders by name; all have the same layers, matrices and sizes of heads.
+        adapters: folders by name; all have the same sizes of heads, and those of DVoRA the same layers and matrices.
         sample: real inputs.
         output: an empty folder; after an error it is not as it was.
         labels: names of the classes of adapters.
@@ -79,7 +79,7 @@ def to_onnx(
             than PyTorch.
     """
     packing, vectors, expected = ready = prepared(model, adapters, sample)
-    note(f"PyTorch traces the model and {len(packing.served.layers)} adapted layers; nothing takes longer")
+    note(f"PyTorch traces the model and {len(packing.modules)} adapted layers; nothing takes longer")
     graph = traced(packing, vectors, sample)
     note(f"the graph of {len(graph.graph.node):,} operations and its weights are written")
     graphs = _write_graphs(output, graph, packing, vectors[NULL], int8)
@@ -152,7 +152,7 @@ def _digest(data: bytes) -> bytes:
 
 def _quantise(graph: onnx.ModelProto, file: Path, packing: Packing) -> None:
     """Write a graph whose base has int8 weights; products with A, B and heads stay as they are."""
-    weights = [layer.module.get_parameter("weight") for layer in packing.served.layers]
+    weights = [module.get_parameter("weight") for module in packing.modules.values()]
     of_base = {
         _digest(part.detach().contiguous().numpy().tobytes()) for weight in weights for part in (weight, weight.T)
     }

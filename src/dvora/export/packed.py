@@ -1,13 +1,16 @@
-"""An adapter as one vector that a graph takes: row factors of all layers, then heads; so a runtime computes no norm.
+"""An adapter as one vector that a graph takes, so that a runtime computes no norm.
 
-Dimensions: P values of a packed adapter, F of its row factors.
+Row factors of DVoRA's layers come first, then factors of LoRA's, then heads. What an adapter does not have is zero: of
+one method the part of the other, and of LoRA the ranks above its own.
+
+Dimensions: P values of a packed adapter, I in, O out, R the largest rank of LoRA in a layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,11 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapter_file.content import vector_digest
-from ..adapter_file.values import is_finite, of_dvora
+from ..adapter_file.content import Content, vector_digest
+from ..adapter_file.values import FolderSource, is_finite
 from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
+from ..bank.slots import AdapterRow
+from ..rows.gathered import LoRAFactors
 from ..tensors import Float
 from ..whole_files import write_atomically
 
@@ -39,6 +44,8 @@ NO_COMPUTATION = frozenset(
 )
 """What a configuration says beside what a model computes."""
 PARTS = ("gain_minus_one", "scale", "lambda_d")
+LORA_PARTS = ("lora_A.T", "lora_B.T")
+"""With alpha / rank in the second one; transposed, as a graph multiplies by them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Entry:
     name: str
     offset: int
     shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """The first value behind it."""
+        return self.offset + prod(self.shape)
 
 
 class PackedAdapter(NamedTuple):
@@ -158,14 +170,20 @@ class Packing:
 
     Args:
         model: the base, without adapters.
-        adapter: the folder of one of them; the others have its layers, matrices and sizes of heads.
+        adapter: the folder of one of them, of DVoRA if there is one; the others of DVoRA have its layers and matrices,
+            and all its sizes of heads.
+        others: what others consist of: a vector has room for their factors of LoRA.
 
     Raises:
-        TypeError, ValueError: it is no adapter of DVoRA, damaged, or not of this base.
+        TypeError, ValueError: it is no adapter of DVoRA or LoRA, damaged, or not of this base.
     """
 
-    def __init__(self, model: nn.Module, adapter: Path) -> None:
-        description = of_dvora(adapter).description
+    def __init__(self, model: nn.Module, adapter: Path, others: Sequence[Content] = ()) -> None:
+        description = FolderSource(adapter).description
+        lora = [sizes for content in (description.content, *others) for sizes in content.lora]
+        by_rank = sorted(lora, key=lambda sizes: (sizes.name, sizes.rank))
+        self.lora = {s.name: ((s.in_features, s.rank), (s.rank, s.out_features)) for s in by_rank}
+        """Shapes of A^T and B^T by layer, of the largest rank that an adapter has there."""
         self.served = ServedModel(model, description.config, description.content)
         if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
             raise ValueError(
@@ -180,17 +198,25 @@ class Packing:
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, place in zip(self.served.layers, self.rows.places, strict=True):
             shapes |= {f"{layer.name}.{part}": (n,) for part, n in zip(PARTS, place.lengths, strict=True)}
+        for name, of_layer in self.lora.items():
+            shapes |= {f"{name}.{part}": shape for part, shape in zip(LORA_PARTS, of_layer, strict=True)}
         shapes |= {name: tuple(values.shape) for name, values in self.served.own_heads.items()}
         entries, offset = [], 0
         for name, shape in shapes.items():
             entries.append(Entry(name, offset, shape))
-            offset += prod(shape)
+            offset = entries[-1].stop
         return entries
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The adapted layers by name."""
+        by_vectors = {layer.name: layer.module for layer in self.served.layers}
+        return {**by_vectors, **{name: self.served.linears[name] for name in self.lora}}
 
     @property
     def size(self) -> int:
         """Values of a packed adapter."""
-        return self.entries[-1].offset + prod(self.entries[-1].shape)
+        return self.entries[-1].stop
 
     @cached_property
     def layout(self) -> dict[str, Any]:
@@ -223,16 +249,22 @@ class Packing:
 
     def null(self) -> Float[Tensor, "P"]:
         """The base itself, with its own heads."""
-        return self._vector(self.rows.base().factors, self.served.own_heads)
+        return self._vector(self.rows.base())
 
     def pack(self, adapter: Path) -> Float[Tensor, "P"]:
         """An adapter as a vector.
 
         Raises:
-            TypeError, ValueError: it is damaged, of another base, or has other layers or sizes of heads.
+            TypeError, ValueError: it is damaged, of another base, or has other layers or heads, or a larger rank.
         """
-        source = of_dvora(adapter)
+        source = FolderSource(adapter)
         self.served.check_fits(source.content, source.beside, source.config)
+        for sizes in source.content.lora:
+            if sizes.rank > (room := self.lora[sizes.name][1][0] if sizes.name in self.lora else 0):
+                raise ValueError(
+                    f"{adapter}: {sizes.name} has LoRA of rank {sizes.rank}, and vectors here have room for {room}; "
+                    "export the adapters together"
+                )
         values = source.read()
         row = self.rows.row(values, self.rows.of([values])[0])
         for name, head in row.held.heads.items():
@@ -241,7 +273,7 @@ class Packing:
                     f"{adapter}: {name} has shape {tuple(head.shape)}, and a graph has one, "
                     f"{tuple(self.served.own_heads[name].shape)}; export adapters with as many classes together"
                 )
-        return self._vector(row.factors, row.held.heads)
+        return self._vector(row)
 
     def write(self, file: Path, vector: Float[Tensor, "P"], labels: Sequence[str] = ()) -> dict[str, Any]:
         """Write a packed adapter as safetensors: what it is of, and its digest, stand in the metadata.
@@ -260,6 +292,16 @@ class Packing:
         write_atomically(file, content := save({TENSOR: vector}, about))
         return {"name": name, "labels": [*labels], "digest": digest, "file": file.name, "bytes": len(content)}
 
-    def _vector(self, factors: Float[Tensor, "F"], heads: Mapping[str, Tensor]) -> Float[Tensor, "P"]:
-        parts = [factors, *(heads[name] for name in self.served.own_heads)]
+    def _vector(self, row: AdapterRow) -> Float[Tensor, "P"]:
+        heads = (row.held.heads[name] for name in self.served.own_heads)
+        parts = [row.factors, *self._filled(row.held.lora), *heads]
         return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
+
+    def _filled(self, lora: Mapping[str, LoRAFactors]) -> Iterator[Tensor]:
+        """A^T (I, R) and B^T (R, O) of every layer that has some in a vector."""
+        for name, (of_A, of_B) in self.lora.items():
+            A_T, B_T = torch.zeros(of_A), torch.zeros(of_B)
+            if name in lora:
+                A, B = lora[name]
+                A_T[:, : len(A)], B_T[: len(A)] = A.T, B.T
+            yield from (A_T, B_T)

@@ -8,8 +8,10 @@ place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import onnx
 import onnx_ir
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from ..bank.hooks import ServedLayer
 from ..peft.layer_types import linear
 from ..tensors import Float
-from .graph import AdaptedGraph, adapted
+from .graph import AdaptedGraph, adapted, with_lora
 from .packed import Packing
 from .products import FEW, few_operations
 from .verified import NULL, Sample
@@ -36,7 +38,7 @@ _DOMAIN = "dvora"
 def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
     """The graph as ONNX; its first input are the adapters of the rows."""
     functions = _Functions()
-    graph = AdaptedGraph(packing, sample.call, by_row=True, adapt=functions)
+    graph = AdaptedGraph(packing, sample.call, by_row=True, adapt=functions.adapted, add_lora=functions.with_lora)
     dynamic = [sample.dynamic[name] for name in sample.inputs]
     rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
     try:
@@ -72,36 +74,69 @@ def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> o
     return written
 
 
+class _Body(NamedTuple):
+    """What a function computes of inputs, outputs, values of adapters and a bias."""
+
+    compute: Callable[..., Tensor]
+    shapes: Mapping[str, Sequence[int]]
+    """Of these, with sizes that differ, so that none is taken for another."""
+    while_traced: AbstractContextManager[None]
+
+
 class _Functions:
     """The linear layers of a graph as calls of functions."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, tuple[ServedLayer, int, bool]] = {}
-        """By the function's name one layer, the dimensions of its inputs, and whether it has a bias."""
+        self._bodies: dict[str, _Body] = {}
+        """By the function's name."""
 
-    def __call__(
+    def adapted(
         self, layer: ServedLayer, x: Tensor, base_output: Tensor, values: Float[Tensor, "B F"], bias: Tensor | None
     ) -> Tensor:
         """`graph.adapted`, or a call of it."""
         if layer.layer_type.low_rank is not linear:
             return adapted(layer, x, base_output, values, bias)
-        weight, has_bias = layer.adapted, bias is not None
-        operations = weight.in_features, weight.out_features, *weight.update_key, x.dim(), has_bias
-        name = "_".join(map(str, ("layer", *operations)))
-        self._layers.setdefault(name, (layer, x.dim(), has_bias))
-        output: Tensor = torch.onnx.ops.symbolic(
+        weight = layer.adapted
+        name = "_".join(map(str, ("layer", *weight.update_key)))
+        return self._call(name, partial(adapted, layer), few_operations(weight), x, base_output, values, bias)
+
+    def with_lora(self, x: Tensor, outputs: Tensor, values: Float[Tensor, "B F"]) -> Tensor:
+        """A call of `graph.with_lora`."""
+        return self._call("lora", with_lora, nullcontext(), x, outputs, values)
+
+    def _call(
+        self,
+        name: str,
+        compute: Callable[..., Tensor],
+        while_traced: AbstractContextManager[None],
+        x: Tensor,
+        outputs: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        rows, *tokens = range(2, 1 + x.dim())
+        shapes = {
+            "x": (rows, *tokens, x.shape[-1]),
+            "outputs": (rows, *tokens, outputs.shape[-1]),
+            # One row, so that no size is taken of it.
+            "values": (1, values.shape[1]),
+            **({} if bias is None else {"bias": bias.shape}),
+        }
+        name = "_".join(map(str, (name, *(size for shape in shapes.values() for size in shape))))
+        self._bodies.setdefault(name, _Body(compute, shapes, while_traced))
+        called: Tensor = torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{name}",
-            (x, base_output, values) if bias is None else (x, base_output, values, bias),
-            dtype=base_output.dtype,
-            shape=base_output.shape,
+            (x, outputs, values) if bias is None else (x, outputs, values, bias),
+            dtype=outputs.dtype,
+            shape=outputs.shape,
             version=1,
         )
-        return output
+        return called
 
     def put_into(self, model: onnx_ir.Model) -> None:
         """Replace the calls by the functions' operations."""
-        for name, one in self._layers.items():
-            function = onnx_ir.Function(_DOMAIN, name, graph=_body(*one), attributes=())
+        for name, body in self._bodies.items():
+            function = onnx_ir.Function(_DOMAIN, name, graph=_traced_body(body), attributes=())
             model.functions[function.identifier()] = function
         first: dict[str, onnx_ir.Value] = {}
         for node in model.graph:
@@ -116,32 +151,21 @@ class _Functions:
 
 
 class _Layer(nn.Module):
-    def __init__(self, layer: ServedLayer) -> None:
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layer = layer
+        self.compute = compute
         self.eval()
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        x, base_output, values, *bias = tensors
-        return adapted(self.layer, x, base_output, values, bias[0] if bias else None)
+        return self.compute(*tensors)
 
 
-def _body(layer: ServedLayer, dimensions: int, has_bias: bool) -> onnx_ir.Graph:
+def _traced_body(body: _Body) -> onnx_ir.Graph:
     """The operations of a layer; a last input is a tensor with as many rows and tokens."""
-    weight = layer.adapted
-    # Sizes that differ, so that none is taken for another.
-    rows, *tokens = range(2, 1 + dimensions)
-    shapes = {
-        "x": (rows, *tokens, weight.in_features),
-        "base_output": (rows, *tokens, weight.out_features),
-        # One row, so that no size is taken of it.
-        "values": (1, 2 * weight.out_features + weight.rank),
-        **({"bias": (weight.out_features,)} if has_bias else {}),
-    }
-    inputs = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    leading = range(dimensions - 1)
-    with few_operations(weight):
-        model = _exported(_Layer(layer), inputs, ["y"], [leading, leading, (), ()][: len(inputs)])
+    inputs = {name: torch.zeros(*shape) for name, shape in body.shapes.items()}
+    leading = range(inputs["x"].dim() - 1)
+    with body.while_traced:
+        model = _exported(_Layer(body.compute), inputs, ["y"], [leading, leading, (), ()][: len(inputs)])
     _simplify(model)
     graph = model.graph
     graph.inputs.append(sizes := onnx_ir.Value(name="sizes"))

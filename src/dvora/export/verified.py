@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..adapter_file.values import FolderSource
 from .graph import Call, once, with_cache
 from .packed import LAYOUT, SUFFIX, Packing, described
 
@@ -109,15 +110,15 @@ class Prepared(NamedTuple):
     vectors: dict[str, Tensor]
     """Adapters packed, by name, the base first."""
     expected: dict[str, list[NDArray[np.float32]]]
-    """Outputs of the first of them in PyTorch: the first output, for each of the sample's inputs."""
+    """Outputs of some of them in PyTorch: the first output, for each of the sample's inputs."""
 
 
 def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> Prepared:
-    """Adapters packed, and what the model answers with the base and two of them.
+    """Adapters packed, and what the model answers with the base and two of them of each method.
 
     Args:
         model: the base, without adapters, in float32 on the CPU.
-        adapters: folders by name; all have the same layers, matrices and sizes of heads.
+        adapters: folders by name; all have the same sizes of heads, and those of DVoRA the same layers and matrices.
         sample: real inputs.
 
     Raises:
@@ -126,13 +127,20 @@ def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> 
     if taken := next((name for name in adapters if name.casefold() == NULL), None):
         raise ValueError(f"adapter {taken!r}: {NULL!r} is the base, in files of that name; rename the adapter")
     model.eval()
-    with _naming(first := next(iter(adapters))):
-        packing = Packing(model, adapters[first])
+    contents = {}
+    for name, folder in adapters.items():
+        with _naming(name):
+            contents[name] = FolderSource(folder).content
+    of_dvora = [name for name, content in contents.items() if content.layers]
+    of_lora = [name for name in contents if name not in of_dvora]
+    with _naming(first := [*of_dvora, *of_lora][0]):
+        packing = Packing(model, adapters[first], [*contents.values()])
     vectors = {NULL: packing.null()}
     for name, folder in adapters.items():
         with _naming(name):
             vectors[name] = packing.pack(folder)
-    return Prepared(packing, vectors, {n: _of_pytorch(model, adapters.get(n), sample) for n in [*vectors][:3]})
+    compared = (NULL, *of_dvora[:2], *of_lora[:2])
+    return Prepared(packing, vectors, {name: _of_pytorch(model, adapters.get(name), sample) for name in compared})
 
 
 @contextmanager

@@ -66,6 +66,11 @@ def export(
     check_new_folder(output)
     folders = _adapters(source)
     adapters = {name: read_adapter(folder) for name, folder in folders.items()}
+    if runtime == "executorch" and (others := [name for name in adapters if adapters[name].method != "dvora"]):
+        raise ValueError(
+            f"adapter {others[0]!r} is of {adapters[others[0]].method}, and programs of ExecuTorch take adapters of "
+            "DVoRA only; take runtime='onnx' (--to onnx), which takes LoRA too, or merge it and export the merged model"
+        )
     first = next(iter(adapters.values()))
     base = first.base(model)
     trust = of_base(model, NOTHING)
