@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..adapter_file.values import FolderSource
 from .graph import Call, once, with_cache
-from .packed import LAYOUT, SUFFIX, Packing, described
+from .packed import LAYOUT, SUFFIX, Packing, described, graph_source
 
 ADAPTERS, LISTED = "adapters", "index.json"
 OUTPUT = "output"
@@ -130,7 +129,7 @@ def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> 
     contents = {}
     for name, folder in adapters.items():
         with _naming(name):
-            contents[name] = FolderSource(folder).content
+            contents[name] = graph_source(folder).content
     of_dvora = [name for name, content in contents.items() if content.layers]
     of_lora = [name for name in contents if name not in of_dvora]
     with _naming(first := [*of_dvora, *of_lora][0]):
