@@ -20,6 +20,8 @@ ARMS: Mapping[str, tuple[str, str, Sequence[str]]] = {
 }
 """Names, colours, and the arms in the last block, two, three and all."""
 DEPTHS = (1, 2, 3, BLOCKS)
+HIGH = ("r1024_last_1", "r1024_last_2", "r1024_last_3", "structured_r1024")
+"""DVoRA r=1,024 in the last block, two, three and all, on the two tasks that have rows of all."""
 HEAD = "frozen_all_rows"
 KEPT = 0.8
 """Of the gain in all blocks: as much makes a depth the advice (LOG.md)."""
@@ -41,15 +43,15 @@ def seeds_of(scores: Scores) -> list[int]:
     return sorted(set.intersection(*every))
 
 
-def means(scores: Scores, arm: str) -> list[float]:
+def means(scores: Scores, arm: str, tasks: Sequence[str] = TASKS) -> list[float]:
     """The score of an arm on each task, over the seeds of all; heads alone have no random part."""
     seeds = [0] if arm == HEAD else seeds_of(scores)
-    return [sum(scores[arm, task][seed] for seed in seeds) / len(seeds) for task in TASKS]
+    return [sum(scores[arm, task][seed] for seed in seeds) / len(seeds) for task in tasks]
 
 
-def gain(scores: Scores, arm: str) -> float:
+def gain(scores: Scores, arm: str, tasks: Sequence[str] = TASKS) -> float:
     """Mean points above the head alone."""
-    return (sum(means(scores, arm)) - sum(means(scores, HEAD))) / len(TASKS)
+    return (sum(means(scores, arm, tasks)) - sum(means(scores, HEAD, tasks))) / len(tasks)
 
 
 def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]:
@@ -73,6 +75,7 @@ def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]
     of_head = [f"{score:.1f}" for score in means(scores, HEAD)]
     three = ARMS["r256"][2]
     share = gain(scores, three[2]) / gain(scores, three[3])
+    both = [f"{gain(scores, arm, TASKS[:2]):+.1f}" for arm in HIGH]
     verdict = "are enough" if share >= KEPT else "are not enough"
     return {
         "depth-in-short": f"**Three of six blocks {verdict}**: they keep {share:.0%} of what DVoRA r=256 gains in all "
@@ -83,6 +86,7 @@ def parts(content: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, str]
                 ("", *(NAMES[task] for task in TASKS), "above the head alone", "of all blocks'", "blocks for 6"),
                 [("head alone, of all rows", *of_head, "", "", str(_layers(0))), *lines],
             ),
+            f"DVoRA r=1,024 in the last block, two, three and all: {', '.join(both)} above it on the first two tasks.",
             f"MiniLM, test scores, seeds {seeds}, 500 steps; blocks for 6: computed for six classifiers on one text "
             f"(`benchmarks/results/depth.json` and `equal_bytes.json`; torch {content['environment']['torch']}, PEFT "
             f"{content['environment']['peft']}, CPU).",
