@@ -261,6 +261,20 @@ def weight_in_memory(layer: nn.Module, parameter_name: str) -> Tensor | None:
     return weight
 
 
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Have a module run another forward, within its hooks; gives what takes that back, unless it was replaced since."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+
+    def give_back() -> None:
+        if vars(module).get("forward") is forward:
+            del vars(module)["forward"]
+            if before is not None:
+                vars(module)["forward"] = before
+
+    return give_back
+
+
 def block_lists(model: nn.Module, heads: Sequence[str] = ()) -> list[tuple[str, nn.ModuleList]]:
     """The outermost lists of two modules or more, with their names, but for those in heads."""
     lists, within = list[tuple[str, nn.ModuleList]](), [f"{head}." for head in heads]

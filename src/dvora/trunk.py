@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .tensors import Float, autocast_dtype, block_lists
+from .tensors import Float, autocast_dtype, block_lists, replace_forward
 
 __all__ = ["Trunk", "cached_trunk", "frozen_blocks"]
 
@@ -93,9 +93,10 @@ class Trunk:
         self._gives: dict[nn.Module, list[None] | None] = {}
         """What ran before it and gave a tensor of its shape; if in a tuple, what comes behind it there."""
         self._is_checked = False
-        self._forwards = [(m, vars(m).get("forward")) for m in (*blocks[: self._blocks], *_beside(model, path))]
-        for module, _ in self._forwards:
-            module.forward = self._or_states(module, module.forward)
+        self._give_back = [
+            replace_forward(module, self._or_states(module, module.forward))
+            for module in (*blocks[: self._blocks], *_beside(model, path))
+        ]
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -119,13 +120,11 @@ class Trunk:
 
     def close(self) -> None:
         """Let the model compute all as ever, and forget the cache."""
-        for module, forward in self._forwards:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        for give_back in self._give_back:
+            give_back()
         for handle in self._handles:
             handle.remove()
-        self._forwards, self._handles = [], []
+        self._give_back, self._handles = [], []
         self._rows.close()
 
     def _or_states(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

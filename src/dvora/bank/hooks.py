@@ -18,7 +18,7 @@ from ..rows.batch import Batch, Batches
 from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
 from ..rows.layer_factors import InputScales, LayerFactors, rows_of
 from ..rows.shared import Arguments, SharedPass
-from ..tensors import TensorVersion, bias_of, is_traced
+from ..tensors import TensorVersion, bias_of, is_traced, replace_forward
 from ..weight import AdaptedWeight
 
 
@@ -175,8 +175,8 @@ class BlockForward(_Hook):
     ) -> None:
         super().__init__(batches)
         self.place, self._module, self._passes = place, module, passes
-        self._forward, self._own = module.forward, vars(module).get("forward")
-        vars(module)["forward"] = self
+        self._forward = module.forward
+        self.remove = replace_forward(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         is_first = self.place.block == 0
@@ -198,13 +198,6 @@ class BlockForward(_Hook):
             return self._forward(*args, **kwargs)
         self._passes[batch] = shared
         return repeated
-
-    def remove(self) -> None:
-        """Give the block its own forward back, unless somebody has put another one around this."""
-        if vars(self._module).get("forward") is self:
-            del vars(self._module)["forward"]
-            if self._own is not None:
-                vars(self._module)["forward"] = self._own
 
 
 class HeadHook(_Hook):
