@@ -221,9 +221,14 @@ def one_more(losses: Mapping[float, float], between: float) -> float:
 
 
 def read_grid(file: Path = FILE) -> Grid:
-    """The grid of a YAML file. Its tasks are `FILE`'s, and what it does not say of training, tuning and layers."""
+    """The grid of a YAML file.
+
+    What it does not say of training, tuning and layers is `FILE`'s, and so are tasks in a list. A `model` is of all.
+    """
     first, content = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (FILE, file))
-    tasks = {name: TaskPlan(**first["tasks"][name]) for name in content["tasks"]}
+    of_all = {"model": content["model"]} if "model" in content else {}
+    plans = content["tasks"] if isinstance(content["tasks"], dict) else {n: first["tasks"][n] for n in content["tasks"]}
+    tasks = {name: TaskPlan(**{**plan, **of_all}) for name, plan in plans.items()}
     arms = {name: Arm(**_tuples(entry)) for name, entry in content["arms"].items()}
     training, tuning, layers = ({**first[name], **content.get(name, {})} for name in ("training", "tuning", "layers"))
     return Grid(training, tuning, tasks, layers, arms)

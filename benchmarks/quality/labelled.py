@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from benchmarks.quality.heads import best_head, kept_head
 from benchmarks.quality.models import LOADERS, SentenceReader
 from materials import data, many_classes
 from materials.batches import Sentences, batches_by_length, in_order, random_batches, unlabelled
-from materials.models import minilm
+from materials.models import minilm, mpnet
 from materials.splits import TextTask
 
 EVALUATION_BATCH = 64
@@ -50,7 +51,8 @@ class Labelled:
         """The backbone with a head fitted to its features (of the float32 base where `base` is quantised)."""
         whole = "float32" if base == "nf4" else base
         reader = SentenceReader(LOADERS[self.plan.model](whole), nn.Linear(0, 0)).eval()
-        name = f"{self.name}-{self.plan.train}-{self.plan.validation}"
+        of_model = "" if self.plan.model == "minilm" else f"-{self.plan.model}"
+        name = f"{self.name}-{self.plan.train}-{self.plan.validation}{of_model}"
         head = kept_head(name if whole == "float32" else f"{name}-{whole}", partial(self.fitted, reader, "train"))
         backbone = reader.backbone if base == whole else LOADERS[self.plan.model](base)
         return SentenceReader(backbone, head).eval()
@@ -138,6 +140,8 @@ SOURCES: Mapping[str, Callable[[], TextTask]] = {
 """Tasks with labels by their name in a grid."""
 
 
+TOKENIZERS: Mapping[str, Callable[[], Path]] = {"minilm": minilm, "mpnet": mpnet}
+"""Where they are, by the model of a plan."""
 Problem = Labelled | CronExpressions
 """One task: a model to start from, batches, a loss, and an evaluation of a split."""
 
@@ -147,7 +151,7 @@ def problem(name: str, plan: TaskPlan) -> Problem:
     """The task of a name, its data read and tokenised once a process."""
     if name == "cron_expressions":
         return CronExpressions(plan)
-    task, tokenizer = SOURCES[name](), AutoTokenizer.from_pretrained(minilm())
+    task, tokenizer = SOURCES[name](), AutoTokenizer.from_pretrained(TOKENIZERS[plan.model]())
 
     def part(of: str, rows: slice) -> Part:
         some = getattr(task, of)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertModel, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BertModel, BitsAndBytesConfig, MPNetModel
 from transformers.utils import logging
 
 from materials.fetch import cache_folder
-from materials.models import minilm, smollm2
+from materials.models import minilm, mpnet, smollm2
 
 Base = str
 """float32 or nf4; or fine_tuned: float32, and trained before (MiniLM only)."""
@@ -22,14 +22,14 @@ FINE_TUNED = "quality-minilm-fine-tuned-on-wordnet-topics"
 
 
 class SentenceReader(nn.Module):
-    """MiniLM, the mean of its token vectors (what it was trained for), and a linear head."""
+    """MiniLM or MPNet, the mean of its token vectors (what it was trained for), and a linear head."""
 
     def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """(batch, 384) float32 means."""
+        """(batch, width) float32 means."""
         tokens = self.backbone(input_ids=batch["ids"], attention_mask=batch["mask"]).last_hidden_state.float()
         weights = batch["mask"][:, :, None].to(tokens.dtype)
         means: Tensor = (tokens * weights).sum(1) / weights.sum(1)
@@ -71,12 +71,18 @@ def load_minilm(base: Base) -> nn.Module:
     )
 
 
+def load_mpnet(base: Base) -> nn.Module:
+    """all-mpnet-base-v2, likewise."""
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return _loaded(MPNetModel, mpnet(), base, add_pooling_layer=False, **without_dropout)
+
+
 def load_smollm2(base: Base) -> nn.Module:
     """SmolLM2-135M-Instruct, dequantised from Q4_1."""
     return _loaded(AutoModelForCausalLM, smollm2(), base)
 
 
-LOADERS: dict[str, Callable[[Base], nn.Module]] = {"minilm": load_minilm, "smollm2": load_smollm2}
+LOADERS: dict[str, Callable[[Base], nn.Module]] = {"minilm": load_minilm, "mpnet": load_mpnet, "smollm2": load_smollm2}
 
 
 @contextmanager
