@@ -110,7 +110,7 @@ def whole() -> Plan:
         known=KNOWN[-1],
         resident=[(SLOTS, 2**30), (64, 2**26)],
         loaded=[(model, (STRUCTURED, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
-        one_text=[OneText("MiniLM", (1, 6, 16, 64), (32, 128, 500), 3), OneText("BERT-base", (6, 16), (32, 128), 3)],
+        one_text=[OneText("MiniLM", (1, 6, 16, 64), (32, 128, 500), 7), OneText("BERT-base", (6, 16), (32, 128), 3)],
     )
 
 
