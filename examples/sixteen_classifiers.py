@@ -59,7 +59,9 @@ def accuracy(address: str, name: str, rows: Rows) -> float:
 def described(answers: Sequence[dict[str, Any]]) -> str:
     """What those say that do not say no."""
     return ", ".join(
-        f"{one['model']}: {one['label'] or ''} {one['score']:.2f}" for one in answers if one["label"] != "no"
+        " ".join(filter(None, (f"{one['model']}:", one["label"], f"{one['score']:.2f}")))
+        for one in answers
+        if one["label"] != "no"
     )
 
 
