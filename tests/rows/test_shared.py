@@ -47,6 +47,7 @@ TARGETS = {
     "distilbert": ["q_lin", "lin1"],
     "modernbert": ["Wqkv", "mlp.Wo"],
     "llama": ["q_proj", "down_proj"],
+    "mpnet": ["attn.q", "intermediate.dense"],
 }
 DEPTHS: dict[str, list[int] | None] = {"two": [2, 3], "also two": [2, 3], "one": [3], "all": None}
 
