@@ -146,12 +146,14 @@ class FactorsHook(_Hook):
         """The hook before the forward."""
         if not self.batches.have_factors:
             return None
-        x = Arguments(args, kwargs).first
+        x = given = Arguments(args, kwargs).first
         for who, factors in self._groups(x):
             if isinstance(factors, InputScales):
                 # In new memory, since other layers have the same inputs.
                 scaled = factors.inputs(rows_of(x, who))
                 x = scaled if who is None else x.index_copy(0, who, scaled)
+        if x is given:
+            return None
         return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
 
     def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
