@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dvora.tensors import TensorVersion, at_least_float32, is_traced
+from dvora.tensors import TensorVersion, at_least_float32, is_traced, replace_forward
 from tests.cases import randn
 
 WRITES: dict[str, tuple[bool, Callable[[Tensor], object]]] = {
@@ -72,3 +72,16 @@ def test_what_counts_as_traced(context: Callable[[], AbstractContextManager[obje
         look(x)
     assert seen == [True] * 4
     assert not is_traced()
+
+
+def test_a_forward_is_given_back_unless_somebody_has_replaced_it_since() -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    give_back = replace_forward(layer, torch.zeros_like)
+    assert torch.equal(layer(x), torch.zeros_like(x))
+    inner = replace_forward(layer, torch.neg)
+    give_back()
+    assert torch.equal(layer(x), -x)
+    inner()
+    assert torch.equal(layer(x), torch.zeros_like(x))
+    give_back()
+    assert "forward" not in vars(layer)
