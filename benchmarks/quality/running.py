@@ -11,7 +11,7 @@ from benchmarks.quality.evaluation import Evaluation, packed
 from benchmarks.quality.grid import Grid, Rates, Run
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import FINE_TUNED, quietly
-from benchmarks.quality.training import precision, trained
+from benchmarks.quality.training import PRECISIONS, trained
 from materials.fetch import build_once
 
 
@@ -61,7 +61,7 @@ def _outcome(grid: Grid, run: Run) -> dict[str, Any]:
     if row["diverged"]:
         return row | {"validation": None}
     reader.eval()
-    with precision():
+    with PRECISIONS[grid.training["products"]]():
         validation = task.evaluate(reader, "validation")
         if run.stage == "trial":
             return row | {"validation": _scores(validation)}

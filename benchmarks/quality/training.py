@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +18,7 @@ from benchmarks.quality.labelled import Problem
 def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str, Any]:
     """Train in place; the loss of the last steps, and the time of a step."""
     losses, times = [], []
-    for loss, seconds in steps(grid, run, task, reader):
+    for loss, seconds in steps(grid, run, task, reader, PRECISIONS[grid.training["products"]]):
         losses.append(loss)
         times.append(seconds)
     if not math.isfinite(losses[-1]):
@@ -32,8 +32,11 @@ def trained(grid: Grid, run: Run, task: Problem, reader: nn.Module) -> dict[str,
 
 
 def precision() -> torch.autocast:
-    """Matrix products in bfloat16, which halves the time of everything; what is trained stays in float32."""
+    """Matrix products in bfloat16; what is trained stays in float32."""
     return torch.autocast("cpu", torch.bfloat16)
+
+
+PRECISIONS: Mapping[str, Callable[[], AbstractContextManager[object]]] = {"bfloat16": precision, "float32": nullcontext}
 
 
 def steps(
