@@ -4,11 +4,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import (
+    C3AConfig,
+    FourierFTConfig,
     IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     RandLoraConfig,
     RoadConfig,
+    ShiraConfig,
+    TinyLoraConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -52,6 +59,19 @@ METHODS: Mapping[str, Callable[..., PeftConfig]] = {
     "randlora": lambda rank, targets, seed: RandLoraConfig(r=rank, target_modules=targets, projection_prng_key=seed),
     "ia3": lambda rank, targets, seed: IA3Config(target_modules=targets, feedforward_modules=[]),
     "road": lambda rank, targets, seed, **options: RoadConfig(target_modules=targets, **options),
+    # Of these the rank is what sets their size.
+    "lokr": lambda rank, targets, seed: LoKrConfig(r=rank, alpha=rank, target_modules=targets),
+    "oft": lambda size, targets, seed: OFTConfig(r=0, oft_block_size=size, target_modules=targets),
+    # C3A and FourierFT are the base at the start if `init_weights` says so.
+    "c3a": lambda size, targets, seed: C3AConfig(block_size=size, target_modules=targets, init_weights=True),
+    "shira": lambda rank, targets, seed: ShiraConfig(r=rank, target_modules=targets, random_seed=seed),
+    "fourierft": lambda count, targets, seed: FourierFTConfig(
+        n_frequency=count, target_modules=targets, random_loc_seed=seed, init_weights=True
+    ),
+    "tinylora": lambda rank, targets, seed, **options: TinyLoraConfig(
+        r=rank, target_modules=targets, projection_seed=seed, **options
+    ),
+    "ln_tuning": lambda rank, targets, seed: LNTuningConfig(target_modules=targets),
     "vblora": lambda rank, targets, seed, **options: VBLoRAConfig(r=rank, target_modules=targets, **options),
     "unilora": lambda rank, targets, seed, **options: UniLoraConfig(
         r=rank, target_modules=targets, proj_seed=seed, **options

@@ -17,7 +17,7 @@ from benchmarks.many_adapters.tables import storage
 from benchmarks.many_adapters.targets import all_targets as targets_of_many
 from benchmarks.quality.depth import parts as depth
 from benchmarks.quality.pace import pace
-from benchmarks.quality.page import at_a_glance
+from benchmarks.quality.page import at_a_glance, forms
 from benchmarks.quality.page import details as quality_details
 from benchmarks.quality.page import parts as quality
 from benchmarks.results import load
@@ -159,6 +159,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
         "pace": pace(load("pace")),
         **quality_details(load("equal_bytes")),
+        "where-training-starts": forms(load("heads")),
         "overhead": overhead(load("overhead")),
         "compile": compiling(load("gate")),
         "many-storage": storage(load("many_adapters")),

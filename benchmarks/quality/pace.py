@@ -5,7 +5,6 @@ Its ratios say how many steps of LoRA r=1 fit into the time of a run of another 
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from time import process_time
 from typing import Any
@@ -21,26 +20,25 @@ from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
 from benchmarks.quality.page import LABELS, YARDSTICK
 from benchmarks.quality.summary import NAMES
-from benchmarks.quality.training import precision, steps
+from benchmarks.quality.training import PRECISIONS, steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import interleaved, ratios, spread
 from benchmarks.tables import table, text
 
 ARMS = (
-    *("magnitude", "ia3", "hyperadapt", "road", "lora_r2", "lora_r8", "vera_r256"),
+    *("magnitude", "ia3", "hyperadapt", "road", "road_4", "lora_r2", "lora_r4", "lora_r8", "vera_r256"),
     *("structured_r16", "structured_r64", "structured_r256", "structured_r1024"),
 )
 """Beside LoRA r=1."""
 WARM_UP, STEPS = 5, 50
-PRECISIONS = {"bfloat16": precision, "float32": nullcontext}
 
 
-def timed(grid: Grid, task_name: str, count: int = STEPS, dtype: str = "bfloat16") -> list[Row]:
+def timed(grid: Grid, task_name: str, arms: Sequence[str], count: int = STEPS, dtype: str = "bfloat16") -> list[Row]:
     """The rows of a task: processor time of `count` steps of every arm, by one thread, with products in a dtype."""
     plan = grid.tasks[task_name]
     task = problem(task_name, plan)
     runs = {}
-    for arm in (YARDSTICK, *ARMS):
+    for arm in (YARDSTICK, *arms):
         with quietly():
             reader = task.model("float32")
             reader.backbone = adapted(reader.backbone, grid.arms[arm], grid.layers[plan.model], seed=0)
@@ -52,7 +50,7 @@ def timed(grid: Grid, task_name: str, count: int = STEPS, dtype: str = "bfloat16
         {arm: partial(next, run) for arm, run in runs.items()}, count, WARM_UP, at_least=0, clock=process_time
     )
     rows = []
-    for arm in ARMS:
+    for arm in arms:
         low, median, high = spread(ratios(seconds[arm], seconds[YARDSTICK]))
         rows.append(
             {
@@ -71,11 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.pace", description=main.__doc__)
     parser.add_argument("tasks", nargs="*", default=tasks, help="left out, all")
     parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16", help="of products; the grid's by default")
+    parser.add_argument("--arm", nargs="+", default=ARMS, help="beside LoRA r=1; left out, all")
     chosen = parser.parse_args()
     grid, file = read_grid(), file_of("pace")
     torch.set_num_threads(1)
     for task in chosen.tasks:
-        rows = timed(grid, task, dtype=chosen.dtype)
+        rows = timed(grid, task, chosen.arm, dtype=chosen.dtype)
         for row in rows:
             Console(stderr=True).print(f"{row['key']}: {row['milliseconds']} ms, {row['ratio'][1]:.3f} of LoRA r=1's")
         write(file, {**read_rows(file), **{row["key"]: row for row in rows}}.values())
@@ -87,6 +86,8 @@ def pace(content: Mapping[str, Any]) -> str:
     dtypes, lines = [*dict.fromkeys(row["dtype"] for row in rows)], []
     for arm in ARMS:
         medians = [[row["ratio"][1] for row in rows if (row["arm"], row["dtype"]) == (arm, d)] for d in dtypes]
+        if not all(medians):
+            continue
         lines.append((LABELS[arm], *(f"{min(of_tasks):.2f} to {max(of_tasks):.2f}" for of_tasks in medians)))
     return text(
         table(("a step, in LoRA r=1's", *dtypes), lines),

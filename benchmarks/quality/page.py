@@ -33,6 +33,7 @@ LABELS: Mapping[str, str] = {
     "ia3": "(IA)3, all linear layers",
     "hyperadapt": "HyperAdapt",
     "road": "RoAd",
+    "road_4": "RoAd, variant 4",
     "bitfit": "BitFit",
     "vblora": "VB-LoRA",
     "unilora_32768": "Uni-LoRA, 32,768",
@@ -261,6 +262,36 @@ def details(content: Mapping[str, Any]) -> dict[str, str]:
     result = result_of(content)
     tables = {"what-each-part-does": _parts, "all-methods": _all, "generation": _generation}
     return {name: table_of(result) for name, table_of in tables.items()}
+
+
+def forms(content: Mapping[str, Any]) -> str:
+    """Where training starts, and whether its head is fitted again: mean scores over the tasks of `heads.json`.
+
+    Args:
+        content: of the file.
+    """
+    finals = [row for row in content["rows"] if row["stage"] == "final"]
+
+    def mean(head: str, is_again: bool, part: str, method: str = "") -> str:
+        rows = [row for row in finals if row["arm"].startswith(method) and row["arm"].endswith(head)]
+        return f"{100 * np.mean([(row['refitted'] if is_again else row)[part]['score'] for row in rows]):.1f}"
+
+    methods = {"lora_r1": "LoRA r=1", "road": "RoAd", "r256": "DVoRA r=256", "lora_r8": "LoRA r=8"}
+    lines = [
+        (
+            f"of {head} the rows" + (", fitted again" if is_again else ""),
+            *(mean(head, is_again, part) for part in ("validation", "test")),
+            *(mean(head, is_again, "test", method) for method in methods),
+        )
+        for head in ("all", "half")
+        for is_again in (False, True)
+    ]
+    counts = {(row["task"], row["seed"]) for row in finals}
+    return text(
+        table(("head at the start", "validation", "test", *methods.values()), lines),
+        f"Means over {len({task for task, _ in counts})} tasks, {len({seed for _, seed in counts})} seeds and these "
+        "methods, batches of all rows (`heads.json`).",
+    )
 
 
 def _parts(result: Result) -> str:

@@ -47,7 +47,7 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
 
 def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "ARMS", ("structured_r64", "road"))
-    rows = pace.timed(grid, "movie_ratings", count=2)
+    rows = pace.timed(grid, "movie_ratings", pace.ARMS, count=2)
     assert [made["arm"] for made in rows] == [*pace.ARMS]
     assert all(made["ratio"][0] <= made["ratio"][1] <= made["ratio"][2] for made in rows)
     assert "RoAd" in pace.pace({"rows": rows})

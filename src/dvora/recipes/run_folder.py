@@ -19,6 +19,8 @@ HEAD_FILE = "head.safetensors"
 """What the method "head" saves in the adapter's folder."""
 HEAD_ALONE = "head_alone.safetensors"
 """The baseline: a linear layer fitted to the frozen base, see `tasks.head_alone`."""
+HEAD_AT_START = f"{CHECKPOINTS}/head_at_start.safetensors"
+"""Where training started, until it is finished."""
 
 
 @dataclass(frozen=True)

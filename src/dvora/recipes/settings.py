@@ -174,6 +174,12 @@ class Settings(BaseModel):
         "adapter that changes nothing else) or adapter",
         "head",
     )
+    refit_head: bool = _evaluating(
+        "fit the head again at the end, to what the trained model gives, and keep that if validation rows prefer it "
+        "(of runs in one process whose head was fitted at the start)",
+        True,
+        rare=True,
+    )
     keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
     calibrate: bool = _evaluating(
         "fit a temperature to the validation rows, so that probabilities of classes are as often right as they say",

@@ -15,9 +15,10 @@ from dvora.recipes.models.bases import load_base, load_processor
 from dvora.recipes.settings import Settings
 from dvora.recipes.tasks import head_alone
 from dvora.recipes.tasks.head_alone import (
+    fit_head_again,
     fitted,
     fitted_head,
-    frozen_features,
+    last_features,
     last_layer,
     read_head_alone,
     save_head_alone,
@@ -83,7 +84,7 @@ def test_features_that_hardly_change_get_no_weights_that_explode() -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_features_are_what_the_last_layer_reads(models: dict[str, Path], name: str) -> None:
     base, dataset, collator, chosen = made("text-classification", models[name], ROWS, ("bad", "good"))
-    found = frozen_features(base, dataset, collator, chosen)
+    found = last_features(base, dataset, collator, chosen)
     layer = last_layer(base)
     assert layer is not None
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_images_have_features_too(models: dict[str, Path], tmp_path: Path) -> No
     folder = tiny_data.images(tmp_path / "images", 6)
     rows = [{"image": str(path), "label": number % 2} for number, path in enumerate(sorted(folder.rglob("*.png")))]
     base, dataset, collator, chosen = made("image-classification", models["vit"], rows, ("a", "b"))
-    head, metrics = fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("a", "b"))
+    head, _, metrics = fitted_head(base, {"train": dataset, "test": dataset}, collator, chosen, ("a", "b"))
     assert head.weight.shape == (2, 16)
     assert metrics["test"]["accuracy"] >= 0.5
 
@@ -107,12 +108,27 @@ def test_the_base_stays_as_it_was(models: dict[str, Path]) -> None:
     base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
     before = {name: value.clone() for name, value in base.state_dict().items()}
     state = torch.get_rng_state()
-    head, metrics = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
+    head, _, metrics = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert metrics.keys() == {"validation"}
-    again, _ = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
+    again, _, _ = fitted_head(base, {"train": dataset, "validation": dataset}, collator, chosen, ("bad", "good"))
     assert torch.equal(head.weight, again.weight)
+
+
+@pytest.mark.parametrize(("task", "base"), [("text-classification", "bert"), ("regression", "llama")])
+def test_a_head_is_replaced_by_a_better_one_only(models: dict[str, Path], task: str, base: str) -> None:
+    # The last layer of the second base has no bias.
+    classes = ("bad", "good") if task == "text-classification" else ()
+    model, dataset, collator, chosen = made(task, models[base], ROWS, classes)
+    parts = {"train": dataset, "validation": dataset}
+    head, _, _ = fitted_head(model, parts, collator, chosen, classes)
+    last = last_layer(model)
+    assert last is not None
+    assert fit_head_again(model, parts, collator, chosen, classes)
+    assert torch.equal(last.weight, head.weight)
+    assert not fit_head_again(model, parts, collator, chosen, classes)
+    assert torch.equal(last.weight, head.weight)
 
 
 def test_it_reads_no_more_rows_than_the_run(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +160,6 @@ def test_a_long_reading_says_how_long_it_still_takes(models: dict[str, Path], mo
     base, dataset, collator, chosen = made("text-classification", models["bert"], ROWS, ("bad", "good"))
     monkeypatch.setattr(head_alone, "SOON", 0.0)
     notes: list[str] = []
-    frozen_features(base, dataset, collator, chosen, notes.append)
+    last_features(base, dataset, collator, chosen, notes.append)
     assert len(notes) == 1
-    assert re.fullmatch(r"the frozen base reads 11 rows: \d+% done, about \d+ s left", notes[0])
+    assert re.fullmatch(r"the model reads 11 rows: \d+% done, about \d+ s left", notes[0])

@@ -17,7 +17,7 @@ from dvora import AdapterBank
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
-from dvora.recipes.run_folder import read_run
+from dvora.recipes.run_folder import HEAD_ALONE, HEAD_AT_START, read_run
 from dvora.recipes.settings import LEARNING_RATES, METHODS, checked_settings, read_settings
 from dvora.recipes.tasks.head_alone import last_layer, read_head_alone
 from dvora.recipes.tasks.task import features
@@ -161,9 +161,10 @@ def test_a_resumed_run_starts_from_the_head_that_was_fitted(models: dict[str, Pa
     settings, notes = run.settings("killed"), list[str]()
     train(settings, on_progress=signal_after(2))
     # As if killed before the first checkpoint.
-    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    for checkpoint in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     finished(settings, resume=True, note=notes.append)
-    assert not any("fitting the head" in note for note in notes)
+    assert not any("fitting the head alone" in note for note in notes)
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -274,9 +275,8 @@ def test_an_adapter_that_is_no_better_than_the_head_alone_is_not_saved(
 
 def test_an_adapter_that_is_better_is_saved(models: dict[str, Path], tmp_path: Path) -> None:
     settings = {"epochs": 4, "learning_rate": 0.05, "if_no_better": "head", "test_share": 0.3}
-    run = Run(models, tmp_path, "sentence-pairs")
-    found = finished(run.settings("out", **settings))
-    assert found.record["metrics"]["test"]["accuracy"] > found.record["metrics"]["test_head_alone"]["accuracy"]
+    found = finished(Run(models, tmp_path, "regression").settings("out", **settings))
+    assert found.record["metrics"]["test"]["rmse"] < found.record["metrics"]["test_head_alone"]["rmse"]
     assert "saved" not in found.record
     assert any(value.any() for name, value in trained_parameters(tmp_path / "out").items() if "lambda_b" in name)
 
@@ -328,22 +328,38 @@ def test_a_run_does_not_go_on_with_other_data(models: dict[str, Path], tmp_path:
 
 def test_training_ends_early_with_the_best_step(models: dict[str, Path], tmp_path: Path) -> None:
     run = Run(models, tmp_path)
-    record = finished(run.settings("out", learning_rate=1e-9, epochs=50, early_stopping=3)).record
+    rates = {"learning_rate": 1e-9, "learning_rates": {"head": 1e-9}}
+    record = finished(run.settings("out", **rates, epochs=50, early_stopping=3)).record
     # Nothing gets better than after the first epoch of six steps.
     assert (record["best_step"], record["steps"]) == (6, 24)
 
 
 @pytest.mark.parametrize(("base", "method"), [*(("bert", method) for method in METHODS), ("llama", "dvora")], ids=str)
-def test_every_method_starts_from_the_fitted_head(
+def test_every_method_can_leave_the_head_alone_as_it_is(
     models: dict[str, Path], tmp_path: Path, base: str, method: str
 ) -> None:
     # The last layer of the second base has no bias.
-    changes = {"model": str(models[base]), "method": method, "max_steps": 1, "learning_rate": 1e-12}
+    changes = {"model": str(models[base]), "method": method, "max_steps": 1, "learning_rates": {"head": 0.0}}
     found = finished(Run(models, tmp_path).settings("out", **changes))
     metrics = found.record["metrics"]
     for metric in ("accuracy", "macro_f1"):
         assert metrics["validation"][metric] == pytest.approx(metrics["validation_head_alone"][metric])
     assert found.record["verdict"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_from_a_head_of_half_of_the_rows(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+    changes = {"method": method, "learning_rate": 1e-12, "learning_rates": {"head": 1e-12}, "refit_head": False}
+    settings = Run(models, tmp_path).settings("out", **changes)
+    train(settings, on_progress=signal_after(2))
+    alone, start = (read_head_alone(tmp_path / "out" / name) for name in (HEAD_ALONE, HEAD_AT_START))
+    # The method head has nothing but its head, which starts as the best one.
+    assert torch.equal(alone.weight, start.weight) is (method == "head")
+    model, _ = load_trained(finished(settings, resume=True))
+    last = last_layer(model)
+    assert last is not None
+    torch.testing.assert_close(last.weight, start.weight, atol=1e-6, rtol=0)
+    assert not (tmp_path / "out" / HEAD_AT_START).exists()
 
 
 def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, Path], tmp_path: Path) -> None:
@@ -353,6 +369,25 @@ def test_a_head_that_the_model_brings_trained_is_not_replaced(models: dict[str, 
     again = finished(trained.settings("again", tokenizer=first.settings.model, max_steps=1, learning_rate=1e-12))
     metrics = [run_of_two.record["metrics"]["test"]["loss"] for run_of_two in (first, again)]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dvora", "lora", "full"])
+def test_a_head_that_training_spoiled_is_fitted_again(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+    run, losses = Run(models, tmp_path), []
+    for refit in (True, False):
+        changes = {"method": method, "learning_rates": {"head": 100.0}, "max_steps": 3, "refit_head": refit}
+        found = finished(run.settings(f"{refit}", **changes))
+        assert found.record.get("head_fitted_again", False) is refit
+        assert ("fitted again" in (found.adapter / "README.md").read_text()) is refit
+        losses.append(found.record["metrics"]["validation"]["loss"])
+        # What is saved is what was evaluated.
+        model, tokenizer = load_trained(found)
+        inputs = features(load_data(found.settings).validation, found.settings, tokenizer, 32).dataset
+        with torch.no_grad():
+            logits = model(**tokenizer.pad(inputs.remove_columns("label")[:], return_tensors="pt")).logits
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(inputs["label"]))
+        assert loss.item() == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[0] < losses[1]
 
 
 def test_learning_rates_of_groups_are_obeyed(models: dict[str, Path], tmp_path: Path) -> None:

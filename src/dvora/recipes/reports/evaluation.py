@@ -17,7 +17,7 @@ from ..data.tables import Note
 from ..models.bases import quiet_transformers
 from ..run_folder import HEAD_ALONE, Run
 from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
-from ..tasks.head_alone import frozen_features, head_metrics, labels_of, read_head_alone
+from ..tasks.head_alone import head_metrics, labels_of, last_features, read_head_alone
 from ..tasks.metrics import of_answered_classes
 from ..tasks.task import Task, Truncation
 from .run_model import Rows, RunModel, check_can_abstain, load_trained
@@ -93,7 +93,7 @@ def head_alone_of(run: Run) -> nn.Linear | None:
 def head_alone_outputs(run: Run, head: nn.Linear, dataset: Dataset, task: Task) -> Tensor:
     """Outputs of the base with the head alone, (rows, outputs)."""
     base, _ = load_trained(run, with_adapter=False)
-    outputs: Tensor = head(frozen_features(base, dataset, task.collator, run.settings))
+    outputs: Tensor = head(last_features(base, dataset, task.collator, run.settings))
     return outputs
 
 

@@ -1,4 +1,5 @@
-"""The head alone: how far the frozen base gets without an adapter, to start from and to compare with.
+"""The head alone: how far the frozen base gets without an adapter, to start from and to compare with; and the same fit
+again at the end, to what the trained model gives.
 
 What the last layer of the model's head reads is computed once for every row, which takes nearly all of the time; a
 linear layer is then fitted to it by scikit-learn, with the penalty that the validation rows prefer. It has no random
@@ -10,14 +11,16 @@ Dimensions: N rows, H features, C outputs.
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
 
 from ...tensors import Float
 from ...whole_files import write_atomically
@@ -33,6 +36,17 @@ STRENGTHS = (1e-2, 1e-1, 1e-3, 1e-4)
 ITERATIONS = 100
 SOON, OFTEN = 3.0, 30.0
 """Seconds after which an estimate is made, and another one."""
+
+
+class FittedHead(NamedTuple):
+    """The head alone, fitted to all rows; one fitted to half of them, to start from; the metrics of the first, by part.
+
+    A head that knows the rows of all batches leaves little to learn from them (`benchmarks/LOG.md`, 2026-12-02).
+    """
+
+    alone: nn.Linear
+    start: nn.Linear
+    metrics: dict[str, dict[str, float]]
 
 
 def save_head_alone(head: nn.Linear, file: Path) -> None:
@@ -73,13 +87,13 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def frozen_features(
+def last_features(
     model: Any, dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
 ) -> Float[Tensor, "N H"]:
     """What the last layer of the head reads of every row, or of every token with a tag, in float32 on the CPU.
 
     Args:
-        model: of transformers, without an adapter; it is left in evaluation mode on the CPU.
+        model: of transformers, with or without an adapter; it is left in evaluation mode.
         dataset, collator: the model's inputs, and what makes a batch of them.
         settings: of the run: batches, device, precision.
         note: called every half a minute with how long it still takes.
@@ -87,7 +101,7 @@ def frozen_features(
     Raises:
         ValueError: the model has no last layer, see `last_layer`.
     """
-    layer, device = last_layer(model), device_of(settings)
+    layer, device, before = last_layer(model), device_of(settings), model.device
     if layer is None:
         raise ValueError(f"the head of {type(model).__name__} does not end in a linear layer")
     name = next(name for name, module in model.named_modules() if module is layer)
@@ -108,14 +122,14 @@ def frozen_features(
             order += chosen
     finally:
         model.set_submodule(name, layer)
-        model.to("cpu")
+        model.to(before)
     return torch.cat([rows[place] for place in np.argsort(order)])
 
 
 def longest_first(
     dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """The rows of a dataset that the frozen base reads, by batch: their indices, and its inputs on the run's device.
+    """The rows of a dataset that a model reads, by batch: their indices, and its inputs on the run's device.
 
     Rows of similar length come together, as a batch is padded to its longest; the longest first, to estimate from.
     """
@@ -125,7 +139,7 @@ def longest_first(
         # Images all cost the same.
         lengths = np.ones(len(dataset), int)
     order, device = np.argsort(-lengths, kind="stable"), device_of(settings)
-    on_batch = _estimating(note, f"the frozen base reads {len(order):,} rows", lengths.sum())
+    on_batch = _estimating(note, f"the model reads {len(order):,} rows", lengths.sum())
     for start in range(0, len(order), settings.batch_size):
         chosen = order[start : start + settings.batch_size]
         batch = collator([dataset[int(row)] for row in chosen])
@@ -148,7 +162,7 @@ def fitted_head(
     settings: Settings,
     classes: Sequence[str],
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[nn.Linear, dict[str, dict[str, float]]]:
+) -> FittedHead:
     """Fit the head alone, and evaluate it on the parts that were held out.
 
     Args:
@@ -158,10 +172,49 @@ def fitted_head(
         settings: of the run, which reads no fewer training rows than this does.
         classes: their names; empty for numbers.
         note: called every half a minute with how long it still takes.
+    """
+    features, labels = _features_and_labels(model, datasets, collator, settings, note)
+    layer = last_layer(model)
+    has_bias = layer is not None and layer.bias is not None
+    head, strength = _best(features, labels, len(classes), has_bias, note)
+    half = np.random.default_rng(settings.seed).permutation(len(labels["train"]))[::2]
+    start = fitted(features["train"][half], labels["train"][half], len(classes), strength, has_bias)
+    held_out = [part for part in features if part != "train"]
+    metrics = {part: head_metrics(head(features[part]), labels[part], classes, settings) for part in held_out}
+    return FittedHead(head, start, metrics)
+
+
+def fit_head_again(
+    model: Any,
+    datasets: Mapping[str, Dataset],
+    collator: Any,
+    settings: Settings,
+    classes: Sequence[str],
+    note: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Fit the last layer to what it reads in a trained model, and keep that, in place, if its validation loss is lower.
+
+    Arguments as for `fitted_head`; "validation" has rows.
 
     Returns:
-        The layer, and the task's metrics by part.
+        Whether it was kept.
     """
+    last = last_layer(model)
+    assert last is not None, "the model has a head alone"
+    read = {part: datasets[part] for part in ("train", "validation")}
+    features, labels = _features_and_labels(model, read, collator, settings, note)
+    head, _ = _best(features, labels, len(classes), last.bias is not None, note)
+    trained = deepcopy(last).float().cpu()
+    before, after = (_validation_loss(one, features, labels, len(classes)) for one in (trained, head))
+    if after < before:
+        last.load_state_dict(head.state_dict(), strict=last.bias is not None)
+    return after < before
+
+
+def _features_and_labels(
+    model: Any, datasets: Mapping[str, Dataset], collator: Any, settings: Settings, note: Callable[[str], None]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By part, of "train" at most so many rows as a run reads and a fit takes."""
     train = datasets["train"]
     # Tokens are rows here.
     tokens = len(labels_of(train)) if settings.task == "token-classification" else len(train)
@@ -172,24 +225,36 @@ def fitted_head(
     )
     chosen = train.select(np.linspace(0, len(train) - 1, most).round().astype(int))
     parts = {"train": chosen, **{part: datasets[part] for part in ("validation", "test") if part in datasets}}
-    features = {part: frozen_features(model, rows, collator, settings, note) for part, rows in parts.items()}
-    labels = {part: labels_of(rows) for part, rows in parts.items()}
+    features = {part: last_features(model, rows, collator, settings, note) for part, rows in parts.items()}
+    return features, {part: labels_of(rows) for part, rows in parts.items()}
 
-    def score(head: nn.Linear) -> float:
-        metrics = head_metrics(head(features["validation"]), labels["validation"], classes, settings)
-        return metrics["f1" if "f1" in metrics else "accuracy"] if classes else -metrics["rmse"]
 
-    strengths = STRENGTHS if "validation" in parts else STRENGTHS[:1]
-    layer = last_layer(model)
-    has_bias = layer is not None and layer.bias is not None
-    on_fit = _estimating(note, "the head alone is fitted", len(strengths))
-    heads = []
-    for strength in strengths:
-        heads.append(fitted(features["train"], labels["train"], len(classes), strength, has_bias))
+def _best(
+    features: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    classes: int,
+    has_bias: bool,
+    note: Callable[[str], None],
+) -> tuple[nn.Linear, float]:
+    """The head of the penalty with the lowest validation loss, if there are rows to validate on, and the penalty."""
+    if "validation" not in features:
+        return fitted(features["train"], labels["train"], classes, STRENGTHS[0], has_bias), STRENGTHS[0]
+    on_fit, heads = _estimating(note, "a head is fitted", len(STRENGTHS)), dict[float, nn.Linear]()
+    for strength in STRENGTHS:
+        heads[strength] = fitted(features["train"], labels["train"], classes, strength, has_bias)
         on_fit(1)
-    head = max(heads, key=score) if "validation" in parts else heads[0]
-    held_out = [part for part in parts if part != "train"]
-    return head, {part: head_metrics(head(features[part]), labels[part], classes, settings) for part in held_out}
+    best = min(heads, key=lambda strength: _validation_loss(heads[strength], features, labels, classes))
+    return heads[best], best
+
+
+@torch.no_grad()
+def _validation_loss(
+    head: nn.Linear, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: int
+) -> float:
+    """Cross-entropy, or the mean squared error of numbers, of the validation rows."""
+    outputs, expected = head(features["validation"]).double(), labels["validation"]
+    loss = cross_entropy(outputs, expected) if classes else mse_loss(outputs.flatten(), expected.double())
+    return float(loss)
 
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:

@@ -63,6 +63,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Base": base,
         "Method": settings.method + (f", rank {settings.rank}" if settings.rank else ""),
         "Note": HEAD_SAVED if record.get("saved") == "head" else "",
+        "Head": "fitted again to what the trained model gives" if record.get("head_fitted_again") else "",
         "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),

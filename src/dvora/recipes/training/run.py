@@ -16,6 +16,7 @@ from ..run_folder import (
     CHECKPOINTS,
     CONFIG,
     HEAD_ALONE,
+    HEAD_AT_START,
     Place,
     Run,
     entered,
@@ -27,7 +28,7 @@ from ..run_folder import (
 )
 from ..settings import NAMED, Settings, Trust, commented
 from ..tasks.calibration import calibrate
-from ..tasks.head_alone import fitted_head, last_layer, read_head_alone, save_head_alone
+from ..tasks.head_alone import fit_head_again, fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import HEAD_SAVED, beats_head_alone, verdict
 from .callbacks import OnProgress, StopRequest
@@ -113,6 +114,8 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         write_record(folder, record)
         if prepared.head_alone is not None:
             save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
+            (folder / CHECKPOINTS).mkdir(exist_ok=True)
+            save_head_alone(prepared.head_at_start or prepared.head_alone, folder / HEAD_AT_START)
         remove_all_but(complete, folder / CHECKPOINTS)
     with trunk_computed_once(trainer, prepared, note):
         with stop.listening(), errors_of_damage(last):
@@ -131,6 +134,12 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             # Before the final evaluations, which the trainer logs as if they were of this step.
             "history": _history(trainer.state.log_history),
         }
+        if _may_be_fitted_again(prepared):
+            note("fitting the head again, to what the trained model gives")
+            settings, labels, datasets = prepared.settings, prepared.data.labels, prepared.datasets
+            record["head_fitted_again"] = fit_head_again(
+                prepared.base.model, datasets, prepared.task.collator, settings, labels, note
+            )
         baselines = record["metrics"]
         _evaluate(trainer, prepared, record, baselines)
         record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
@@ -138,11 +147,18 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             not_saved = {f"{part}_not_saved": record["metrics"][part] for part in prepared.datasets if part != "train"}
             back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
             _evaluate(trainer, prepared, record, {**not_saved, **baselines})
-            record["saved"] = "head"
+            record |= {"saved": "head", "head_fitted_again": False}
             record["verdict"].append(HEAD_SAVED)
     if is_first():
         _finish(folder, prepared, record)
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
+
+
+def _may_be_fitted_again(prepared: Prepared) -> bool:
+    """Whether features changed under a head that was fitted and is trained, and validation rows can compare two."""
+    settings = prepared.settings
+    is_asked = settings.refit_head and settings.method != "head" and prepared.rates.get("head") != 0
+    return is_asked and prepared.head_at_start is not None and "validation" in prepared.datasets and world_size() == 1
 
 
 def _evaluate(trainer: Any, prepared: Prepared, record: dict[str, Any], baselines: Mapping[str, Any]) -> None:
@@ -177,19 +193,24 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head, last = None, None if settings.task == "causal-lm" else last_layer(base.model)
+    head = start_head = None
+    last = None if settings.task == "causal-lm" else last_layer(base.model)
     if last is not None:
-        file = Path(settings.output) / HEAD_ALONE
-        if record["metrics"] and file.is_file():
+        files = [Path(settings.output) / name for name in (HEAD_ALONE, HEAD_AT_START)]
+        if record["metrics"] and all(file.is_file() for file in files):
             # Of the run that is resumed, with the same settings and data.
-            head = read_head_alone(file)
+            head, start_head = map(read_head_alone, files)
         else:
-            note("fitting the head alone to the frozen base, to start from and to compare with")
-            head, metrics = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
+            note("fitting the head alone to the frozen base, to compare with; and to half of the rows, to start from")
+            head, start_head, metrics = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
             record["metrics"] = {f"{part}_head_alone": values for part, values in metrics.items()}
+        if settings.method == "head" or settings.learning_rates.get("head") == 0:
+            start_head = head
         if any(base.model.get_submodule(name) is last for name in base.new):
             # The same start for every method.
-            last.load_state_dict(head.state_dict(), strict=last.bias is not None)
+            last.load_state_dict(start_head.state_dict(), strict=last.bias is not None)
+        else:
+            start_head = None
     model = adapt(base, settings)
     if settings.calibrate and ((layer := last_layer(base.model)) is None or not layer.weight.requires_grad):
         raise ValueError(
@@ -204,7 +225,7 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     may_be_saved = settings.if_no_better == "head" and head is not None and world_size() == 1
     start = values_at_start(model) if may_be_saved else {}
-    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head, start)
+    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head, start_head, start)
 
 
 def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:

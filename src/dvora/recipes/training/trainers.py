@@ -33,6 +33,7 @@ class Prepared:
         datasets: the model's inputs, of the parts that have rows.
         rates: learning rates of the groups that have their own.
         head_alone: the baseline; None where there is none.
+        head_at_start: what the model's last layer was at first; None where the model brings a trained one.
         start: what is trained, as it was before, if that may be what is saved.
     """
 
@@ -44,6 +45,7 @@ class Prepared:
     datasets: Mapping[str, Any]
     rates: dict[Group, float]
     head_alone: nn.Linear | None = None
+    head_at_start: nn.Linear | None = None
     start: Mapping[str, Tensor] = field(default_factory=dict)
 
 
