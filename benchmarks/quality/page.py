@@ -99,6 +99,9 @@ RIVALS: Mapping[str, str] = {
     "road_time_500": MATCHED,
 }
 """The run of LoRA r=1 that takes as long."""
+HIGH, IN_ITS_TIME = "structured_r1024", "_time_1024"
+AS_LONG = ("lora_r1", "road", "structured_r256", "road_4", "lora_r4", "lora_r8")
+"""Arms that were also trained for as long as 500 steps of `HIGH` take."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -123,6 +126,7 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
+        "high-rank": _high_rank(result, paced),
         "settings": _settings(result),
     }
 
@@ -254,6 +258,64 @@ def _equal_time(result: Result, paced: Rows) -> str:
     return text(
         table(head, rows),
         "Means over the five tasks, 95 % intervals. Time: in that of LoRA r=1's 500 steps.",
+    )
+
+
+class Rival(NamedTuple):
+    """A method beside DVoRA r=1,024, on the tasks that have both: points above LoRA r=1's 500 steps."""
+
+    label: str
+    size: int
+    step: float
+    gain: Interval | None
+    steps_in_time: tuple[int, int] | None
+    gain_in_time: Interval | None
+    below: Interval | None
+
+
+def rivals(result: Result, paced: Rows) -> list[Rival]:
+    """What DVoRA r=1,024 is compared with, by size: in as many steps, and in as much time.
+
+    Args:
+        paced: rows of `pace.json`.
+    """
+    tasks = result.tasks(HIGH, *(arm + IN_ITS_TIME for arm in AS_LONG))
+    found = []
+    for arm in sorted((*AS_LONG, HIGH, "lora_r2"), key=lambda arm: size_of(result, tasks[0], arm)):
+        ratios = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")]
+        longer, steps, gains = arm + IN_ITS_TIME, None, (None, None)
+        if arm in AS_LONG:
+            counts = [result.steps(task, longer) for task in tasks]
+            steps, gains = (
+                (min(counts), max(counts)),
+                (
+                    result.gain(tasks, longer, YARDSTICK),
+                    result.gain(tasks, longer, HIGH),
+                ),
+            )
+        gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
+        step = float(np.mean(ratios or [1.0]))
+        found.append(Rival(LABELS[arm], size_of(result, tasks[0], arm), step, gain, steps, *gains))
+    return found
+
+
+def _high_rank(result: Result, paced: Rows) -> str:
+    def shown(gain: Interval | None) -> str:
+        return "" if gain is None else points(gain.mean, gain)
+
+    lines = [
+        (
+            *(each.label, kilobytes(each.size), f"{each.step:.2f}", shown(each.gain)),
+            "" if each.steps_in_time is None else "{:,} to {:,}".format(*each.steps_in_time),
+            *(shown(each.gain_in_time), shown(each.below)),
+        )
+        for each in rivals(result, paced)
+    ]
+    head = ("", "kB, float16", "a step", "500 steps", "steps in r=1024's time", "in r=1024's time", "above r=1024 then")
+    return text(
+        table(head, lines),
+        "Points above LoRA r=1's 500 steps; at last above r=1024: countries and Webster's fields, three seeds, 95 % "
+        "intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks (`equal_bytes.json`, `pace.json`).",
     )
 
 

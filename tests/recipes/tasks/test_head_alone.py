@@ -129,6 +129,8 @@ def test_a_head_is_replaced_by_a_better_one_only(models: dict[str, Path], task: 
     assert torch.equal(last.weight, head.weight)
     assert not fit_head_again(model, parts, collator, chosen, classes)
     assert torch.equal(last.weight, head.weight)
+    next(model.parameters()).data.fill_(torch.nan)
+    assert not fit_head_again(model, parts, collator, chosen, classes)
 
 
 def test_it_reads_no_more_rows_than_the_run(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

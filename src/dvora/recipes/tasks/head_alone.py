@@ -203,6 +203,9 @@ def fit_head_again(
     assert last is not None, "the model has a head alone"
     read = {part: datasets[part] for part in ("train", "validation")}
     features, labels = _features_and_labels(model, read, collator, settings, note)
+    if not all(bool(of_part.isfinite().all()) for of_part in features.values()):
+        # Training diverged, which the verdict says.
+        return False
     head, _ = _best(features, labels, len(classes), last.bias is not None, note)
     trained = deepcopy(last).float().cpu()
     before, after = (_validation_loss(one, features, labels, len(classes)) for one in (trained, head))
