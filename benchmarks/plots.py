@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.many_adapters.targets import DECODED
 from benchmarks.pictures import FAINT, METHODS, WIDTH, save
 from benchmarks.quality.depth import picture as depth
-from benchmarks.quality.page import MAIN, YARDSTICK, over_time
+from benchmarks.quality.page import MAIN, YARDSTICK, over_time, rivals
 from benchmarks.quality.summary import result_of
 from benchmarks.results import load
 from benchmarks.speakers import picture as speakers
@@ -23,8 +23,12 @@ POINTS = {
     "hyperadapt": ("HyperAdapt", "HyperAdapt", (-9, -16), "right"),
     "road": ("RoAd", "RoAd", (-9, 2), "right"),
     "structured_r64": ("DVoRA r=64", "DVoRA", (9, -22), "left"),
-    "structured_r256": ("DVoRA r=256", "DVoRA", (9, -4), "left"),
-    "lora_r8": ("LoRA r=8", "LoRA", (0, 24), "center"),
+    "structured_r256": ("DVoRA r=256", "DVoRA", (0, 32), "center"),
+    "structured_r1024": ("DVoRA r=1024", "DVoRA", (9, 0), "left"),
+    "road_4": ("RoAd 4", "RoAd", (9, -8), "left"),
+    "lora_r2": ("LoRA r=2", "LoRA", (9, -8), "left"),
+    "lora_r4": ("LoRA r=4", "LoRA", (9, -8), "left"),
+    "lora_r8": ("LoRA r=8", "LoRA", (9, 0), "left"),
 }
 """Labels, colours, and where the labels stand beside the points."""
 IN_TIME = {
@@ -34,6 +38,16 @@ IN_TIME = {
     "structured_r64": ("DVoRA r=64", "DVoRA, r=64", (9, -16)),
     "structured_r256": ("DVoRA r=256", "DVoRA", (9, -2)),
     "lora_r8": ("LoRA r=8", "LoRA", (9, -4)),
+}
+BESIDE_HIGH = {
+    "LoRA r=1": ("LoRA r=1", "LoRA r=1", (-9, -4), "right"),
+    "RoAd": ("RoAd", "RoAd", (-9, 4), "right"),
+    "DVoRA r=256, structured": ("DVoRA\nr=256", "DVoRA", (9, 2), "left"),
+    "DVoRA r=1024, structured": ("r=1024", "DVoRA", (-9, -10), "right"),
+    "RoAd, variant 4": ("RoAd 4", "RoAd", (9, 2), "left"),
+    "LoRA r=2": ("LoRA r=2", "LoRA", (9, -4), "left"),
+    "LoRA r=4": ("LoRA r=4", "LoRA", (9, -4), "left"),
+    "LoRA r=8": ("LoRA r=8", "LoRA", (9, -4), "left"),
 }
 STEPS = {
     "LoRA r=1": ("LoRA r=1", "LoRA r=1", 6),
@@ -57,7 +71,7 @@ def equal_bytes() -> Figure:
     """Points above LoRA r=1 against the size of the adapter's file: means over tasks with 95 % intervals."""
     result = result_of(load("equal_bytes"))
     tasks = result.tasks(*MAIN)
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
     axes.axhline(0, color=FAINT, linewidth=1)
     for arm, (label, method, offset, side) in POINTS.items():
         size = (result.size(tasks[0], arm, "saved_bytes") or 0) / 1e3
@@ -67,7 +81,7 @@ def equal_bytes() -> Figure:
         text = f"{label}\n{size:,.0f} kB" + ("" if gain is None else f", {mean:+.1f}")
         look: dict[str, Any] = {"color": METHODS[method], "weight": "bold", "ha": side}
         axes.annotate(text, (size, mean), offset, textcoords="offset points", **look)
-    axes.set(xscale="log", xlim=(90, 2600), ylim=(-0.35, 3.1), xlabel="the adapter's file, kB (logarithmic)")
+    axes.set(xscale="log", xlim=(90, 2600), ylim=(-0.35, 2.9), xlabel="the adapter's file, kB (logarithmic)")
     label_axis(axes.xaxis, (100, 200, 500, 1000, 2000))
     axes.set_ylabel("test points above LoRA r=1")
     title = f"MiniLM, mean over {len(tasks)} tasks, 500 steps of every method, 95 % intervals"
@@ -93,6 +107,31 @@ def equal_time() -> Figure:
     label_axis(axes.xaxis, (0.8, 1, 1.25, 1.5, 2))
     axes.set_ylabel("test points above\nLoRA r=1's 500 steps")
     axes.set_title("MiniLM, mean over five tasks, 95 % intervals", fontsize="medium", loc="left")
+    return figure
+
+
+def high_rank() -> Figure:
+    """Points above LoRA r=1's 500 steps against bytes: after 500 steps, and after as long as r=1024's 500 take."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+    axes.axhline(0, color=FAINT, linewidth=1)
+    for each in rivals(result_of(load("equal_bytes")), load("pace")["rows"]):
+        label, method, offset, side = BESIDE_HIGH[each.label]
+        size, color = each.size / 1e3, METHODS[method]
+        short = each.gain.mean if each.gain else 0.0
+        axes.plot([size], [short], "o", markersize=8, color=color, fillstyle="none")
+        if each.gain_in_time:
+            gain = each.gain_in_time
+            ends = [[gain.mean - gain.low], [gain.high - gain.mean]]
+            axes.plot([size, size], [short, gain.mean], color=color, linewidth=1, linestyle=":")
+            axes.errorbar([size], [gain.mean], yerr=ends, fmt="o", markersize=8, capsize=4, color=color)
+        look: dict[str, Any] = {"color": color, "weight": "bold", "ha": side}
+        top = each.gain_in_time.mean if each.gain_in_time else short
+        axes.annotate(f"{label}\n{size:,.0f} kB", (size, top), offset, textcoords="offset points", **look)
+    axes.set(xscale="log", xlim=(60, 950), xlabel="the adapter in float16, kB (logarithmic)")
+    label_axis(axes.xaxis, (100, 200, 300, 500, 700))
+    axes.set_ylabel("test points above\nLoRA r=1's 500 steps")
+    title = "Rings: 500 steps; discs: as long as 500 steps of DVoRA r=1024 take"
+    axes.set_title(title, fontsize="medium", loc="left")
     return figure
 
 
@@ -154,6 +193,7 @@ def _finish(axes: Axes, x_label: str, x_ticks: Sequence[float], y_ticks: Sequenc
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "equal_bytes": equal_bytes,
+    "high_rank": high_rank,
     "equal_time": equal_time,
     "speed_tokens": speed_tokens,
     "many_batch": many_batch,
