@@ -271,7 +271,7 @@ class Rival(NamedTuple):
     gain: Interval | None
     steps_in_time: tuple[int, int] | None
     gain_in_time: Interval | None
-    below: Interval | None
+    above_high_in_time: Interval | None
 
 
 def rivals(result: Result, paced: Rows) -> list[Rival]:
@@ -281,23 +281,18 @@ def rivals(result: Result, paced: Rows) -> list[Rival]:
         paced: rows of `pace.json`.
     """
     tasks = result.tasks(HIGH, *(arm + IN_ITS_TIME for arm in AS_LONG))
-    found = []
+    rows = []
     for arm in sorted((*AS_LONG, HIGH, "lora_r2"), key=lambda arm: size_of(result, tasks[0], arm)):
         ratios = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")]
-        longer, steps, gains = arm + IN_ITS_TIME, None, (None, None)
+        longer, steps, in_time = arm + IN_ITS_TIME, None, (None, None)
         if arm in AS_LONG:
             counts = [result.steps(task, longer) for task in tasks]
-            steps, gains = (
-                (min(counts), max(counts)),
-                (
-                    result.gain(tasks, longer, YARDSTICK),
-                    result.gain(tasks, longer, HIGH),
-                ),
-            )
+            steps = min(counts), max(counts)
+            in_time = result.gain(tasks, longer, YARDSTICK), result.gain(tasks, longer, HIGH)
         gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
         step = float(np.mean(ratios or [1.0]))
-        found.append(Rival(LABELS[arm], size_of(result, tasks[0], arm), step, gain, steps, *gains))
-    return found
+        rows.append(Rival(LABELS[arm], size_of(result, tasks[0], arm), step, gain, steps, *in_time))
+    return rows
 
 
 def _high_rank(result: Result, paced: Rows) -> str:
@@ -308,7 +303,7 @@ def _high_rank(result: Result, paced: Rows) -> str:
         (
             *(each.label, kilobytes(each.size), f"{each.step:.2f}", shown(each.gain)),
             "" if each.steps_in_time is None else "{:,} to {:,}".format(*each.steps_in_time),
-            *(shown(each.gain_in_time), shown(each.below)),
+            *(shown(each.gain_in_time), shown(each.above_high_in_time)),
         )
         for each in rivals(result, paced)
     ]
