@@ -6,6 +6,7 @@ Its ratios say how many steps of LoRA r=1 fit into the time of a run of another 
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -15,11 +16,10 @@ from rich.console import Console
 
 from benchmarks.environment import machine
 from benchmarks.quality.adapting import adapted
-from benchmarks.quality.grid import Grid, Rates, Run, read_grid
+from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
 from benchmarks.quality.page import LABELS, YARDSTICK
-from benchmarks.quality.summary import NAMES
 from benchmarks.quality.training import PRECISIONS, steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import interleaved, ratios, spread
@@ -65,15 +65,15 @@ def timed(grid: Grid, task_name: str, arms: Sequence[str], count: int = STEPS, d
 
 def main() -> None:
     """Time all tasks with labels, or those that are named."""
-    tasks = [name for name in NAMES if name != "cron_expressions"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.pace", description=main.__doc__)
-    parser.add_argument("tasks", nargs="*", default=tasks, help="left out, all")
+    parser.add_argument("tasks", nargs="*", help="left out, all")
+    parser.add_argument("--grid", type=Path, default=FILE, help="another file like benchmarks/quality/equal_bytes.yaml")
     parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16", help="of products; the grid's by default")
     parser.add_argument("--arm", nargs="+", default=ARMS, help="beside LoRA r=1; left out, all")
     chosen = parser.parse_args()
-    grid, file = read_grid(), file_of("pace")
+    grid, file = read_grid(chosen.grid), file_of("pace" if chosen.grid == FILE else f"{chosen.grid.stem}_pace")
     torch.set_num_threads(1)
-    for task in chosen.tasks:
+    for task in chosen.tasks or [name for name in grid.tasks if name != "cron_expressions"]:
         rows = timed(grid, task, chosen.arm, dtype=chosen.dtype)
         for row in rows:
             Console(stderr=True).print(f"{row['key']}: {row['milliseconds']} ms, {row['ratio'][1]:.3f} of LoRA r=1's")

@@ -311,7 +311,8 @@ def _high_rank(result: Result, paced: Rows) -> str:
     return text(
         table(head, lines),
         "Points above LoRA r=1's 500 steps; at last above r=1024: countries and Webster's fields, three seeds (five "
-        "of 500 steps), 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks (`equal_bytes.json`, `pace.json`).",
+        "of 500 steps), 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks (`equal_bytes.json`, "
+        "`pace.json`).",
     )
 
 

@@ -1,0 +1,82 @@
+"""High ranks in wider layers: what runs of a model 768 wide say, and what arithmetic says of wider ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.quality.summary import result_of
+from benchmarks.speed.metrics import Rows
+from benchmarks.tables import kilobytes, points, table, text
+from dvora.matrices.structured import is_dense, operations
+
+TASK = "countries"
+HEADS: Mapping[str, str] = {
+    "frozen": "frozen, head of 2,000 rows",
+    "frozen_all_rows": "frozen, head of all 12,000 rows",
+}
+ADAPTERS: Mapping[str, str] = {
+    "lora_r1": "LoRA r=1",
+    "road": "RoAd",
+    "r768": "DVoRA r=768, structured",
+    "r1024": "DVoRA r=1024, structured",
+}
+WIDTHS = (384, 768, 2048, 4096)
+RANKS = (256, 1024)
+
+
+def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
+    """The generated parts of the page.
+
+    Args:
+        content: of `wider.json`.
+        paced: rows of `wider_pace.json`.
+    """
+    return {"wider": _measured(content, paced), "wider-on-paper": _on_paper()}
+
+
+def _measured(content: Mapping[str, Any], paced: Rows) -> str:
+    result, environment = result_of(content), content["environment"]
+    steps = {"lora_r1": 1.0, **{row["arm"]: row["ratio"][1] for row in paced}}
+
+    def line(arm: str, label: str) -> tuple[str, ...]:
+        score, size = result.score(TASK, arm), result.size(TASK, arm, "smallest_bytes")
+        assert score is not None
+        gains = [None if arm == over else result.gain([TASK], arm, over) for over in ("lora_r1", "road")]
+        above = ("" if gain is None else points(gain.mean, gain) for gain in gains)
+        step = f"{steps[arm]:.2f}" if arm in steps else ""
+        return (label, kilobytes(size), step, f"{score.mean:.1f}", *above)
+
+    hours = sum(row["seconds"] for row in content["rows"]) / 3600
+    return text(
+        table(
+            ("", "kB, float16", "a step", "test score", "above LoRA r=1", "above RoAd"),
+            (line(arm, label) for arm, label in {**HEADS, **ADAPTERS}.items()),
+        ),
+        f"all-mpnet-base-v2 (768 wide, twelve blocks) on countries, {len(result.finals(TASK, 'r1024'))} seeds, 500 "
+        "steps, four rates each, float32, 95 % intervals. A step: in LoRA r=1's, one thread. "
+        f"{hours:.0f} hours of a core (`wider.json`, `wider_pace.json`; torch {environment['torch']}, PEFT "
+        f"{environment['peft']}, CPU).",
+    )
+
+
+def _on_paper() -> str:
+    def line(width: int) -> tuple[str, ...]:
+        layers = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+        weights = sum(inputs * outputs for inputs, outputs in layers)
+        lora = sum(inputs + outputs for inputs, outputs in layers)
+        sizes = (sum(2 * outputs + rank for _, outputs in layers) / lora for rank in RANKS)
+        work = (sum(_multiply_adds(rank, size) for layer in layers for size in layer) / weights for rank in RANKS)
+        return (f"{width:,}", *(f"{size:.2f}" for size in sizes), *(f"{100 * share:.1f} %" for share in work))
+
+    values = (f"values, r={rank:,}" for rank in RANKS)
+    update = (f"multiply-adds of the update, r={rank:,}" for rank in RANKS)
+    return text(
+        table(("width", *values, *update), map(line, WIDTHS)),
+        "Computed, not run: a block of four square layers and a feed-forward part four times as wide. Values in LoRA "
+        "r=1's; multiply-adds of a token in those of the weights. The norm's do not depend on tokens; of a rank above "
+        "the width they are those of the update's own matrix.",
+    )
+
+
+def _multiply_adds(rank: int, size: int) -> int:
+    """Of a token, with A or B."""
+    return rank * size if is_dense(rank, size) else operations(rank, size)
