@@ -20,6 +20,7 @@ from benchmarks.quality.pace import pace
 from benchmarks.quality.page import at_a_glance, forms
 from benchmarks.quality.page import details as quality_details
 from benchmarks.quality.page import parts as quality
+from benchmarks.quality.wider import parts as wider
 from benchmarks.results import load
 from benchmarks.serving.tables import parts as serving
 from benchmarks.speakers import table as speakers
@@ -181,6 +182,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     },
     "docs/results.md": lambda: {
         **quality(load("equal_bytes"), load("pace")["rows"]),
+        **wider(load("wider"), load("wider_pace")["rows"]),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),
     },
