@@ -34,6 +34,12 @@ def points(mean: float, within: Between, digits: int = 1) -> str:
     return f"{mean:+.{digits}f} ({within.low:+.{digits}f} to {within.high:+.{digits}f})"
 
 
+def span(values: Iterable[int]) -> str:
+    """A number, or the least and the most of several: `500`, or `1,094 to 1,216`."""
+    ends = sorted({*values})
+    return f"{ends[0]:,}" if len(ends) == 1 else f"{ends[0]:,} to {ends[-1]:,}"
+
+
 def kilobytes(size: float | None) -> str:
     """A size without its unit; nothing where there is none."""
     return "" if size is None else f"{size / 1e3:,.0f}"

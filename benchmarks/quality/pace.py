@@ -20,10 +20,11 @@ from benchmarks.quality.grid import FILE, Grid, Rates, Run, read_grid
 from benchmarks.quality.labelled import problem
 from benchmarks.quality.models import quietly
 from benchmarks.quality.page import LABELS, YARDSTICK
+from benchmarks.quality.summary import LABELLED
 from benchmarks.quality.training import PRECISIONS, steps
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.speed.timing import interleaved, ratios, spread
-from benchmarks.tables import table, text
+from benchmarks.tables import span, table, text
 
 ARMS = (
     *("magnitude", "ia3", "hyperadapt", "road", "road_4", "lora_r2", "lora_r4", "lora_r8", "vera_r256"),
@@ -73,7 +74,7 @@ def main() -> None:
     chosen = parser.parse_args()
     grid, file = read_grid(chosen.grid), file_of("pace" if chosen.grid == FILE else f"{chosen.grid.stem}_pace")
     torch.set_num_threads(1)
-    for task in chosen.tasks or [name for name in grid.tasks if name != "cron_expressions"]:
+    for task in chosen.tasks or [name for name in LABELLED if name in grid.tasks]:
         rows = timed(grid, task, chosen.arm, dtype=chosen.dtype)
         for row in rows:
             Console(stderr=True).print(f"{row['key']}: {row['milliseconds']} ms, {row['ratio'][1]:.3f} of LoRA r=1's")
@@ -91,8 +92,8 @@ def pace(content: Mapping[str, Any]) -> str:
         lines.append((LABELS[arm], *(f"{min(of_tasks):.2f} to {max(of_tasks):.2f}" for of_tasks in medians)))
     return text(
         table(("a step, in LoRA r=1's", *dtypes), lines),
-        f"Whole steps with data and optimizer, one thread, {rows[0]['steps']} of each method in turns: the least and "
-        "the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
+        f"Whole steps with data and optimizer, one thread, {span(row['steps'] for row in rows)} of each method in turns: "
+        "the least and the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
     )
 
 

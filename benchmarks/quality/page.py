@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.quality.grid import read_grid
+from benchmarks.quality.grid import Grid, read_grid
 from benchmarks.quality.statistics import Interval
 from benchmarks.quality.summary import NAMES, Result, result_of
 from benchmarks.speed.metrics import Rows, time_ratio
-from benchmarks.tables import kilobytes, points, table, text
+from benchmarks.tables import kilobytes, points, span, table, text
 
 YARDSTICK = "lora_r1"
 LABELS: Mapping[str, str] = {
@@ -146,7 +146,7 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
     lines = over_time(result, paced)
     rows = [
         (label, "", f"{_mean_score(result, tasks, arm):.1f}", _above(result, tasks, arm), "", "")
-        for arm, label in _heads(tasks).items()
+        for arm, label in heads(tasks, read_grid()).items()
     ]
     for arm, (label, name) in GLANCE.items():
         saved = kilobytes(result.size(tasks[0], arm, "saved_bytes"))
@@ -168,6 +168,16 @@ def at_a_glance(content: Mapping[str, Any], speeds: Rows, paced: Rows) -> str:
     )
 
 
+def gained(gain: Interval | None) -> str:
+    """A gain and its interval; nothing where there is none."""
+    return "" if gain is None else points(gain.mean, gain)
+
+
+def heads(tasks: Sequence[str], grid: Grid) -> dict[str, str]:
+    """The labels of `HEADS`, with the fewest and the most rows that a task's head is fitted to."""
+    return {arm: label.format(span(grid.plan(task, arm).train for task in tasks)) for arm, label in HEADS.items()}
+
+
 def size_of(result: Result, task: str, arm: str) -> int:
     """Bytes of the adapter in float16, without matrices that a seed would give."""
     size = result.size(task, arm, "smallest_bytes")
@@ -178,7 +188,7 @@ def size_of(result: Result, task: str, arm: str) -> int:
 def _main(result: Result, environment: Mapping[str, Any]) -> str:
     tasks = result.tasks(*MAIN)
     hours = sum(row["seconds"] for row in result.rows) / 3600
-    labels = _heads(tasks) | {arm: LABELS[arm] for arm in MAIN}
+    labels = heads(tasks, read_grid()) | {arm: LABELS[arm] for arm in MAIN}
     return text(
         table(
             ("", "file, kB", "kB, float16", "points above LoRA r=1", "over tasks", *(NAMES[task] for task in tasks)),
@@ -242,15 +252,10 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
 
 
 def _equal_time(result: Result, paced: Rows) -> str:
-    def steps(each: Timed) -> str:
-        fewest, most = each.steps
-        return f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-
     rows = [
         (
-            *(LABELS[method], steps(each), f"{each.time:.2f}"),
-            "" if each.arm == YARDSTICK else points(each.above.mean, each.above),
-            "" if each.in_time is None else points(each.in_time.mean, each.in_time),
+            *(LABELS[method], span(each.steps), f"{each.time:.2f}"),
+            *(gained(None if each.arm == YARDSTICK else each.above), gained(each.in_time)),
         )
         for method, runs in over_time(result, paced).items()
         for each in runs
@@ -283,27 +288,23 @@ def rivals(result: Result, paced: Rows) -> list[Rival]:
     tasks = result.tasks(HIGH, *(arm + IN_ITS_TIME for arm in AS_LONG))
     rows = []
     for arm in sorted((*AS_LONG, HIGH, "lora_r2"), key=lambda arm: size_of(result, tasks[0], arm)):
-        ratios = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")]
         longer, steps, in_time = arm + IN_ITS_TIME, None, (None, None)
         if arm in AS_LONG:
             counts = [result.steps(task, longer) for task in tasks]
             steps = min(counts), max(counts)
             in_time = result.gain(tasks, longer, YARDSTICK), result.gain(tasks, longer, HIGH)
         gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
-        step = float(np.mean(ratios or [1.0]))
+        step = float(np.mean(_paces(paced, arm)))
         rows.append(Rival(LABELS[arm], size_of(result, tasks[0], arm), step, gain, steps, *in_time))
     return rows
 
 
 def _high_rank(result: Result, paced: Rows) -> str:
-    def shown(gain: Interval | None) -> str:
-        return "" if gain is None else points(gain.mean, gain)
-
     lines = [
         (
-            *(each.label, kilobytes(each.size), f"{each.step:.2f}", shown(each.gain)),
-            "" if each.steps_in_time is None else "{:,} to {:,}".format(*each.steps_in_time),
-            *(shown(each.gain_in_time), shown(each.above_high_in_time)),
+            *(each.label, kilobytes(each.size), f"{each.step:.2f}", gained(each.gain)),
+            "" if each.steps_in_time is None else span(each.steps_in_time),
+            *(gained(each.gain_in_time), gained(each.above_high_in_time)),
         )
         for each in rivals(result, paced)
     ]
@@ -391,9 +392,9 @@ def _settings(result: Result) -> str:
         tasks = result.tasks(*(YARDSTICK + ending for ending in (TWICE if setting is USUAL else setting).endings))
         pairs = [(task, *(_best(result, task, setting, each) for each in (arm, YARDSTICK))) for task in tasks]
         gain = result.mean_gain([(task, ours, theirs) for task, ours, theirs in pairs if ours and theirs])
-        return "" if gain is None or not all(ours for _, ours, _ in pairs) else points(gain.mean, gain)
+        return gained(gain if all(ours for _, ours, _ in pairs) else None)
 
-    labels = _heads(result.tasks(*FEW)) | {arm: LABELS[arm] for arm in IN_SETTINGS}
+    labels = heads(result.tasks(*FEW), read_grid()) | {arm: LABELS[arm] for arm in IN_SETTINGS}
     rows = ((label, *(cell(setting, arm) for setting in SETTINGS)) for arm, label in labels.items())
     return text(table(("", *(setting.label for setting in SETTINGS)), rows))
 
@@ -401,13 +402,6 @@ def _settings(result: Result) -> str:
 def _best(result: Result, task: str, setting: Setting, arm: str) -> str | None:
     endings = (setting.of_heads,) if arm in HEADS else setting.endings
     return result.lowest_loss(task, [arm + ending for ending in endings])
-
-
-def _heads(tasks: Sequence[str]) -> dict[str, str]:
-    """The labels of `HEADS`, with the fewest and the most rows that a task's head is fitted to."""
-    grid = read_grid()
-    counts = {arm: [grid.plan(task, arm).train for task in tasks] for arm in HEADS}
-    return {arm: label.format(f"{min(counts[arm]):,} to {max(counts[arm]):,}") for arm, label in HEADS.items()}
 
 
 def _score(result: Result, task: str, arm: str) -> float:
@@ -421,8 +415,7 @@ def _mean_score(result: Result, tasks: Sequence[str], arm: str) -> float:
 
 
 def _above(result: Result, tasks: Sequence[str], arm: str) -> str:
-    gain: Interval | None = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
-    return "" if gain is None else points(gain.mean, gain)
+    return gained(None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK))
 
 
 def _over_tasks(result: Result, tasks: Sequence[str], arm: str) -> str:
@@ -432,18 +425,20 @@ def _over_tasks(result: Result, tasks: Sequence[str], arm: str) -> str:
 
 def _in_time(runs: Sequence[Timed]) -> str:
     """The run that takes as long as `MATCHED`, above it."""
-    gains = (each.in_time for each in runs if RIVALS.get(each.arm) == MATCHED)
-    return next((points(gain.mean, gain) for gain in gains if gain is not None), "")
+    return gained(next((each.in_time for each in runs if RIVALS.get(each.arm) == MATCHED), None))
 
 
 def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
     """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
     setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
     wide = time_ratio(speeds, name, "LoRA r=1", **setting) if name else None
-    in_grid = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")] or [1.0]
-    return "" if wide is None else f"{wide.median:.2f} / {float(np.median(in_grid)):.2f}"
+    return "" if wide is None else f"{wide.median:.2f} / {float(np.median(_paces(paced, arm))):.2f}"
+
+
+def _paces(paced: Rows, arm: str) -> list[float]:
+    """The time of a step of the grid in LoRA r=1's, by task; 1 for LoRA r=1 itself."""
+    return [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")] or [1.0]
 
 
 def _seeds(result: Result, tasks: Sequence[str]) -> str:
-    counts = {len(result.finals(task, arm)) for task in tasks for arm in MAIN}
-    return str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return span(len(result.finals(task, arm)) for task in tasks for arm in MAIN)

@@ -29,6 +29,8 @@ NAMES: Mapping[str, str] = {
     "cron_expressions": "cron expressions",
 }
 """Tasks of the grid, in the order of the tables."""
+LABELLED = tuple(name for name in NAMES if name != "cron_expressions")
+"""Tasks without generated answers."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,8 @@ class Result:
         return {row["seed"]: row for row in found if row.get("test")}
 
     def tasks(self, *arms: str) -> list[str]:
-        """Tasks without generated answers on which all of these arms were evaluated."""
-        some = [task for task in NAMES if task != "cron_expressions"]
-        return [task for task in some if all(self.finals(task, arm) for arm in arms)]
+        """Tasks of `LABELLED` on which all of these arms were evaluated."""
+        return [task for task in LABELLED if all(self.finals(task, arm) for arm in arms)]
 
     def score(self, task: str, arm: str) -> Interval | None:
         """Mean test score over seeds."""

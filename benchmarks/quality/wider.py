@@ -1,24 +1,20 @@
 """High ranks in wider layers: what runs of a model 768 wide say, and what arithmetic says of wider ones."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.grid import read_grid
+from benchmarks.quality.page import LABELS, YARDSTICK, gained, heads
 from benchmarks.quality.summary import result_of
 from benchmarks.speed.metrics import Rows
-from benchmarks.tables import kilobytes, points, table, text
+from benchmarks.tables import kilobytes, table, text
 from dvora.matrices.structured import is_dense, operations
 
-TASK = "countries"
-HEADS: Mapping[str, str] = {
-    "frozen": "frozen, head of 2,000 rows",
-    "frozen_all_rows": "frozen, head of all 12,000 rows",
-}
-ADAPTERS: Mapping[str, str] = {
-    "lora_r1": "LoRA r=1",
-    "road": "RoAd",
-    "r768": "DVoRA r=768, structured",
-    "r1024": "DVoRA r=1024, structured",
-}
+GRID, TASK = Path(__file__).parent / "wider.yaml", "countries"
+OVER = (YARDSTICK, "road")
+"""What the others are compared with."""
+HIGH: Mapping[str, str] = {"r768": "DVoRA r=768, structured", "r1024": LABELS["structured_r1024"]}
 WIDTHS = (384, 768, 2048, 4096)
 RANKS = (256, 1024)
 
@@ -35,21 +31,21 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
 
 def _measured(content: Mapping[str, Any], paced: Rows) -> str:
     result, environment = result_of(content), content["environment"]
-    steps = {"lora_r1": 1.0, **{row["arm"]: row["ratio"][1] for row in paced}}
+    steps = {YARDSTICK: 1.0, **{row["arm"]: row["ratio"][1] for row in paced}}
 
     def line(arm: str, label: str) -> tuple[str, ...]:
         score, size = result.score(TASK, arm), result.size(TASK, arm, "smallest_bytes")
         assert score is not None
-        gains = [None if arm == over else result.gain([TASK], arm, over) for over in ("lora_r1", "road")]
-        above = ("" if gain is None else points(gain.mean, gain) for gain in gains)
+        above = (gained(None if arm == over else result.gain([TASK], arm, over)) for over in OVER)
         step = f"{steps[arm]:.2f}" if arm in steps else ""
         return (label, kilobytes(size), step, f"{score.mean:.1f}", *above)
 
+    labels = {**heads([TASK], read_grid(GRID)), **{arm: LABELS[arm] for arm in OVER}, **HIGH}
     hours = sum(row["seconds"] for row in content["rows"]) / 3600
     return text(
         table(
             ("", "kB, float16", "a step", "test score", "above LoRA r=1", "above RoAd"),
-            (line(arm, label) for arm, label in {**HEADS, **ADAPTERS}.items()),
+            (line(arm, label) for arm, label in labels.items()),
         ),
         f"all-mpnet-base-v2 (768 wide, twelve blocks) on countries, {len(result.finals(TASK, 'r1024'))} seeds, 500 "
         "steps, four rates each, float32, 95 % intervals. A step: in LoRA r=1's, one thread. "
