@@ -92,8 +92,8 @@ def pace(content: Mapping[str, Any]) -> str:
         lines.append((LABELS[arm], *(f"{min(of_tasks):.2f} to {max(of_tasks):.2f}" for of_tasks in medians)))
     return text(
         table(("a step, in LoRA r=1's", *dtypes), lines),
-        f"Whole steps with data and optimizer, one thread, {span(row['steps'] for row in rows)} of each method in turns: "
-        "the least and the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
+        f"Whole steps with data and optimizer, one thread, {span(row['steps'] for row in rows)} of each method in "
+        "turns: the least and the most of the tasks' medians (`pace.json`; five tasks, in float32 two).",
     )
 
 
