@@ -18,36 +18,49 @@ from benchmarks.results import load
 from benchmarks.speakers import picture as speakers
 from benchmarks.speed.metrics import time_ratio
 
-POINTS = {
-    "lora_r1": ("LoRA r=1", "LoRA", (0, 12), "center"),
-    "hyperadapt": ("HyperAdapt", "HyperAdapt", (-9, -16), "right"),
-    "road": ("RoAd", "RoAd", (-9, 2), "right"),
-    "structured_r64": ("DVoRA r=64", "DVoRA", (9, -22), "left"),
-    "structured_r256": ("DVoRA r=256", "DVoRA", (0, 32), "center"),
-    "structured_r1024": ("DVoRA r=1024", "DVoRA", (9, 0), "left"),
-    "road_4": ("RoAd 4", "RoAd", (9, -8), "left"),
-    "lora_r2": ("LoRA r=2", "LoRA", (9, -8), "left"),
-    "lora_r4": ("LoRA r=4", "LoRA", (9, -8), "left"),
-    "lora_r8": ("LoRA r=8", "LoRA", (9, 0), "left"),
+ARMS = {
+    "lora_r1": ("LoRA r=1", "LoRA r=1"),
+    "hyperadapt": ("HyperAdapt", "HyperAdapt"),
+    "road": ("RoAd", "RoAd"),
+    "structured_r64": ("DVoRA r=64", "DVoRA, r=64"),
+    "structured_r256": ("DVoRA r=256", "DVoRA"),
+    "structured_r1024": ("DVoRA r=1024", "DVoRA"),
+    "road_4": ("RoAd 4", "RoAd"),
+    "lora_r2": ("LoRA r=2", "LoRA"),
+    "lora_r4": ("LoRA r=4", "LoRA"),
+    "lora_r8": ("LoRA r=8", "LoRA"),
 }
-"""Labels, colours, and where the labels stand beside the points."""
-IN_TIME = {
-    "lora_r1": ("LoRA r=1", "LoRA r=1", (9, -30)),
-    "hyperadapt": ("HyperAdapt", "HyperAdapt", (-68, 14)),
-    "road": ("RoAd", "RoAd", (9, 2)),
-    "structured_r64": ("DVoRA r=64", "DVoRA, r=64", (9, -16)),
-    "structured_r256": ("DVoRA r=256", "DVoRA", (9, -2)),
-    "lora_r8": ("LoRA r=8", "LoRA", (9, -4)),
+"""Labels and colours of the grid's arms."""
+BY_BYTES = {
+    "lora_r1": ((0, 12), "center"),
+    "hyperadapt": ((-9, -16), "right"),
+    "road": ((-9, 2), "right"),
+    "structured_r64": ((4, -34), "left"),
+    "structured_r256": ((0, 32), "center"),
+    "structured_r1024": ((9, 0), "left"),
+    "road_4": ((9, -8), "left"),
+    "lora_r2": ((9, -8), "left"),
+    "lora_r4": ((9, -8), "left"),
+    "lora_r8": ((9, 0), "left"),
+}
+"""Where the labels stand beside the points of a picture, and which way they go; so do the next two."""
+BY_TIME = {
+    "lora_r1": (9, -30),
+    "hyperadapt": (-68, 14),
+    "road": (9, 2),
+    "structured_r64": (9, -16),
+    "structured_r256": (9, -2),
+    "lora_r8": (9, -4),
 }
 BESIDE_HIGH = {
-    "LoRA r=1": ("LoRA r=1", "LoRA r=1", (-9, -4), "right"),
-    "RoAd": ("RoAd", "RoAd", (-9, 4), "right"),
-    "DVoRA r=256, structured": ("DVoRA\nr=256", "DVoRA", (9, 2), "left"),
-    "DVoRA r=1024, structured": ("r=1024", "DVoRA", (-9, -10), "right"),
-    "RoAd, variant 4": ("RoAd 4", "RoAd", (9, 2), "left"),
-    "LoRA r=2": ("LoRA r=2", "LoRA", (9, -4), "left"),
-    "LoRA r=4": ("LoRA r=4", "LoRA", (9, -4), "left"),
-    "LoRA r=8": ("LoRA r=8", "LoRA", (9, -4), "left"),
+    "lora_r1": ((-9, -12), "right"),
+    "road": ((-9, 4), "right"),
+    "structured_r256": ((9, 2), "left"),
+    "structured_r1024": ((-9, -22), "right"),
+    "road_4": ((9, 2), "left"),
+    "lora_r2": ((9, -16), "left"),
+    "lora_r4": ((9, -12), "left"),
+    "lora_r8": ((9, -12), "left"),
 }
 STEPS = {
     "LoRA r=1": ("LoRA r=1", "LoRA r=1", 6),
@@ -73,7 +86,8 @@ def equal_bytes() -> Figure:
     tasks = result.tasks(*MAIN)
     figure, axes = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
     axes.axhline(0, color=FAINT, linewidth=1)
-    for arm, (label, method, offset, side) in POINTS.items():
+    for arm, (offset, side) in BY_BYTES.items():
+        label, method = ARMS[arm]
         size = (result.size(tasks[0], arm, "saved_bytes") or 0) / 1e3
         gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
         mean, ends = (gain.mean, [[gain.mean - gain.low], [gain.high - gain.mean]]) if gain else (0.0, None)
@@ -94,14 +108,15 @@ def equal_time() -> Figure:
     lines = over_time(result_of(load("equal_bytes")), load("pace")["rows"])
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     axes.axhline(0, color=FAINT, linewidth=1)
-    for method, (label, colour, offset) in IN_TIME.items():
-        times, means = zip(*((each.time, each.above.mean) for each in lines[method]), strict=True)
+    for arm, offset in BY_TIME.items():
+        label, method = ARMS[arm]
+        times, means = zip(*((each.time, each.above.mean) for each in lines[arm]), strict=True)
         ends = [
-            [each.above.mean - each.above.low for each in lines[method]],
-            [each.above.high - each.above.mean for each in lines[method]],
+            [each.above.mean - each.above.low for each in lines[arm]],
+            [each.above.high - each.above.mean for each in lines[arm]],
         ]
-        axes.errorbar(times, means, yerr=ends, fmt="o-", markersize=6, capsize=3, color=METHODS[colour])
-        look: dict[str, Any] = {"color": METHODS[colour], "weight": "bold"}
+        axes.errorbar(times, means, yerr=ends, fmt="o-", markersize=6, capsize=3, color=METHODS[method])
+        look: dict[str, Any] = {"color": METHODS[method], "weight": "bold"}
         axes.annotate(label, (times[-1], means[-1]), offset, textcoords="offset points", **look)
     axes.set(xscale="log", xlim=(0.8, 2.2), xlabel="time of training, LoRA r=1's 500 steps = 1 (logarithmic)")
     label_axis(axes.xaxis, (0.8, 1, 1.25, 1.5, 2))
@@ -115,7 +130,7 @@ def high_rank() -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
     axes.axhline(0, color=FAINT, linewidth=1)
     for each in rivals(result_of(load("equal_bytes")), load("pace")["rows"]):
-        label, method, offset, side = BESIDE_HIGH[each.label]
+        (label, method), (offset, side) = ARMS[each.arm], BESIDE_HIGH[each.arm]
         size, color = each.size / 1e3, METHODS[method]
         short = each.gain.mean if each.gain else 0.0
         axes.plot([size], [short], "o", markersize=8, color=color, fillstyle="none")
@@ -126,7 +141,8 @@ def high_rank() -> Figure:
             axes.errorbar([size], [gain.mean], yerr=ends, fmt="o", markersize=8, capsize=4, color=color)
         look: dict[str, Any] = {"color": color, "weight": "bold", "ha": side}
         top = each.gain_in_time.mean if each.gain_in_time else short
-        axes.annotate(f"{label}\n{size:,.0f} kB", (size, top), offset, textcoords="offset points", **look)
+        narrow = label.replace(" r=", "\nr=")
+        axes.annotate(f"{narrow}\n{size:,.0f} kB", (size, top), offset, textcoords="offset points", **look)
     axes.set(xscale="log", xlim=(60, 950), xlabel="the adapter in float16, kB (logarithmic)")
     label_axis(axes.xaxis, (100, 200, 300, 500, 700))
     axes.set_ylabel("test points above\nLoRA r=1's 500 steps")

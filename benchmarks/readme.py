@@ -159,7 +159,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         "targets": text(targets_table(targets_of_speed(load("speed")["rows"]))),
         "many-targets": text(targets_table(targets_of_many(load("many_adapters")["rows"]))),
         "pace": pace(load("pace")),
-        **quality_details(load("equal_bytes")),
+        **quality_details(load("equal_bytes"), load("pace")["rows"]),
         "where-training-starts": forms(load("heads")),
         "overhead": overhead(load("overhead")),
         "compile": compiling(load("gate")),

@@ -23,6 +23,7 @@ LABELS: Mapping[str, str] = {
     "lora_r1": "LoRA r=1",
     "dora_r1": "DoRA r=1",
     "structured_r1024": "DVoRA r=1024, structured",
+    "structured_r384": "DVoRA r=384, structured",
     "structured_r256": "DVoRA r=256, structured",
     "dvora_r256": "DVoRA r=256, dense",
     "structured_r64": "DVoRA r=64, structured",
@@ -35,6 +36,13 @@ LABELS: Mapping[str, str] = {
     "road": "RoAd",
     "road_4": "RoAd, variant 4",
     "bitfit": "BitFit",
+    "ln_tuning": "layer norms alone",
+    "lokr": "LoKr r=16",
+    "oft": "OFT, blocks of 4",
+    "c3a": "C3A, blocks of 192",
+    "shira": "SHiRA r=1",
+    "fourierft": "FourierFT, 1,152",
+    "tinylora": "TinyLoRA r=32",
     "vblora": "VB-LoRA",
     "unilora_32768": "Uni-LoRA, 32,768",
     "unilora_4096": "Uni-LoRA, 4,096",
@@ -239,7 +247,7 @@ def over_time(result: Result, paced: Rows) -> dict[str, list[Timed]]:
             counts = [result.steps(task, arm) for task in tasks]
             usual = [result.steps(task, YARDSTICK) for task in tasks]
             times = [
-                count * pace.get((task, method), 1) / unit
+                count * (1 if method == YARDSTICK else pace[task, method]) / unit
                 for task, count, unit in zip(tasks, counts, usual, strict=True)
             ]
             above = Interval(0, 0, 0) if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
@@ -270,9 +278,9 @@ def _equal_time(result: Result, paced: Rows) -> str:
 class Rival(NamedTuple):
     """A method beside DVoRA r=1,024, on the tasks that have both: points above LoRA r=1's 500 steps."""
 
-    label: str
+    arm: str
     size: int
-    step: float
+    step: str
     gain: Interval | None
     steps_in_time: tuple[int, int] | None
     gain_in_time: Interval | None
@@ -294,15 +302,14 @@ def rivals(result: Result, paced: Rows) -> list[Rival]:
             steps = min(counts), max(counts)
             in_time = result.gain(tasks, longer, YARDSTICK), result.gain(tasks, longer, HIGH)
         gain = None if arm == YARDSTICK else result.gain(tasks, arm, YARDSTICK)
-        step = float(np.mean(_paces(paced, arm)))
-        rows.append(Rival(LABELS[arm], size_of(result, tasks[0], arm), step, gain, steps, *in_time))
+        rows.append(Rival(arm, size_of(result, tasks[0], arm), _step(paced, arm), gain, steps, *in_time))
     return rows
 
 
 def _high_rank(result: Result, paced: Rows) -> str:
     lines = [
         (
-            *(each.label, kilobytes(each.size), f"{each.step:.2f}", gained(each.gain)),
+            *(LABELS[each.arm], kilobytes(each.size), each.step, gained(each.gain)),
             "" if each.steps_in_time is None else span(each.steps_in_time),
             *(gained(each.gain_in_time), gained(each.above_high_in_time)),
         )
@@ -317,11 +324,18 @@ def _high_rank(result: Result, paced: Rows) -> str:
     )
 
 
-def details(content: Mapping[str, Any]) -> dict[str, str]:
-    """The tables of these runs that stand in the benchmarks' README."""
+def details(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
+    """The tables of these runs that stand in the benchmarks' README.
+
+    Args:
+        paced: rows of `pace.json`.
+    """
     result = result_of(content)
-    tables = {"what-each-part-does": _parts, "all-methods": _all, "generation": _generation}
-    return {name: table_of(result) for name, table_of in tables.items()}
+    return {
+        "what-each-part-does": _parts(result),
+        "all-methods": _all(result, paced),
+        "generation": _generation(result),
+    }
 
 
 def forms(content: Mapping[str, Any]) -> str:
@@ -366,13 +380,22 @@ def _parts(result: Result) -> str:
     return text(table(("trained", "kB, float16", "points above LoRA r=1", *(NAMES[task] for task in tasks)), rows))
 
 
-def _all(result: Result) -> str:
+def _all(result: Result, paced: Rows) -> str:
     tasks = result.tasks(*FEW)
     others = [arm for arm in LABELS if arm == YARDSTICK or arm not in MAIN]
     arms = [arm for arm in others if all(result.finals(task, arm) for task in tasks)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
-    rows = ((LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _above(result, tasks, arm)) for arm in arms)
-    return text(table(("", "kB, float16", "points above LoRA r=1"), rows))
+    rows = (
+        (
+            *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm))),
+            *(_step(paced, arm), _above(result, tasks, arm), *(f"{_score(result, task, arm):.1f}" for task in tasks)),
+        )
+        for arm in arms
+    )
+    return text(
+        table(("", "kB, float16", "a step", "points above LoRA r=1", *(NAMES[task] for task in tasks)), rows),
+        "A step: in LoRA r=1's, bfloat16, the mean of the tasks that were timed (`pace.json`).",
+    )
 
 
 def _generation(result: Result) -> str:
@@ -432,12 +455,13 @@ def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
     """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
     setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
     wide = time_ratio(speeds, name, "LoRA r=1", **setting) if name else None
-    return "" if wide is None else f"{wide.median:.2f} / {float(np.median(_paces(paced, arm))):.2f}"
+    return "" if wide is None else f"{wide.median:.2f} / {_step(paced, arm)}"
 
 
-def _paces(paced: Rows, arm: str) -> list[float]:
-    """The time of a step of the grid in LoRA r=1's, by task; 1 for LoRA r=1 itself."""
-    return [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")] or [1.0]
+def _step(paced: Rows, arm: str) -> str:
+    """The time of a step of the grid in LoRA r=1's, the mean of the tasks; nothing where none was timed."""
+    ratios = [row["ratio"][1] for row in paced if (row["arm"], row["dtype"]) == (arm, "bfloat16")]
+    return "1.00" if arm == YARDSTICK else f"{np.mean(ratios):.2f}" if ratios else ""
 
 
 def _seeds(result: Result, tasks: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from benchmarks.pictures import FOLDER, save
 from benchmarks.plots import PICTURES
 from benchmarks.quality.evaluation import packed
-from benchmarks.quality.page import MAIN, over_time
+from benchmarks.quality.page import LENGTHS, MAIN, over_time
 from benchmarks.quality.summary import Result
 
 ITEMS = 50
@@ -55,7 +55,9 @@ def test_of_two_rates_the_validation_loss_decides_and_not_the_test() -> None:
 
 def test_a_run_is_as_long_as_its_steps_and_the_time_of_one() -> None:
     rows = [final(arm, 0, 30) for arm in MAIN] + [final("lora_r1_time_500", 0, 34, steps=15)]
-    paced = [{"task": "countries", "arm": "structured_r64", "dtype": "bfloat16", "ratio": [1.0, 1.5, 2.0]}]
+    medians = dict.fromkeys(LENGTHS, 1.0) | {"structured_r64": 1.5}
+    common = {"task": "countries", "dtype": "bfloat16"}
+    paced = [{**common, "arm": arm, "ratio": [median - 0.5, median, 2.0]} for arm, median in medians.items()]
     lines = over_time(result(*rows), paced)
     (short, long), (ours,) = lines["lora_r1"], lines["structured_r64"]
     assert (short.time, long.time, ours.time) == (1, 1.5, 1.5)
