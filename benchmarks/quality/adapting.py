@@ -13,8 +13,8 @@ from benchmarks.methods import peft_config
 from benchmarks.parts import with_parts
 from benchmarks.quality.grid import Arm, Rates
 
-SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B")
-"""Parts of the names of tensors that PEFT saves though they come from a seed."""
+SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B", "shira_indices", "tinylora_A", "tinylora_B", "tinylora_P")
+"""Parts of the names of tensors that PEFT saves though they come from a seed, or as TinyLoRA's A and B from the base."""
 
 MAGNITUDES = ("dvora_magnitude", "lora_magnitude", ".rows")
 """Likewise of what scales rows."""
@@ -67,7 +67,7 @@ def saved_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
     """Size of what has to be saved: PEFT's file, or the trained parameters.
 
     Returns:
-        `saved_bytes`; how many of them are of matrices that a seed would give (`seeded_bytes`); and what is left
+        `saved_bytes`; how many of them are of `SEEDED` (`seeded_bytes`); and what is left
         without these, with all other numbers in float16 (`smallest_bytes`).
     """
     if not isinstance(model, PeftModel):
