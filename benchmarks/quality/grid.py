@@ -43,7 +43,7 @@ class Arm:
     """A method with its settings.
 
     Args:
-        method: of `FIXED` or `methods.METHODS`, or "full", "bitfit", "parts" or "basis".
+        method: of `FIXED` or `methods.METHODS`, "full", "bitfit" or "parts".
         r: rank of the update, for methods that have one.
         layers: a name under `layers` in the grid, or "all".
         options: further fields of the method's configuration.

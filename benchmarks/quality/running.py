@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.quality.adapting import adapted, round_to_half, saved_bytes
-from benchmarks.quality.basis import basis_of, with_basis
 from benchmarks.quality.evaluation import Evaluation, packed
 from benchmarks.quality.grid import Grid, Rates, Run
 from benchmarks.quality.labelled import problem
@@ -56,11 +55,7 @@ def _outcome(grid: Grid, run: Run) -> dict[str, Any]:
     reader = task.model(arm.base)
     if arm.method == "frozen":
         return _evaluated(task.evaluate(reader, "validation"), task.evaluate(reader, "test"))
-    if arm.method == "basis":
-        basis = basis_of(arm.options["kind"], reader.backbone, run.task, run.seed)
-        reader.backbone = with_basis(reader.backbone, basis)
-    else:
-        reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], run.seed)
+    reader.backbone = adapted(reader.backbone, arm, grid.layers[plan.model], run.seed)
     row = {"trained_values": sum(each.numel() for each in reader.backbone.parameters() if each.requires_grad)}
     row |= trained(grid, run, task, reader)
     if row["diverged"]:
