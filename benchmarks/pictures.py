@@ -22,6 +22,7 @@ METHODS = {
     "DoRA": "#d64545",
     "HyperAdapt": "#8a68d8",
     "RoAd": "#1f9fb0",
+    "SHiRA": "#a3703c",
     "full fine-tuning": "#707880",
 }
 """By method; of a brightness between those of a white page and a dark one, so that both can have the same."""

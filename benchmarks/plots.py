@@ -26,6 +26,8 @@ ARMS = {
     "structured_r256": ("DVoRA r=256", "DVoRA"),
     "structured_r1024": ("DVoRA r=1024", "DVoRA"),
     "road_4": ("RoAd 4", "RoAd"),
+    "shira": ("SHiRA r=1", "SHiRA"),
+    "shira_r2": ("SHiRA r=2", "SHiRA"),
     "lora_r2": ("LoRA r=2", "LoRA"),
     "lora_r4": ("LoRA r=4", "LoRA"),
     "lora_r8": ("LoRA r=8", "LoRA"),
@@ -39,6 +41,8 @@ BY_BYTES = {
     "structured_r256": ((0, 32), "center"),
     "structured_r1024": ((9, 0), "left"),
     "road_4": ((9, -8), "left"),
+    "shira": ((6, -34), "left"),
+    "shira_r2": ((-9, 2), "right"),
     "lora_r2": ((9, -8), "left"),
     "lora_r4": ((9, -8), "left"),
     "lora_r8": ((9, 0), "left"),
@@ -58,6 +62,8 @@ BESIDE_HIGH = {
     "structured_r256": ((9, 2), "left"),
     "structured_r1024": ((-9, -22), "right"),
     "road_4": ((9, 2), "left"),
+    "shira": ((-9, -34), "right"),
+    "shira_r2": ((9, -30), "left"),
     "lora_r2": ((9, -16), "left"),
     "lora_r4": ((9, -12), "left"),
     "lora_r8": ((9, -12), "left"),
@@ -95,7 +101,7 @@ def equal_bytes() -> Figure:
         text = f"{label}\n{size:,.0f} kB" + ("" if gain is None else f", {mean:+.1f}")
         look: dict[str, Any] = {"color": METHODS[method], "weight": "bold", "ha": side}
         axes.annotate(text, (size, mean), offset, textcoords="offset points", **look)
-    axes.set(xscale="log", xlim=(90, 2600), ylim=(-0.35, 2.9), xlabel="the adapter's file, kB (logarithmic)")
+    axes.set(xscale="log", xlim=(90, 2600), ylim=(-0.35, 3.1), xlabel="the adapter's file, kB (logarithmic)")
     label_axis(axes.xaxis, (100, 200, 500, 1000, 2000))
     axes.set_ylabel("test points above LoRA r=1")
     title = f"MiniLM, mean over {len(tasks)} tasks, 500 steps of every method, 95 % intervals"

@@ -14,7 +14,7 @@ from benchmarks.parts import with_parts
 from benchmarks.quality.grid import Arm, Rates
 
 SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B", "shira_indices", "tinylora_A", "tinylora_B", "tinylora_P")
-"""Parts of the names of tensors that PEFT saves though they come from a seed, or as TinyLoRA's A and B from the base."""
+"""Parts of the names of tensors that PEFT saves though they come from a seed, or (TinyLoRA's A and B) from the base."""
 
 MAGNITUDES = ("dvora_magnitude", "lora_magnitude", ".rows")
 """Likewise of what scales rows."""

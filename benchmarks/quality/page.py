@@ -22,6 +22,7 @@ LABELS: Mapping[str, str] = {
     "lora_r2": "LoRA r=2",
     "lora_r1": "LoRA r=1",
     "dora_r1": "DoRA r=1",
+    "structured_r4096": "DVoRA r=4096, structured",
     "structured_r1024": "DVoRA r=1024, structured",
     "structured_r384": "DVoRA r=384, structured",
     "structured_r256": "DVoRA r=256, structured",
@@ -41,6 +42,7 @@ LABELS: Mapping[str, str] = {
     "oft": "OFT, blocks of 4",
     "c3a": "C3A, blocks of 192",
     "shira": "SHiRA r=1",
+    "shira_r2": "SHiRA r=2",
     "fourierft": "FourierFT, 1,152",
     "tinylora": "TinyLoRA r=32",
     "vblora": "VB-LoRA",
@@ -55,16 +57,17 @@ LABELS: Mapping[str, str] = {
 HEADS: Mapping[str, str] = {"frozen": "frozen, head of {} rows", "frozen_all_rows": "frozen, head of all {} rows"}
 """Arms without an adapter: the head that every method starts from, and one that has read its rows and the batches'."""
 MAIN = (
-    *("ia3", "magnitude", "hyperadapt", "road", "vera_r256", "lora_r1"),
-    *("structured_r64", "structured_r256", "dvora_r256", "structured_r1024", "road_4", "lora_r2", "lora_r4", "lora_r8"),
+    *("ia3", "magnitude", "hyperadapt", "road", "shira", "vera_r256", "lora_r1"),
+    *("structured_r64", "structured_r256", "dvora_r256", "structured_r1024"),
+    *("road_4", "shira_r2", "lora_r2", "lora_r4", "lora_r8"),
 )
 """Arms that run on every task but the generated one; a task is counted as soon as it has runs of all of them."""
 FEW = (*MAIN, "dora_r1", "bitfit", "lora_r16")
 """Likewise, for the tasks on which every arm runs."""
 GENERATED = ("magnitude", "vera_r256", "lora_r1", "structured_r64", "lora_r8")
 GLANCE: Mapping[str, tuple[str, str]] = {
-    "hyperadapt": ("HyperAdapt (rows and columns)", "HyperAdapt"),
     "road": ("RoAd (pairs of rows)", "RoAd"),
+    "shira_r2": ("SHiRA r=2 (random entries)", ""),
     "vera_r256": ("VeRA r=256", "VeRA r=256"),
     "lora_r1": ("LoRA r=1", "LoRA r=1"),
     "structured_r64": ("**DVoRA r=64, structured**", "dvora structured r=64"),
@@ -111,6 +114,8 @@ RIVALS: Mapping[str, str] = {
 HIGH, IN_ITS_TIME = "structured_r1024", "_time_1024"
 AS_LONG = ("lora_r1", "road", "structured_r256", "road_4", "lora_r4", "lora_r8")
 """Arms that were also trained for as long as 500 steps of `HIGH` take."""
+BESIDE = ("lora_r2", "shira", "shira_r2")
+"""Others that stand beside it."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -295,7 +300,7 @@ def rivals(result: Result, paced: Rows) -> list[Rival]:
     """
     tasks = result.tasks(HIGH, *(arm + IN_ITS_TIME for arm in AS_LONG))
     rows = []
-    for arm in sorted((*AS_LONG, HIGH, "lora_r2"), key=lambda arm: size_of(result, tasks[0], arm)):
+    for arm in sorted((*AS_LONG, *BESIDE, HIGH), key=lambda arm: size_of(result, tasks[0], arm)):
         longer, steps, in_time = arm + IN_ITS_TIME, None, (None, None)
         if arm in AS_LONG:
             counts = [result.steps(task, longer) for task in tasks]
@@ -383,18 +388,20 @@ def _parts(result: Result) -> str:
 def _all(result: Result, paced: Rows) -> str:
     tasks = result.tasks(*FEW)
     others = [arm for arm in LABELS if arm == YARDSTICK or arm not in MAIN]
-    arms = [arm for arm in others if all(result.finals(task, arm) for task in tasks)]
+    arms = [arm for arm in others if result.finals(tasks[0], arm)]
     arms.sort(key=lambda arm: size_of(result, tasks[0], arm))
-    rows = (
-        (
-            *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm))),
-            *(_step(paced, arm), _above(result, tasks, arm), *(f"{_score(result, task, arm):.1f}" for task in tasks)),
+
+    def line(arm: str) -> tuple[str, ...]:
+        scores = (result.score(task, arm) for task in tasks)
+        return (
+            *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _step(paced, arm), _above(result, tasks, arm)),
+            *("" if score is None else f"{score.mean:.1f}" for score in scores),
         )
-        for arm in arms
-    )
+
+    head = ("", "kB, float16", "a step", "points above LoRA r=1", *(NAMES[task] for task in tasks))
     return text(
-        table(("", "kB, float16", "a step", "points above LoRA r=1", *(NAMES[task] for task in tasks)), rows),
-        "A step: in LoRA r=1's, bfloat16, the mean of the tasks that were timed (`pace.json`).",
+        table(head, map(line, arms)),
+        "A step: in LoRA r=1's, bfloat16, the mean of the tasks that were timed (`pace.json`). No score: not run.",
     )
 
 
@@ -455,7 +462,7 @@ def _steps(speeds: Rows, name: str, paced: Rows, arm: str) -> str:
     """The time of a step of MiniLM in LoRA r=1's, in float32 and in the grid."""
     setting = {"part": "training", "workload": "minilm", "dtype": "float32", "batch": 16}
     wide = time_ratio(speeds, name, "LoRA r=1", **setting) if name else None
-    return "" if wide is None else f"{wide.median:.2f} / {_step(paced, arm)}"
+    return f"{'-' if wide is None else f'{wide.median:.2f}'} / {_step(paced, arm)}"
 
 
 def _step(paced: Rows, arm: str) -> str:
