@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "dvora"
 ORDER = [
     "text",
     "tensors",
+    "blocks",
     "functional",
     "matrices",
     "checks",

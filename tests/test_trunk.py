@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from dvora import DVoRAConfig
-from dvora.tensors import block_lists
+from dvora.blocks import block_lists
 from dvora.training import cached_trunk
 
 COMMON: dict[str, Any] = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.3}

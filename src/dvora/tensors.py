@@ -8,7 +8,7 @@ Trained vectors and norms stay in float32 or wider, whatever a model is cast to:
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
@@ -39,7 +39,6 @@ __all__ = [
     "at_least_float32",
     "autocast_dtype",
     "bias_of",
-    "block_lists",
     "full_precision",
     "gathers_uncounted",
     "grad_recorded",
@@ -273,16 +272,6 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
                 vars(module)["forward"] = before
 
     return give_back
-
-
-def block_lists(model: nn.Module, heads: Sequence[str] = ()) -> list[tuple[str, nn.ModuleList]]:
-    """The outermost lists of two modules or more, with their names, but for those in heads."""
-    lists, within = list[tuple[str, nn.ModuleList]](), [f"{head}." for head in heads]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not f"{name}.".startswith(tuple(within)):
-            lists.append((name, module))
-            within.append(f"{name}.")
-    return lists
 
 
 def bias_of(layer: nn.Module, measured: Float[Tensor, "O"] | None) -> Float[Tensor, "O"] | None:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .tensors import Float, autocast_dtype, block_lists, replace_forward
+from .blocks import block_lists
+from .tensors import Float, autocast_dtype, replace_forward
 
 __all__ = ["Trunk", "cached_trunk", "frozen_blocks"]
 

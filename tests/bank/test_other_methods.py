@@ -21,6 +21,7 @@ from tests.bank.tenants import BERT, HEADED, LLAMA, Kind, tenants
 from tests.peft.kinds import edit_config, edit_weights, saved
 from tests.peft.other_methods import other
 from tests.peft.tiny import LAYERS, MODELS, inputs, outputs
+from tests.rows.products import Products
 
 HEAD = {"modules_to_save": ["classifier"]}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -196,12 +197,11 @@ def test_layers_whose_weight_is_transposed(tmp_path: Path) -> None:
 def test_one_text_shares_the_blocks_below(mixed: tuple[Kind, dict[str | None, Path | None]], method: str) -> None:
     kind, folders = mixed
     model, name = kind.base(), f"{method}, the last block"
-    counts = []
-    model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    products = Products(model.bert.encoder.layer)
     batch = {key: x[:1].repeat(3, 1) for key, x in inputs(model).items()}
-    with bank_of(model, folders) as bank, torch.no_grad(), bank.rows([name, name, None]):
+    with bank_of(model, folders) as bank, torch.no_grad(), bank.rows([name, name, None]), products:
         found = model(**batch).logits
-    assert counts == [1]
+    assert products.rows[0] == 1
     expected = alone(kind, folders[name], 4)[0]
     torch.testing.assert_close(found[:2], torch.stack([expected, expected]), rtol=1e-5, atol=1e-5)
 

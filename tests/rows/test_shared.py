@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    T5ForConditionalGeneration,
     ViTForImageClassification,
 )
 
 import dvora
 from dvora.rows.shared import Groups, equal_rows
-from tests.peft.tiny import VOCABULARY, llama, t5, train_vectors
+from tests.peft.tiny import VOCABULARY, llama, train_vectors
+from tests.rows.products import Products
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -57,18 +57,17 @@ class Shared:
 
     def __init__(self, model: nn.Module, bank: dvora.AdapterBank, blocks: nn.ModuleList) -> None:
         self.model, self.bank = model, bank
-        self.rows = Counter[int]()
-        for number, block in enumerate(blocks):
-            inner = next(module for module in block.modules() if isinstance(module, nn.Linear))
-            inner.register_forward_pre_hook(lambda _, args, number=number: self._count(number, len(args[0])))
+        self.products = Products(blocks)
 
-    def _count(self, number: int, rows: int) -> None:
-        self.rows[number] += rows
+    @property
+    def rows(self) -> Counter[int]:
+        """Of the first product of each block, in the last call."""
+        return self.products.rows
 
     @torch.inference_mode()
     def __call__(self, names: Sequence[str | None], **inputs: Any) -> Any:
         self.rows.clear()
-        with self.bank.rows(names):
+        with self.bank.rows(names), self.products:
             return self.model(**inputs)
 
     def alone(self, names: Sequence[str | None], **inputs: Tensor) -> Tensor:
@@ -137,10 +136,18 @@ def test_rows_part_where_their_own_adapter_begins(kind: str, tmp_path: Path) -> 
             torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_all_that_a_model_gives_is_of_all_rows(bert: Shared) -> None:
-    names = ["two", "one", "all", None]
-    outputs = bert(names, **texts(0, 0, 0, 0), output_hidden_states=True, output_attentions=True)
-    assert {len(part) for part in (*outputs.hidden_states, *outputs.attentions)} == {4}
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_all_that_a_model_gives_is_of_all_rows(kind: str, tmp_path: Path) -> None:
+    names, asked = ["two", "one", "all", None], {"output_hidden_states": True, "output_attentions": True}
+    with shared(lambda: classifier(kind), TARGETS[kind], tmp_path, blocks_of(kind), task_type="SEQ_CLS") as model:
+        model.model.set_attn_implementation("eager")
+        outputs = model(names, **texts(0, 0, 0, 0), **asked)
+        assert (len(outputs.hidden_states), len(outputs.attentions)) == (5, 4)
+        for row, name in enumerate(names):
+            alone = model([name], **texts(0), **asked)
+            for part in ("hidden_states", "attentions"):
+                for found, expected in zip(outputs[part], alone[part], strict=True):
+                    torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -163,12 +170,9 @@ def test_long_rows_go_through_a_block_in_portions(names: list[str | None], tmp_p
 
     ids = torch.randint(3, VOCABULARY, (1, 1024)).repeat(3, 1)
     with shared(base, TARGETS["bert"], tmp_path, blocks_of("bert"), task_type="SEQ_CLS") as model:
-        expected, sizes = model.alone(names, input_ids=ids), set[int]()
-        last = model.model.get_submodule(blocks_of("bert"))[-1]
-        last.output.dense.register_forward_pre_hook(lambda _, args: sizes.add(len(args[0])))
-        outputs = model(names, input_ids=ids, output_hidden_states=True)
-        assert sizes == {1}
-        assert {len(states) for states in outputs.hidden_states} == {3}
+        expected = model.alone(names, input_ids=ids)
+        outputs = model(names, input_ids=ids)
+        assert model.products.largest == 1
         torch.testing.assert_close(outputs.logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -194,7 +198,7 @@ def test_a_block_that_fails_leaves_the_batch_as_it_was(bert: Shared) -> None:
 
 def test_nothing_is_shared_with_gradients_or_dropout(bert: Shared) -> None:
     names, inputs = ["two", "two"], texts(0, 0)
-    with bert.bank.rows(names):
+    with bert.bank.rows(names), bert.products:
         bert.rows.clear()
         bert.model(**inputs)
         assert bert.rows[0] == 2
@@ -206,41 +210,86 @@ def test_nothing_is_shared_with_gradients_or_dropout(bert: Shared) -> None:
     assert not torch.equal(logits[0], logits[1])
 
 
-class Blocks(nn.Module):
-    """A model that writes to what its blocks return, and gives each of them a part of the batch besides."""
+def test_dropout_alone_in_training_mode_is_of_each_row(bert: Shared) -> None:
+    """As of those who sample with it: some modules in training mode, the block that has them not."""
+    dropouts = [module for module in bert.model.modules() if isinstance(module, nn.Dropout)][3:]
+    for module in dropouts:
+        module.train()
+    logits = bert(["two", "two"], **texts(0, 0)).logits
+    for module in dropouts:
+        module.eval()
+    assert bert.rows[0] == 2
+    assert not torch.equal(logits[0], logits[1])
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, lengths: list[float]) -> Tensor:
+        return self.linear(x) * torch.tensor(lengths)[:, None, None]
+
+
+class ListedTwice(nn.Module):
+    """BERT with a feed-forward that its blocks share, run in another order by another list, which has lengths."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.feed_forward = classifier("bert").bert.encoder.layer[0].intermediate
+        self.inner = classifier("bert")
+        self.blocks = nn.ModuleList([*self.inner.bert.encoder.layer[2:], *self.inner.bert.encoder.layer[:2]])
+        for block in self.blocks:
+            block.intermediate = self.feed_forward
+        self.scaled = nn.ModuleList([Scaled() for _ in range(2)])
 
-    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, lengths: list[float]) -> Tensor:
+        x = self.inner.bert.embeddings(input_ids)
         for block in self.blocks:
             x = block(x)
-            x[:, 0] += added[:, 0]
+        for scaled in self.scaled:
+            x = scaled(x, lengths)
         return x
 
 
-def test_what_is_written_between_blocks_counts(tmp_path: Path) -> None:
-    def base() -> nn.Module:
+@pytest.mark.parametrize(
+    "target", ["feed_forward.dense", r"inner\.bert\.encoder\.layer\.3\.output\.dense", "scaled.1.linear"]
+)
+def test_what_is_around_and_within_blocks_may_be_anything(target: str, tmp_path: Path) -> None:
+    def base() -> ListedTwice:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return Blocks().eval()
+            return ListedTwice().eval().requires_grad_(False)
 
-    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=2, target_modules=["blocks.2"]))
-    train_vectors(adapted)
-    adapted.save_pretrained(tmp_path)
-    model = base()
-    x, added = torch.randn(1, 6).repeat(3, 1), torch.randn(3, 6)
-    with dvora.AdapterBank(model) as bank:
-        bank.add("a", tmp_path)
-        for run in (torch.no_grad, torch.inference_mode):
-            with run():
-                with bank.rows(["a", None, "a"]):
-                    found = model(x, added)
-                for row, name in enumerate(["a", None, "a"]):
-                    with bank.rows([name]):
-                        expected = model(x[row : row + 1], added[row : row + 1])
-                    torch.testing.assert_close(found[row : row + 1], expected)
+    for seed, name in enumerate(("a", "b")):
+        targets = target if "layer" in target else [target]
+        adapted = get_peft_model(base(), dvora.DVoRAConfig(r=4, target_modules=targets))
+        train_vectors(adapted, seed=seed)
+        adapted.save_pretrained(tmp_path / name)
+    model, names, lengths = base(), ["a", "b", None, "a"], [1.0, 2.0, 3.0, 4.0]
+    with dvora.AdapterBank(model) as bank, torch.inference_mode():
+        bank.add_folder(tmp_path)
+        ids = torch.arange(3, 12).repeat(4, 1)
+        with bank.rows(names):
+            found = model(ids, lengths)
+        for row, name in enumerate(names):
+            with bank.rows([name]):
+                expected = model(ids[:1], lengths[row : row + 1])
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_within_a_block_sees_all_rows(bert: Shared) -> None:
+    names, inputs, steering = ["two", "one"], texts(0, 0), torch.randn(2, 1, 32)
+    block = bert.model.get_submodule(blocks_of("bert"))[0]
+    handle = block.attention.register_forward_hook(lambda _module, _args, y: (y[0] + steering, *y[1:]))
+    found = bert(names, **inputs).logits
+    handle.remove()
+    for row, name in enumerate(names):
+        handle = block.attention.register_forward_hook(lambda _, __, y, row=row: (y[0] + steering[row], *y[1:]))
+        torch.testing.assert_close(found[row], bert([name], **texts(0)).logits[0], rtol=1e-5, atol=1e-5)
+        handle.remove()
+    assert bert(names, **inputs) is not None
+    assert bert.rows[0] == 1
 
 
 def test_a_closed_bank_leaves_the_blocks_their_own_forward(tmp_path: Path) -> None:
@@ -248,26 +297,6 @@ def test_a_closed_bank_leaves_the_blocks_their_own_forward(tmp_path: Path) -> No
         block = model.model.get_submodule(blocks_of("bert"))[0]
         assert "forward" in vars(block)
     assert "forward" not in vars(block)
-
-
-def test_an_encoder_and_a_decoder_share_too(tmp_path: Path) -> None:
-    def base() -> T5ForConditionalGeneration:
-        return t5().requires_grad_(False)
-
-    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=2, target_modules=r"decoder\.block\.1\..*\.(q|v)"))
-    train_vectors(adapted)
-    adapted.save_pretrained(tmp_path)
-    model = base()
-    inputs = {"input_ids": torch.arange(3, 10).repeat(3, 1), "decoder_input_ids": torch.arange(3, 7).repeat(3, 1)}
-    with dvora.AdapterBank(model) as bank, torch.no_grad():
-        bank.add("a", tmp_path)
-        counts = Shared(model, bank, model.encoder.block)
-        names = ["a", None, "a"]
-        torch.testing.assert_close(
-            counts(names, **inputs, use_cache=False).logits, counts.alone(names, **inputs), rtol=1e-5, atol=1e-5
-        )
-        counts(names, **inputs, use_cache=False)
-        assert counts.rows[0] == 1
 
 
 def test_images_share_too(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ class AdapterBank:
         check_names(names, repeats, (str, Version))
         self._batches.check_free()
         served, _, slots, _ = self._required()
-        check_unchanged(served.layers)
+        check_unchanged(served.layers, served.modules)
         if served.heads and None in names:
             self._warn_of_own_heads(served)
         batch, versions = object(), self._hold(names)

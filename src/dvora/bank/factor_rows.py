@@ -20,7 +20,7 @@ from torch import Tensor
 from ..adapter_file.content import LayerSizes, vector_digest
 from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
-from ..rows.gathered import ActsFrom, Held, LayerPlace
+from ..rows.gathered import Held, LayerPlace
 from ..rows.layer_factors import LayerFactors, layer_factors
 from ..tensors import Float
 from .served import ServedModel
@@ -45,12 +45,6 @@ class FactorRows:
             self.places.append(LayerPlace(start, layer.out_features, layer.rank))
         self.width = self.places[-1].stop if self.places else 0
         self.row_lengths = [length for place in self.places for length in place.lengths]
-        blocks = [(served.block_of(layer.name), at) for layer, at in zip(served.layers, self.places, strict=True)]
-        self._by_list = [
-            sorted((block.block, at) for block, at in blocks if block is not None and block.list == number)
-            for number in range(len(served.block_lists))
-        ]
-        """The layers of each list of blocks, the first block's first."""
         self._segments = torch.tensor(self.row_lengths)
         self.lengths = [length for layer in served.content.layers for length in layer.lengths]
         self._base = json.dumps(served.content.base)
@@ -118,13 +112,14 @@ class FactorRows:
         heads: Mapping[str, Tensor],
         others: Mapping[str, LayerFactors] = MappingProxyType({}),
     ) -> AdapterRow:
-        with_factors = [place for layer in others if (place := self.served.block_of(layer)) is not None]
-        acts_from = []
-        for number, (_, blocks) in enumerate(self.served.block_lists):
-            by_vectors = (block for block, place in self._by_list[number] if self._acts(factors, place))
-            by_factors = (place.block for place in with_factors if place.list == number)
-            acts_from.append(ActsFrom(next(by_vectors, len(blocks)), min(by_factors, default=len(blocks))))
-        return AdapterRow(factors, Held(heads, acts_from, others))
+        changed = [layer for layer, place in enumerate(self.places) if self._acts(factors, place)]
+        layers = self.served.layers
+        modules = [*(layers[layer].module for layer in changed), *(self.served.linears[name] for name in others)]
+        return AdapterRow(
+            factors,
+            # Most adapters change all, and there may be thousands of them.
+            Held(heads, self.served.first_blocks(modules), None if len(changed) == len(layers) else changed, others),
+        )
 
     def _layer_factors(self, values: AdapterValues) -> dict[str, LayerFactors]:
         """The factors of an adapter of another method as its layers compute with them."""

@@ -15,11 +15,23 @@ from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import BlockPlace, GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.gathered import GatheredRows, HeadByRow, HeadGroup, ServedHead
 from ..rows.layer_factors import InputScales, LayerFactors, rows_of
-from ..rows.shared import Arguments, SharedPass
+from ..rows.shared import KnownBlocks, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced, replace_forward
 from ..weight import AdaptedWeight
+
+
+class Arguments(NamedTuple):
+    """Of a call of a layer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def first(self) -> Any:
+        """The layer's inputs."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
 
 class ServedLayer(NamedTuple):
@@ -43,12 +55,22 @@ class ServedLayer(NamedTuple):
         return True
 
 
-def check_unchanged(layers: Sequence[ServedLayer]) -> None:
-    """Refuse to serve over a base that was written to, cast or moved since: factors are of its rows.
+ModulePlace = tuple[Mapping[str, nn.Module | None], str, nn.Module]
+"""The children of a module, the name of one, and that one."""
+
+
+def check_unchanged(layers: Sequence[ServedLayer], modules: Sequence[ModulePlace]) -> None:
+    """Refuse to serve over a base that was written to, cast or moved since, or has lost modules with their hooks.
 
     Raises:
-        ValueError: a layer has another weight.
+        ValueError: a layer has another weight, or a module's place another module.
     """
+    for children, name, module in modules:
+        if children.get(name) is not module:
+            raise ValueError(
+                f"model: {name}, a {type(module).__name__}, was replaced or removed since the bank was made, and what "
+                "is in its place would answer without adapters; close the bank and make a new one"
+            )
     for layer in layers:
         if not layer.is_unchanged():
             raise ValueError(
@@ -85,19 +107,18 @@ class LayerHook(_Hook):
     Args:
         layer: the layer.
         position: among the layers of the bank.
-        place: of the block that it is in.
         batches: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, position: int, place: BlockPlace | None, batches: Batches) -> None:
+    def __init__(self, layer: ServedLayer, position: int, batches: Batches) -> None:
         super().__init__(batches)
-        self.layer, self.position, self.place = layer, position, place
+        self.layer, self.position = layer, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         check_gradient(module, self.layer.layer_type, x, base_output, self.layer.name)
         rows = self.batches.required().rows
-        if self.place is not None and not rows.act_in(self.place):
+        if not rows.changes(self.position):
             rows.rows.of(len(x))
             return base_output
         if (part := rows.with_vectors(len(x))) is not None:
@@ -161,45 +182,49 @@ class FactorsHook(_Hook):
 
 
 class BlockForward(_Hook):
-    """In the place of a block's forward: it is computed once for rows of a batch that are equal in it.
-
-    Not a hook, since others' hooks are to see all rows.
+    """In the place of a known block's forward: it is computed once for rows of a batch that are equal in it.
 
     Args:
         module: the block.
-        place: of the block.
-        passes: through its list of blocks, in which some rows are equal, of the batches that run.
+        number, place: of its list, and of the block in that.
+        known: the list.
+        passes: through the list, of the batches that run.
         batches: of the bank.
     """
 
     def __init__(
-        self, module: nn.Module, place: BlockPlace, passes: MutableMapping[Batch, SharedPass], batches: Batches
+        self,
+        module: nn.Module,
+        number: int,
+        place: int,
+        known: KnownBlocks,
+        passes: MutableMapping[Batch, SharedPass],
+        batches: Batches,
     ) -> None:
         super().__init__(batches)
-        self.place, self._module, self._passes = place, module, passes
+        self._number, self._place, self._known, self._passes = number, place, known, passes
         self._forward = module.forward
         self.remove = replace_forward(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        is_first = self.place.block == 0
+        is_first = self._place == 0
         if not (is_first or self._passes) or is_traced() or (batch := self.batches.current()) is None:
             return self._forward(*args, **kwargs)
-        given, shared = Arguments(args, kwargs), self._passes.pop(batch, None)
+        arguments, shared = self._known.arguments(args, kwargs), self._passes.pop(batch, None)
         if is_first:
-            is_plain = not (self._module.training or torch.is_grad_enabled())
-            shared = SharedPass.begun(batch.rows, given) if is_plain else None
-        if shared is None or (portions := shared.enter(self.place, given)) is None:
+            is_known = not torch.is_grad_enabled() and self._known.run_as_known()
+            x = next(iter(arguments.values()))
+            shared = SharedPass.begun(batch.rows, self._number, x) if is_known else None
+        if shared is None or (portions := shared.enter(self._place, arguments)) is None:
             return self._forward(*args, **kwargs)
         all_rows, outputs = batch.rows, []
         try:
             for batch.rows, narrowed in portions:
-                outputs.append(self._forward(*narrowed.args, **narrowed.kwargs))
+                outputs.append(self._forward(**narrowed))
         finally:
             batch.rows = all_rows
-        if (repeated := shared.leave(outputs)) is None:
-            return self._forward(*args, **kwargs)
         self._passes[batch] = shared
-        return repeated
+        return shared.leave(outputs)
 
 
 class HeadHook(_Hook):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
+from ..blocks import known_lists
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
@@ -28,16 +29,17 @@ from ..peft.layer_types import is_linear, linear_sizes
 from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import BlockPlace, ServedHead
+from ..rows.gathered import ServedHead
 from ..rows.layer_factors import factor_bytes
-from ..rows.shared import SharedPass
-from ..tensors import block_lists, is_dtensor, is_partitioned
+from ..rows.shared import KnownBlocks, SharedPass
+from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
     BlockForward,
     FactorsHook,
     HeadHook,
     LayerHook,
+    ModulePlace,
     OutputHook,
     ServedLayer,
     check_without_bank,
@@ -75,7 +77,18 @@ class ServedModel:
         self.layers = _layers(model, self.config, content) if content.layers else []
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
-        self.block_lists = block_lists(model, [head.name for head in self.heads])
+        self._known = known_lists(model)
+        # The first block that a module is in, wherever else it is: the last entry of a key stays.
+        self._block_of = [
+            {module: at for at in reversed(range(len(blocks))) for module in blocks[at].modules()}
+            for blocks in self._known
+        ]
+        self.modules: list[ModulePlace] = [
+            (parent._modules, name, child)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
         self.linears = _linears(model, [head.name for head in self.heads])
         """All that can have factors of other methods, by name."""
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
@@ -104,10 +117,7 @@ class ServedModel:
         of_linears = [(module, FactorsHook(name, batches)) for name, module in self.linears.items()]
         # The last to be put before all others comes first: the rest of other methods see what DVoRA gives.
         hooks: list[tuple[nn.Module, FactorsHook | LayerHook | HeadHook]] = [*of_linears]
-        hooks += [
-            (layer.module, LayerHook(layer, position, self.block_of(layer.name), batches))
-            for position, layer in enumerate(self.layers)
-        ]
+        hooks += [(layer.module, LayerHook(layer, position, batches)) for position, layer in enumerate(self.layers)]
         hooks += [(head.module, HeadHook(head, batches)) for head in self.heads]
         # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
         handles: list[RemovableHandle | BlockForward] = [
@@ -115,18 +125,18 @@ class ServedModel:
         ]
         # Behind those that were there, which see the inputs as they would those of a merged model.
         handles += [module.register_forward_pre_hook(hook.inputs, with_kwargs=True) for module, hook in of_linears]
-        for number, (_, blocks) in enumerate(self.block_lists):
+        for number, known in enumerate(map(KnownBlocks, self._known)):
             passes: WeakKeyDictionary[Batch, SharedPass] = WeakKeyDictionary()
-            for place, module in enumerate(blocks):
-                handles.append(BlockForward(module, BlockPlace(number, place), passes, batches))
+            for place, module in enumerate(known.blocks):
+                handles.append(BlockForward(module, number, place, known, passes, batches))
         return [*handles, self.model.register_forward_hook(OutputHook(batches))]
 
-    def block_of(self, layer: str) -> BlockPlace | None:
-        """The block that a layer is in, if it is in one."""
-        for number, (name, _) in enumerate(self.block_lists):
-            if layer.startswith(f"{name}."):
-                return BlockPlace(number, int(layer.removeprefix(f"{name}.").partition(".")[0]))
-        return None
+    def first_blocks(self, modules: Collection[nn.Module]) -> list[int]:
+        """Of each list of known blocks the first that one of the modules is in; the number of blocks, if none is."""
+        return [
+            min((block_of[module] for module in modules if module in block_of), default=len(blocks))
+            for blocks, block_of in zip(self._known, self._block_of, strict=True)
+        ]
 
     def unhook(self, handles: Sequence[RemovableHandle | BlockForward]) -> None:
         """Take the hooks back."""

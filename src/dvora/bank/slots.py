@@ -222,10 +222,9 @@ class Slots:
         with torch.inference_mode(False):
             self.factors[slot].copy_(row.factors)
             device, held = self.factors.device, row.held
-            self.held[slot] = Held(
-                {name: values.to(device) for name, values in held.heads.items()},
-                held.acts_from,
-                {name: type(of)(*(factor.to(device) for factor in of)) for name, of in held.factors.items()},
+            self.held[slot] = held._replace(
+                heads={name: values.to(device) for name, values in held.heads.items()},
+                factors={name: type(of)(*(factor.to(device) for factor in of)) for name, of in held.factors.items()},
             )
 
 

@@ -94,7 +94,7 @@ class TrainableAdapters:
                 is not one name a row.
         """
         check_names(names, repeats=1)
-        check_unchanged(self.served.layers)
+        check_unchanged(self.served.layers, self.served.modules)
         present = sorted(set(names), key=self.place)
         position = {name: position for position, name in enumerate(present)}
         self._dropout.train(self.served.model.training and self._dropout.p > 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
@@ -41,31 +41,15 @@ class LayerPlace(NamedTuple):
         return self.start + sum(self.lengths)
 
 
-class BlockPlace(NamedTuple):
-    """Where a block stands in a model."""
-
-    list: int
-    """Of the lists of blocks."""
-    block: int
-    """Of the blocks in that list."""
-
-
-class ActsFrom(NamedTuple):
-    """The first block of a list that an adapter changes; the number of blocks, where it changes none."""
-
-    vectors: int
-    """By vectors of DVoRA."""
-    factors: int
-    """By factors of another method."""
-
-
 class Held(NamedTuple):
     """What an adapter has besides its factor row."""
 
     heads: Mapping[str, Tensor]
     """Parts of heads by their full names."""
-    acts_from: Sequence[ActsFrom] | None = None
-    """By list of blocks; None: perhaps from the first ones on, by vectors."""
+    first_blocks: Sequence[int] | None = None
+    """Of each list of known blocks the first that it changes, or how many there are; None: perhaps the first."""
+    changed: Collection[int] | None = None
+    """The layers that its vectors change, by their positions; None: perhaps all."""
     factors: Mapping[str, LayerFactors] = {}
     """Of another method by layer, each without the dimension of rows."""
 
@@ -259,17 +243,15 @@ class GatheredRows:
         held = self._held()
         return {layer for place in {*self.rows.places} for layer in held[place].factors}
 
-    def acting(self, place: BlockPlace) -> list[int]:
-        """The adapter of each row as far as a block, by its place; -1 where it has changed nothing by its end."""
+    def acting(self, blocks: int, block: int) -> list[int]:
+        """The adapter of each row by its place; -1 where it has changed nothing by the end of a block of a list."""
         held = self._held()
-        acts = [
-            (from_ := held[at].acts_from) is None or min(from_[place.list]) <= place.block for at in self.rows.places
-        ]
-        return [at if does else -1 for at, does in zip(self.rows.places, acts, strict=True)]
+        first = [held[at].first_blocks for at in self.rows.places]
+        return [at if of is None or of[blocks] <= block else -1 for at, of in zip(self.rows.places, first, strict=True)]
 
-    def act_in(self, place: BlockPlace) -> bool:
-        """Whether vectors of an adapter of the batch change something by the end of a block."""
-        return self._first_blocks is None or self._first_blocks[place.list] <= place.block
+    def changes(self, layer: int) -> bool:
+        """Whether vectors of an adapter of the batch change a layer."""
+        return self._changed is None or layer in self._changed
 
     def with_vectors(self, rows: int) -> tuple[Tensor, GatheredRows] | None:
         """The rows that vectors of an adapter change, and their adapters; None where most of them are.
@@ -290,13 +272,10 @@ class GatheredRows:
         return torch.tensor(changed, dtype=torch.int64, device=self.rows.once.device), self.of_rows(changed)
 
     @cached_property
-    def _first_blocks(self) -> list[int] | None:
-        """The first block of each list that vectors of an adapter of the batch change."""
+    def _changed(self) -> Collection[int] | None:
         held = self._held()
-        of_rows = [held[place].acts_from for place in dict.fromkeys(self.rows.places)]
-        if any(acts_from is None for acts_from in of_rows):
-            return None
-        return [min(of_list.vectors for of_list in lists) for lists in zip(*filter(None, of_rows), strict=True)]
+        changed = [held[place].changed for place in {*self.rows.places}]
+        return None if None in changed else {layer for of in changed for layer in of or ()}
 
     def of_rows(self, rows: Sequence[int]) -> GatheredRows:
         """The adapters of some of the rows, which are not repeated."""

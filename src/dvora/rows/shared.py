@@ -1,4 +1,4 @@
-"""What rows of a batch have in common is computed once.
+"""What rows of a batch have in common is computed once, in blocks that are known to compute each row alone.
 
 Models run through lists of blocks. Rows that come to the first block with the same values stay the same for as long as
 their adapters change nothing: sixteen classifiers of one text need the blocks below their adapters once. So a block
@@ -7,39 +7,28 @@ Rows part where their own adapter begins; those of one adapter and one text neve
 
 On a CPU rows go through a block in portions, since a product is slow whose inputs have left the cache.
 
-Nothing is shared where values alone do not say what is equal: with gradients or dropout, with a cache of keys, with
-arguments that differ among equal rows, and from the block on that is given something else than the last one returned.
+Every row is computed in blocks that are not known (`dvora.blocks`), with gradients or dropout, where somebody has hooks
+in blocks, as for attentions that are asked for, with a cache of keys, and with arguments that differ among equal rows.
 
-Dimensions: B rows of a batch, U groups of equal ones.
+Dimensions: B rows of a batch, U groups of equal ones, T tokens, H features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from inspect import signature
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..tensors import TensorVersion
-from .gathered import BlockPlace, GatheredRows
+from ..blocks import BY_ROW
+from ..tensors import Float, TensorVersion
+from .gathered import GatheredRows
 
 PORTION = 3 * 2**17
 """Values of inputs that go through a block together on a CPU (measured; a row is never divided)."""
-
-
-class Arguments(NamedTuple):
-    """Of a call of a block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def first(self) -> Any:
-        """The block's inputs."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
 
 class Groups:
@@ -61,23 +50,23 @@ class Groups:
     def __len__(self) -> int:
         return len(self.first)
 
-    def narrowed(self, tensor: Tensor) -> Tensor:
-        """One row of each group: (B, ...) to (U, ...)."""
+    def narrowed(self, tensor: Float[Tensor, "B ..."]) -> Float[Tensor, "U ..."]:
+        """One row of each group."""
         return tensor if len(self.first) == len(self.of) else tensor.index_select(0, self._first)
 
-    def repeated(self, tensor: Tensor) -> Tensor:
-        """All rows: (U, ...) to (B, ...)."""
+    def repeated(self, tensor: Float[Tensor, "U ..."]) -> Float[Tensor, "B ..."]:
+        """All rows."""
         return tensor if len(self.first) == len(self.of) else tensor.index_select(0, self._of)
 
-    def are_equal_in(self, tensor: Tensor) -> bool:
-        """Whether the rows of each group are equal in a tensor of B rows."""
+    def are_equal_in(self, tensor: Float[Tensor, "B ..."]) -> bool:
+        """Whether the rows of each group are equal."""
         # Dimensions along which values are only repeated, as in masks, are looked at once.
         once = tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
         pairs = [(row, self.first[group]) for row, group in enumerate(self.of) if row != self.first[group]]
         return len(once) < len(tensor) or all(torch.equal(once[row], once[first]) for row, first in pairs)
 
 
-def equal_rows(x: Tensor) -> list[int] | None:
+def equal_rows(x: Float[Tensor, "B ..."]) -> list[int] | None:
     """For each row the first one that has the same values, of the same sum; None if all differ."""
     first: dict[float, int] = {}
     found = [
@@ -88,21 +77,50 @@ def equal_rows(x: Tensor) -> list[int] | None:
     return [like if like == row or torch.equal(x[row], x[like]) else row for row, like in enumerate(found)]
 
 
-class _UnsharedError(Exception):
-    """A value does not say which of it is of which row, or equal rows differ in it."""
+class KnownBlocks:
+    """A list of known blocks, with the hooks that they have now.
+
+    Args:
+        blocks: one of `known_lists`.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.blocks = [*blocks]
+        self._names = [*signature(type(blocks[0]).forward).parameters][1:]
+        own = {id(block) for block in blocks}
+        self._modules = [(module, _hooks(module), id(module) in own) for module in blocks.modules()]
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, the hidden states first."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def run_as_known(self) -> bool:
+        """Whether all are in evaluation mode, and nobody has put a hook or another forward in them since."""
+        if _has_any_global_hook():
+            return False
+        for module, hooks, is_block in self._modules:
+            if module.training or _hooks(module) != hooks or ("forward" in vars(module) and not is_block):
+                return False
+        return True
+
+
+def _hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 class SharedPass:
-    """One pass of a batch through a list of blocks.
+    """One pass of a batch through a list of known blocks.
 
     Args:
         rows: the adapters of the batch.
-        x: inputs of the first block, (B, ...).
+        blocks: the number of the list.
+        x: inputs of the first block.
         texts: for each row the first one that has the same inputs.
     """
 
-    def __init__(self, rows: GatheredRows, x: Tensor, texts: Sequence[int]) -> None:
-        self._all_rows, self._texts, self._device = rows, texts, x.device
+    def __init__(self, rows: GatheredRows, blocks: int, x: Float[Tensor, "B T H"], texts: Sequence[int]) -> None:
+        self._all_rows, self._blocks, self._texts, self._device = rows, blocks, texts, x.device
+        self._next = 0
         self._acting: list[int] | None = None
         """The adapter of each row in the last block, by which the groups are."""
         self._groups = Groups(range(len(x)), self._device)
@@ -115,106 +133,83 @@ class SharedPass:
         """Arguments that all blocks get, by their identity, with one row of each group."""
 
     @classmethod
-    def begun(cls, rows: GatheredRows, given: Arguments) -> SharedPass | None:
-        """A pass that begins with these arguments, if rows are equal."""
-        x, index = given.first, rows.rows
-        if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != len(index.places) or index.repeats > 1:
-            return None
-        try:
-            _mapped(lambda tensor: tensor, tuple(given))
-        except _UnsharedError:
+    def begun(cls, rows: GatheredRows, blocks: int, x: Float[Tensor, "B T H"]) -> SharedPass | None:
+        """A pass that begins with these inputs, if rows are equal or go in portions."""
+        index = rows.rows
+        if x.dim() != 3 or len(x) != len(index.places) or index.repeats > 1:
             return None
         texts = equal_rows(x)
         if texts is None and x.numel() <= PORTION:
             return None
-        return cls(rows, x, texts or range(len(x)))
+        return cls(rows, blocks, x, texts or range(len(x)))
 
-    def enter(self, place: BlockPlace, given: Arguments) -> list[tuple[GatheredRows, Arguments]] | None:
+    def enter(self, block: int, arguments: Mapping[str, Any]) -> list[tuple[GatheredRows, dict[str, Any]]] | None:
         """The arguments of a block with one row of each group, and their adapters, in portions.
 
-        None: from here on nothing is shared.
+        None: from here on every row is computed.
         """
-        if given.first is not self._given or not (self._version is None or self._version.is_of(self._given)):
+        (x_name, x), *others = arguments.items()
+        is_next = block == self._next and x is self._given
+        if not is_next or not (self._version is None or self._version.is_of(x)):
             return None
-        if (acting := self._all_rows.acting(place)) != self._acting:
-            groups = Groups([*zip(self._texts, acting, strict=True)], self._device)
-            # Repeating rows costs about an eighth of a block.
-            if 8 * len(groups) > 7 * len(self._texts):
-                groups = Groups(range(len(self._texts)), self._device)
-            size = len(groups)
-            if self._device.type == "cpu":
-                size = max(1, round(PORTION * len(self._narrow) / self._narrow.numel()))
-            if len(groups) == len(self._texts) <= size:
-                return None
-            before = [self._groups.of[row] for row in groups.first]
-            self._narrow = self._narrow.index_select(0, torch.tensor(before, device=self._device))
-            self._acting, self._groups, self._same = acting, groups, {}
-            self._portions = [
-                (slice(start, start + size), self._all_rows.of_rows(groups.first[start : start + size]))
-                for start in range(0, len(groups), size)
-            ]
-        try:
-            return [
-                (rows, Arguments(*_mapped(partial(self._narrowed, part), tuple(given))))
-                for part, rows in self._portions
-            ]
-        except _UnsharedError:
+        self._next += 1
+        if (acting := self._all_rows.acting(self._blocks, block)) != self._acting and not self._regroup(acting):
             return None
+        parts = {name: value for name, value in others if value is not None and value is not False}
+        tensors = [t for value in parts.values() for t in (value if isinstance(value, tuple) else (value,))]
+        if parts.keys() - BY_ROW or not all(map(self._has_rows, tensors)):
+            return None
+        return [
+            (rows, {x_name: self._narrow[part], **{name: self._part(value, part) for name, value in parts.items()}})
+            for part, rows in self._portions
+        ]
 
-    def leave(self, portions: Sequence[Any]) -> Any:
-        """The outputs of a block for all rows; None where they do not say which of them are of which row.
+    def leave(self, outputs: Sequence[Any]) -> Any:
+        """The outputs of a block for all rows.
 
         Args:
-            portions: of its outputs.
+            outputs: those of the portions: hidden states, alone or in a tuple.
         """
-        try:
-            # No inference tensor: those do not count writes, and what is written to is no longer a repetition.
-            with torch.inference_mode(False):
-                outputs = portions[0] if len(portions) == 1 else _mapped(self._joined, *portions)
-                repeated = _mapped(self._repeated, outputs)
-        except _UnsharedError:
-            return None
-        self._narrow, self._given = _first(outputs), _first(repeated)
+        states = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        # No inference tensor: those do not count writes, and what is written to is no longer a repetition.
+        with torch.inference_mode(False):
+            self._narrow = torch.cat(states)
+            self._given = self._groups.repeated(self._narrow)
         self._version = TensorVersion.of(self._given)
-        return repeated
+        return (self._given,) if isinstance(outputs[0], tuple) else self._given
 
-    def _narrowed(self, part: slice, tensor: Tensor) -> Tensor:
-        if tensor is self._given:
-            return self._narrow[part]
-        if tensor.dim() == 0 or len(tensor) != len(self._texts):
-            return tensor
-        if id(tensor) not in self._same:
+    def _regroup(self, acting: list[int]) -> bool:
+        """Make the groups of a block in which these adapters act; False where nothing is gained by any."""
+        groups = Groups([*zip(self._texts, acting, strict=True)], self._device)
+        # Repeating rows costs about an eighth of a block.
+        if 8 * len(groups) > 7 * len(self._texts):
+            groups = Groups(range(len(self._texts)), self._device)
+        size = len(groups)
+        if self._device.type == "cpu":
+            size = max(1, round(PORTION * len(self._narrow) / self._narrow.numel()))
+        if len(groups) == len(self._texts) <= size:
+            return False
+        before = [self._groups.of[row] for row in groups.first]
+        self._narrow = self._narrow.index_select(0, torch.tensor(before, device=self._device))
+        self._acting, self._groups, self._same = acting, groups, {}
+        self._portions = [
+            (slice(start, start + size), self._all_rows.of_rows(groups.first[start : start + size]))
+            for start in range(0, len(groups), size)
+        ]
+        return True
+
+    def _has_rows(self, tensor: Any) -> bool:
+        """Whether a part of an argument has one entry, or one a row, equal ones in a group."""
+        if not isinstance(tensor, Tensor) or not tensor.dim() or len(tensor) not in (1, len(self._texts)):
+            return False
+        if len(tensor) > 1 and id(tensor) not in self._same:
             if not self._groups.are_equal_in(tensor):
-                raise _UnsharedError
+                return False
             self._same[id(tensor)] = tensor, self._groups.narrowed(tensor)
-        return self._same[id(tensor)][1][part]
+        return True
 
-    def _joined(self, *portions: Tensor) -> Tensor:
-        first, (part, _) = portions[0], self._portions[0]
-        return torch.cat(portions) if first.dim() and len(first) == part.stop else first
-
-    def _repeated(self, tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) not in (1, len(self._groups)):
-            raise _UnsharedError
-        return self._groups.repeated(tensor) if len(tensor) == len(self._groups) else tensor
-
-
-def _mapped(function: Callable[..., Tensor], *values: Any) -> Any:
-    """Arguments or outputs of one form, with a tensor for those in the same place."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return function(*values)
-    if type(first) in (tuple, list):
-        return type(first)(_mapped(function, *parts) for parts in zip(*values, strict=True))
-    if isinstance(first, dict):
-        return type(first)(**{key: _mapped(function, *map(itemgetter(key), values)) for key in first})
-    if first is None or isinstance(first, bool | int | float | str | torch.dtype):
-        return first
-    raise _UnsharedError
-
-
-def _first(outputs: Any) -> Any:
-    """What a block hands to the next one."""
-    while not isinstance(outputs, Tensor):
-        outputs = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
-    return outputs
+    def _part(self, value: Any, part: slice) -> Any:
+        """An argument for a portion of the groups."""
+        if isinstance(value, tuple):
+            return tuple(self._part(each, part) for each in value)
+        return self._same[id(value)][1][part] if len(value) > 1 else value

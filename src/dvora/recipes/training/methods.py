@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapter_file.patterns import check_expressions
+from ...blocks import block_lists
 from ...peft import DVoRAConfig
-from ...tensors import block_lists
 from ...training import parameter_groups, recommended_rates
 from ..models.bases import TASK_TYPES, Base
 from ..run_folder import HEAD_FILE
