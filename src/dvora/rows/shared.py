@@ -155,14 +155,15 @@ class SharedPass:
         self._next += 1
         if (acting := self._all_rows.acting(self._blocks, block)) != self._acting and not self._regroup(acting):
             return None
-        parts = {name: value for name, value in others if value is not None and value is not False}
-        tensors = [t for value in parts.values() for t in (value if isinstance(value, tuple) else (value,))]
-        if parts.keys() - BY_ROW or not all(map(self._has_rows, tensors)):
+        of_rows = {name: value for name, value in others if value is not None and value is not False}
+        tensors = [t for value in of_rows.values() for t in (value if isinstance(value, tuple) else (value,))]
+        if of_rows.keys() - BY_ROW or not all(map(self._has_rows, tensors)):
             return None
-        return [
-            (rows, {x_name: self._narrow[part], **{name: self._part(value, part) for name, value in parts.items()}})
-            for part, rows in self._portions
-        ]
+        portions = []
+        for part, rows in self._portions:
+            narrowed = {name: self._part(value, part) for name, value in of_rows.items()}
+            portions.append((rows, {**arguments, x_name: self._narrow[part], **narrowed}))
+        return portions
 
     def leave(self, outputs: Sequence[Any]) -> Any:
         """The outputs of a block for all rows.
