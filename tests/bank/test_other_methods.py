@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dvora
 from dvora.adapter_file.packs import write_pack
 from dvora.rows.gathered import GatheredRows
 from tests.bank.tenants import BERT, HEADED, LLAMA, Kind, tenants
-from tests.peft.kinds import edit_config, edit_weights, saved
+from tests.peft.kinds import WEIGHTS, edit_config, edit_weights, saved
 from tests.peft.other_methods import other
 from tests.peft.tiny import LAYERS, MODELS, inputs, outputs
 from tests.rows.products import Products
@@ -110,6 +115,79 @@ def test_every_row_is_what_peft_gives(mixed: tuple[Kind, dict[str | None, Path |
             found = model(**batch).logits
         rows = torch.stack([expected[name][row] for row, name in enumerate(folders)])
         torch.testing.assert_close(found, rows, rtol=1e-5, atol=1e-5)
+
+
+EVERY_LINEAR = ["query", "key", "value", "dense"]
+TARGETS: list[Any] = [
+    *(EVERY_LINEAR, EVERY_LINEAR[1:], ["query", "value"], ["query", "key", "value", "output.dense"], ["query", "lost"]),
+    *("all-linear", "All-Linear", None, r".*\.(query|key|value|dense)", r".*layer\.1\..*(query|dense)", "lost"),
+]
+"""Also what PEFT takes of BERT by itself, for each method."""
+EXCLUDED = [None, ["value"], ["layer.0.attention.self.query", "pooler.dense"], r".*layer\.0\..*", r".*pooler.*", "lost"]
+IN_BLOCKS = [{}, {}, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1], "layers_pattern": "layer"}]
+HEADS = [["classifier"], ["classifier", "pooler"], ["classifier", "layer.0.intermediate"]]
+FEEDFORWARD = [["output.dense"], ["dense"], [], None, r".*output\.dense", "lost"]
+AS_THEY_ARE = {"lora": "init_lora_weights", "ia3": "init_ia3_weights", "road": "init_weights"}
+"""What is missing starts without a change."""
+
+
+def layers_in(folder: Path) -> set[str]:
+    keys = [key.removeprefix("base_model.model.") for key in load_file(folder / WEIGHTS)]
+    return {key.partition(end)[0] for key in keys for end in (".lora_", ".ia3_", ".road_") if end in key}
+
+
+@pytest.mark.parametrize("method", AS_THEY_ARE)
+def test_settings_and_file_that_were_edited_are_what_peft_gives_or_refused(method: str, tmp_path: Path) -> None:
+    more = {"feedforward_modules": ["output.dense"]} if method == "ia3" else {}
+    targets = ["query", "key", "value", "dense", *more.get("feedforward_modules", [])]
+    path = other(BERT.base(), tmp_path / "whole", method, **HEAD, **{**more, "target_modules": targets})
+    outcomes = set()
+
+    @settings(max_examples=20)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        def draw(values: list[Any]) -> Any:
+            return data.draw(st.sampled_from([*values[:1] * 3, *values]))
+
+        edits = {"target_modules": draw(TARGETS), "exclude_modules": draw(EXCLUDED), "modules_to_save": draw(HEADS)}
+        if method == "lora":
+            edits |= draw(IN_BLOCKS)
+        if method == "ia3":
+            edits["feedforward_modules"] = inputs_of = draw(FEEDFORWARD)
+            if isinstance(inputs_of, list) and isinstance(edits["target_modules"], list):
+                edits["target_modules"] = edits["target_modules"] + inputs_of
+        lost, allow_partial = draw([None, "layer.0.", "value", "pooler", "intermediate"]), data.draw(st.booleans())
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            edited = Path(shutil.copytree(path, folder, dirs_exist_ok=True))
+            edit_config(edited, **edits, **{AS_THEY_ARE[method]: True})
+            state, head = BERT.base().state_dict(), f"{edits['modules_to_save'][-1]}."
+            parts = {f"base_model.model.{key}": value for key, value in state.items() if head in f".{key}"}
+            edit_weights(edited, lambda t: [t.pop(key) for key in [*t] if lost is not None and lost in key])
+            edit_weights(edited, lambda t: t.update({**parts, **t}))
+            try:
+                peft = PeftModel.from_pretrained(BERT.base(), edited).eval()
+            except (ValueError, RuntimeError):
+                there = None
+            else:
+                there = {n[17:] for n, module in peft.named_modules() if isinstance(module, BaseTunerLayer)}
+            here = layers_in(edited)
+            is_right = there is not None and (here <= there if allow_partial else here == there)
+            outcomes.add(is_right)
+            model = BERT.base()
+            with dvora.AdapterBank(model, own_heads=True) as bank:
+                if not is_right:
+                    with pytest.raises(ValueError, match=f"{edited.name}|'edited'"):
+                        bank.add("edited", edited, allow_partial=allow_partial)
+                    return
+                bank.add("edited", edited, allow_partial=allow_partial)
+                with bank.rows(["edited", None, "edited", None]):
+                    found = outputs(model)
+            expected = torch.where(torch.tensor([[True], [False]] * 2), outputs(peft), outputs(BERT.base()))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    check()
+    assert outcomes == {True, False}
 
 
 def test_rows_of_others_keep_their_bits(mixed: tuple[Kind, dict[str | None, Path | None]]) -> None:
@@ -300,6 +378,10 @@ def without(part: str) -> Callable[[Path], object]:
     )
 
 
+def both(*edits: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [edit(folder) for edit in edits]
+
+
 WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "DoRA": ("lora", config(use_dora=True), "use_dora=True is not served"),
     "biases": ("lora", config(bias="all"), "bias='all' is not served"),
@@ -315,7 +397,41 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "a convolution": ("lora", change("lora_B.weight", lambda x: x[..., None, None]), ".out, r. of a linear layer"),
     "half a layer": ("lora", without("lora_B"), "query has no lora_B.weight"),
-    "no layer": ("lora", renamed("query", "other"), "other, which is no linear layer of the model"),
+    "no layer": (
+        "lora",
+        both(renamed("query", "other"), config(target_modules=["other"])),
+        "other, which is no linear layer of the model",
+    ),
+    "a layer that is not targeted": (
+        "lora",
+        config(target_modules=["value"]),
+        r"0\.attention\.self\.query has factors in the file, and its settings leave the layer out",
+    ),
+    "a layer that is excluded": ("lora", config(exclude_modules=r".*1\..*"), r"1\.attention\.self\.query has factors"),
+    "a layer of another block": ("lora", config(layers_to_transform=[1]), r"0\.attention\.self\.query has factors"),
+    "a layer in a head": ("lora", config(modules_to_save=["classifier", "self"]), r"self\.query has factors"),
+    "a layer that all linear ones have": (
+        "lora",
+        config(target_modules="all-linear"),
+        r"lacks bert\.encoder\.layer\.0\.attention\.output\.dense, which its settings name; .* allow_partial=True",
+    ),
+    "a layer of PEFT's default": ("lora", config(target_modules=None), r"lacks .*0\.attention\.self\.value, which its"),
+    "no layer of PEFT's default": ("road", config(target_modules=[]), "its settings leave the layer out"),
+    "an endless target": ("lora", config(target_modules="(.+)+!"), "target_modules: .* could take more than"),
+    "endless inputs": ("ia3", config(feedforward_modules="(.+)+!"), "feedforward_modules: .* could take more than"),
+    "an endless exclusion": ("ia3", config(exclude_modules="(.+)+!"), "exclude_modules: .* could take more than"),
+    "endless names": (
+        "road",
+        config(target_modules=[*map(str, range(4097))]),
+        "name 4097 layers, expected at most 4096",
+    ),
+    "no names": ("lora", config(target_modules=1), "'int' is not iterable|not a container"),
+    "inputs for outputs": (
+        "ia3",
+        config(feedforward_modules=r".*(query|output\.dense)"),
+        r"query has scales of outputs in the file, and feedforward_modules='.*' says otherwise",
+    ),
+    "outputs for inputs": ("ia3", config(feedforward_modules=[]), "output.dense has scales of inputs in the file"),
     "not finite": ("lora", change("lora_B.weight", lambda x: x * torch.nan), "factors that are not finite"),
     "no head": ("lora", without("classifier"), "lacks classifier"),
     "scales of a convolution": ("ia3", change("ia3_l", lambda x: x.view(1, -1, 1, 1)), ".1, in. of a linear layer"),
@@ -325,7 +441,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         change("output.dense.ia3_l", lambda x: x[:, :-1].clone()),
         "32 outputs and 31 inputs in the adapter: another base|32 and 31 in the adapter: another base",
     ),
-    "scales of no layer": ("ia3", renamed("query", "other"), "other, which is no linear layer of the model"),
+    "scales of no layer": (
+        "ia3",
+        both(renamed("query", "other"), config(target_modules=["other", "output.dense"])),
+        "other, which is no linear layer of the model",
+    ),
     "scales that are not finite": ("ia3", change("ia3_l", lambda x: x * torch.inf), "factors that are not finite"),
     "rotations of another width": (
         "road",
@@ -350,6 +470,16 @@ def test_what_is_more_than_its_method_in_linear_layers_is_refused(what: str, tmp
         with pytest.raises((ValueError, TypeError), match=said):
             served.bank.add("l", path)
         assert [*served.bank] == ["a"]
+
+
+def test_the_head_of_a_task_has_no_factors(tmp_path: Path) -> None:
+    path = other(BERT.base(), tmp_path, "lora", r=3, target_modules=["query", "classifier"])
+    edit_config(path, task_type="SEQ_CLS")
+    with (
+        dvora.AdapterBank(BERT.base()) as bank,
+        pytest.raises(ValueError, match="classifier has factors in the file, and its settings leave the layer out"),
+    ):
+        bank.add("l", path)
 
 
 @methods

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dvora
 from dvora.recipes.adapters.exporting import export
+from tests.peft.kinds import edit_config
 from tests.peft.other_methods import other
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import save
@@ -68,6 +69,7 @@ def test_an_adapter_of_other_settings_is_named(
         ("vera", {}, "VERA"),
         ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ("lora", {"outputs": 2}, "as many classes together"),
+        ("lora", {"target_modules": ["query"], "edits": {"target_modules": "all-linear"}}, "which its settings name"),
     ],
     ids=lambda value: str(value),
 )
@@ -75,7 +77,9 @@ def test_an_adapter_beside_those_of_dvora_is_named(
     bert: Path, tmp_path: Path, method: str, settings: dict[str, Any], said: str
 ) -> None:
     save_classifier(bert, tmp_path / "adapters" / "a", 0, 3)
-    save_classifier(bert, tmp_path / "adapters" / "b", 0, method=method, **{"outputs": 3, **settings})
+    more = {key: value for key, value in settings.items() if key != "edits"}
+    save_classifier(bert, tmp_path / "adapters" / "b", 0, method=method, **{"outputs": 3, **more})
+    edit_config(tmp_path / "adapters" / "b", **settings.get("edits", {}))
     message = refused(tmp_path / "adapters", bert, tmp_path)
     assert message.startswith("adapter 'b': ")
     assert said in message

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from peft import LoraConfig
 
 from .content import FactorSizes
-from .patterns import check_expressions, value_of
+from .patterns import value_of
 from .values_file import Shape
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
@@ -37,7 +37,6 @@ def lora_sizes(shapes: Mapping[str, Sequence[Shape]], config: LoraConfig) -> lis
             f"init_lora_weights={start!r:.40} changes the base itself; convert the adapter to a plain one "
             "(path_initial_model_for_weight_conversion of PEFT's save_pretrained), or merge it"
         )
-    check_expressions({"alpha_pattern": config.alpha_pattern, "rank_pattern": config.rank_pattern}, shapes)
     return [_sizes(name, of_A, of_B, config) for name, (of_A, of_B) in shapes.items()]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole
+from ..adapter_file.other_methods import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
 from ..blocks import known_lists
@@ -91,6 +92,8 @@ class ServedModel:
         ]
         self.linears = _linears(model, [head.name for head in self.heads])
         """All that can have factors of other methods, by name."""
+        self._modules = [name for name, _ in model.named_modules() if name]
+        self._checked: DVoRAConfig | None = None
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
         self.content = content._replace(base=tuple((layer.name, layer.fingerprint) for layer in self.layers))
         devices = {layer.adapted.w.device: layer.name for layer in self.layers}
@@ -164,6 +167,14 @@ class ServedModel:
         """
         for sizes in content.factors:
             self._check_linear(sizes)
+        # Adapters of one recipe share it, and come one after another.
+        if config is not None and config.other is not None and config is not self._checked:
+            lacking = check_named(with_targets(config.other, self.model), content.factors, self._modules)
+            if lacking and not allow_partial:
+                raise ValueError(
+                    f"the adapter lacks {lacking[0]}, which its settings name; save it again{self._advice}"
+                )
+            self._checked = None if lacking else config
         expected, names = self.content, _names(content)
         if content.factors:
             # What layers of DVoRA have in common.
