@@ -236,6 +236,40 @@ def test_scales_are_not_rounded_to_the_dtype_of_the_base(method: str, tmp_path: 
     assert torch.equal(found, outputs(PeftModel.from_pretrained(LLAMA.base().bfloat16(), folder).eval()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_lora_over_another_dtype_is_rounded_where_peft_rounds(dtype: torch.dtype, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return MODELS["mlp"]().to(dtype)
+
+    folders: dict[str | None, Path | None] = {None: None}
+    for of_file in (torch.float32, torch.bfloat16, torch.float16):
+        name, settings = str(of_file), {"r": 8, "lora_alpha": 8 + 3 * len(folders), "target_modules": ["lin1"]}
+        folders[name] = other(MODELS["mlp"](), tmp_path / name, "lora", len(folders), **settings)
+        change("", lambda x, of_file=of_file: x.to(of_file))(folders[name])
+    names, (x,) = [*folders, *folders], inputs(base(), 2 * len(folders)).values()
+    model = base().requires_grad_(False)
+    # Of the layer itself: what comes behind it rounds again.
+    seen: list[Tensor] = []
+    alone = {}
+    for name, folder in folders.items():
+        peft = base() if folder is None else PeftModel.from_pretrained(base(), folder).eval()
+        peft.get_submodule("lin1" if folder is None else "base_model.model.lin1").register_forward_hook(
+            lambda *call: seen.append(call[-1].detach().clone())
+        )
+        with torch.no_grad():
+            peft(x)
+        alone[name] = seen[-1]
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    one_rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1)
+    with bank_of(model, folders) as bank, bank.rows(names):
+        model.lin1.register_forward_hook(lambda *call: seen.append(call[-1].detach().clone()))
+        for recorded in (False, True):
+            with torch.set_grad_enabled(recorded):
+                model(x.clone().requires_grad_(recorded))
+            torch.testing.assert_close(seen[-1], expected, rtol=one_rounding, atol=one_rounding)
+            assert (seen[-1] != expected).float().mean() < 0.01 or dtype == torch.float64
+
+
 @methods
 def test_inputs_get_the_gradients_that_peft_gives(method: str, tmp_path: Path) -> None:
     settings = {**ONE_EACH[method], "target_modules": ["lin0", "lin1"]}

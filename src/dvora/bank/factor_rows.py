@@ -127,7 +127,7 @@ class FactorRows:
         for sizes in values.content.factors:
             factors[sizes.name] = of_layer = layer_factors(sizes, values.factors[sizes.name], dtype)
             if not all(map(is_finite, of_layer)):
-                raise ValueError(f"{sizes.name} has factors that {dtype}, the base's, cannot hold")
+                raise ValueError(f"{sizes.name} has factors that {dtype} cannot hold")
         return factors
 
     @staticmethod

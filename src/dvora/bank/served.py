@@ -102,8 +102,8 @@ class ServedModel:
             raise ValueError(f"model: its layers are on several devices ({devices}), a bank is on one")
         self.device = next(iter(devices))
         floating = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
-        self.dtype = next(floating, torch.get_default_dtype())
-        """Of products with factors of LoRA."""
+        self.dtype = torch.promote_types(next(floating, torch.float32), torch.float32)
+        """Of products with factors of LoRA, as in PEFT."""
         values = model.state_dict() if self.heads else {}
         parts = [part.name for head in self.heads for part in head.parts]
         self.own_heads = {name: values[name].detach().to("cpu", copy=True) for name in parts}

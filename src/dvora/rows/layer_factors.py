@@ -6,7 +6,8 @@
 | (IA)3 | `scale y`, or y of `scale x` |
 | RoAd | of each pair (y, z): `c y - s z` and `c' z + s' y` |
 
-Scales are float32 whatever the base is, and so are products with them: near one, half precision has few digits.
+Factors are float32 whatever the base is (of LoRA float64 over such a one), and so are products and sums with them,
+rounded once, as in PEFT: near one, half precision has few digits.
 
 Dimensions: B rows of a batch, N of them with these factors (or 1 for all of those), T tokens, I in, O out, R rank, G
 groups of outputs, H pairs in a group.
@@ -43,7 +44,8 @@ class LowRank(NamedTuple):
         tokens = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         low = tokens.to(self.A.dtype) @ self.A.mT
         if torch.is_grad_enabled() or y.dtype != self.B.dtype or not y.is_contiguous():
-            return y + (low @ self.B.mT).to(y.dtype).reshape(y.shape)
+            update = (low @ self.B.mT).reshape(y.shape)
+            return (y + update).to(y.dtype) if torch.is_grad_enabled() else y.add_(update)
         if len(self.B) == 1:
             y.view(-1, y.shape[-1]).addmm_(low.flatten(0, 1), self.B[0].T)
         else:
@@ -98,11 +100,11 @@ def layer_factors(sizes: FactorSizes, saved: Sequence[Tensor], dtype: torch.dtyp
     Args:
         sizes: of the layer.
         saved: what the adapter's file has of it.
-        dtype: of the base, in which products with matrices are.
+        dtype: in which products with matrices are.
     """
     if sizes.method == "lora":
         (A, B), (scaling,) = saved, sizes.settings
-        return LowRank(A.to(dtype, copy=True), (float(scaling) * B.float()).to(dtype))
+        return LowRank(A.to(dtype, copy=True), float(scaling) * B.to(dtype))
     if sizes.method == "ia3":
         scales = saved[0].flatten().to(torch.float32, copy=True)
         return OutputScales(scales) if sizes.in_features is None else InputScales(scales)
