@@ -36,11 +36,23 @@ KNOWN = {
     "xlm_roberta": "XLMRobertaLayer",
 }
 """The block of each family of models in transformers."""
+ROWS_FIRST = frozenset(
+    (
+        *KNOWN,
+        *("albert", "bart", "blenderbot", "bloom", "codegen", "cohere", "convbert", "deberta", "deberta_v2", "ernie"),
+        *("falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "longformer", "m2m_100", "marian"),
+        *("mbart", "mobilebert", "mpt", "mt5", "olmo", "olmo2", "opt", "pegasus", "phi", "roformer", "squeezebert"),
+        *("stablelm", "starcoder2", "t5", "umt5", "xglm", "xlm"),
+    )
+)
+"""Families of which the tests see that no layer gets tokens before rows."""
 BY_ROW = frozenset(("attention_mask", "position_bias", "position_embeddings", "position_ids"))
 """Arguments of known blocks, behind hidden states (B, T, H), that have an entry for each row, or one for all rows.
 
 With any other argument a block is none that is known: a cache of keys, or the states of an encoder.
 """
+
+_PLAIN = "torch.nn.modules."
 
 
 def block_lists(model: nn.Module, heads: Sequence[str] = ()) -> list[tuple[str, nn.ModuleList]]:
@@ -60,28 +72,44 @@ def known_lists(model: nn.Module) -> list[nn.ModuleList]:
     ]
 
 
-def file_of(module: nn.Module) -> str:
+def with_rows_first(model: nn.Module) -> set[nn.Module]:
+    """The modules of which it is known that their inputs have rows before tokens: those of families of transformers."""
+    found = set[nn.Module]()
+    # Outer ones first.
+    for module in model.modules():
+        if _family(module) in ROWS_FIRST:
+            inner = [each for each in module.modules() if _file_of(each).startswith(_PLAIN)]
+            found |= {module, *inner}
+    return found
+
+
+def _file_of(module: nn.Module) -> str:
     """The file that a module's type is of, as a name for imports."""
     return type(module).__module__
 
 
-def is_of(module: nn.Module, file: str) -> bool:
+def _family(module: nn.Module) -> str:
+    """The family in transformers whose file a module's type is of; empty for others."""
+    family = _file_of(module).removeprefix("transformers.models.").partition(".")[0]
+    return family if _file_of(module) == f"transformers.models.{family}.modeling_{family}" else ""
+
+
+def _is_of(module: nn.Module, file: str) -> bool:
     """Whether a module does what its type does, which is PyTorch's or of a file of transformers."""
-    plain = file_of(module) in (file, "transformers.activations") or file_of(module).startswith("torch.nn.modules.")
+    plain = _file_of(module) in (file, "transformers.activations") or _file_of(module).startswith(_PLAIN)
     return plain and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_known(parent: nn.Module, blocks: nn.ModuleList) -> bool:
     """Whether all modules in blocks are of transformers and as they were made, as that is which calls them."""
-    file = file_of(blocks[0])
-    family = file.removeprefix("transformers.models.").partition(".")[0]
-    known = getattr(sys.modules.get(file), KNOWN.get(family, ""), None)
-    if file != f"transformers.models.{family}.modeling_{family}" or {*map(type, blocks)} != {known}:
+    file = _file_of(blocks[0])
+    known = getattr(sys.modules[file], KNOWN.get(_family(blocks[0]), ""), None)
+    if {*map(type, blocks)} != {known}:
         return False
     values = [*blocks.parameters(), *blocks.buffers()]
     return (
-        file_of(parent) == file
+        _file_of(parent) == file
         and "forward" not in vars(parent)
-        and all(is_of(module, file) for module in blocks.modules())
+        and all(_is_of(module, file) for module in blocks.modules())
         and all(type(value) in (Tensor, nn.Parameter) for value in values)
     )

@@ -18,6 +18,7 @@ from tests.bank.tenants import HEADED, MLP, Served, Tenants, change_values, row_
 from tests.peft.kinds import Kind, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
+from tests.peft.other_methods import other
 from tests.peft.tiny import MODELS, inputs, mlp, outputs, same_bits
 
 NAMES = ["a", None, "b", "a"]
@@ -371,3 +372,60 @@ def test_host_bytes_that_cannot_hold_one_adapter(these: Tenants) -> None:
     bank = dvora.AdapterBank(these.base(), host_bytes=100)
     with pytest.raises(ValueError, match=rf"'a': host_bytes=100 cannot hold one adapter, which takes {ONE} bytes"):
         bank.add("a", these.path("a"))
+
+
+class Rows(nn.Module):
+    """A layer, and a head, of inputs (B, T, 4), which they get with tokens first where that is asked for."""
+
+    def __init__(self, tokens_first: bool = False) -> None:
+        super().__init__()
+        self.tokens_first, self.layer, self.head = tokens_first, nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.tokens_first:
+            return self.head(self.layer(x))
+        outputs: Tensor = self.head(self.layer(x.transpose(0, 1))).transpose(0, 1)
+        return outputs
+
+
+@pytest.mark.parametrize("method", ["dvora", "lora", "a head"])
+def test_as_many_rows_as_tokens(method: str, tmp_path: Path) -> None:
+    """Where nothing has shown yet which are which, nobody gets another's adapter."""
+    base, x = Rows().eval(), torch.randn(3, 3, 4)
+    settings = {"target_modules": ["layer"]}
+    if method == "lora":
+        other(copy.deepcopy(base), tmp_path / "a", "lora", **settings)
+    else:
+        heads = {"modules_to_save": ["head"]} if method == "a head" else {}
+        saved(Kind(lambda: copy.deepcopy(base), {"r": 2, **settings, **heads}).trained(), tmp_path / "a")
+    message = r"got inputs of shape \(3, 3, 4\), and no batch has shown yet which dimension has the rows"
+    with dvora.AdapterBank(base, own_heads=True) as bank, torch.no_grad():
+        bank.add("a", tmp_path / "a")
+
+        def run(names: list[str | None], x: Tensor) -> Tensor:
+            with bank.rows(names):
+                return base(x)
+
+        with pytest.raises(ValueError, match=message):
+            run(["a", None, "a"], x)
+        expected = torch.cat([run([name], x[row : row + 1]) for row, name in enumerate(["a", None, "a"])])
+        torch.testing.assert_close(run(["a", None, "a"], x), expected)
+    base.tokens_first = True
+    with dvora.AdapterBank(base, own_heads=True) as bank, torch.no_grad():
+        bank.add("a", tmp_path / "a")
+        with pytest.raises(ValueError, match="the layer a batch of 3 rows"):
+            run(["a"], x[:1])
+        with pytest.raises(ValueError, match=message):
+            run(["a", None, "a"], x)
+
+
+def test_a_module_that_was_replaced(these: Tenants) -> None:
+    """What is in its place has no hooks, and would answer in the adapters' names."""
+    model = these.base()
+    with dvora.AdapterBank(model, like=these.path("a")) as bank:
+        bank.add("a", these.path("a"))
+        layer, model.lin1 = model.lin1, nn.Linear(24, 24)
+        with pytest.raises(ValueError, match="model: lin1, a Linear, was replaced or removed since the bank was made"):
+            Served(model, bank)(NAMES[:1] * 4)
+        model.lin1 = layer
+        check_serves(Served(model, bank), these, ["a"] * 4)

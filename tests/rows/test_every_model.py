@@ -8,7 +8,6 @@ training mode. Compared with the base in which PEFT has put the adapter.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import dvora
 from dvora import blocks
 from dvora.rows import shared
 from tests.peft.tiny import train_vectors
-from tests.rows.tiny_configs import ROWS, LeftOutError, inputs, kinds, tiny
+from tests.rows.tiny_configs import ROWS, LeftOutError, inputs, tiny
 
 PARTS = 8
 NAMES = ["all", "last", "upper", None, "last", "all", "upper", "upper"]
@@ -88,6 +87,7 @@ def batches(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Of as many rows as there are names."""
     many, one = inputs(model, len(NAMES)), inputs(model, 1)
     equal = {name: value.repeat(len(NAMES), *[1] * (value.dim() - 1)) for name, value in one.items()}
+    # First the one that shows which dimension has the rows.
     yield "many", many
     if takes(model, one | {"use_cache": True}):
         yield "with a cache", equal | {"use_cache": True}

@@ -75,7 +75,9 @@ def tiny(kind: str) -> nn.Module:
     except LeftOutError:
         raise
     except Exception as error:  # whatever any class of transformers may raise
-        raise LeftOutError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]) from error
+        raise LeftOutError(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        ) from error
     return model
 
 
@@ -84,7 +86,9 @@ def inputs(model: nn.Module, rows: int, tokens: int = TOKENS) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(rows)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", 8)
-        return {"pixel_values": torch.randn(rows, getattr(model.config, "num_channels", 3), size, size, generator=generator)}
+        return {
+            "pixel_values": torch.randn(rows, getattr(model.config, "num_channels", 3), size, size, generator=generator)
+        }
     ids = torch.randint(5, 90, (rows, tokens), generator=generator)
     return {"input_ids": ids, **({"decoder_input_ids": ids[:, :4] + 1} if model.config.is_encoder_decoder else {})}
 

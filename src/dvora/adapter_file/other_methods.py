@@ -46,7 +46,11 @@ _SETTINGS = {
     *("target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "task_type", "peft_type"),
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
 }
-_HEADS = {TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES, TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES}
+_HEADS = {
+    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
 """What PEFT adds to `modules_to_save`, and so takes no factors of."""
 
 

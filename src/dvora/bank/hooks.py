@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import GatheredRows, HeadByRow, HeadGroup, ServedHead
+from ..rows.gathered import GatheredRows, HeadByRow, HeadGroup, RowsFirst, ServedHead
 from ..rows.layer_factors import InputScales, LayerFactors, rows_of
 from ..rows.shared import KnownBlocks, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced, replace_forward
@@ -107,20 +107,25 @@ class LayerHook(_Hook):
     Args:
         layer: the layer.
         position: among the layers of the bank.
+        rows_first: of the layer.
         batches: of the bank.
     """
 
-    def __init__(self, layer: ServedLayer, position: int, batches: Batches) -> None:
+    def __init__(self, layer: ServedLayer, position: int, rows_first: RowsFirst, batches: Batches) -> None:
         super().__init__(batches)
-        self.layer, self.position = layer, position
+        self.layer, self.position, self.rows_first = layer, position, rows_first
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         check_gradient(module, self.layer.layer_type, x, base_output, self.layer.name)
         rows = self.batches.required().rows
+        if not self.rows_first.is_known:
+            self.rows_first.look(x, rows.rows)
         if not rows.changes(self.position):
             rows.rows.of(len(x))
             return base_output
+        if not self.rows_first.is_known:
+            self.rows_first.check(x)
         if (part := rows.with_vectors(len(x))) is not None:
             # Copying rows costs less than updating those that have nothing to update.
             who, rows = part
@@ -145,12 +150,13 @@ class FactorsHook(_Hook):
 
     Args:
         name: of the layer.
+        rows_first: of the layer.
         batches: of the bank.
     """
 
-    def __init__(self, name: str, batches: Batches) -> None:
+    def __init__(self, name: str, rows_first: RowsFirst, batches: Batches) -> None:
         super().__init__(batches)
-        self.name = name
+        self.name, self.rows_first = name, rows_first
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if self.batches.have_factors:
@@ -178,7 +184,13 @@ class FactorsHook(_Hook):
         return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
 
     def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
-        return self.batches.required().rows.layer_factors(self.name, len(x))
+        rows = self.batches.required().rows
+        if not self.rows_first.is_known:
+            self.rows_first.look(x, rows.rows)
+        groups = rows.layer_factors(self.name, len(x))
+        if groups and not self.rows_first.is_known:
+            self.rows_first.check(x)
+        return groups
 
 
 class BlockForward(_Hook):
@@ -234,12 +246,13 @@ class HeadHook(_Hook):
 
     Args:
         head: the head.
+        rows_first: of the head.
         batches: of the bank.
     """
 
-    def __init__(self, head: ServedHead, batches: Batches) -> None:
+    def __init__(self, head: ServedHead, rows_first: RowsFirst, batches: Batches) -> None:
         super().__init__(batches)
-        self.head = head
+        self.head, self.rows_first = head, rows_first
         self._by_row = HeadByRow(head)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Any) -> Tensor:
@@ -254,6 +267,9 @@ class HeadHook(_Hook):
         count = len(args[0])
         batch = self.batches.required()
         groups = batch.rows.heads(head, count)
+        if not self.rows_first.is_known:
+            self.rows_first.look(args[0], batch.rows.rows)
+            self.rows_first.check(args[0])
         parts = [
             self._by_row.outputs(
                 group.parameters, args if group.rows is None else [x.index_select(0, group.rows) for x in args]

@@ -22,7 +22,7 @@ from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole
 from ..adapter_file.other_methods import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
-from ..blocks import known_lists
+from ..blocks import known_lists, with_rows_first
 from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
@@ -30,7 +30,7 @@ from ..peft.layer_types import is_linear, linear_sizes
 from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
-from ..rows.gathered import ServedHead
+from ..rows.gathered import RowsFirst, ServedHead
 from ..rows.layer_factors import factor_bytes
 from ..rows.shared import KnownBlocks, SharedPass
 from ..tensors import is_dtensor, is_partitioned
@@ -117,11 +117,19 @@ class ServedModel:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
         share_inputs(self.model)
-        of_linears = [(module, FactorsHook(name, batches)) for name, module in self.linears.items()]
+        rows_first = with_rows_first(self.model)
+        of_linears = [
+            (module, FactorsHook(name, RowsFirst(name, module in rows_first), batches))
+            for name, module in self.linears.items()
+        ]
         # The last to be put before all others comes first: the rest of other methods see what DVoRA gives.
         hooks: list[tuple[nn.Module, FactorsHook | LayerHook | HeadHook]] = [*of_linears]
-        hooks += [(layer.module, LayerHook(layer, position, batches)) for position, layer in enumerate(self.layers)]
-        hooks += [(head.module, HeadHook(head, batches)) for head in self.heads]
+        for position, layer in enumerate(self.layers):
+            # The dimensions of a convolution say what they are.
+            is_known = layer.module in rows_first or layer.layer_type.spatial > 0
+            hooks.append((layer.module, LayerHook(layer, position, RowsFirst(layer.name, is_known), batches)))
+        for head in self.heads:
+            hooks.append((head.module, HeadHook(head, RowsFirst(head.name, head.module in rows_first), batches)))
         # First of all hooks: those that were there see the adapters' outputs, as they would those of a merged model.
         handles: list[RemovableHandle | BlockForward] = [
             module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks

@@ -144,6 +144,43 @@ class RowIndex:
         return self.places if index is self.once else index.tolist()
 
 
+class RowsFirst:
+    """Whether the first dimension of a layer's inputs is known to be that of the rows: a batch has shown it.
+
+    PyTorch's own transformers have tokens there by default. Of as many rows as tokens each would get another's adapter,
+    where any other batch is refused.
+
+    Args:
+        name: of the layer.
+        is_known: from elsewhere.
+    """
+
+    def __init__(self, name: str, is_known: bool = False) -> None:
+        self.name, self.is_known = name, is_known
+
+    def look(self, x: Tensor, rows: RowIndex) -> None:
+        """See whether these inputs show it: they have tokens, of another number than the batch has rows."""
+        tokens = _tokens(x)
+        self.is_known = bool(tokens) and len(x) in (len(rows.once), len(rows.repeated)) and len(x) not in tokens
+
+    def check(self, x: Tensor) -> None:
+        """Refuse inputs with as many rows as tokens, where that is all that is known.
+
+        Raises:
+            ValueError: they are.
+        """
+        if not self.is_known and len(x) > 1 and len(x) in _tokens(x):
+            raise ValueError(
+                f"{self.name} got inputs of shape {tuple(x.shape)}, and no batch has shown yet which dimension has the "
+                "rows; call the model with another number of rows first, one row for example"
+            )
+
+
+def _tokens(x: Tensor) -> tuple[int, ...]:
+    """The sizes of the dimensions between that of rows and that of features, which ids lack."""
+    return x.shape[1:-1] if x.is_floating_point() else x.shape[1:]
+
+
 def check_names(names: Sequence[object], repeats: int, kinds: tuple[type, ...] = (str,)) -> None:
     """Refuse what cannot name the rows of a batch.
 
