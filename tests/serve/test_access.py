@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx2 as httpx
@@ -22,6 +23,7 @@ from tests.serve.served import ADMIN, TOKEN, save_trained, serving
 
 VALUES = "adapter_model.safetensors"
 SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
+EMPTY = hashlib.sha256(b"").hexdigest()
 FILE = """
 [shop]
 sha256 = "{shop}"
@@ -161,6 +163,7 @@ def test_what_was_used_comes_back_evenly(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrequests = 0", "shop.requests"),
         ("[a]\nsha256 = '{shop}'\nadapters = ['a']\n[b]\nsha256 = '{shop}'\nadapters = ['a']", "same key"),
         ("[shop", "keys.toml"),
+        (f"[shop]\nsha256 = '{EMPTY}'\nadapters = ['a']", r"keys.toml: shop.sha256 .*empty text.*openssl"),
     ],
 )
 def test_files_of_keys_that_are_wrong(content: str, message: str, tmp_path: Path) -> None:
@@ -172,6 +175,19 @@ def test_files_of_keys_that_are_wrong(content: str, message: str, tmp_path: Path
 def test_tokens_that_clients_could_not_send(token: str) -> None:
     with pytest.raises(ValueError, match="openssl"):
         Keys(token)
+
+
+@pytest.mark.parametrize("secret", ["a", "1234567", "12345678"])
+def test_what_is_too_short_is_no_key(secret: str, tmp_path: Path) -> None:
+    hashed = hashlib.sha256(secret.encode()).hexdigest()
+    keys = Keys(TOKEN, key_file(tmp_path, f"[shop]\nsha256 = '{hashed}'\nadapters = ['*']"))
+    with nullcontext() if len(secret) == 8 else pytest.raises(RefusedError):
+        keys.key_of(f"Bearer   {secret} ".encode())
+
+
+def test_the_token_is_no_tenant_s_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keys.toml: the key of 'reader' is the server's token.*openssl"):
+        Keys(SECRETS["reader"], key_file(tmp_path))
 
 
 def test_bearer_is_written_as_one_likes(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ else:
 BASE = "base"
 """In patterns, headers and answers, in place of an adapter: the base alone. No adapter has this name."""
 SHORTEST_TOKEN, LARGEST_FILE = 8, 2**24
+"""Characters of a secret, the token or a key, without which it opens nothing; and bytes."""
+_MAKE_KEY = 'KEY=$(openssl rand -hex 24); printf %s "${KEY:?}" | sha256sum; echo "$KEY"'
 
 
 class Tenant(BaseModel):
@@ -110,7 +112,7 @@ class Keys:
         file: of the tenants' keys, without which nothing is answered then; None: everybody may ask.
 
     Raises:
-        ValueError: the token is too short or not ASCII, or the file is damaged.
+        ValueError: the token is too short, not ASCII or a tenant's key, or the file is damaged.
         OSError: the file cannot be read.
     """
 
@@ -123,15 +125,21 @@ class Keys:
                     f"the token must have {SHORTEST_TOKEN} or more letters of ASCII, such as those of "
                     f"`openssl rand -hex 16`; it has {len(token)}, and others are sent in several encodings"
                 )
-            self._keys[hashlib.sha256(token.encode()).hexdigest()] = Key(may_change=True)
+            digest = _hash(token.encode())
+            if (key := self._keys.get(digest)) is not None:
+                raise ValueError(
+                    f"--keys {file}: the key of {key.tenant!r} is the server's token, which sees and changes all "
+                    f"adapters; give the tenant another key: {_MAKE_KEY}"
+                )
+            self._keys[digest] = Key(may_change=True)
         self.may_change = any(key.may_change for key in self._keys.values())
 
     def key_of(self, authorization: bytes) -> Key:
         """The key in a request's header; 401, if it has none, and there are keys."""
         scheme, _, secret = authorization.partition(b" ")
+        is_secret = scheme.lower() == b"bearer" and len(secret := secret.strip()) >= SHORTEST_TOKEN
         # Compared by their hashes, which take a time that says nothing of the secret.
-        digest = hashlib.sha256(secret.strip()).hexdigest() if scheme.lower() == b"bearer" else ""
-        if (key := self._keys.get(digest, self._everybody)) is None:
+        if (key := self._keys.get(_hash(secret) if is_secret else "", self._everybody)) is None:
             raise _unauthorized("asking needs the header 'Authorization: Bearer KEY' with one of the server's keys")
         return key
 
@@ -161,6 +169,10 @@ async def changing(request: Request, key: Asking) -> Key:
     raise _unauthorized("changing adapters needs the header 'Authorization: Bearer TOKEN' with the server's token")
 
 
+def _hash(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()
+
+
 def _unauthorized(message: str) -> RefusedError:
     return RefusedError(401, message, "unauthorized", {"WWW-Authenticate": "Bearer"})
 
@@ -174,6 +186,11 @@ def _read(file: Path) -> dict[str, Key]:
         raise ValueError(f"--keys {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--keys {file}: {error}") from None
+    if unset := [name for name, one in tenants.items() if one.sha256 == _hash(b"")]:
+        raise ValueError(
+            f"--keys {file}: {unset[0]}.sha256 is the hash of an empty text, expected that of a secret; make one: "
+            f"{_MAKE_KEY}"
+        )
     keys = {
         one.sha256: Key(name, tuple(one.adapters), one.change, Allowance(one.requests), Allowance(one.tokens))
         for name, one in tenants.items()
