@@ -20,6 +20,8 @@ from dvora.peft import DVoRALayer
 from tests.peft.kinds import KINDS, Kind, bits, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import MODELS, dvora_layers, same_bits, train_vectors
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import adapted
 from tests.reference import worst_error
 
 pytestmark = [
@@ -53,6 +55,24 @@ def test_layout_and_vector_of_a_folder_are_those_of_the_model(name: str, tmp_pat
     assert of_folder.digest == layout.digest
     assert hash(of_folder) == hash(layout)
     assert torch.equal(bits(of_folder.to_vector(str(folder))), bits(layout.to_vector(model)))
+
+
+def test_all_that_peft_trains_of_a_head_is_in_the_vector(tmp_path: Path) -> None:
+    """By ends of names: `classifier`, which PEFT names by itself, is `pre_classifier` too."""
+    base = tiny_models.distilbert(tmp_path / "base")
+    model = adapted(base, "dvora", task_type="SEQ_CLS", target_modules=["q_lin"])
+    model.save_pretrained(tmp_path / "adapter")
+    layout = Layout.of(tmp_path / "adapter")
+    assert layout == Layout.of(model)
+    assert {part.name.partition(".")[0] for part in layout.content.whole} == {"classifier", "pre_classifier"}
+    vector = layout.to_vector(tmp_path / "adapter")
+    assert torch.equal(vector, layout.to_vector(model))
+    other = adapted(base, "dvora", task_type="SEQ_CLS", target_modules=["q_lin"])
+    train_vectors(other, 1)
+    layout.from_vector(vector + 1, other)
+    assert torch.equal(layout.to_vector(other), vector + 1)
+    layout.from_vector(vector, other)
+    assert all(same_bits(value, state(model)[key]) for key, value in state(other).items())
 
 
 def test_a_folder_of_pickled_values_has_no_layout(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 import dvora
 from dvora.adapter_file.values_file import VALUES
@@ -18,6 +19,8 @@ from tests.bank.versions import in_threads
 from tests.peft.kinds import Kind, mlp, saved
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import MODELS, inputs
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import adapted
 
 CLASSES = {"two": 2, "five": 5, "more": 25}
 
@@ -222,3 +225,20 @@ def test_adapters_with_other_settings_of_training_are_trained_apart(
                 bank.trainable(["b"])
         else:
             assert bank.trainable(["b"], new=["c"]).config.dvora_dropout == setting.get("dvora_dropout", 0)
+
+
+def test_all_that_peft_trains_of_a_head_is_served(tmp_path: Path) -> None:
+    """By ends of names: `classifier`, which PEFT names by itself, is `pre_classifier` too."""
+    folder = tiny_models.distilbert(tmp_path / "base")
+    ids = torch.tensor([[2, 5, 7, 3]] * 2)
+    expected = []
+    for name, classes in (("two", 2), ("five", 5)):
+        model = adapted(folder, "dvora", task_type="SEQ_CLS", classes=classes, target_modules=["q_lin"])
+        model.save_pretrained(tmp_path / "adapters" / name)
+        expected.append(model(ids[:1]).logits[0])
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad(), dvora.AdapterBank(model) as bank:
+        bank.add_folder(tmp_path / "adapters")
+        with bank.rows(["two", "five"]) as batch:
+            for row, values in zip(batch.split(model(ids).logits, "classifier"), expected, strict=True):
+                torch.testing.assert_close(row, values)

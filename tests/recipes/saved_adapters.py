@@ -33,9 +33,11 @@ def config_of(method: str, rank: int, **settings: Any) -> Any:
     return LoraConfig(use_dora=method == "dora", **settings)
 
 
-def adapted(base: Path, method: str, rank: int = 4, task_type: str | None = None, **settings: Any) -> PeftModel:
+def adapted(
+    base: Path, method: str, rank: int = 4, task_type: str | None = None, classes: int = 3, **settings: Any
+) -> PeftModel:
     """An adapted model of the folder, its trained parameters moved."""
-    options = {"num_labels": 3} if task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
+    options = {"num_labels": classes} if task_type in ("SEQ_CLS", "TOKEN_CLS") else {}
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(0)
         # PEFT asks for flags by old names; transformers reports the new head.

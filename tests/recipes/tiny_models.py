@@ -11,9 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -41,6 +45,43 @@ def bert(folder: Path, layers: int = 2) -> Path:
         pad_token_id=0,
     )
     BertModel(config).save_pretrained(folder)
+    _tokenizer(WORDS, ends=True).save_pretrained(folder)
+    return folder
+
+
+def roberta(folder: Path) -> Path:
+    """A base without a head; classifiers get one of two layers."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=33,
+        type_vocab_size=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    RobertaModel(config).save_pretrained(folder)
+    _tokenizer(WORDS, ends=True).save_pretrained(folder)
+    return folder
+
+
+def distilbert(folder: Path) -> Path:
+    """A base without a head; classifiers get one of two modules."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=24,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    DistilBertModel(config).save_pretrained(folder)
     _tokenizer(WORDS, ends=True).save_pretrained(folder)
     return folder
 

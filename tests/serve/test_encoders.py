@@ -4,19 +4,23 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import InferenceClient
 from openai import OpenAI
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForTokenClassification, pipeline
+from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 from dvora.adapter_file.packs import write_pack
+from tests.recipes import tiny_models
+from tests.recipes.saved_adapters import adapted
 from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, save_classifier, serving
 
 TEXTS = ["good movie", "the book was very bad", "it"]
@@ -150,6 +154,63 @@ def test_entities_of_texts_of_several_lengths_by_several_adapters(bert: Path, tm
         write_pack(pack, {"whole": values.parent})
         put = client.put("/v1/adapters/whole", content=pack.read_bytes(), headers={"Authorization": f"Bearer {TOKEN}"})
         assert (put.status_code, "'SEQ_CLS'" in put.text) == (422, True)
+
+
+def test_tokens_are_no_entities_without_names_of_classes(bert: Path, tmp_path: Path) -> None:
+    tags, token = TAGS["place"], {"Authorization": f"Bearer {TOKEN}"}
+    three, five = (save_classifier(bert, tmp_path / str(n), n, n, "TOKEN_CLS") for n in (3, 5))
+    copied(three, tmp_path / "adapters" / "unnamed")
+    with serving(bert, tmp_path / "adapters") as (client, _):
+
+        def put(folder: Path, labels: list[str]) -> httpx.Response:
+            content = (folder / "adapter_model.safetensors").read_bytes()
+            return client.put("/v1/adapters/new", content=content, params={"labels": labels}, headers=token)
+
+        for refused in (
+            put(three, []),
+            client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "unnamed"}, headers=token),
+        ):
+            assert (refused.status_code, "put it with labels=" in refused.text) == (422, True)
+        # Those of the version before are kept where they are as many.
+        for folder, labels, status in ((three, tags, 201), (three, [], 200), (five, [], 422), (five, TAGS["pii"], 200)):
+            assert put(folder, labels).status_code == status
+        assert client.get("/v1/adapters/new").json()["labels"] == TAGS["pii"]
+        for path, body in (
+            ("/v1/classify", {"model": "unnamed", "input": TEXTS}),
+            ("/v1/classify", {"model": ["new", "unnamed"], "input": TEXTS}),
+            ("/predict", {"model": "unnamed", "inputs": TEXTS[0]}),
+            ("/classify", {"model": "unnamed", "inputs": TEXTS[0]}),
+            ("/", {"model": "unnamed", "inputs": TEXTS[0]}),
+        ):
+            answer = client.post(path, json=body)
+            assert answer.status_code == 422
+            assert "'unnamed' has no names of its 3 classes" in answer.json()["error"]["message"]
+            assert "LABEL_" not in answer.text
+
+
+@pytest.mark.parametrize(("make", "target"), [(tiny_models.roberta, "query"), (tiny_models.distilbert, "q_lin")])
+def test_heads_of_several_layers(make: Callable[[Path], Path], target: str, tmp_path: Path) -> None:
+    """As PEFT names them by itself; the models are 16 wide."""
+    base, token = make(tmp_path / "base"), {"Authorization": f"Bearer {TOKEN}"}
+    settings = {"task_type": "SEQ_CLS", "target_modules": [target]}
+    names = {count: [f"class {number}" for number in range(count)] for count in (2, 16, 24)}
+    models = {count: adapted(base, "dvora", classes=count, **settings) for count in names}
+    for count, model in models.items():
+        model.save_pretrained(tmp_path / str(count))
+    copied(tmp_path / "24", tmp_path / "adapters" / "first")
+    ids = AutoTokenizer.from_pretrained(base)(TEXTS[1], return_tensors="pt")["input_ids"]
+    with serving(base, tmp_path / "adapters") as (client, _):
+        for count, model in models.items():
+            content = (tmp_path / str(count) / "adapter_model.safetensors").read_bytes()
+            for labels in (*names.values(), []):
+                query = {"labels": labels}
+                put = client.put(f"/v1/adapters/of-{count}", content=content, params=query, headers=token)
+                assert put.status_code == (422 if len(labels) not in (0, count) else 200 if not labels else 201)
+            (row,) = client.post("/v1/classify", json={"model": f"of-{count}", "input": TEXTS[1]}).json()["data"]
+            assert row["labels"] == names[count]
+            with torch.no_grad():
+                expected = model(ids).logits[0].softmax(-1).tolist()
+            assert row["probs"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_routes_of_text_embeddings_inference(bert: Path, classifiers: Path, judges: Serving) -> None:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -264,8 +265,20 @@ def is_trained_whole(key: str, config: DVoRAConfig) -> bool:
     return (
         ".trainable_tokens_delta" in key
         or (config.bias != "none" and key.endswith(".bias"))
-        or any(f".{module}." in f".{key}" for module in config.modules_to_save or ())
+        or head_of(plain_key(key), config.modules_to_save) is not None
     )
+
+
+def head_of(value: str, names: Collection[str] | None) -> str | None:
+    """The module around a value of the base that is trained and saved whole; None: there is none.
+
+    Args:
+        value: its name.
+        names: of `modules_to_save`. PEFT compares the ends of letters, not of parts of a path: `classifier` is also
+            `pre_classifier`.
+    """
+    modules = accumulate(value.split(".")[:-1], "{}.{}".format)
+    return next((module for module in modules if module.endswith(tuple(names or ()))), None)
 
 
 def _in_words(part: LayerSizes | SavedWhole | None) -> str:

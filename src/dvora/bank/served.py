@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole
+from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole, head_of
 from ..adapter_file.other_methods import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
@@ -288,9 +288,8 @@ def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content, adv
     """Refuse an adapter without vectors of a layer that its settings name: others would be compared with that."""
     names = {layer.name for layer in content.layers}
     targets = find_targets(model, lambda name: _is_named(name, config), config)
-    heads = [f".{head}." for head in config.modules_to_save or ()]
     for target in targets:
-        if target.name not in names and not any(head in f".{target.name}." for head in heads):
+        if target.name not in names and head_of(f"{target.name}.weight", config.modules_to_save) is None:
             raise ValueError(f"the adapter lacks {target.name}, which its settings name; save it again{advice}")
 
 
@@ -331,10 +330,7 @@ def _heads(model: nn.Module, config: DVoRAConfig, content: Content) -> list[Serv
     by_head: dict[str, list[SavedWhole]] = {}
     values = model.state_dict() if content.whole else {}
     for part in content.whole:
-        path = part.name.split(".")
-        modules = [".".join(path[:end]) for end in range(1, len(path))]
-        head = next((m for m in modules if any(m.endswith(n) for n in config.modules_to_save or ())), None)
-        if head is None:
+        if (head := head_of(part.name, config.modules_to_save)) is None:
             raise ValueError(
                 f"the adapter saves {part.name} (bias={config.bias!r}), and only vectors and heads (modules_to_save) "
                 "switch here; merge it, or train with bias='none'"

@@ -183,9 +183,18 @@ def classes_of(row: Row, server: Server, least: float) -> dict[str, Any]:
 
 
 def _labels(row: Row, server: Server) -> list[str]:
-    count, names = row.values.shape[-1], server.base.model.config.id2label
-    labels = row.version.labels if row.version is not None else [names[index] for index in sorted(names)]
-    return list(labels) if len(labels) == count else [f"LABEL_{index}" for index in range(count)]
+    version, count, names = row.version, row.values.shape[-1], server.base.model.config.id2label
+    # Without a head of its own it has that of the base.
+    if version is not None and version.source.content.whole:
+        labels = version.labels
+    else:
+        labels = tuple(names[index] for index in sorted(names))
+    if len(labels) == count:
+        return list(labels)
+    if row.read.offsets is not None:
+        message = f"the adapter {whose(row.version)['adapter']!r} has no names of its {count} classes, by which tokens "
+        raise RefusedError(422, f"{message}become entities; put it again with labels=, one for each", "adapter_error")
+    return [f"LABEL_{index}" for index in range(count)]
 
 
 def _entities(row: Row, server: Server) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ class Encoder:
             values = list(pooled(hidden, inputs["attention_mask"], self.pooling).cpu())
         else:
             logits = model(**inputs).logits.float().cpu()
-            values = rows.split(logits) if rows is not None and rows.widths else list(logits)
+            # Of several heads the last one gives them: DistilBERT's has two.
+            values = rows.split(logits, [*rows.widths][-1]) if rows is not None and rows.widths else list(logits)
             if logits.dim() == 3:
                 # Of tokens, without those that fill rows up.
                 values = [row[mask] for row, mask in zip(values, inputs["attention_mask"].bool().cpu(), strict=True)]

@@ -16,6 +16,7 @@ from typing import cast
 from ..adapter_file.uploads import Upload
 from ..adapter_file.values import Description, FolderSource
 from ..bank import UnknownAdapterError
+from ..recipes.models.adapters import label_count
 from ..whole_files import remove
 from .access import BASE, Key
 from .base import Base
@@ -164,7 +165,8 @@ class Registry:
             if len({*labels}) < len(labels):
                 raise ValueError(f"labels: two classes have one name in {list(labels)}; name them apart")
             version = Served(name, FolderSource(folder), labels=labels, upload=folder)
-            if len(labels) not in (0, outputs := version.adapter.label_count):
+            adapter = version.adapter
+            if labels and len(labels) != (outputs := label_count(adapter, self.base.model)):
                 if upload.labels:
                     raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
                 # Those of the version before name other classes.
@@ -220,6 +222,11 @@ class Registry:
     def _load(self, version: Served, hides: bool = False) -> Served:
         """Serve an adapter that is on the disk; `hides` errors that say something of other adapters."""
         self.base.check_task(version.description)
+        if self.base.has_tags and version.description.content.whole and not version.labels:
+            raise ValueError(
+                "labels: there are none, by which tokens become entities; put it with labels=, one for each output of "
+                "its head, such as O, B-NAME and I-NAME"
+            )
         try:
             with self._loading(version):
                 # It answers when it is on the disk, and after an error the one before does.

@@ -40,7 +40,7 @@ def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
         TypeError, ValueError: the folder holds no adapter, a pickled or a damaged one, or it does not fit the model.
     """
     adapter = read_adapter(folder, with_values=True)
-    ranks = _ranks(adapter)
+    ranks, heads = _ranks(adapter), adapter.head_shapes
     trained = {key: prod(shape) for key, shape in adapter.shapes.items() if not key.startswith(FIXED)}
     targets = adapter.settings.get("target_modules")
     facts: dict[str, Any] = {
@@ -52,7 +52,7 @@ def inspect(folder: Path, model: str | None = None) -> dict[str, Any]:
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "layer_count": len(ranks),
         "trained_parameters": sum(trained.values()),
-        "head_values": sum(values for key, values in trained.items() if key in adapter.head_shapes),
+        "head_values": sum(values for key, values in trained.items() if key in heads),
         "bytes": adapter.file.stat().st_size,
         "folder_bytes": sum(path.stat().st_size for path in adapter.folder.rglob("*") if path.is_file()),
     }

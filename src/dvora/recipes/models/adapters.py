@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dvora
 
+from ...adapter_file.content import head_of
 from ...adapter_file.patterns import check_expressions
 from ...adapter_file.settings import DVoRAConfig
 from ...adapter_file.values import described, errors_of
@@ -26,6 +27,7 @@ from ...adapter_file.values_file import (
     data_size,
     header_entries,
     open_values,
+    plain_key,
     read_header,
     tensors_of,
 )
@@ -42,6 +44,7 @@ from .bases import (
     model_class,
     quiet_transformers,
     set_labels,
+    without_memory,
 )
 from .hub import offline
 
@@ -110,14 +113,7 @@ class Adapter:
     @property
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of these modules' values, by name."""
-        return {key: shape for key, shape in self.shapes.items() if any(f".{head}." in key for head in self.heads)}
-
-    @property
-    def label_count(self) -> int | None:
-        """The outputs of the head that an adapter brings; None if it brings none."""
-        last = [shape for key, shape in self.head_shapes.items() if len(shape) == 2 and key.endswith("weight")]
-        # The last layer of a head of several, which has one output a label, is the smallest.
-        return min((shape[0] for shape in last), default=None)
+        return {key: shape for key, shape in self.shapes.items() if head_of(plain_key(key), self.heads)}
 
     @property
     def method(self) -> str:
@@ -260,12 +256,39 @@ def base_class(adapter: Adapter, base: str, trust: Trust) -> tuple[Any, Any]:
     config = config_of(base, trust)
     mapping = adapter.settings.get("auto_mapping") or {}
     make = model_class(config, adapter.settings.get("task_type"), mapping.get("base_model_class"))
-    if (count := adapter.label_count) is not None:
+    if adapter.heads and (count := label_count(adapter, without_memory(make, config, trust))) is not None:
+        if adapter.labels and len(adapter.labels) != count:
+            raise ValueError(
+                f"{len(adapter.labels):,} classes are on record, and the head in {adapter.file} has {count:,} outputs"
+            )
         config.num_labels = count
     set_labels(config, adapter.labels)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = _padding(base, config, trust)
     return make, config
+
+
+def label_count(adapter: Adapter, model: Any) -> int | None:
+    """The outputs of the head that an adapter brings; None if it brings none.
+
+    Args:
+        adapter: the adapter.
+        model: its base with a head of any number of outputs, which may be without memory.
+
+    Raises:
+        ValueError: with no number of outputs it has such a head.
+    """
+    shapes = {plain_key(key): shape for key, shape in adapter.head_shapes.items()}
+    here = {name: tuple(value.shape) for name, value in model.state_dict().items()} if shapes else {}
+    # What differs has a row for each output; a layer before that one may have more, fewer or as many.
+    others = {name: shape for name, shape in shapes.items() if here.get(name) != shape}
+    counts = {shape[0] for shape in others.values() if shape}
+    if len(counts) > 1 or any(name not in here or here[name][1:] != others[name][1:] for name in others):
+        raise ValueError(
+            f"{adapter.file} has a head of the shapes {others!s:.200}, and {type(model).__name__} of this base has no "
+            "such head, with any number of outputs; was it trained on another base, or for another task?"
+        )
+    return counts.pop() if counts else int(model.config.num_labels) if shapes else None
 
 
 def _padding(base: str, config: Any, trust: Trust) -> int | None:

@@ -209,12 +209,13 @@ def load_model(
     return model, {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
 
 
-def without_memory(model_class: Any, config: Any) -> nn.Module:
+def without_memory(model_class: Any, config: Any, trust: Trust = NOTHING) -> nn.Module:
     """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"), quiet_transformers():
         # The automatic classes look the class up, the others are one.
         automatic = model_class.__name__.startswith("Auto")
-        model: nn.Module = model_class.from_config(config) if automatic else model_class(config)
+        options = {"trust_remote_code": trust.code}
+        model: nn.Module = model_class.from_config(config, **options) if automatic else model_class(config)
     return model.float()
 
 
