@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,13 +14,14 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from dvora.adapter_file.packs import write_pack
+from dvora.flat import Layout
 from dvora.serve import access
 from dvora.serve.access import Allowance, Keys
 from dvora.serve.app import make_app
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import ADMIN, TOKEN, save_trained, serving
+from tests.serve.served import ADMIN, TOKEN, Alone, save_trained, serving
 
 VALUES = "adapter_model.safetensors"
 SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
@@ -247,3 +249,53 @@ def test_a_tenant_gets_nothing_of_hidden_adapters(
     answer = client.put("/v1/adapters/shop-2", content=(tmp_path / "pack").read_bytes(), headers=headers("shop"))
     assert answer.status_code == 422
     assert "proj" not in answer.text
+
+
+def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    """A vector and a file of values come without settings, to adapters of which the shop sees none."""
+    for file in adapters.glob("*/adapter_config.json"):
+        settings = json.loads(file.read_text())
+        of_tenant = {
+            **dict.fromkeys(("base_model_name_or_path", "revision"), "private"),
+            "exclude_modules": ["private"],
+            "magnitude_modules": ["private"],
+            "rank_pattern": {"private": 17},
+            "alpha_pattern": {"private": 17},
+            "target_modules": [*settings["target_modules"], "private"],
+            "strength": {"private": 0.5},
+            "dvora_dropout": 0.375,
+            "auto_mapping": {"base_model_class": "private", "parent_library": "private"},
+            "base_probes": {**settings["base_probes"], "private": [1.0]},
+        }
+        file.write_text(json.dumps(settings | of_tenant))
+    source, shop = adapters / "a1", headers("shop")
+    layout = Layout.of(source)
+    vector = layout.to_vector(source).numpy().tobytes()
+    secrets = re.compile(r"private|0\.375|17")
+    other = save_trained(llama, tmp_path / "other", 1, r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def put(client: httpx.Client, name: str, content: bytes, **query: str) -> httpx.Response:
+        return client.put(f"/v1/adapters/shop-{name}", content=content, params=query, headers=shop)
+
+    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
+        answers = [
+            put(client, "vector", vector, format="vector", layout=layout.digest),
+            put(client, "file", (source / VALUES).read_bytes()),
+            put(client, "wrong", vector[4:], format="vector"),
+            put(client, "wrong", vector, format="vector", layout="another"),
+            put(client, "wrong", (other / VALUES).read_bytes()),
+            client.get("/v1/adapters", headers=shop),
+            client.get("/v1/adapters/shop-file", headers=shop),
+        ]
+        assert [answer.status_code for answer in answers] == [201, 201, 422, 422, 422, 200, 200]
+        assert answers[0].json()["digest"] == answers[1].json()["digest"] != ""
+        stored = [file.read_text() for file in (adapters / ".served").glob("*/adapter_config.json")]
+        assert len(stored) == 2
+        for text in (*stored, *(answer.text for answer in answers)):
+            assert not secrets.search(re.sub(r"[0-9a-f]{16,}|\d+\.\d{3,}(e-\d+)?", "", text)), text
+        assert json.loads(stored[0]) == answers[5].json()["layout"]["settings"]
+        prompt = {"model": "shop-vector", "prompt": "the ", "max_tokens": 12, "temperature": 0}
+        texts = [client.post("/v1/completions", json=prompt, headers=shop).json()["choices"][0]["text"]]
+    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
+        texts.append(client.post("/v1/completions", json=prompt, headers=shop).json()["choices"][0]["text"])
+    assert texts == [Alone(llama).continued(source, "the ", 12)] * 2

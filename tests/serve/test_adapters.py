@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,32 @@ def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(
         client.put("/v1/adapters/a0", content=vector, params={"format": "vector"}, headers=ADMIN).raise_for_status()
         assert text_of(client, "a0") == text
         assert client.get("/v1/adapters/a0").json()["digest"] == digest
+
+
+def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(bert: Path, tmp_path: Path) -> None:
+    """Whatever ranks, scales and kinds of layers that has."""
+    layers = {
+        "target_modules": ["query", "key", "value"],
+        "magnitude_modules": ["dense"],
+        "exclude_modules": "pooler.*",
+    }
+    scales = {"rank_pattern": {"1.*query": 2, "value": 3}, "alpha": 0.1, "alpha_pattern": {"0.*key": 0.7}}
+    of_method = {"projection_seed": 5, "projection_init": "kaiming_uniform", "direction": "weight"}
+    source = save_classifier(bert, tmp_path / "adapters" / "first", 1, 3, rank=7, **layers, **scales, **of_method)
+    file = source / "adapter_config.json"
+    file.write_text(file.read_text().replace('"classifier"', '"classifier", "a name of nothing"'))
+    layout = dvora.flat.Layout.of(source)
+    vector, query = layout.to_vector(source).numpy().tobytes(), {"format": "vector", "layout": layout.digest}
+    with serving(bert, tmp_path / "adapters") as (client, _):
+        answer = client.put("/v1/adapters/new", content=vector, params=query, headers=ADMIN)
+        assert answer.status_code == 201
+        assert answer.json()["digest"] == client.get("/v1/adapters/first").json()["digest"]
+        settings = client.get("/v1/adapters").json()["layout"]["settings"]
+    assert settings["modules_to_save"] == ["classifier"]
+    (stored,) = (tmp_path / "adapters" / ".served").glob("*/adapter_config.json")
+    assert dvora.flat.Layout.of(stored.parent) == layout
+    model = Alone(bert).merged(source, 3)
+    torch.testing.assert_close(Alone(bert).merged(stored.parent, 3).state_dict(), model.state_dict())
 
 
 def test_what_must_not_be_replaced_is_there_or_refused(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

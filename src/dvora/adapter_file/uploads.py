@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from math import prod
 from typing import NamedTuple
@@ -29,13 +28,11 @@ class Upload(NamedTuple):
     """Of the vector, as its layout, where the client says what they have to be."""
     labels: tuple[str, ...] = ()
 
-    def files(self, like: Description | None, base: str | None) -> dict[str, bytes]:
+    def files(self, like: Description | None) -> dict[str, bytes]:
         """The files of the adapter; a ValueError, if it is none, or another one than was sent.
 
         Args:
-            like: of the adapter that it replaces, or of another one of the bank.
-            base: the name of the base model, where it replaces none: then only what all adapters of the server have in
-                common is taken.
+            like: what a vector is of, and the settings of a vector or a file of values; None: nobody can say.
         """
         if not self.is_vector and f'"{FORMAT}"'.encode() in self.body[:200]:
             return _of_pack(self.body)
@@ -44,15 +41,11 @@ class Upload(NamedTuple):
                 "there is no adapter yet whose layout a vector could have, or a file of values its settings; send a "
                 "pack of one (`dvora bank pack`)"
             )
-        settings = like.settings
-        if base is not None:
-            of_others = {"strength": 1.0, "base_model_name_or_path": base, "revision": None}
-            settings = json.dumps({**json.loads(settings), **of_others}).encode()
         if self.is_vector:
-            return {SETTINGS: settings, VALUES: self._values_of_vector(like)}
+            return {SETTINGS: like.settings, VALUES: self._values_of_vector(like)}
         if (length := header_length(self.body, len(self.body))) > LARGEST_HEADER:
             raise ValueError(f"its header has {length:,} bytes, expected at most {LARGEST_HEADER:,}")
-        return {SETTINGS: settings, VALUES: self.body}
+        return {SETTINGS: like.settings, VALUES: self.body}
 
     def _values_of_vector(self, like: Description) -> bytes:
         """The file of values whose flat vector this is, in the order of `dvora.flat.Layout`."""

@@ -134,7 +134,6 @@ def _layout(call: Call) -> dict[str, Any] | None:
         "digest": like.content.digest,
         "values": values,
         "bytes": 4 * values,
-        # Which may be a path of this machine.
-        "settings": {**json.loads(like.settings), "base_model_name_or_path": call.server.base.name},
+        "settings": json.loads(call.server.base.common_settings(like)),
         "base": like.content.to_dict()["base"],
     }

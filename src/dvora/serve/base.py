@@ -10,10 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from statistics import mode
+from typing import Any, TypeVar
 
 import torch
 
+from ..adapter_file.content import head_of
+from ..adapter_file.patterns import is_named
+from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values import Description
 from ..bank import AdapterBank, Version
 from ..bank import Batch as BankBatch
@@ -25,6 +29,7 @@ from .settings import Settings
 from .store import Served
 
 _log = logging.getLogger("dvora.serve")
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(eq=False)
@@ -111,6 +116,40 @@ class Base:
         if task != here_is:
             raise ValueError(f"its task_type is {task!r:.40}, and this server's adapters have {here_is!r}")
 
+    def common_settings(self, like: Description) -> bytes:
+        """The settings of an adapter under a new name: what all have to agree on, and nothing of a trainer's own.
+
+        Args:
+            like: of an adapter of DVoRA that is served, which whoever puts another one may not see.
+        """
+        config, content, model = like.config, like.content, type(self.model)
+        ranks = {layer.name: layer.rank for layer in content.layers if layer.rank}
+        # Patterns cannot say that there is no alpha, which is that of the rank.
+        alphas = {name: config.alpha_of(name) or float(rank) for name, rank in ranks.items()}
+        r, alpha = mode([*ranks.values()] or [1]), mode([*alphas.values()] or [1.0])
+        probes = dict(content.base)
+        heads = {head_of(part.name, config.modules_to_save) for part in content.whole}
+        common = DVoRAConfig(
+            r=r,
+            alpha=alpha,
+            rank_pattern=_pattern(ranks, r),
+            alpha_pattern=_pattern(alphas, alpha),
+            target_modules=sorted(ranks),
+            magnitude_modules=sorted(layer.name for layer in content.layers if not layer.rank) or None,
+            direction=content.settings.direction,
+            projection_seed=content.settings.projection_seed,
+            projection_init=content.settings.projection_init,
+            projection_fingerprint=content.settings.projection_fingerprint,
+            modules_to_save=sorted(filter(None, heads)) or None,
+            base_probes={layer.name: [*probes[layer.name]] for layer in content.layers if layer.name in probes},
+            base_model_name_or_path=self.name,
+            task_type=config.task_type,
+            inference_mode=True,
+        )
+        if config.task_type is None:
+            common.auto_mapping = {"base_model_class": model.__name__, "parent_library": model.__module__}
+        return json.dumps(common.to_dict()).encode()
+
     @contextmanager
     def between_passes(self) -> Iterator[None]:
         """Within it no pass runs, and none goes on in a batch from before: for hooking layers, and for freeing them."""
@@ -148,3 +187,9 @@ def open_base(settings: Settings, first: Served | None) -> Base:
         own_heads=True,
     )
     return Base(source, model, tokenizer, bank, has_own_head)
+
+
+def _pattern(values: dict[str, _Number], usual: _Number) -> dict[str, _Number]:
+    """Of layers with another value than usual; the first entry that a layer's name ends in counts."""
+    others = [name for name in values if values[name] != usual]
+    return {name: values[name] for name in sorted(values, key=len, reverse=True) if is_named(others, name)}

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import cast
 
 from ..adapter_file.uploads import Upload
@@ -158,8 +159,11 @@ class Registry:
             before = self.version(name)
             if not replaces and name in self.damaged:
                 raise _taken(name)
-            is_new = before is None or not replaces
-            folder = self.store.write(upload.files(self.like(name, Key()), self.base.name if is_new else None))
+            like = self.like(name, key) or self.like(None, Key())
+            # Nothing else may come from an adapter of another tenant, or another one of the same.
+            if like is not None and like.content.layers and (before is None or not replaces):
+                like = replace(like, settings=self.base.common_settings(like))
+            folder = self.store.write(upload.files(like))
             unused.callback(remove, folder)
             labels = upload.labels or (() if before is None else before.labels)
             if len({*labels}) < len(labels):
