@@ -87,13 +87,13 @@ def test_http_classify_of_semantic_router(bert: Path, classifiers: Path, tmp_pat
         copied(classifiers / {2: "two", 3: "three"}[len(labels)], tmp_path / "adapters" / name / "adapter")
         (tmp_path / "adapters" / name / "run.json").write_text(json.dumps({"labels": labels}))
     keys = "".join(
-        f'[{name}]\nsha256 = "{sha256(name.encode()).hexdigest()}"\nadapters = ["{name}"]\n'
+        f'[{name}]\nsha256 = "{sha256(f"key of {name}".encode()).hexdigest()}"\nadapters = ["{name}"]\n'
         for name in ("domain", "guard")
     )
     (tmp_path / "keys.toml").write_text(keys)
     with serving(bert, tmp_path / "adapters", keys=tmp_path / "keys.toml") as (client, _):
         for name, labels in {"domain": {"code", "law"}, "guard": {"benign", "jailbreak", "spam"}}.items():
-            headers = {"Accept": "application/json", "Authorization": f"Bearer {name}"}
+            headers = {"Accept": "application/json", "Authorization": f"Bearer key of {name}"}
             answer = client.post("/classify", json={"inputs": TEXTS[1]}, headers=headers)
             assert answer.status_code == 200
             scores = answer.json()
