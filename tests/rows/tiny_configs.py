@@ -39,6 +39,11 @@ def kinds() -> list[str]:
     return sorted(CONFIG_MAPPING.keys())
 
 
+def family_of(kind: str) -> str:
+    """The folder of its files in transformers."""
+    return str(CONFIG_MAPPING[kind].__module__.split(".")[2])
+
+
 def tiny(kind: str) -> nn.Module:
     """The model of a type, in a size for tests, whose rows are what they are alone.
 
