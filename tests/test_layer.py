@@ -164,6 +164,33 @@ def test_every_computation_gives_the_same(
         assert all(worst_error(other, thin.double()) < TOLERANCE[dtype] for other in others)
 
 
+@pytest.mark.parametrize("way", [*WAYS, None])
+@pytest.mark.parametrize("rank", [RANK, IN, IN + 4])
+@given(
+    settings=options,
+    dtype=st.sampled_from([*TOLERANCE, torch.bfloat16]),
+    autocast=st.booleans(),
+    shape=st.sampled_from([(0, IN), (0, 3, IN), (3, 0, IN), (2, 0, 3, IN)]),
+)
+def test_no_tokens_have_outputs_and_gradients_as_in_a_linear_layer(
+    way: str | None, rank: int, settings: dict[str, Any], dtype: torch.dtype, autocast: bool, shape: tuple[int, ...]
+) -> None:
+    layer = trained_layer(IN, OUT, rank, dtype=dtype, **settings)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if way is not None:
+            patch.setattr(forward, "computation", lambda *_: way)
+        y, expected = layer(x), layer.base_layer(x)
+        with torch.no_grad():
+            evaluated = layer.eval()(x)
+    for outputs in (y, evaluated):
+        assert (outputs.shape, outputs.dtype) == (expected.shape, expected.dtype)
+    found = gradients(layer, y, x, torch.ones_like(y))
+    assert found.pop("x").shape == shape
+    assert len(found) == 3
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found.values())
+
+
 @every_way
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, None], ids=str)
 @given(settings=options, bias=st.booleans())

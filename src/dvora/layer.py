@@ -279,10 +279,10 @@ class _Updated(torch.autograd.Function):
             d_x = dy @ as_dtype(updated, dy.dtype)
         d_bias = None if bias is None or (z is None and not needed[6]) else rows.sum(0, dtype=m.dtype)
         if z is None:
-            G = as_dtype(rows.T @ x.reshape(len(rows), -1), m.dtype)
+            G = as_dtype(rows.T @ x.reshape(-1, x.shape[-1]), m.dtype)
             d_g, d_scale, d_update = vecdot(G, weight), vecdot(G, update), G * scale[:, None]
         else:
-            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(len(rows), -1), m.dtype)
+            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
             products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
             d_scale, d_d = products @ lambda_d, scale @ products
             d_g = _column_dots(rows, y.reshape(rows.shape), m.dtype)

@@ -96,6 +96,23 @@ def test_every_convolution_is_the_dense_one(
     assert worst_difference(model(x), DenseModel(base, model)(x)) < 1e-10
 
 
+@pytest.mark.parametrize("rank", [4, 400])
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_of_no_rows_has_outputs_and_gradients_as_in_the_base(name: str, rank: int) -> None:
+    x = CASES[name].inputs()[:0]
+    expected, model = CASES[name].base()(x), get_peft_model(CASES[name].base(), CASES[name].config(r=rank))
+    y = model(x)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    # Of a mixture no expert runs.
+    if y.requires_grad:
+        y.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert bool(gradients) == y.requires_grad
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+    with torch.no_grad():
+        assert model.eval()(x).shape == model(x, adapter_names=[]).shape == expected.shape
+
+
 def test_channels_last_stays_channels_last_and_starts_as_the_base() -> None:
     base = CASES["Conv2d"].base().to(memory_format=torch.channels_last)
     x = CASES["Conv2d"].inputs().to(memory_format=torch.channels_last)

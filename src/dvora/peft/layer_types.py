@@ -68,13 +68,13 @@ def convolve(
         # Groups become batch entries, since all have the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
         positions = z.shape[2:]
-        z = z.reshape(batch.shape[0], groups, adapted.rank, -1)
+        z = z.reshape(batch.shape[0], groups, adapted.rank, *positions).flatten(3)
         if by_row:
             z = z * lambda_d.to(z.dtype).view(-1, 1, adapted.rank, 1)
         else:
             B = B * lambda_d.to(B.dtype)
         product = B.view(groups, -1, adapted.rank) @ z
-        product = product.view(batch.shape[0], -1, *positions).movedim(1, -1)
+        product = product.view(batch.shape[0], len(B), *positions).movedim(1, -1)
     else:
         # The rank exceeds the kernel's size (depthwise, pointwise): one convolution with B A costs less.
         product = _convolution(layer, batch, ((B * lambda_d.to(B.dtype)) @ A).view(-1, *kernel), groups).movedim(1, -1)
