@@ -247,6 +247,27 @@ def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torc
         assert torch.equal(gradient, found[1][name]), name
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("way", ["folded", "formed"])
+@given(ratio=st.sampled_from([0.0, 1.0, 30.0, 1e2, 1e4]), size=st.sampled_from([1.0, 1e-2]), settings=options)
+def test_outputs_far_below_their_bias_have_an_exact_gradient_of_the_magnitude(
+    way: str, half: torch.dtype | None, ratio: float, size: float, settings: dict[str, Any]
+) -> None:
+    layer, x = layer_for(way, **settings), size * inputs(way)
+    tolerance = 3 * ROUNDING[half] if half else 2e-4
+    # A small bias first: what was measured with it is not kept for another one.
+    for bias in (0.0, ratio * size):
+        with torch.no_grad():
+            layer.base_layer.bias[:4] = bias
+        outputs = DenseDVoRA.of(layer)(x).detach() - layer.base_layer.bias
+        d = outputs.float() / size
+        with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+            y = layer(x)
+        (found,) = torch.autograd.grad(y, [layer.magnitude], d.to(y.dtype))
+        expected = DenseDVoRA.of(layer).gradients(x, d)["magnitude"]
+        assert float(((found - expected) / expected).abs().max()) < tolerance
+
+
 @pytest.mark.parametrize("rank", [RANK, IN + 4], ids=["folded", "formed"])
 def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> None:
     layer, eye = trained_layer(IN, OUT, rank, bias=False), torch.eye(IN).repeat(8, 1)

@@ -69,6 +69,7 @@ from .tensors import (
     is_traced,
     local,
     saved_tensors_are_hooked,
+    version_of,
     without_autocast,
 )
 from .weight import AdaptedWeight
@@ -81,6 +82,8 @@ FEW_TOKENS = 64
 """An evaluation of fewer tokens is thin, in small layers too, where the time is that of launches."""
 SMALLEST_GAIN = 1e-2
 """Layers with smaller gains are formed, not folded: what their gradient is divided by would have too few digits."""
+_COMPARED = 16
+"""Tokens by which outputs are compared with the bias that is taken off them."""
 _PART = 2**16
 """Values that are multiplied at a time where their products are only summed."""
 _FEW_VALUES = 2**17
@@ -250,6 +253,9 @@ class _Updated(torch.autograd.Function):
                 gain, scale = factors.weakened(strength)
             updated = as_dtype(_updated_weight(weight, adapted, lambda_d, gain, scale, update), x.dtype)
         y = linear(x, updated, bias)
+        # As for a tiny gain; now the backward pass alone is that of a formed layer.
+        if z is not None and bias is not None and _is_far_below(y, bias, adapted, ctx.needs_input_grad[6]):
+            z = None
         ctx.adapted, ctx.strength = adapted, strength
         # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
         large = updated.numel() > (x.numel() if z is not None else max(x.numel(), y.numel()))
@@ -322,6 +328,22 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             "(for example by nn.ReLU(inplace=True)); let the next operation make a new tensor"
         ) from error
     return saved
+
+
+def _is_far_below(
+    y: Float[Tensor, "*T O"], bias: Float[Tensor, "O"], adapted: AdaptedWeight, bias_is_trained: bool
+) -> bool:
+    """Whether some outputs have half of their digits or fewer beside their bias: too few for `y - bias`.
+
+    Measured once, by a few tokens: it costs as much as a small product, and on other devices than CPUs synchronises.
+    """
+    key = y.dtype, None if bias_is_trained else version_of(bias)
+    if y.numel() and (adapted.below_bias is None or adapted.below_bias[0] != key):
+        rows, zero_rows = y.reshape(-1, len(bias)), adapted.row_constants.zero_rows
+        size = (rows[:: len(rows) // _COMPARED + 1] - bias).abs().mean(0)
+        far = size < torch.finfo(y.dtype).eps ** 0.5 * bias.abs()
+        adapted.below_bias = key, bool((far if zero_rows is None else far & ~zero_rows).any())
+    return adapted.below_bias is not None and adapted.below_bias[1]
 
 
 def _column_dots(first: Float[Tensor, "T O"], second: Float[Tensor, "T O"], dtype: torch.dtype) -> Float[Tensor, "O"]:

@@ -191,6 +191,8 @@ class AdaptedWeight(nn.Module):
         self.has_zero_rows = True
         self.kept: tuple[object, Any, list[Tensor]] | None = None
         """Of the last evaluation: what its row factors belong to, they themselves, and their vectors (`factors`)."""
+        self.below_bias: tuple[object, bool] | None = None
+        """Of the last dtype and bias that were trained with, whether rows are too far below the bias to be folded."""
         self._row_constants: RowConstants | None = None
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""
@@ -398,7 +400,7 @@ class AdaptedWeight(nn.Module):
         # Past the registration of modules: it is looked up in every pass, and registered with the projections.
         vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
         self.w, self.C, self.shard, self.weight_version = w, C, shard, version
-        self.kept = self._row_constants = None
+        self.kept = self.below_bias = self._row_constants = None
         self._traced_version = torch.tensor([version.address, version.version], device="cpu")
         self._weight = weakref.ref(weight)
 
@@ -463,8 +465,8 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("kept", "_row_constants", "weight_version", "_sample", "_weight", "shard", "_traced_version")
-        return {**self.__dict__, **dict.fromkeys(derived)}
+        derived = ("kept", "below_bias", "_row_constants", "weight_version", "_sample", "_weight", "shard")
+        return {**self.__dict__, **dict.fromkeys(derived), "_traced_version": None}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
