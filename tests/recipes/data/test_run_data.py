@@ -77,6 +77,11 @@ def test_rows_of_held_out_files_are_in_no_other_part(tmp_path: Path, part: str) 
         (["text,label", "a,1", "b,2"], {"text_column": "label", "label_column": "label"}, "two columns have one name"),
         (["text,rating", "a,1", "b,good"], {"task": "regression"}, "row 2: the label 'good' is not a number"),
         (["text,rating", "a,1", "b,inf"], {"task": "regression"}, "row 2: the label 'inf' is not finite"),
+        (
+            ["text,rating", "a,1", "b,-1e30"],
+            {"task": "regression"},
+            "row 2: the label '-1e30' is beyond 1,000,000,000, too large to train with; divide the column",
+        ),
     ],
 )
 def test_bad_data_is_reported_with_its_place(
@@ -157,6 +162,39 @@ def test_an_invalid_chat_is_reported_with_its_row(tmp_path: Path, messages: list
         file.write("\n" + json.dumps({"messages": messages}))
     with pytest.raises(ValueError, match=rf"a\.jsonl, row 41: .*{message}"):
         load(path, "causal-lm")
+
+
+def test_an_integer_beyond_all_floats_is_no_number_to_train_with(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "rating": 1}}\n{{"text": "b", "rating": 1{"0" * 400}}}')
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: the label 10+ is not finite"):
+        load(tmp_path / "a.jsonl", "regression")
+
+
+HALF = "\udc00"
+HALVED = {
+    "text-classification": {"text": "a", "label": HALF},
+    "regression": {"text": f"b{HALF}", "label": 1.5},
+    "sentence-pairs": {"text1": "a", "text2": HALF, "label": "x"},
+    "token-classification": {"text": "abc", "entities": [{"start": 0, "end": 1, "label": HALF}]},
+    "causal-lm": {"messages": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "a"}]},
+}
+
+
+@pytest.mark.parametrize("task", HALVED)
+def test_half_a_character_is_refused_with_its_row_in_every_task(tmp_path: Path, task: str) -> None:
+    row = HALVED[task]
+    (tmp_path / "a.jsonl").write_text(json.dumps(json.loads(json.dumps(row).replace("\\udc00", "x"))) + "\n")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps(row))
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: column '\w+' holds '\\udc00', half of .*remove it"):
+        load(tmp_path / "a.jsonl", task)
+
+
+def test_the_name_of_a_class_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = tiny_data.images(tmp_path / "squares")
+    (folder / "dark").rename(folder / "d\udcff")
+    with pytest.raises(ValueError, match=r"squares: the folder 'd\\udcff' has a name that is no UTF-8 text; rename it"):
+        load(folder, "image-classification")
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dvora.recipes.data.tables import stream_table
+from dvora.recipes.data.tables import read_text, stream_table
 
 CELLS = [
     {"text": "schön, „gut“", "label": "ja"},
@@ -90,6 +90,13 @@ def test_what_is_not_utf_8_is_told_or_read_as_it_is_said_to_be(tmp_path: Path) -
         ("a.jsonl", '{"a": 1}\n[1]\n', "row 2: expected an object"),
         ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', "row 1: two columns have the name 'a'"),
         ("a.jsonl", "[" * 100_000, "row 1: maximum recursion depth"),
+        (
+            "a.jsonl",
+            '{"a": "\\ud83d\\ude00"}\n{"a": "b \\ud83d"}',
+            r"row 2: column 'a' holds '\\ud83d', half of a char",
+        ),
+        ("a.jsonl", '{"a": 1}\n{"\\ud83d": 1}', r"row 2: column '\\ud83d' holds '\\ud83d', half of a character"),
+        ("a.json", '[{"a": 1}, {"a": [{"b": "\\ude00"}]}]', r"row 2: column 'a' holds '\\ude00', half of a character"),
         ("a.json", '{"a": 1}', "expected a list of rows"),
         ("a.json", "[]", "has no rows"),
         ("a.parquet", "text", "row 1: Parquet"),
@@ -102,6 +109,15 @@ def test_a_damaged_file_is_reported_with_its_row(tmp_path: Path, name: str, cont
         read(written(tmp_path, name, content))
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
+def test_an_encoding_that_has_half_a_character_is_refused_with_its_row(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, b"text\nb\n+2AA-")
+    with pytest.raises(ValueError, match=rf"{name}, row {3 - (name != 'a.txt')}: column 'text' holds '\\ud800', half"):
+        read(path, "utf-7")
+    with pytest.raises(ValueError, match=rf"{name}: column 'text' holds '\\ud800', half"):
+        read_text(path, "utf-7", str)
 
 
 def test_a_field_of_megabytes_is_read(tmp_path: Path) -> None:

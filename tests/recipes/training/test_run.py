@@ -14,7 +14,7 @@ import torch
 
 import dvora.recipes
 from dvora import AdapterBank
-from dvora.recipes.data.run_data import load_data
+from dvora.recipes.data.run_data import LARGEST, load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import HEAD_ALONE, HEAD_AT_START, read_run
@@ -86,6 +86,16 @@ def test_chats_are_trained_on_and_compared_with_the_base(models: dict[str, Path]
     assert metrics["test"]["bits_per_byte"] > 0
     assert metrics["test"]["loss"] < metrics["test_before_training"]["loss"]
     assert metrics["test"]["perplexity"] == pytest.approx(torch.tensor(metrics["test"]["loss"]).exp().item(), rel=1e-5)
+
+
+def test_the_largest_numbers_are_trained_on(models: dict[str, Path], tmp_path: Path) -> None:
+    run = Run(models, tmp_path, "regression")
+    head, *rows = [line.rsplit(",", 1) for line in run.data.read_text().splitlines()]
+    most = max(float(rating) for _, rating in rows)
+    lines = [f"{text},{float(rating) / most * LARGEST}" for text, rating in rows]
+    run.data.write_text("\n".join([",".join(head), *lines]))
+    metrics = finished(run.settings("out", epochs=4)).record["metrics"]
+    assert metrics["test"]["rmse"] < 0.99 * metrics["test_head_alone"]["rmse"]
 
 
 @pytest.mark.parametrize("method", ["dvora", "lora"])

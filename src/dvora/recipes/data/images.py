@@ -23,7 +23,7 @@ def labelled_images(folder: Path) -> list[tuple[Path, str]]:
     """The images in a folder, each with the class that their folder in it names.
 
     Raises:
-        ValueError: there are none, or the folders are parts of a split.
+        ValueError: there are none, or the folders are parts of a split, or one's name is no text.
     """
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if parts := sorted({path.name for path in classes} & PARTS):
@@ -31,6 +31,8 @@ def labelled_images(folder: Path) -> list[tuple[Path, str]]:
             f"{folder} holds {', '.join(parts)}, which are parts, not classes: give them one by one, as in data: "
             f"{folder / parts[0]}, test_data: {folder / parts[-1]}"
         )
+    if broken := [path for path in classes if path.name != path.name.encode(errors="ignore").decode()]:
+        raise ValueError(f"{folder}: the folder {broken[0].name!r} has a name that is no UTF-8 text; rename it")
     images = [(image, path.name) for path in classes for image in _images(path)]
     if not images:
         raise ValueError(f"{folder} holds no folders with images ({', '.join(sorted(SUFFIXES))})")

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ Parts = dict[str, list[Example]]
 SMALLEST = 2
 MANY = 20
 """Classes, or different numbers, from which on a column looks like another kind of column."""
+LARGEST = 1e9
+"""Of a label that is a number: gradients grow with its square, and what clips them squares them, up to 3e38."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
                 example.row["label"] = tuple(one._replace(label=indices[f"B-{one.label}"]) for one in label)
                 continue
             example.row["label"] = indices[_class_name(label)] if labels else _number(label)
+            if not labels and abs(example.row["label"]) > LARGEST:
+                raise ValueError(f"{label!r} is beyond {LARGEST:,.0f}, too large to train with; divide the column")
         except KeyError as error:
             name = str(error.args[0]).removeprefix("B-") if isinstance(label, tuple) else label
             raise ValueError(f"{example.place}: the class {name!r} does not occur in the training data") from None
@@ -162,6 +166,8 @@ def _number(value: Any) -> float:
         label = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{value!r} is not a number") from None
+    except OverflowError:
+        label = inf
     if not isfinite(label):
         raise ValueError(f"{value!r} is not finite")
     return label

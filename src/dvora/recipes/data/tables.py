@@ -48,7 +48,7 @@ def stream_table(path: Path, encoding: str | None, note: Note, suffix: str | Non
     check_no_device(path)
     number = 0
     try:
-        for number, row in enumerate(_READERS[suffix](path, encoding, note), start=1):
+        for number, row in enumerate(map(_whole_characters, _READERS[suffix](path, encoding, note)), start=1):
             yield f"{path}, row {number}", row
     except (ValueError, LookupError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}, row {number + 1}: {error}") from None
@@ -85,9 +85,27 @@ def read_text(path: Path, encoding: str | None, note: Note) -> str:
     """
     try:
         with opened_text(path, encoding, note) as file:
-            return file.read()
+            return str(_whole_characters({"text": file.read()})["text"])
     except (ValueError, LookupError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _whole_characters(row: Row) -> Row:
+    r"""A row, if it can be written as UTF-8, as tokenizers and files need it: JSON may have half of a "\ud83d\ude00".
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"column {name!r} holds {half!r}, half of a character (a surrogate without its pair), which cannot be "
+                "read as text; put in the whole character, or remove it"
+            ) from None
+    return row
 
 
 def _guessed_encoding(path: Path, note: Note) -> str:
