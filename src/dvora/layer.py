@@ -69,7 +69,6 @@ from .tensors import (
     is_traced,
     local,
     saved_tensors_are_hooked,
-    version_of,
     without_autocast,
 )
 from .weight import AdaptedWeight
@@ -253,9 +252,13 @@ class _Updated(torch.autograd.Function):
                 gain, scale = factors.weakened(strength)
             updated = as_dtype(_updated_weight(weight, adapted, lambda_d, gain, scale, update), x.dtype)
         y = linear(x, updated, bias)
-        # As for a tiny gain; now the backward pass alone is that of a formed layer.
-        if z is not None and bias is not None and _is_far_below(y, bias, adapted, ctx.needs_input_grad[6]):
-            z = None
+        if z is not None and bias is not None and y.numel():
+            # Asked once: it takes as long as a small product, and synchronises. A trained bias is as its first values.
+            key = y.dtype, None if ctx.needs_input_grad[6] else bias._version
+            if adapted.below_bias is None or adapted.below_bias[0] != key:
+                adapted.below_bias = key, _are_far_below(y, bias, constants.zero_rows)
+            # `y - bias` would have too few digits for the gradient of m: the backward pass is that of a formed layer.
+            z = None if adapted.below_bias[1] else z
         ctx.adapted, ctx.strength = adapted, strength
         # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
         large = updated.numel() > (x.numel() if z is not None else max(x.numel(), y.numel()))
@@ -330,20 +333,12 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return saved
 
 
-def _is_far_below(
-    y: Float[Tensor, "*T O"], bias: Float[Tensor, "O"], adapted: AdaptedWeight, bias_is_trained: bool
-) -> bool:
-    """Whether some outputs have half of their digits or fewer beside their bias: too few for `y - bias`.
-
-    Measured once, by a few tokens: it costs as much as a small product, and on other devices than CPUs synchronises.
-    """
-    key = y.dtype, None if bias_is_trained else version_of(bias)
-    if y.numel() and (adapted.below_bias is None or adapted.below_bias[0] != key):
-        rows, zero_rows = y.reshape(-1, len(bias)), adapted.row_constants.zero_rows
-        size = (rows[:: len(rows) // _COMPARED + 1] - bias).abs().mean(0)
-        far = size < torch.finfo(y.dtype).eps ** 0.5 * bias.abs()
-        adapted.below_bias = key, bool((far if zero_rows is None else far & ~zero_rows).any())
-    return adapted.below_bias is not None and adapted.below_bias[1]
+def _are_far_below(y: Float[Tensor, "*T O"], bias: Float[Tensor, "O"], zero_rows: Tensor | None) -> bool:
+    """Whether some outputs have half of their digits or fewer beside their bias, by a few tokens."""
+    rows = y.reshape(-1, len(bias))
+    size = (rows[:: len(rows) // _COMPARED + 1] - bias).abs().mean(0)
+    far = size < torch.finfo(y.dtype).eps ** 0.5 * bias.abs()
+    return bool((far if zero_rows is None else far & ~zero_rows).any())
 
 
 def _column_dots(first: Float[Tensor, "T O"], second: Float[Tensor, "T O"], dtype: torch.dtype) -> Float[Tensor, "O"]:

@@ -465,8 +465,8 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("kept", "below_bias", "_row_constants", "weight_version", "_sample", "_weight", "shard")
-        return {**self.__dict__, **dict.fromkeys(derived), "_traced_version": None}
+        derived = ("kept", "_row_constants", "weight_version", "_sample", "_weight", "shard", "_traced_version")
+        return {**self.__dict__, **dict.fromkeys(derived)}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

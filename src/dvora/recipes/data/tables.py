@@ -91,19 +91,14 @@ def read_text(path: Path, encoding: str | None, note: Note) -> str:
 
 
 def _whole_characters(row: Row) -> Row:
-    r"""A row, if it can be written as UTF-8, as tokenizers and files need it: JSON may have half of a "\ud83d\ude00".
-
-    Raises:
-        ValueError: it cannot.
-    """
+    r"""A row that can be written as UTF-8, as tokenizers and files need it: JSON may have half of a "\ud83d\ude00"."""
     for name, value in row.items():
         try:
             json.dumps([name, value], ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            half = error.object[error.start]
             raise ValueError(
-                f"column {name!r} holds {half!r}, half of a character (a surrogate without its pair), which cannot be "
-                "read as text; put in the whole character, or remove it"
+                f"column {name!r} holds {error.object[error.start]!r}, half of a character (a surrogate alone), which "
+                "cannot be read as text; put in the whole character, or remove it"
             ) from None
     return row
 
