@@ -85,8 +85,8 @@ gguf:  ## a merged model through llama.cpp's converter and runtime
 conformance: setup  ## PEFT's own tests on DVoRA; ARGS="test_config.py -k pickle" for a part, ARGS=--record to record the counts
 	$(PY) -m conformance $(ARGS)
 
-fuzz: setup  ## the long runs: histories of models and of banks, every damaged adapter folder, 164 kills of commands, 10,000 requests
-	$(PY) -m pytest --fuzz tests/histories tests/bank tests/peft/test_hostile_folders.py tests/hardening tests/serve
+fuzz: setup  ## the long runs: histories of models and of banks, every model of transformers, every damaged adapter folder, 164 kills of commands, 10,000 requests
+	$(PY) -m pytest --fuzz tests/histories tests/rows tests/bank tests/peft/test_hostile_folders.py tests/hardening tests/serve
 
 lint: setup
 	$(PY) -m ruff check .

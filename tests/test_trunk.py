@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -201,8 +203,8 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(40, 4), nn.Linear(4, 3)
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.embedding, self.head = nn.Embedding(40, 16), nn.Linear(16, 3)
+        self.layers = bert().bert.encoder.layer
         self.layers[0].requires_grad_(False)
         self.embedding.requires_grad_(False)
 
@@ -212,6 +214,12 @@ class Skipping(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x + embedded)
+
+
+def mixing() -> nn.Module:
+    """Whose convolutions carry padding into a text, so that its states depend on the batch that it comes in."""
+    config = ConvBertConfig(**COMMON, **WIDE, embedding_size=16, conv_kernel_size=3)
+    return adapted(lambda: ConvBertForSequenceClassification(config))
 
 
 def without_blocks() -> nn.Module:
@@ -238,8 +246,9 @@ def compiled() -> nn.Module:
         (checkpointed, "gradient checkpointing"),
         (compiled, "compiled"),
         (lambda: nn.DataParallel(adapted(bert)), "several devices"),
+        (mixing, "nobody knows whether a text in a ConvBertLayer depends on others in its batch"),
     ],
-    ids=["no blocks", "all blocks", "checkpointed", "compiled", "parallel"],
+    ids=["no blocks", "all blocks", "checkpointed", "compiled", "parallel", "mixing"],
 )
 def test_where_nothing_can_be_cached_one_line_says_why(make: Callable[[], nn.Module], reason: str) -> None:
     notes, model = list[str](), make()

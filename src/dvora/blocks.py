@@ -21,6 +21,7 @@ KNOWN = {
     "gemma": "GemmaDecoderLayer",
     "gemma2": "Gemma2DecoderLayer",
     "gemma3": "Gemma3DecoderLayer",
+    "gpt2": "GPT2Block",
     "llama": "LlamaDecoderLayer",
     "mistral": "MistralDecoderLayer",
     "modernbert": "ModernBertEncoderLayer",
@@ -40,8 +41,8 @@ ROWS_FIRST = frozenset(
     (
         *KNOWN,
         *("albert", "bart", "blenderbot", "bloom", "codegen", "cohere", "convbert", "deberta", "deberta_v2", "ernie"),
-        *("falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "longformer", "m2m_100", "marian"),
-        *("mbart", "mobilebert", "mpt", "mt5", "olmo", "olmo2", "opt", "pegasus", "phi", "roformer", "squeezebert"),
+        *("falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "m2m_100", "marian"),
+        *("mbart", "mobilebert", "mpt", "mt5", "olmo", "olmo2", "pegasus", "phi", "roformer", "squeezebert"),
         *("stablelm", "starcoder2", "t5", "umt5", "xglm", "xlm"),
     )
 )
@@ -52,7 +53,7 @@ BY_ROW = frozenset(("attention_mask", "position_bias", "position_embeddings", "p
 With any other argument a block is none that is known: a cache of keys, or the states of an encoder.
 """
 
-_PLAIN = "torch.nn.modules."
+_PLAIN, _PARTS = "torch.nn.modules.", ("transformers.activations", "transformers.pytorch_utils")
 
 
 def block_lists(model: nn.Module, heads: Sequence[str] = ()) -> list[tuple[str, nn.ModuleList]]:
@@ -83,6 +84,16 @@ def with_rows_first(model: nn.Module) -> set[nn.Module]:
     return found
 
 
+def are_known(blocks: nn.ModuleList) -> bool:
+    """Whether blocks are known by their types, and all that is in them by its own."""
+    file = _file_of(blocks[0])
+    known = getattr(sys.modules[file], KNOWN.get(_family(blocks[0]), ""), None)
+    if {*map(type, blocks)} != {known}:
+        return False
+    others = {_file_of(module) for block in blocks for module in block.modules()} - {file, *_PARTS}
+    return all(other.startswith(_PLAIN) for other in others)
+
+
 def _file_of(module: nn.Module) -> str:
     """The file that a module's type is of, as a name for imports."""
     return type(module).__module__
@@ -94,22 +105,16 @@ def _family(module: nn.Module) -> str:
     return family if _file_of(module) == f"transformers.models.{family}.modeling_{family}" else ""
 
 
-def _is_of(module: nn.Module, file: str) -> bool:
-    """Whether a module does what its type does, which is PyTorch's or of a file of transformers."""
-    plain = _file_of(module) in (file, "transformers.activations") or _file_of(module).startswith(_PLAIN)
-    return plain and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
-
-
 def _is_known(parent: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Whether all modules in blocks are of transformers and as they were made, as that is which calls them."""
-    file = _file_of(blocks[0])
-    known = getattr(sys.modules[file], KNOWN.get(_family(blocks[0]), ""), None)
-    if {*map(type, blocks)} != {known}:
-        return False
+    """Whether blocks are known and as they were made, as what calls them is."""
     values = [*blocks.parameters(), *blocks.buffers()]
     return (
-        _file_of(parent) == file
+        are_known(blocks)
+        and _file_of(parent) == _file_of(blocks[0])
         and "forward" not in vars(parent)
-        and all(_is_of(module, file) for module in blocks.modules())
         and all(type(value) in (Tensor, nn.Parameter) for value in values)
+        and not any(
+            "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+            for module in blocks.modules()
+        )
     )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .blocks import block_lists
+from .blocks import are_known, block_lists
 from .tensors import Float, autocast_dtype, replace_forward
 
 __all__ = ["Trunk", "cached_trunk", "frozen_blocks"]
@@ -44,7 +44,8 @@ def cached_trunk(
 
     Later passes begin with what enters that block, cached for each text without padding. It is computed in evaluation
     mode: there is no dropout before that block. Other than that the outputs are the model's own, which is checked with
-    the first batch. Weights of the trunk must not change meanwhile.
+    the first batch. Blocks have to be known ones of transformers (`dvora.blocks`), and weights of the trunk must not
+    change meanwhile.
 
     Args:
         model: on one device, called by one process with tensors of B rows (`input_ids`, `attention_mask`, ...). Calls
@@ -77,7 +78,11 @@ def _obstacle(model: nn.Module) -> str:
         return "gradient checkpointing computes blocks twice"
     if len(names) != 1:
         return f"the model has {len(names)} lists of blocks ({', '.join(names) or 'none'}), where one was expected"
-    return "" if frozen_blocks(model) else "no block comes before the first that is trained"
+    if not (frozen := frozen_blocks(model)):
+        return "no block comes before the first that is trained"
+    block = block_lists(model)[0][1][0]
+    known = are_known(block_lists(model)[0][1][:frozen])
+    return "" if known else f"nobody knows whether a text in a {type(block).__name__} depends on others in its batch"
 
 
 class Trunk:
