@@ -16,11 +16,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     ViTForImageClassification,
 )
 
 import dvora
+from dvora.rows import shared as shared_module
 from dvora.rows.shared import Groups, equal_rows
 from tests.peft.tiny import VOCABULARY, llama, train_vectors
 from tests.rows.products import Products
@@ -228,7 +230,7 @@ class Scaled(nn.Module):
         self.linear = nn.Linear(32, 32)
 
     def forward(self, x: Tensor, lengths: list[float]) -> Tensor:
-        return self.linear(x) * torch.tensor(lengths)[:, None, None]
+        return self.linear(x) * torch.tensor(lengths[: len(x)])[:, None, None]
 
 
 class ListedTwice(nn.Module):
@@ -345,3 +347,49 @@ def test_rows_of_equal_sums_are_compared() -> None:
     x = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
     assert equal_rows(x) == [0, 1, 0]
     assert equal_rows(x[:1]) is None
+
+
+def test_as_many_images_as_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DINOv3's rotary positions have an entry a patch, and none a row."""
+
+    def base() -> nn.Module:
+        sizes = {"image_size": 12, "patch_size": 4, "num_register_tokens": 0, "hidden_size": 32}
+        config = AutoConfig.for_model(
+            "dinov3_vit", **sizes, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModel.from_config(config).eval().requires_grad_(False)
+
+    monkeypatch.setattr(shared_module, "PORTION", 2 * 10 * 32)
+    check_alone(base, "q_proj", "pixel_values", torch.randn(9, 3, 12, 12), tmp_path)
+
+
+def test_blocks_whose_arguments_have_a_row_for_each_head(tmp_path: Path) -> None:
+    """Bloom's positions."""
+
+    def base() -> nn.Module:
+        config = AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+        config.use_cache = False
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModel.from_config(config).eval().requires_grad_(False)
+
+    check_alone(base, "query_key_value", "input_ids", torch.arange(3, 12).repeat(4, 1), tmp_path)
+
+
+def check_alone(base: Callable[[], nn.Module], target: str, argument: str, inputs: Tensor, folder: Path) -> None:
+    """Compare rows of an adapter and of the base with each by itself."""
+    adapted = get_peft_model(base(), dvora.DVoRAConfig(r=4, target_modules=rf".*\.1\..*{target}"))
+    train_vectors(adapted)
+    adapted.save_pretrained(folder)
+    model, names = base(), (["a", None] * len(inputs))[: len(inputs)]
+    with dvora.AdapterBank(model) as bank, torch.inference_mode():
+        bank.add("a", folder)
+        alone = []
+        for row, name in enumerate(names):
+            with bank.rows([name]):
+                alone.append(model(**{argument: inputs[row : row + 1]}).last_hidden_state)
+        with bank.rows(names):
+            found = model(**{argument: inputs}).last_hidden_state
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
