@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.methods import peft_config
 from benchmarks.parts import with_parts
 from benchmarks.quality.grid import Arm, Rates
+from benchmarks.quality.grouped import with_groups
 
 SEEDED = ("vera_A", "vera_B", "randlora_A", "randlora_B", "shira_indices", "tinylora_A", "tinylora_B", "tinylora_P")
 """Parts of the names of tensors that PEFT saves though they come from a seed, or (TinyLoRA's A and B) from the base."""
@@ -36,6 +37,8 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
         return backbone
     if arm.method == "parts":
         return with_parts(backbone, rank=arm.r or 0, seed=seed, **arm.options)
+    if arm.method == "grouped":
+        return with_groups(backbone, rank=arm.r or 0, seed=seed, **arm.options)
     targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
     if arm.method == "magnitude":
         targets = f"{layers['attention']}|{layers['feed_forward']}"

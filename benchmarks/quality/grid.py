@@ -43,12 +43,12 @@ class Arm:
     """A method with its settings.
 
     Args:
-        method: of `FIXED` or `methods.METHODS`, "full", "bitfit" or "parts".
+        method: of `FIXED` or `methods.METHODS`, "full", "bitfit", "parts" or "grouped".
         r: rank of the update, for methods that have one.
         layers: a name under `layers` in the grid, or "all".
         options: further fields of the method's configuration.
         magnitude: whether there is a magnitude with a rate of its own.
-        rates: of the adapter, that are tried first; without them those of `tuned_as` are taken.
+        rates: of the adapter, that are tried first, or the only one; without them those of `tuned_as` are taken.
         rate: of the adapter, where it is not tuned.
         tuned_as: the arm whose tuned rates this one takes, times `rate_factor`.
         base: float32, quantised as nf4, or fine_tuned before.
@@ -58,7 +58,7 @@ class Arm:
         schedule: how the rates fall after the warm-up.
         steps_factor: trains so many times as long as the task's other arms, in trials too.
         steps: by task, where they are no multiple.
-        tasks, seeds: None: all.
+        tasks, seeds: None: all. Without final seeds an arm is only tried.
     """
 
     method: str
@@ -137,7 +137,8 @@ class Grid:
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
         """The final seeds of an arm."""
-        return self.arms[name].seeds or tuple(self.training["final_seeds"])
+        seeds = self.arms[name].seeds
+        return tuple(self.training["final_seeds"]) if seeds is None else seeds
 
     def waiting(self, rows: Rows, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[Run]:
         """Runs that can start now, the most important first; those that have a row already are among them.
@@ -184,7 +185,7 @@ class Grid:
         start = self._usual(task, arm, middle)
         seed = self.training["tuning_seed"]
         runs = [Run(task, name, "trial", seed, steps, start.times(rate / middle)) for rate in arm.rates]
-        if all(run.key in rows for run in runs):
+        if len(runs) > 1 and all(run.key in rows for run in runs):
             losses = {run.rates.adapter: loss_of(rows[run.key]) for run in runs if run.rates}
             best = min(losses, key=losses.__getitem__)
             rates = start.times(best / middle)
