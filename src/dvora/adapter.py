@@ -40,10 +40,11 @@ from .weight import AdaptedWeight, check_can_be_set, merged_copy
 class DVoRAAdapter(nn.Module):
     """A linear layer whose weight is adapted by three trained vectors; at the start it is its base, bit for bit.
 
-    Trained are `magnitude` (O,), `lambda_b` (O,) and `lambda_d` (R,), in float32 (float64 for a float64 base) whatever
-    the model is cast to. In training mode the layer keeps a reference to each thread's last input for `backward`, until
-    a backward pass, the explicit one or autograd's, has reached it. Under checkpointing and other hooks on saved
-    tensors, within autograd functions, in inference mode, compiled and under `torch.func` it keeps none.
+    Trained are `magnitude` (O,), `lambda_b` (O,) and `lambda_d` (R,), by groups (G, R), in float32 (float64 for a
+    float64 base) whatever the model is cast to. In training mode the layer keeps a reference to each thread's last
+    input for `backward`, until a backward pass, the explicit one or autograd's, has reached it. Under checkpointing and
+    other hooks on saved tensors, within autograd functions, in inference mode, compiled and under `torch.func` it keeps
+    none.
 
     Args:
         base_layer: an `nn.Linear`, or a subclass with the same forward, with floating-point weights.
@@ -54,6 +55,7 @@ class DVoRAAdapter(nn.Module):
         direction: the update is added to the "unit" rows `W / ||W||` or to the "weight" itself (DoRA).
         d_initial: starting value of `lambda_d`; 0.1 in the VeRA paper.
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
+        lambda_d_groups: G, groups of consecutive inputs with a `lambda_d` each: a small rank then scores as a high one.
 
     Raises:
         TypeError: the base layer's type is not supported, its forward is not that of `nn.Linear`, it already carries
@@ -77,6 +79,7 @@ class DVoRAAdapter(nn.Module):
         direction: Direction = "unit",
         d_initial: float = 0.1,
         detach_norm: bool = False,
+        lambda_d_groups: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(base_layer, DVoRAAdapter):
@@ -92,6 +95,7 @@ class DVoRAAdapter(nn.Module):
             alpha=alpha,
             direction=direction,
             detach_norm=detach_norm,
+            groups=lambda_d_groups,
             name=f"{type(base_layer).__name__}({base_layer.in_features}, {base_layer.out_features})",
         )
         with torch.inference_mode(False):
@@ -125,7 +129,7 @@ class DVoRAAdapter(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained parameters: `2 O + R`, plus the base's when it is not frozen."""
+        """Number of trained parameters: `2 O + G R`, plus the base's when it is not frozen."""
         return sum(parameter.numel() for parameter in self._trained())
 
     def forward(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
@@ -361,7 +365,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     w = adapted.w
     vectors = vectors.to(w.dtype)
     with full_precision(w.device):
-        _, cross, q = adapted.terms(vectors.lambda_d)
+        _, cross, q = adapted.terms(vectors.flat().lambda_d)
         factors = relative_factors(vectors.magnitude, vectors.lambda_b, cross, q, adapted.row_constants)
         s, g1 = factors.inverse.reciprocal(), (factors.gain - 1).abs()
         angle = F.row_angle(factors.kappa, cross, q).rad2deg()

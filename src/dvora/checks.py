@@ -157,6 +157,20 @@ def rounds_to_zero(value: float) -> bool:
     return abs(value) <= torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps / 2
 
 
+def checked_groups(groups: int, columns: int | None = None, name: str = "") -> int:
+    """The number of groups of columns with a lambda_d of their own, if a layer with so many inputs can have them."""
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"lambda_d_groups must be an integer, got {groups!r} of type {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"lambda_d_groups must be at least 1, got {groups}")
+    if columns is not None and groups > columns:
+        raise ValueError(
+            f"{name}: lambda_d_groups={groups} cuts the columns of the weight, of which it has {columns}; use fewer "
+            "groups, or leave the layer out"
+        )
+    return groups
+
+
 def checked_alpha(alpha: float) -> float:
     """alpha as a float, if it is finite and positive."""
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):

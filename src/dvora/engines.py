@@ -40,6 +40,7 @@ class TensorParallelShard(NamedTuple):
         if self.outputs is None:
             return vectors
         if grad_recorded():
+            vectors = vectors.flat()
             whole = _SumOfGradients.apply(torch.cat(vectors), self.group)
             vectors = Vectors(*whole.split([len(vector) for vector in vectors]))
         return Vectors(self.outputs.of(vectors.magnitude), self.outputs.of(vectors.lambda_b), vectors.lambda_d)
@@ -49,6 +50,14 @@ class TensorParallelShard(NamedTuple):
         function = _Sum if self.outputs is None else _SumOfGradients
         z: Tensor = function.apply(projected, self.group)
         return z
+
+    def of_update(
+        self, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B K"]
+    ) -> tuple[Float[Tensor, "*T I"], Float[Tensor, "*B K"]]:
+        """What `x A'^T` is of, with lambda_d by groups: every process has a part of the gradient of one of them."""
+        if self.outputs is not None:
+            return _SumOfGradients.apply(x, self.group), lambda_d
+        return x, _SumOfGradients.apply(lambda_d, self.group)
 
     def check_sizes(self, x: Float[Tensor, "*T I"], base_output: Float[Tensor, "*T O"], name: str) -> None:
         """Check that inputs and outputs are those of the shard.

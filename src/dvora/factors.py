@@ -10,7 +10,7 @@ Factors that are kept belong to the addresses and versions of the vectors. PyTor
 `tensor.data` or NumPy, nor fused optimizers' steps; for these none are kept of what has a gradient, or through a
 pass that trains.
 
-Dimensions: N adapters, O out, I in, R rank.
+Dimensions: N adapters, O out, I in, R rank, K values of lambda_d.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,23 +42,23 @@ class Factors(NamedTuple):
 
     gain_minus_one: Float[Tensor, "*B O"]
     scale: Float[Tensor, "*B O"]
-    lambda_d: Float[Tensor, "*B R"]
+    lambda_d: Float[Tensor, "*B K"]
     gain: Float[Tensor, "*B O"] | None = None
     """`g`, without a gradient: precise where it is far below one. None for rows of a batch: it would be as large."""
 
     @classmethod
-    def of_rows(cls, values: Float[Tensor, "B F"], rank: int, dimensions: int) -> "Factors":
+    def of_rows(cls, values: Float[Tensor, "B F"], lambda_d_size: int, dimensions: int) -> "Factors":
         """Those of each row of a batch.
 
         Args:
-            values: `g - 1` (O), scale (O) and lambda_d (R) of each row.
-            rank: R.
+            values: `g - 1` (O), scale (O) and lambda_d (K) of each row.
+            lambda_d_size: K.
             dimensions: of the tokens.
         """
         # Not len(), which would make a traced size a constant; nor the size itself: one row serves all in a graph.
         rows = values.view(-1, *(1,) * (dimensions - 2), values.shape[1])
-        out_features = (values.shape[1] - rank) // 2
-        gain_minus_one, scale, lambda_d = rows.split([out_features, out_features, rank], -1)
+        out_features = (values.shape[1] - lambda_d_size) // 2
+        gain_minus_one, scale, lambda_d = rows.split([out_features, out_features, lambda_d_size], -1)
         return cls(gain_minus_one, scale, lambda_d)
 
     @property
@@ -80,15 +80,15 @@ def factors_of(
     if adapted.follow(weight):
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
-        return _defined(adapted, vectors, weight, strength)
+        return _defined(adapted, vectors.flat(), weight, strength)
     if grad_recorded() and vectors.are_trained():
-        return _in_closed_form(adapted, vectors, strength)
+        return _in_closed_form(adapted, vectors.flat(), strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             # Of copies: where parts of a larger tensor are not aligned in memory, products round in another way.
-            copies = Vectors(*(vector.clone() for vector in vectors))
+            copies = Vectors(*(vector.clone() for vector in vectors)).flat()
             # With the memory of the vectors, or others could come to have their addresses.
             aliases = [vector.detach() for vector in vectors]
             adapted.kept = kept = key, _in_closed_form(adapted, copies, strength), aliases
@@ -106,7 +106,7 @@ def factor_rows(weights: Sequence[AdaptedWeight], vectors: Float[Tensor, "N S"])
     Returns:
         `g - 1`, scale and lambda_d of every layer, in the dtype of the constants.
     """
-    lengths = [length for w in weights for length in (w.out_features, w.out_features if w.rank else 0, w.rank)]
+    lengths = [n for w in weights for n in (w.out_features, w.out_features if w.rank else 0, w.lambda_d_size)]
     parts, rows = vectors.split(lengths, -1), list[Tensor]()
     together = max(1, _TOGETHER // max(1, len(vectors) * max(w.out_features for w in weights)))
     for first in range(0, len(weights), together):

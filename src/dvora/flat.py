@@ -154,7 +154,7 @@ class Layout:
         weights = [_adapted(layers[layer.name], self.adapter_name, vectors.device) for layer in self.content.layers]
         of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
         rows = factor_rows(weights, torch.atleast_2d(vectors)[:, :of_layers])
-        parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.rank)], -1))
+        parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.lambda_d_size)], -1))
         factors: dict[str, LayerFactors] = {}
         for layer in self.content.layers:
             strength = layers[layer.name].strength(self.adapter_name)
@@ -231,7 +231,10 @@ class Layout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        sizes = Counter(f"{layer.out_features:,} x r{layer.rank}" for layer in self.content.layers).most_common()
+        sizes = Counter(
+            f"{layer.out_features:,} x r{layer.rank}" + (f" in {layer.groups} groups" if layer.groups > 1 else "")
+            for layer in self.content.layers
+        ).most_common()
         layers = ", ".join(f"{count} of {size}" for size, count in sizes[:4]) + (", ..." if len(sizes) > 4 else "")
         whole = f"; {len(self.content.whole)} saved whole" if self.content.whole else ""
         return f"Layout({self.digest}: {self.size:,} values; layers: {layers}{whole})"

@@ -1,16 +1,20 @@
 """The method as pure functions: magnitude and direction of a weight (DoRA) adapted by shared random matrices (VeRA).
 
     w  = ||W||_row
-    V' = W + diag(beta) B diag(lambda_d) A          beta = c w lambda_b ("unit") or c lambda_b ("weight")
+    V' = W + diag(beta) B A',   A' = diag(lambda_d) A          beta = c w lambda_b ("unit") or c lambda_b ("weight")
     n  = ||V'||_row,   g = m / n,   W' = diag(g) V'
     y  = x W'^T + bias
+
+With lambda_d by groups, the columns are cut into G groups of consecutive ones, column i in group floor(i G / I), and
+each has a lambda_d of its own: `A'[r, i] = lambda_d[group of i, r] A[r, i]`. One group is DVoRA, as many as columns are
+LoRA with a frozen B.
 
 This is the definition: all else is tested against it, and what is compiled, exported or transformed runs it.
 
 W, A and B are frozen, so the norm needs no dense update. In units of the row norm, kappa = beta / w, s = n / w:
 
-    cross = rowsum(W / w * (B diag(lambda_d) A)) = (B * (W / w A^T)) lambda_d
-    q     = rowsum((B diag(lambda_d) A)**2) = rowsum((U G) * U),   U = B diag(lambda_d),   G = A A^T
+    cross = rowsum(W / w * (B A')) = rowsum(B * (W / w A'^T))
+    q     = rowsum((B A')**2) = rowsum((B M) * B),   M = A' A'^T
     s**2  = 1 + eps,   eps = kappa (2 cross + kappa q)
 
     g - 1 = (m / w - 1 - eps / (1 + s)) / s        without cancellation: exactly zero where nothing was trained
@@ -18,8 +22,8 @@ W, A and B are frozen, so the norm needs no dense update. In units of the row no
 
 In these units nothing overflows or underflows for rows of any length, in float32 too.
 
-Dimensions: T tokens, I in, O out, R rank. lambda_b, lambda_d and their sizes are those of the VeRA paper
-(arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
+Dimensions: T tokens, I in, O out, R rank, G groups, K values of lambda_d: R, or G R. lambda_b, lambda_d and their sizes
+are those of the VeRA paper (arXiv 2310.11454); m and the norm those of DoRA (arXiv 2402.09353).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -47,6 +51,7 @@ __all__ = [
     "row_angle",
     "row_factors",
     "row_norm",
+    "scaled_columns",
     "unit_rows",
     "update_terms",
 ]
@@ -57,7 +62,8 @@ class Vectors(NamedTuple):
 
     magnitude: Float[Tensor, "*L O"]
     lambda_b: Float[Tensor, "*L O"]
-    lambda_d: Float[Tensor, "*L R"]
+    lambda_d: Float[Tensor, "*L K"]
+    """(R,), or of one weight by groups (G, R)."""
 
     def to(self, dtype: torch.dtype) -> "Vectors":
         """The vectors in another dtype; unchanged where they have it already."""
@@ -65,6 +71,11 @@ class Vectors(NamedTuple):
         if m.dtype == b.dtype == d.dtype == dtype:
             return self
         return Vectors(m.to(dtype), b.to(dtype), d.to(dtype))
+
+    def flat(self) -> "Vectors":
+        """The vectors of one weight with lambda_d as (K,), a group after the other."""
+        m, b, d = self
+        return self if d.dim() == 1 else Vectors(m, b, d.flatten())
 
     def are_trained(self) -> bool:
         """Whether any of them requires a gradient."""
@@ -94,17 +105,29 @@ def unit_rows(weight: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tens
     return as_dtype(weight, w.dtype) / torch.where(w > 0, w, 1.0)[:, None]
 
 
+def group_of_columns(columns: int, groups: int, device: torch.device) -> Tensor:
+    """The group of each column, int64: floor(i G / I)."""
+    return torch.arange(columns, device=device) * groups // columns
+
+
+def scaled_columns(A: Float[Tensor, "R I"], lambda_d: Float[Tensor, "*G R"]) -> Float[Tensor, "R I"]:
+    """`A'`: A with every column scaled by the lambda_d of its group, for a lambda_d (R,) or (G, R)."""
+    if lambda_d.dim() == 1:
+        return A * lambda_d[:, None]
+    return A * lambda_d[group_of_columns(A.shape[1], len(lambda_d), A.device)].T
+
+
 def update_terms(
     weight: Float[Tensor, "O I"],
     w: Float[Tensor, "O"],
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
-    lambda_d: Float[Tensor, "R"],
+    lambda_d: Float[Tensor, "*G R"],
 ) -> tuple[Float[Tensor, "O"], Float[Tensor, "O"]]:
-    """`cross` and `q` of an update, from constants that do not change in training: `W A^T` and `A A^T`."""
-    U = B * lambda_d
-    cross = (B * (unit_rows(weight, w) @ A.T)) @ lambda_d
-    return cross, torch.linalg.vecdot(U @ (A @ A.T), U)
+    """`cross` and `q` of an update, without a matrix of the weight's size."""
+    scaled = scaled_columns(A, lambda_d)
+    cross = torch.linalg.vecdot(unit_rows(weight, w) @ scaled.T, B)
+    return cross, torch.linalg.vecdot(B @ (scaled @ scaled.T), B)
 
 
 def relative_scale(
@@ -169,7 +192,7 @@ def combine(
 
     Args:
         base_output: `x W^T + bias`.
-        low: `((x A^T) lambda_d) B^T`.
+        low: `(x A'^T) B^T`.
         gain_minus_one, scale: of the rows of W, in float32 or float64: for all tokens, or for each row of the batch
             with ones in between. Without a scale, low is scaled already.
         bias: the base's, or None.
@@ -184,12 +207,12 @@ def rescaled_delta(
     weight: Float[Tensor, "O I"],
     A: Float[Tensor, "R I"],
     B: Float[Tensor, "O R"],
-    lambda_d: Float[Tensor, "R"],
+    lambda_d: Float[Tensor, "*G R"],
     gain_minus_one: Float[Tensor, "O"],
     scale: Float[Tensor, "O"],
 ) -> Float[Tensor, "O I"]:
-    """`W' - W = (g - 1) W + g beta B diag(lambda_d) A`, dense, in the dtype of the gain; exactly zero if untrained."""
-    return gain_minus_one[:, None] * weight.to(scale.dtype) + (scale[:, None] * B * lambda_d) @ A
+    """`W' - W = (g - 1) W + g beta B A'`, dense, in the dtype of the gain; exactly zero if untrained."""
+    return gain_minus_one[:, None] * weight.to(scale.dtype) + (scale[:, None] * B) @ scaled_columns(A, lambda_d)
 
 
 def row_angle(kappa: Float[Tensor, "O"], cross: Float[Tensor, "O"], q: Float[Tensor, "O"]) -> Float[Tensor, "O"]:
@@ -214,7 +237,7 @@ def gain(
     Args:
         weight: W, (O, I).
         A, B: shared matrices, in the dtype of the vectors.
-        vectors: magnitude, lambda_b, lambda_d.
+        vectors: magnitude, lambda_b, lambda_d; this (G, R) for G groups of columns.
         scaling: c = alpha / rank.
         direction: what the update is added to, "unit" rows or the "weight".
         detach_norm: leave the gradient through n out (DoRA, section 4.3).
@@ -236,7 +259,7 @@ def dvora_linear(
 ) -> Float[Tensor, "*T O"]:
     """`torch.nn.functional.linear(x, weight, bias)` with the weight adapted. Other arguments as for `gain`."""
     factors = _factors(weight, A, B, vectors, scaling, direction, detach_norm)
-    low = ((x @ A.to(x.dtype).T) * vectors.lambda_d.to(x.dtype)) @ B.to(x.dtype).T
+    low = (x @ scaled_columns(A, vectors.lambda_d).to(x.dtype).T) @ B.to(x.dtype).T
     return combine(torch.nn.functional.linear(x, weight, bias), low, factors.gain_minus_one, factors.scale, bias)
 
 

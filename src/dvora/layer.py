@@ -23,6 +23,11 @@ Folded takes the gradients of the factors from thin products, so that they cost 
     E = dy^T z,   dL/dscale = rowsum(E * B diag(lambda_d)),   dL/dlambda_d = scale (E * B)
     dL/dg = (sum_t dy (y - bias) - scale dL/dscale) / g
 
+With lambda_d by groups of columns, `A'` (A with its columns scaled) takes the place of A and lambda_d: `z = x A'^T` is
+of one layer, and a gradient needs x instead of it, as LoRA's does:
+
+    low = z B^T,   D = B A',   dL/dA' = h^T x,   dL/dlambda_d[g] = the sum of dL/dA' * A over the columns of g
+
 Formed takes them, and the terms of the norm, from matrices of the weight's size, so that no product depends on tokens
 times rank:
 
@@ -69,6 +74,7 @@ from .tensors import (
     is_traced,
     local,
     saved_tensors_are_hooked,
+    times,
     without_autocast,
 )
 from .weight import AdaptedWeight
@@ -156,6 +162,9 @@ def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computati
     if trained and rank > in_features:
         return "formed"
     least = out_features * in_features / (out_features + in_features) + rank / 2
+    if adapted.by_groups is not None and trained:
+        # Both of its thin products are with the tokens, and have a gradient of the size of A.
+        least /= 2
     if tokens < (least if trained else max(least, FEW_TOKENS)):
         return "thin"
     return "folded" if trained and rank <= FOLDED_RANK * in_features else "formed"
@@ -212,16 +221,17 @@ def trained_outputs(
     way: Literal["folded", "formed"],
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
-    z = project(adapted, x) if way == "folded" else None
-    x, vectors = _as_multiplied(x), vectors.to(adapted.w.dtype)
-    y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength)
+    z = project(adapted, x) if way == "folded" and adapted.by_groups is None else None
+    x, vectors = _as_multiplied(x), vectors.flat().to(adapted.w.dtype)
+    y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength, way == "folded")
     return y
 
 
 class _Updated(torch.autograd.Function):
-    """`x W''^T + bias` from the vectors: folded with z, formed without.
+    """`x W''^T + bias` from the vectors, folded or formed.
 
-    z gets no gradient here, since that of x includes it; it is an input for derivatives of higher order.
+    z, of a folded layer with one lambda_d, gets no gradient here, since that of x includes it; it is an input for
+    derivatives of higher order.
     """
 
     @staticmethod
@@ -236,33 +246,33 @@ class _Updated(torch.autograd.Function):
         bias: Tensor | None,
         adapted: AdaptedWeight,
         strength: float,
+        is_folded: bool,
     ) -> Tensor:
         update, constants = None, adapted.row_constants
         with full_precision(x.device):
-            if z is not None:
+            if is_folded:
                 factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
                 gain, scale = factors.weakened(strength)
                 # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
-                if gain.is_cpu and not float(gain.min()) > SMALLEST_GAIN:
-                    z = None
-            if z is None:
+                is_folded = not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
+            if not is_folded:
                 update = adapted.update(lambda_d)
                 cross = vecdot(weight, update).div_(constants.w)
                 factors = relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
                 gain, scale = factors.weakened(strength)
             updated = as_dtype(_updated_weight(weight, adapted, lambda_d, gain, scale, update), x.dtype)
         y = linear(x, updated, bias)
-        if z is not None and bias is not None and y.numel():
+        if is_folded and bias is not None and y.numel():
             # Asked once: it takes as long as a small product, and synchronises. A trained bias is as its first values.
             key = y.dtype, None if ctx.needs_input_grad[6] else bias._version
             if adapted.below_bias is None or adapted.below_bias[0] != key:
                 adapted.below_bias = key, _are_far_below(y, bias, constants.zero_rows)
             # `y - bias` would have too few digits for the gradient of m: the backward pass is that of a formed layer.
-            z = None if adapted.below_bias[1] else z
+            is_folded = not adapted.below_bias[1]
         ctx.adapted, ctx.strength = adapted, strength
         # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
-        large = updated.numel() > (x.numel() if z is not None else max(x.numel(), y.numel()))
-        inputs = (x, None, None) if z is None else (None, z, y)
+        large = updated.numel() > (x.numel() if is_folded else max(x.numel(), y.numel()))
+        inputs = (x if z is None else None, z, y) if is_folded else (x, None, None)
         formed = (None, None) if large else (update, updated)
         ctx.save_for_backward(*inputs, m, lambda_b, lambda_d, weight, bias, *formed, *factors)
         return y
@@ -274,26 +284,25 @@ class _Updated(torch.autograd.Function):
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
         x, z, y, m, lambda_b, lambda_d, weight, bias, update, updated, *saved = _saved(ctx)
+        is_folded = y is not None
         factors, graph = RelativeFactors(*saved), needs_graph(dy)
         gain, scale = factors.weakened(strength)
         if graph:
             gain_minus_one, scale = defined_factors(adapted, strength, m, lambda_b, lambda_d)
             gain, update, updated = 1 + gain_minus_one, None, None
-        if z is None and update is None:
+        if not is_folded and update is None:
             update = adapted.update(lambda_d)
         rows, d_x = dy.reshape(-1, len(m)), None
         if needed[0]:
             if updated is None:
                 updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
             d_x = dy @ as_dtype(updated, dy.dtype)
-        d_bias = None if bias is None or (z is None and not needed[6]) else rows.sum(0, dtype=m.dtype)
-        if z is None:
+        d_bias = None if bias is None or not (is_folded or needed[6]) else rows.sum(0, dtype=m.dtype)
+        if not is_folded:
             G = as_dtype(rows.T @ x.reshape(-1, x.shape[-1]), m.dtype)
             d_g, d_scale, d_update = vecdot(G, weight), vecdot(G, update), G * scale[:, None]
         else:
-            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
-            products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
-            d_scale, d_d = products @ lambda_d, scale @ products
+            d_scale, d_d = _folded_gradients(rows, x, z, lambda_d, scale, adapted)
             d_g = _column_dots(rows, y.reshape(rows.shape), m.dtype)
             if d_bias is not None:
                 d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, m.dtype), value=-1)
@@ -303,21 +312,42 @@ class _Updated(torch.autograd.Function):
         if graph:
             of_factors = partial(defined_factors, adapted, strength)
             d_m, d_b, d_norm = differentiated(of_factors, (m, lambda_b, lambda_d), (d_g, d_scale))
-            d_d = adapted.matrices.update_gradient(d_update, len(lambda_d)) if z is None else d_d
+            d_d = d_d if is_folded else adapted.update_gradient(d_update)
             d_d = d_d if d_norm is None else d_d + d_norm
         else:
             constants = adapted.row_constants
             if strength != 1:
                 d_g, d_scale = strength * d_g, strength * d_scale
             d_m, d_b, d_cross, d_half_q = vector_gradients(d_g, d_scale, factors, constants, adapted.detach_norm)
-            if z is None:
+            if not is_folded:
                 if d_cross is not None and d_half_q is not None:
                     d_update.addcmul_(weight, d_cross.div_(constants.w)[:, None])
                     d_update.addcmul_(update, d_half_q[:, None])
-                d_d = adapted.matrices.update_gradient(d_update, len(lambda_d))
+                d_d = adapted.update_gradient(d_update)
             elif d_cross is not None and d_half_q is not None:
                 d_d += adapted.terms_gradient(d_cross, d_half_q, lambda_d)
-        return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None
+        return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None, None
+
+
+def _folded_gradients(
+    dy: Float[Tensor, "T O"],
+    x: Float[Tensor, "*T I"] | None,
+    z: Float[Tensor, "*T R"] | None,
+    lambda_d: Float[Tensor, "K"],
+    scale: Float[Tensor, "O"],
+    adapted: AdaptedWeight,
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"]]:
+    """The gradients of scale and of lambda_d, without those through the norm: from z, or by groups from x."""
+    dtype = lambda_d.dtype
+    B = adapted.matrices.rows("B", adapted.rank, len(scale), dtype, scale.device)
+    if z is not None:
+        products = as_dtype(dy.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), dtype) * B
+        return products @ lambda_d, scale @ products
+    assert x is not None
+    inputs = x.reshape(-1, x.shape[-1])
+    products = as_dtype(dy.T @ (inputs @ as_dtype(adapted.scaled(lambda_d), x.dtype).T), dtype) * B
+    d_scaled = (dy @ as_dtype(scale[:, None] * B, dy.dtype)).T @ inputs
+    return products.sum(1), adapted.scaled_gradient(as_dtype(d_scaled, dtype))
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -374,24 +404,32 @@ def thin_outputs(
     if adapted.shard is not None:
         adapted.shard.check_sizes(x, base_output, adapted.name)
         bias = local(bias)
-    z = project(adapted, x) if adapted.rank else None
+    z: Tensor | None = None
+    lambda_d: Tensor | None = factors.lambda_d
+    if adapted.by_groups is not None:
+        z, lambda_d = project_scaled(adapted, x, factors.lambda_d), None
+    elif adapted.rank:
+        z = project(adapted, x)
     matrices = adapted.matrices
     if not is_traced():
-        operands = base_output, z, factors.lambda_d, factors.gain_minus_one, factors.scale, factors.gain, bias
+        operands = base_output, z, lambda_d, factors.gain_minus_one, factors.scale, factors.gain, bias
         if grad_recorded():
             y: Tensor = _Thin.apply(*operands, matrices)
             return y
-        product = None if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
+        product = None if z is None else low_rank(z, lambda_d, base_output, matrices)
         return _combined(base_output, product, *operands[3:], in_place)
-    low = base_output.new_zeros(()) if z is None else low_rank(z, factors.lambda_d, base_output, matrices)
+    low = base_output.new_zeros(()) if z is None else low_rank(z, lambda_d, base_output, matrices)
     return F.combine(base_output, low.expand_as(base_output), factors.gain_minus_one, factors.scale, bias)
 
 
 def low_rank(
-    z: Float[Tensor, "*T R"], lambda_d: Float[Tensor, "*B R"], base_output: Float[Tensor, "*T O"], matrices: Matrices
+    z: Float[Tensor, "*T R"],
+    lambda_d: Float[Tensor, "*B R"] | None,
+    base_output: Float[Tensor, "*T O"],
+    matrices: Matrices,
 ) -> Float[Tensor, "*T O"]:
-    """`(z lambda_d) B^T`, in the dtype of z."""
-    return matrices.expand(z * as_dtype(lambda_d, z.dtype), base_output.shape[-1])
+    """`(z lambda_d) B^T`, in the dtype of z; `z B^T` without a lambda_d, which z has then."""
+    return matrices.expand(z if lambda_d is None else z * as_dtype(lambda_d, z.dtype), base_output.shape[-1])
 
 
 def _combined(
@@ -432,7 +470,7 @@ class _Thin(torch.autograd.Function):
         ctx: Any,
         base_output: Tensor,
         z: Tensor | None,
-        lambda_d: Tensor,
+        lambda_d: Tensor | None,
         gain_minus_one: Tensor,
         scale: Tensor,
         gain: Tensor | None,
@@ -470,9 +508,10 @@ class _Thin(torch.autograd.Function):
                 low = low_rank(z, lambda_d, base_output, matrices) if low is None else low
                 d_scale = _sum_over_tokens(wide * low, scale)
             h = matrices.expand_transpose(as_dtype(wide * scale, z.dtype), z.shape[-1])
-            if needed[2]:
+            if lambda_d is not None and needed[2]:
                 d_lambda_d = _sum_over_tokens(as_dtype(h, lambda_d.dtype) * z, lambda_d)
-            d_z = h * as_dtype(lambda_d, h.dtype) if needed[1] else None
+            if needed[1]:
+                d_z = h if lambda_d is None else h * as_dtype(lambda_d, h.dtype)
         return d_base, d_z, d_lambda_d, d_gain, d_scale, None, d_bias, None
 
 
@@ -496,6 +535,25 @@ def project(adapted: AdaptedWeight, x: Float[Tensor, "*T I"]) -> Float[Tensor, "
     else:
         z = adapted.matrices.project(x, adapted.rank)
     return z if shard is None else shard.z(z)
+
+
+def project_scaled(
+    adapted: AdaptedWeight, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B K"]
+) -> Float[Tensor, "*T R"]:
+    """`z = x A'^T` with lambda_d by groups, of one adapter or of each row's."""
+    x, shard = _as_multiplied(x), adapted.shard
+    if shard is not None:
+        x, lambda_d = shard.of_update(x, lambda_d)
+    scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.flatten(0, -2))
+    if shard is not None and shard.inputs is not None:
+        scaled = shard.inputs.of(scaled)
+    scaled = as_dtype(scaled, x.dtype)
+    if scaled.dim() == 2:
+        z = times(x, scaled.T)
+    else:
+        rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        z = (rows @ scaled.mT).view(*x.shape[:-1], adapted.rank)
+    return z if shard is None or shard.inputs is None else shard.z(z)
 
 
 class _Thread(threading.local):

@@ -3,7 +3,7 @@
 The constants belong to one version of the base weight. They are computed again after the weight was replaced, written
 to, cast or moved; while the weight is trained, they are computed in every pass, with gradients.
 
-Dimensions: O out, I in, R rank, E experts.
+Dimensions: O out, I in, R rank, K values of lambda_d (R, or G R in G groups of columns), E experts, N adapters.
 """
 
 import copy
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vecdot
 
 from . import functional as F
-from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_rank
+from .checks import check_norms, check_weight, checked_alpha, checked_direction, checked_groups, checked_rank
 from .engines import TensorParallelShard, check_whole, shard_of
 from .functional import Direction, Vectors
+from .matrices.groups import Groups
 from .matrices.interface import Matrices, SharedProjections
 from .tensors import (
     Float,
@@ -125,7 +127,9 @@ class AdaptedWeight(nn.Module):
     """The frozen side of one adapted weight.
 
     Methods take the weight as the layer stores it, or None where only the constants are in memory (a quantised layer).
-    `w` (O,) are its row norms, `C` (O, R) is `B * (W / w A^T)`.
+    `w` (O,) are its row norms, `C` (O, R) is `B * (W / w A^T)`. With lambda_d by groups it has a value for each group,
+    (O, K), and is kept only where it is small beside the weight, or the weight cannot be read in every pass; elsewhere
+    `cross` is a product with the weight, of as many rows as the rank.
 
     Args:
         weight: the base's, as stored.
@@ -135,6 +139,7 @@ class AdaptedWeight(nn.Module):
         direction: the update is added to the "unit" rows of the weight or to the "weight" itself (DoRA).
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3).
         layout: how the weight is stored.
+        groups: G, into which the columns are cut, each with a lambda_d of its own.
         padding_column: a column of the weight's matrix that the update does not change: an embedding's padding entry.
         readable: whether the weight can be read in every pass; that of a quantised layer cannot.
         reads_matrices: whether passes read the values of A and B: those of convolutions and of weights that are
@@ -161,6 +166,7 @@ class AdaptedWeight(nn.Module):
         direction: Direction = "unit",
         detach_norm: bool = False,
         layout: WeightLayout = ROWS,
+        groups: int = 1,
         padding_column: int | None = None,
         readable: bool = True,
         reads_matrices: bool = False,
@@ -177,18 +183,23 @@ class AdaptedWeight(nn.Module):
         self.detach_norm = detach_norm
         self.padding_column = padding_column
         self.readable = readable
-        self.reads_matrices = reads_matrices
+        self.groups = checked_groups(groups, self.in_features, name) if self.rank else 1
+        self.by_groups = Groups(self.groups, self.in_features) if self.groups > 1 else None
+        self.lambda_d_size = self.groups * self.rank
+        self.reads_matrices = reads_matrices or self.by_groups is not None
         self.name = name
         # A name that no model uses, since PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
-        self.update_key = shared.seed, shared.distribution, self.rank
-        """Adapters of equal keys have the same A and B in a layer."""
+        self.update_key = shared.seed, shared.distribution, self.rank, self.groups
+        """Adapters of equal keys have the same A, B and groups in a layer."""
         if self.rank:
             sizes = rank, self.in_features, self.out_features, norm_dtype(weight.dtype)
-            shared.impl.reserve(*sizes, values=reads_matrices)
+            shared.impl.reserve(*sizes, values=self.reads_matrices)
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
+        self.reads_weight = False
+        """Whether `cross` is computed from the weight in every pass."""
         self.kept: tuple[object, Any, list[Tensor]] | None = None
         """Of the last evaluation: what its row factors belong to, they themselves, and their vectors (`factors`)."""
         self.below_bias: tuple[object, bool] | None = None
@@ -213,7 +224,8 @@ class AdaptedWeight(nn.Module):
     def initial_vectors(self, d_initial: float) -> Vectors:
         """The starting values, for which the layer equals its base: m = w, lambda_b = 0, lambda_d = `d_initial`."""
         with torch.inference_mode(False):
-            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full((self.rank,), float(d_initial)))
+            shape = (self.rank,) if self.by_groups is None else (self.groups, self.rank)
+            return Vectors(self.w.clone(), torch.zeros_like(self.w), self.w.new_full(shape, float(d_initial)))
 
     def local(self, vectors: Vectors, weight: Tensor | None) -> Vectors:
         """The vectors for this process's shard of the weight; all of them, if the weight is not sharded.
@@ -285,34 +297,61 @@ class AdaptedWeight(nn.Module):
                 self._row_constants = RowConstants(w, unit, w.new_ones(()), zero_rows, zero_scale)
         return self._row_constants
 
-    def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self, lambda_d: Float[Tensor, "*N K"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """w, cross and q of `functional.row_factors`: from constants, or from a weight that is trained.
 
         Args:
             lambda_d: of one adapter or of N, in the dtype of w.
             weight: as stored.
         """
-        w, C = self.w, self.C
-        if weight is not None and self.is_trained(weight):
-            matrix = self.layout.matrix(weight)
-            w = F.row_norm(matrix)
-            C = self._cross(matrix, w)
+        trained = weight is not None and self.is_trained(weight)
+        matrix = self.layout.matrix(weight) if weight is not None and (trained or self.reads_weight) else None
+        w = self.w if matrix is None or not trained else F.row_norm(matrix)
+        if self.by_groups is not None:
+            return w, *self._terms_by_groups(lambda_d, matrix, w)
+        C = self.C if matrix is None else self._cross(matrix, w)
         return w, times_apart(lambda_d, as_dtype(C, w.dtype).T), self.squares(lambda_d)
 
     def terms_gradient(
-        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
-    ) -> Float[Tensor, "*N R"]:
+        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]
+    ) -> Float[Tensor, "*N K"]:
         """The gradient of lambda_d from those of cross and q / 2."""
-        return d_cross @ as_dtype(self.C, self.w.dtype) + self.squares_gradient(d_half_q, lambda_d)
+        if self.by_groups is None:
+            return d_cross @ as_dtype(self.C, self.w.dtype) + self.squares_gradient(d_half_q, lambda_d)
+        B = self._rows_of_B(lambda_d)
+        d_scaled = (B * d_half_q.unsqueeze(-1)).mT @ B @ self.scaled(lambda_d)
+        if self.reads_weight:
+            rows = B * (d_cross / self.row_constants.w).unsqueeze(-1)
+            return self.scaled_gradient(d_scaled + rows.mT @ self._matrix())
+        return self.scaled_gradient(d_scaled) + d_cross @ as_dtype(self.C, self.w.dtype)
 
-    def update(self, lambda_d: Float[Tensor, "R"], scale: Float[Tensor, "O"] | None = None) -> Float[Tensor, "O I"]:
-        """`B diag(lambda_d) A`, with rows times a scale, dense."""
+    def scaled(self, lambda_d: Float[Tensor, "*N K"]) -> Float[Tensor, "*N R I"]:
+        """`A'`, A with its columns scaled by their groups' lambda_d, in the dtype of that."""
+        assert self.by_groups is not None
+        return self.by_groups.scaled(self.A(lambda_d), lambda_d)
+
+    def scaled_gradient(self, d_scaled: Float[Tensor, "*N R I"]) -> Float[Tensor, "*N K"]:
+        """The gradient of lambda_d from that of `A'`."""
+        assert self.by_groups is not None
+        return self.by_groups.sums(self.A(d_scaled) * d_scaled)
+
+    def update(self, lambda_d: Float[Tensor, "K"], scale: Float[Tensor, "O"] | None = None) -> Float[Tensor, "O I"]:
+        """`D = B A'`, with rows times a scale, dense."""
         if not self.rank:
             return lambda_d.new_zeros(self.out_features, self.in_features)
+        if self.by_groups is not None:
+            B = self._rows_of_B(lambda_d)
+            return (B if scale is None else B * scale[:, None]) @ self.scaled(lambda_d)
         D = self.dvora_projections.impl.update(lambda_d, self.in_features, self.out_features, scale)
         return D if self.padding_column is None else _without_column(D, self.padding_column)
 
-    def squares(self, lambda_d: Float[Tensor, "*N R"]) -> Float[Tensor, "*N O"]:
+    def update_gradient(self, d_update: Float[Tensor, "O I"]) -> Float[Tensor, "K"]:
+        """The gradient of lambda_d from that of `update`, of a weight without a padding entry."""
+        if self.by_groups is None:
+            return self.matrices.update_gradient(d_update, self.rank)
+        return self.scaled_gradient(self._rows_of_B(d_update).T @ d_update)
+
+    def squares(self, lambda_d: Float[Tensor, "*N K"]) -> Float[Tensor, "*N O"]:
         """q, the squared row norms of `B diag(lambda_d) A`, of one adapter or of N."""
         if not self.rank:
             return self.w.new_zeros(*lambda_d.shape[:-1], len(self.w))
@@ -323,8 +362,8 @@ class AdaptedWeight(nn.Module):
         return q - matrices.expand(lambda_d * self._padding_of_A(lambda_d), len(self.w)).square()
 
     def squares_gradient(
-        self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
-    ) -> Float[Tensor, "*N R"]:
+        self, d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]
+    ) -> Float[Tensor, "*N K"]:
         """The gradient of `(d_half_q * q / 2).sum()` with respect to lambda_d."""
         if not self.rank:
             return torch.zeros_like(lambda_d)
@@ -391,7 +430,9 @@ class AdaptedWeight(nn.Module):
             matrix = self.layout.matrix(full_tensor(weight.detach()))
             w = _row_norms(matrix)
             check_norms(w, self.name)
-            C = self._cross(matrix, w).to(self._constant_dtype(matrix))
+            self.reads_weight = self._can_read(weight)
+            C = w.new_empty(len(w), 0) if self.reads_weight else self._cross(matrix, w)
+            C = C.to(self._constant_dtype(matrix))
             if shard is not None:
                 w, C = shard.of_rows(w), shard.of_rows(C)
             self._sample = _sample(local(weight)) if gathers_uncounted() else None
@@ -422,7 +463,8 @@ class AdaptedWeight(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
+            + (f"groups={self.groups}, " if self.by_groups else "")
+            + f"alpha={self.alpha:g}, direction={self.direction!r}, detach_norm={self.detach_norm}"
         )
 
     @property
@@ -434,8 +476,41 @@ class AdaptedWeight(nn.Module):
         index = torch.tensor(self.padding_column, device=like.device)
         return self.shared.impl.select(index, self.rank, self.in_features, like.dtype)
 
-    def _cross(self, matrix: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tensor, "O R"]:
-        """`B * (W / w A^T)`, by chunks of rows; differentiable in the weight."""
+    def _rows_of_B(self, like: Tensor) -> Float[Tensor, "O R"]:
+        """B for the rows of this process, kept, in the dtype and on the device of `like`."""
+        sizes, where = (self.rank, len(self.w)), (like.dtype, like.device)
+        return self._row_matrices.values("B", *sizes, *where, keep=True).T
+
+    def _can_read(self, weight: Tensor) -> bool:
+        """Whether `cross` is computed from the weight, not from a constant that would be an eighth of it or more."""
+        large = self.by_groups is not None and 8 * self.lambda_d_size >= self.in_features
+        # Engines gather weights while their layers run, and not before.
+        return large and self.readable and not weight.is_meta and not torch.distributed.is_initialized()
+
+    def _matrix(self) -> Float[Tensor, "O I"]:
+        """The frozen weight that the constants are of, in the dtype of w."""
+        weight = None if self._weight is None else self._weight()
+        if weight is None or not is_in_memory(weight) or is_dtensor(weight):
+            raise RuntimeError(
+                f"{self.name}: the norm with lambda_d_groups={self.groups} needs the base's weight, which is not in "
+                "memory; call torch.distributed.init_process_group before the adapter is made, where an "
+                "engine shards the weight, or use lambda_d_groups=1"
+            )
+        return as_dtype(self.layout.matrix(weight.detach()), self.w.dtype)
+
+    def _terms_by_groups(
+        self, lambda_d: Float[Tensor, "*N K"], matrix: Float[Tensor, "O I"] | None, w: Float[Tensor, "O"]
+    ) -> tuple[Float[Tensor, "*N O"], Float[Tensor, "*N O"]]:
+        """`rowsum(W / w * (B A'))` and `rowsum((B A')**2)`, with the matrix where it was given or is read."""
+        scaled, B = self.scaled(lambda_d), self._rows_of_B(lambda_d)
+        q: Tensor = vecdot(_each(B, scaled @ scaled.mT), B)
+        if matrix is None and not self.reads_weight:
+            return times_apart(lambda_d, as_dtype(self.C, w.dtype).T), q
+        matrix = self._matrix() if matrix is None else as_dtype(matrix, w.dtype)
+        return vecdot(_each(matrix, scaled.mT), B) / torch.where(w > 0, w, 1.0), q
+
+    def _cross(self, matrix: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tensor, "O K"]:
+        """`B * (W / w A^T)`, of all columns or group by group, by chunks of rows; differentiable in the weight."""
         if not self.rank:
             return w.new_empty(len(w), 0)
         B = self.shared.B(self.rank, len(w), w.dtype).to(w.device)
@@ -443,14 +518,19 @@ class AdaptedWeight(nn.Module):
         for part, of_w, of_B in zip(matrix.split(rows), w.split(rows), B.split(rows), strict=True):
             unit = F.unit_rows(part, of_w)
             updated = unit if self.padding_column is None else _without_column(unit, self.padding_column)
-            parts.append(of_B * self.shared.impl.project(updated, self.rank))
+            if self.by_groups is None:
+                parts.append(of_B * self.shared.impl.project(updated, self.rank))
+            else:
+                A = self.A(w)
+                products = [updated[:, first:stop] @ A[:, first:stop].T for first, stop in self.by_groups.bounds()]
+                parts.append(torch.cat([of_B * product for product in products], 1))
         return torch.cat(parts)
 
     def _constant_dtype(self, matrix: Tensor) -> torch.dtype:
         """That of C: bfloat16 where it would take more than a quarter of a weight in half precision, else as w."""
         # Opaque weights are read as float32, so their dtype is no guide.
         narrow = matrix.dtype.itemsize == 2 or not self.readable
-        small = len(matrix) * self.rank * 4 <= max(2**20, matrix.numel() // 2)
+        small = len(matrix) * self.lambda_d_size * 4 <= max(2**20, matrix.numel() // 2)
         return torch.bfloat16 if narrow and not small else norm_dtype(matrix.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedWeight":
@@ -516,7 +596,7 @@ class JoinedWeights:
     def __init__(self, weights: Sequence[AdaptedWeight]) -> None:
         self.weights = weights
         self.rows = [adapted.out_features for adapted in weights]
-        self.ranks = [adapted.rank for adapted in weights]
+        self.sizes = [adapted.lambda_d_size for adapted in weights]
         self.w = torch.cat([adapted.w for adapted in weights])
         self.direction, self.detach_norm = weights[0].direction, weights[0].detach_norm
         self.kept: object = None
@@ -533,30 +613,43 @@ class JoinedWeights:
         w, unit, one, zero_rows, zero_scale = zip(*(a.row_constants for a in self.weights), strict=True)
         return RowConstants(torch.cat(w), torch.cat(unit), one[0], _joined(zero_rows, w), _joined(zero_scale, w))
 
-    def terms(self, lambda_d: Float[Tensor, "*N R"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """w, cross and q, from constants. `lambda_d` (N, R) has those of all weights."""
+    def terms(self, lambda_d: Float[Tensor, "*N K"], weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """w, cross and q, from constants. `lambda_d` (N, K) has those of all weights."""
         assert weight is None
-        parts = lambda_d.split(self.ranks, -1)
-        of_weights = zip(self.weights, parts, strict=True)
-        cross = [times_apart(part, as_dtype(adapted.C, adapted.w.dtype).T) for adapted, part in of_weights]
+        parts = lambda_d.split(self.sizes, -1)
+        cross, q = dict[int, Tensor](), dict[int, Tensor]()
         # Weights of one shape have the same squares of B: one product for all of them.
         alike: dict[object, list[int]] = {}
-        for place, adapted in enumerate(self.weights):
+        for place, (adapted, part) in enumerate(zip(self.weights, parts, strict=True)):
+            if adapted.by_groups is not None:
+                _, cross[place], q[place] = adapted.terms(part)
+                continue
+            cross[place] = times_apart(part, as_dtype(adapted.C, adapted.w.dtype).T)
             sizes = adapted.in_features, adapted.out_features, adapted.padding_column
             alike.setdefault((*adapted.update_key, *sizes), []).append(place)
-        q: dict[int, Tensor] = {}
         for places in alike.values():
             rows = torch.cat([parts[place] for place in places])
             q |= zip(places, self.weights[places[0]].squares(rows).split(len(lambda_d)), strict=True)
-        return self.w, torch.cat(cross, -1), torch.cat([q[place] for place in range(len(parts))], -1)
+        return (
+            self.w,
+            torch.cat([cross[place] for place in range(len(parts))], -1),
+            torch.cat([q[place] for place in range(len(parts))], -1),
+        )
 
     def terms_gradient(
-        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N R"]
-    ) -> Float[Tensor, "*N R"]:
+        self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]
+    ) -> Float[Tensor, "*N K"]:
         """The gradient of lambda_d from those of cross and q / 2."""
         of_rows = d_cross.split(self.rows, -1), d_half_q.split(self.rows, -1)
-        parts = zip(self.weights, *of_rows, lambda_d.split(self.ranks, -1), strict=True)
+        parts = zip(self.weights, *of_rows, lambda_d.split(self.sizes, -1), strict=True)
         return torch.cat([adapted.terms_gradient(*of_weight) for adapted, *of_weight in parts], -1)
+
+
+def _each(matrix: Float[Tensor, "O M"], others: Float[Tensor, "*N M R"]) -> Float[Tensor, "*N O R"]:
+    """The product of a matrix with one other, or with each of N by itself, as `times_apart` has it."""
+    if others.dim() == 2:
+        return matrix @ others
+    return torch.bmm(matrix.expand(len(others), *matrix.shape), others)
 
 
 def _joined(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:

@@ -66,11 +66,25 @@ class LayerSizes(NamedTuple):
     """0 for a layer that has the magnitude only."""
     scaling: float
     """alpha / rank."""
+    groups: int = 1
+    """Of columns, each with a lambda_d of its own."""
 
     @property
     def lengths(self) -> tuple[int, int, int]:
         """Of magnitude, lambda_b and lambda_d."""
-        return self.out_features, self.out_features if self.rank else 0, self.rank
+        return self.out_features, self.out_features if self.rank else 0, self.groups * self.rank
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the vectors that it has, in a file."""
+        rows, by_groups = (self.out_features,), () if self.groups == 1 else (self.groups,)
+        lambdas: dict[str, Shape] = {"lambda_b": rows, "lambda_d": (*by_groups, self.rank)}
+        return {"magnitude": rows, **(lambdas if self.rank else {})}
+
+    @property
+    def entries(self) -> list[str | float]:
+        """As JSON has them: of one group, what they were before there were groups."""
+        return list(self if self.groups > 1 else self[:4])
 
 
 class FactorSizes(NamedTuple):
@@ -153,7 +167,8 @@ class Content(NamedTuple):
     @property
     def digest(self) -> str:
         """A hash of all that must be equal to the last bit; the base is compared by `difference`."""
-        exact = [FORMAT_VERSION, self.settings, self.layers, self.whole, *([self.factors] if self.factors else ())]
+        layers = [layer.entries for layer in self.layers]
+        exact = [FORMAT_VERSION, self.settings, layers, self.whole, *([self.factors] if self.factors else ())]
         return hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:16]
 
     def difference(self, other: Content) -> str | None:
@@ -180,7 +195,7 @@ class Content(NamedTuple):
             "format_version": FORMAT_VERSION,
             "digest": self.digest,
             "settings": self.settings._asdict(),
-            "layers": [list(layer) for layer in self.layers],
+            "layers": [layer.entries for layer in self.layers],
             "whole": [[whole.name, list(whole.shape)] for whole in self.whole],
             "base": {name: list(fingerprint) for name, fingerprint in self.base},
         }
@@ -203,7 +218,8 @@ class Content(NamedTuple):
                 tuple((name, tuple(fingerprint)) for name, fingerprint in entries["base"].items()),
             )
             digest = entries["digest"]
-            sizes = [n for layer in content.layers for n in layer[1:3]] + [n for part in content.whole for n in part[1]]
+            sizes = [n for layer in content.layers for n in (layer.out_features, layer.rank, layer.groups)]
+            sizes += [n for part in content.whole for n in part.shape]
             if not all(type(n) is int and n >= 0 for n in sizes):
                 raise ValueError("sizes are whole numbers")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -237,23 +253,26 @@ def check_saved_ranks(config: DVoRAConfig, shapes: Mapping[str, Shape]) -> None:
     layers = {key: layer_and_vector(key)[0] for key in shapes if key.endswith(f"{VECTOR_PREFIX}lambda_d")}
     check_expressions(vars(config), {*layers.values(), *map(plain_name, layers.values())})
     for key, layer in layers.items():
-        shape, rank = shapes[key], config.rank_of(plain_name(layer))
-        if shape not in ((rank,), (config.rank_of(layer),)):
+        shape, groups = shapes[key], config.lambda_d_groups
+        by_groups = () if groups == 1 else (groups,)
+        expected = (*by_groups, config.rank_of(plain_name(layer)))
+        if shape not in (expected, (*by_groups, config.rank_of(layer))):
             raise ValueError(
-                f"{key} has shape {shape} in the adapter and {(rank,)} in its configuration: another rank than the "
-                "configuration says, in its r or rank_pattern"
+                f"{key} has shape {shape} in the adapter and {expected} in its configuration: another rank than the "
+                "configuration says, in its r or rank_pattern, or other lambda_d_groups"
             )
 
 
 def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> LayerSizes:
     """The sizes of a layer whose vectors have these shapes in a file."""
-    out, rank = (prod(shapes.get(vector, (0,))) for vector in ("magnitude", "lambda_d"))
+    out, rank = prod(shapes.get("magnitude", (0,))), shapes.get("lambda_d", (0,))[-1]
     alpha = config.alpha_of(name)
-    sizes = LayerSizes(name, out, rank, 0.0 if not rank else 1.0 if alpha is None else alpha / rank)
-    if shapes != {v: (length,) for v, length in zip(Vectors._fields, sizes.lengths, strict=True) if length}:
+    scaling = 0.0 if not rank else 1.0 if alpha is None else alpha / rank
+    sizes = LayerSizes(name, out, rank, scaling, config.lambda_d_groups if rank else 1)
+    if shapes != sizes.shapes:
         raise ValueError(
             f"source: {name} has vectors {dict(shapes)} in the adapter's file, expected magnitude (O,), lambda_b (O,) "
-            "and lambda_d (R,), or a magnitude only; the file is damaged"
+            "and lambda_d (R,), or (G, R) for lambda_d_groups=G, or a magnitude only; the file is damaged"
         )
     return sizes
 

@@ -21,6 +21,7 @@ from ..checks import (
     checked_alpha,
     checked_d_initial,
     checked_direction,
+    checked_groups,
     checked_rank,
     checked_strength,
     rounds_to_zero,
@@ -40,7 +41,7 @@ MAX_NAME = 200
 """Characters of an adapter's name, which is a folder's name where several adapters are saved."""
 _SIZING = (
     *("r", "rank_pattern", "target_modules", "target_parameters", "magnitude_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "base_probes"),
+    *("lambda_d_groups", "layers_to_transform", "layers_pattern", "base_probes"),
 )
 _HOLDERS = nn.ModuleDict(), nn.ParameterDict()
 _OWN_NAMES = {"weight", "bias", "base_layer"}
@@ -83,6 +84,8 @@ class DVoRAConfig(PeftConfig):
     Args:
         r: rank of the update; VeRA and DVoRA use far larger ranks than LoRA, since a rank costs one value a layer
             (question 2: rows `dvora_r16` to `dvora_r1024`).
+        lambda_d_groups: groups of consecutive inputs of each layer with a lambda_d of their own, at most as many as a
+            layer has inputs; a file has lambda_d of (groups, r) then.
         alpha: the update is scaled by `alpha / r`; None means `r`, a scale of one.
         target_modules: names (or a regular expression) of the layers to adapt, or "all-linear"; None takes PEFT's
             default for the architecture. Names that match nothing are warned of, and an error if none matches.
@@ -150,6 +153,7 @@ class DVoRAConfig(PeftConfig):
     projection_format: int = FORMAT_VERSION
     projection_fingerprint: str | None = None
     base_probes: dict[str, list[float]] | None = None
+    lambda_d_groups: int = 1
     # Taken and dropped: files of older versions hold them, and no output depends on them. To remove them in
     # `from_json_file` would not do: `PeftConfig.from_pretrained` reads files itself, and warns of unknown settings.
     norm_cache: InitVar[object] = None
@@ -263,6 +267,9 @@ class DVoRAConfig(PeftConfig):
         """The settings as a dictionary; sets become sorted lists, so that equal configs make equal files."""
         settings = super().to_dict()
         settings |= {"train": list(self.train), "base_probes": self.fingerprints_to_save or self.base_probes}
+        if self.lambda_d_groups == 1:
+            # Files of one group are as they were before there were groups.
+            del settings["lambda_d_groups"]
         return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
 
     def sizing(self) -> dict[str, Any]:
@@ -376,6 +383,7 @@ def _check_values(config: DVoRAConfig) -> None:
     """Refuse numbers out of range, unknown choices, and settings that exclude each other."""
     for rank in (config.r, *config.rank_pattern.values()):
         checked_rank(rank)
+    checked_groups(config.lambda_d_groups)
     for alpha in (config.alpha, *config.alpha_pattern.values()):
         if alpha is not None:
             checked_alpha(alpha)

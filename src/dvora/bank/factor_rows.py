@@ -1,11 +1,11 @@
 """An adapter as serving needs it: one row of numbers, `g - 1`, scale and lambda_d of every layer, and its heads.
 
-A factor row has the layers in the order of the content, each with `g - 1` (O), `g beta` (O) and lambda_d (R). The
+A factor row has the layers in the order of the content, each with `g - 1` (O), `g beta` (O) and lambda_d (K). The
 magnitude itself never is in half precision: `g - 1` lies near zero and survives it. In half precision, scale and
 lambda_d of a layer, of which only the product is used, are balanced by a power of two, so that neither is too small for
 the dtype.
 
-Dimensions: N adapters, S values of a vector, F values of a factor row, O out, R rank.
+Dimensions: N adapters, S values of a vector, F values of a factor row, O out, K values of lambda_d.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FactorRows:
         self.places: list[LayerPlace] = []
         for layer in served.content.layers:
             start = self.places[-1].stop if self.places else 0
-            self.places.append(LayerPlace(start, layer.out_features, layer.rank))
+            self.places.append(LayerPlace(start, layer.out_features, layer.lengths[2]))
         self.width = self.places[-1].stop if self.places else 0
         self.row_lengths = [length for place in self.places for length in place.lengths]
         self._segments = torch.tensor(self.row_lengths)
@@ -50,7 +50,7 @@ class FactorRows:
         self._base = json.dumps(served.content.base)
         starts = [layer.adapted.initial_vectors(served.config.d_initial) for layer in served.layers]
         parts = [part for vectors in starts for part in vectors]
-        starting = [part[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)]
+        starting = [part.flatten()[:n].float().cpu() for part, n in zip(parts, self.lengths, strict=True)]
         self.start = torch.cat([torch.empty(0), *starting])
         """The vector of the base, (S,)."""
 
@@ -84,7 +84,7 @@ class FactorRows:
                 strengths = dict(zip((layer.name for layer in values.content.layers), values.strengths, strict=True))
                 # Layers that it does not have are the base's.
                 for layer, place in zip(self.served.content.layers, self.places, strict=True):
-                    row[place.start : place.stop - place.rank] *= strengths.get(layer.name, 0.0)
+                    row[place.start : place.stop - place.lambda_d_size] *= strengths.get(layer.name, 0.0)
         return factors if self.dtype == torch.float32 else balanced(factors, self._segments).to(self.dtype)
 
     def row(self, values: AdapterValues, factors: Float[Tensor, "F"]) -> AdapterRow:

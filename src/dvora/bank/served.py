@@ -385,10 +385,11 @@ def _check_called(targets: Sequence[Target], names: set[str], model: nn.Module) 
 
 
 def _check_sizes(sizes: LayerSizes, adapted: AdaptedWeight) -> None:
-    if (sizes.out_features, sizes.rank) != (adapted.out_features, adapted.rank):
+    here, there = ((of.out_features, of.rank, of.groups) for of in (adapted, sizes))
+    if here != there:
         raise ValueError(
-            f"{sizes.name}: the adapter has {sizes.out_features} rows at rank {sizes.rank}, its layer and settings "
-            f"{adapted.out_features} at rank {adapted.rank}; another base model"
+            f"{sizes.name}: rows, rank and groups of lambda_d are {there} in the adapter, and {here} by its layer and "
+            "settings; another base model"
         )
 
 

@@ -68,7 +68,7 @@ def adapted(
 ) -> Tensor:
     """The outputs of a layer from those of the base, with the factors of each row's adapter, or of the one of all."""
     weight = layer.adapted
-    factors = Factors.of_rows(values.to(weight.w.dtype), weight.rank, base_output.dim())
+    factors = Factors.of_rows(values.to(weight.w.dtype), weight.lambda_d_size, base_output.dim())
     adapter = ActiveAdapter(weight, factors, None)
     return adapted_outputs(layer.module, layer.layer_type, x, base_output, [adapter], bias)
 

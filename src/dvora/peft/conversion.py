@@ -5,9 +5,9 @@ m = ||W'||_row. The matrices are drawn again from PEFT's seed (`matrices.vera`),
 process has them; the price is that they have the size of the largest layer in memory, as in PEFT, and that torch must
 draw the same bits.
 
-DVoRA is DoRA with `lora_A = A`, `lora_B = diag(beta) B diag(lambda_d)`, scaling 1 and magnitude m. A strength s makes
-`W' = (1 - s) W + s diag(g) V'`, which is a DoRA weight too: with f = 1 - s + s g, the update of every row is scaled by
-s g / f, and the magnitude is f times the norm that the row has then.
+DVoRA is DoRA with `lora_A = A'` (A scaled by lambda_d), `lora_B = diag(beta) B`, scaling 1 and magnitude m. A strength
+s makes `W' = (1 - s) W + s diag(g) V'`, which is a DoRA weight too: with f = 1 - s + s g, the update of every row is
+scaled by s g / f, and the magnitude is f times the norm that the row has then.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _dora_of(layer: DVoRALayer, adapter_name: str) -> tuple[Tensor, Tensor, Tens
         A, B, lambda_d = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1), A.new_zeros(1)
     w = F.row_norm(weight)
     beta = adapted.scaling * lambda_b * (w if adapted.direction == "unit" else 1)
-    B = beta[:, None] * (B * lambda_d)
+    A, B = F.scaled_columns(A, lambda_d), beta[:, None] * B
     g = torch.where(w > 0, magnitude / F.row_norm(weight + B @ A), 1.0)
     f = 1 - s + s * g
     B = (s * g / f)[:, None] * B

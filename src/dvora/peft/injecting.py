@@ -352,6 +352,7 @@ def _prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> 
         direction=checked_direction(config.direction),
         detach_norm=config.detach_norm,
         layout=kind.layout,
+        groups=config.lambda_d_groups,
         padding_column=padding_column(base),
         readable=target.is_readable(),
         reads_matrices=kind.low_rank in (None, convolve),
@@ -435,7 +436,7 @@ def _random_vectors(start: Vectors, seed: int, key: str) -> Vectors:
     """Vectors that are not the identity, a pure function of the seed, the layer's name and its number of adapters."""
     stream = _RANDOM_START_STREAM + int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     magnitude, lambda_b, lambda_d = (
-        torch.from_numpy(philox.uniform_row(seed, stream, row, len(vector))).to(vector)
+        torch.from_numpy(philox.uniform_row(seed, stream, row, vector.numel())).to(vector).view(vector.shape)
         for row, vector in enumerate(start)
     )
     return Vectors(start.magnitude * (1 + 0.1 * magnitude), lambda_b, 1 + lambda_d)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional as F
 from ..checks import computes_as
 from ..factors import Factors
-from ..layer import project, thin_outputs
+from ..layer import project, project_scaled, thin_outputs
 from ..tensors import Float, is_dtensor
 from ..weight import COLUMNS, EXPERTS, EXPERTS_TRANSPOSED, KERNELS, ROWS, AdaptedWeight, WeightLayout
 
@@ -32,7 +32,9 @@ _CONVOLVE = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: to
 def linear(
     adapted: AdaptedWeight, _: nn.Module, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B R"], dropout: nn.Module
 ) -> Float[Tensor, "*T O"]:
-    """`((x A^T) lambda_d) B^T`."""
+    """`(x A'^T) B^T`."""
+    if adapted.by_groups is not None:
+        return adapted.matrices.expand(project_scaled(adapted, dropout(x), lambda_d), len(adapted.w))
     z = project(adapted, dropout(x))
     return adapted.matrices.expand(z * lambda_d.to(z.dtype), len(adapted.w))
 
@@ -45,7 +47,18 @@ def lookup(
     z = adapted.shared.impl.select(ids, adapted.rank, adapted.in_features, layer.weight.dtype)
     mask = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
     z = z * dropout(mask.to(z.dtype)).unsqueeze(-1)
+    if adapted.by_groups is not None:
+        lambda_d = _of_ids(adapted.by_groups.group_of(ids), lambda_d.unflatten(-1, (adapted.groups, adapted.rank)))
     return output_scale(layer) * adapted.shared.impl.expand(z * lambda_d.to(z.dtype), adapted.out_features)
+
+
+def _of_ids(groups: Tensor, lambda_d: Float[Tensor, "*B G R"]) -> Float[Tensor, "*T R"]:
+    """The lambda_d of the group of each token, of one adapter or of each row's."""
+    if lambda_d.dim() == 2:
+        return lambda_d[groups]
+    of_rows = lambda_d.flatten(0, -3)
+    chosen = torch.take_along_dim(of_rows, groups.flatten(1).unsqueeze(-1), 1)
+    return chosen.view(*groups.shape, lambda_d.shape[-1])
 
 
 def output_scale(layer: nn.Embedding) -> float | Tensor:
@@ -64,7 +77,11 @@ def convolve(
     batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
     kernel = (layer.weight.shape[1], *layer.kernel_size)
     A, B, by_row = adapted.A(x), adapted.B(x), lambda_d.dim() > 1
-    if by_row or adapted.rank < adapted.in_features:
+    if adapted.by_groups is not None:
+        z = _with_scaled_kernels(adapted, layer, batch, lambda_d)
+        product = B.view(groups, -1, adapted.rank) @ z.flatten(3)
+        product = product.view(batch.shape[0], len(B), *z.shape[3:]).movedim(1, -1)
+    elif by_row or adapted.rank < adapted.in_features:
         # Groups become batch entries, since all have the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
         positions = z.shape[2:]
@@ -80,6 +97,22 @@ def convolve(
         product = _convolution(layer, batch, ((B * lambda_d.to(B.dtype)) @ A).view(-1, *kernel), groups).movedim(1, -1)
     outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
     return outputs
+
+
+def _with_scaled_kernels(
+    adapted: AdaptedWeight, layer: Convolution, batch: Tensor, lambda_d: Float[Tensor, "*B K"]
+) -> Tensor:
+    """(B, groups, R, *positions): the inputs of every group convolved with the rows of A', of one adapter or of each
+    row's: rows become groups of one convolution then."""
+    inputs = layer.weight.shape[1]
+    scaled = adapted.scaled(lambda_d.reshape(-1, lambda_d.shape[-1])).to(batch.dtype)
+    rows, spatial = len(batch), batch.shape[2:]
+    if len(scaled) == 1:
+        z = _convolution(layer, batch.reshape(-1, inputs, *spatial), scaled.view(-1, inputs, *layer.kernel_size), 1)
+    else:
+        kernels = scaled[:, None].expand(-1, layer.groups, -1, -1).reshape(-1, inputs, *layer.kernel_size)
+        z = _convolution(layer, batch.reshape(1, -1, *spatial), kernels, rows * layer.groups)
+    return z.reshape(rows, layer.groups, adapted.rank, *z.shape[2:])
 
 
 def _padded(layer: Convolution, x: Tensor) -> Tensor:

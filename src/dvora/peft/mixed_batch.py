@@ -135,5 +135,5 @@ def row_updates(
             index = torch.tensor([place.get(name, len(group)) for name in adapter_names], device=values.device)
             values = pad(values, (0, 0, 0, 1))[index]
         first = adapted[group[0]]
-        updates.append(ActiveAdapter(first, Factors.of_rows(values, first.rank, dimensions), None))
+        updates.append(ActiveAdapter(first, Factors.of_rows(values, first.lambda_d_size, dimensions), None))
     return updates

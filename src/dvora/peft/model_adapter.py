@@ -60,7 +60,7 @@ class ModelAdapter(NamedTuple):
         adapted = [(name, layer.adapted(self.name)) for name, layer in self.layers.items()]
         return Content(
             CommonSettings.of(self.config),
-            tuple(LayerSizes(name, a.out_features, a.rank, a.scaling) for name, a in adapted),
+            tuple(LayerSizes(name, a.out_features, a.rank, a.scaling, a.groups) for name, a in adapted),
             tuple(SavedWhole(name, tuple(tensor.shape)) for name, tensor in self.whole.items()),
             tuple((name, tuple(layer.present_fingerprint())) for name, layer in self.layers.items()),
         )

@@ -28,12 +28,12 @@ class LayerPlace(NamedTuple):
 
     start: int
     out_features: int
-    rank: int
+    lambda_d_size: int
 
     @property
     def lengths(self) -> tuple[int, int, int]:
         """Of `g - 1`, scale and lambda_d."""
-        return self.out_features, self.out_features, self.rank
+        return self.out_features, self.out_features, self.lambda_d_size
 
     @property
     def stop(self) -> int:

@@ -133,6 +133,7 @@ class Base:
             r=r,
             alpha=alpha,
             rank_pattern=_pattern(ranks, r),
+            lambda_d_groups=max((layer.groups for layer in content.layers), default=1),
             alpha_pattern=_pattern(alphas, alpha),
             target_modules=sorted(ranks),
             magnitude_modules=sorted(layer.name for layer in content.layers if not layer.rank) or None,

@@ -1,6 +1,6 @@
 """Adapted layers built again as dense matrices in float64, from the definition of their method.
 
-    DVoRA   V' = W + diag(c w lambda_b) B diag(lambda_d) A,   W' = m V' / ||V'||_row
+    DVoRA   V' = W + diag(c w lambda_b) B A',   A' = diag(lambda_d) A or by groups of columns,   W' = m V' / ||V'||_row
     VeRA    W' = W + diag(lambda_b) B diag(lambda_d) A
     LoRA    W' = W + s B A
     DoRA    V' = W + s B A,                                   W' = m V' / ||V'||_row
@@ -201,7 +201,9 @@ def _dvora(layer: DVoRALayer, adapter: str) -> Term | None:
         rows = adapted.scaling * values["lambda_b"]
         if adapted.direction == "unit":
             rows = rows * weight.norm(dim=1)
-        update: Tensor = rows[:, None] * ((adapted.B(like) * values["lambda_d"]) @ adapted.A(like))
+        A, lambda_d = adapted.A(like), values["lambda_d"].view(-1, adapted.rank)
+        group = [column * len(lambda_d) // A.shape[1] for column in range(A.shape[1])]
+        update: Tensor = rows[:, None] * (adapted.B(like) @ (A * lambda_d[group].T))
         return weight + update
 
     return Term(adapter, parameters, updated, "magnitude", adapted.detach_norm, layer.strength(adapter))

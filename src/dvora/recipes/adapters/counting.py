@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from ...checks import checked_groups
 from ..models.bases import config_of, heads_of, model_class, quiet_transformers, without_memory
 
 
 def count(
-    source: str, targets: Sequence[str] = (), ranks: Sequence[int] = (), task_type: str | None = None
+    source: str,
+    targets: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    task_type: str | None = None,
+    lambda_d_groups: int = 1,
 ) -> dict[str, Any]:
     """Trained values, a head included, and their bytes in float32; only the configuration is read.
 
@@ -19,12 +24,14 @@ def count(
         targets: names of the layers to adapt; none means all linear layers.
         ranks: to count with; none means those that are usual for each method.
         task_type: PEFT's name of the task; None keeps the class that the model was saved with.
+        lambda_d_groups: of DVoRA.
 
     Raises:
-        ValueError: there is no such model, a rank is no rank, or no layer has such a name.
+        ValueError: there is no such model, a rank or a number of groups is none, or no layer has such a name.
     """
     if wrong := [rank for rank in ranks if rank < 1]:
         raise ValueError(f"ranks must be positive, got {wrong[0]}")
+    groups = checked_groups(lambda_d_groups)
     config = config_of(source)
     model = without_memory(model_class(config, task_type), config)
     sizes, heads = {name: values.numel() for name, values in model.named_parameters()}, heads_of(model)
@@ -35,7 +42,7 @@ def count(
     with torch.device("meta"), quiet_transformers():
         lora = {n: values for n, values in get_peft_model(model, one).named_parameters() if "lora_" in n}
     layers, outputs = len(lora) // 2, sum(len(values) for name, values in lora.items() if "_B." in name)
-    trained = [("dvora", rank, 2 * outputs + layers * rank + head) for rank in ranks or (64, 256, 1024)]
+    trained = [("dvora", rank, 2 * outputs + layers * groups * rank + head) for rank in ranks or (64, 256, 1024)]
     trained += [("lora", rank, rank * sum(map(torch.numel, lora.values())) + head) for rank in ranks or (1, 8, 16)]
     rows = [
         {"method": method, "rank": rank, "trained": values, "share": values / total, "bytes": 4 * values}

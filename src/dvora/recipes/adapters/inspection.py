@@ -14,7 +14,7 @@ from ..models.adapters import Adapter, load_adapted, read_adapter
 
 FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
 """Prefixes of the names of fixed tensors."""
-SETTINGS = ("direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
+SETTINGS = ("lambda_d_groups", "direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
 MEASURES = {
     "angle_mean": "angle_degrees_mean",
     "angle_max": "angle_degrees_max",
@@ -71,7 +71,8 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
         if vector.startswith(("dvora_", "ia3_", "road_")):
             ranks.setdefault(name, 0)
         if vector in ("dvora_lambda_d", "vera_lambda_d", "lora_embedding_A"):
-            ranks[name] = shape[0]
+            # Of lambda_d by groups it is the last dimension.
+            ranks[name] = shape[0] if vector == "lora_embedding_A" else shape[-1]
         elif name.endswith(".lora_A"):
             ranks[name.removesuffix(".lora_A")] = shape[0]
     return ranks

@@ -61,7 +61,9 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
     rows = ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items())
     facts = {
         "Base": base,
-        "Method": settings.method + (f", rank {settings.rank}" if settings.rank else ""),
+        "Method": settings.method
+        + (f", rank {settings.rank}" if settings.rank else "")
+        + (f", lambda_d in {settings.lambda_d_groups} groups" if settings.lambda_d_groups > 1 else ""),
         "Note": HEAD_SAVED if record.get("saved") == "head" else "",
         "Head": "fitted again to what the trained model gives" if record.get("head_fitted_again") else "",
         "Trained parameters": f"{record['trained_parameters']:,}",

@@ -54,11 +54,16 @@ def peft_config(settings: Settings, base: Base) -> PeftConfig:
     }
     if settings.method == "dvora":
         return DVoRAConfig(
+            lambda_d_groups=settings.lambda_d_groups,
             alpha=settings.alpha,
             projection_init=settings.projections,
             projection_seed=settings.projection_seed,
             dvora_dropout=settings.dropout,
             **common,
+        )
+    if settings.lambda_d_groups > 1:
+        raise ValueError(
+            f"lambda_d_groups is {settings.lambda_d_groups}, and {settings.method} has no lambda_d by groups"
         )
     if settings.method == "vera":
         if settings.alpha is not None:

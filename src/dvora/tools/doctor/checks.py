@@ -143,7 +143,7 @@ def _constants(examined: Examined) -> Outcome:
         for term in subject.terms:
             adapted = subject.layer.adapted(term.adapter)
             error = distance(adapted.w, w)
-            if adapted.C is not None and adapted.rank:
+            if adapted.rank and adapted.by_groups is None:
                 expected = adapted.B(weight) * (unit_rows(weight, w) @ adapted.A(weight).T)
                 rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
                 error = max(error, rounded * distance(adapted.C, expected))
