@@ -75,7 +75,7 @@ class Vectors(NamedTuple):
     def flat(self) -> "Vectors":
         """The vectors of one weight with lambda_d as (K,), a group after the other."""
         m, b, d = self
-        return self if d.dim() == 1 else Vectors(m, b, d.flatten())
+        return self if d.dim() == m.dim() else Vectors(m, b, d.flatten())
 
     def are_trained(self) -> bool:
         """Whether any of them requires a gradient."""

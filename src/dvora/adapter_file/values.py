@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..functional import Vectors
 from ..tensors import Float
 from .content import Content, check_saved_ranks, in_order, vector_digest
 from .other_methods import read_other
@@ -419,10 +418,9 @@ def _digest(content: Content) -> str:
 def _shapes(content: Content) -> dict[str, Shape]:
     """Of all entries by name, in the order of a vector."""
     vectors: dict[str, Shape] = {
-        f"{layer.name}{VECTOR_PREFIX}{vector}": (length,)
+        f"{layer.name}{VECTOR_PREFIX}{vector}": shape
         for layer in content.layers
-        for vector, length in zip(Vectors._fields, layer.lengths, strict=True)
-        if length
+        for vector, shape in layer.shapes.items()
     }
     return {**vectors, **{part.name: part.shape for part in content.whole}}
 
