@@ -4,7 +4,8 @@
     V  = W         + c diag(lambda_b) B diag(lambda_d) A       direction "weight": it is added to the weight (DoRA)
     W' = m * V / ||V||,   y = x W'^T + bias
 
-A row of W that is zero has no direction to keep: its gain is one. All gradients come from autograd.
+With lambda_d (G, R), column i of A is scaled by row floor(i G / I) of it. A row of W that is zero has no direction to
+keep: its gain is one. All gradients come from autograd.
 """
 
 import torch
@@ -55,7 +56,9 @@ class DenseDVoRA(nn.Module):
 
     def updated_weight(self) -> Tensor:
         """W with its update, before the rows are rescaled."""
-        update = self.scaling * (self.lambda_b[:, None] * self.B * self.lambda_d) @ self.A
+        lambda_d, columns = self.lambda_d.view(-1, self.A.shape[0]), self.A.shape[1]
+        of_column = [column * len(lambda_d) // columns for column in range(columns)]
+        update = self.scaling * (self.lambda_b[:, None] * self.B) @ (self.A * lambda_d[of_column].T)
         return self.weight + (self.weight.norm(dim=1)[:, None] * update if self.direction == "unit" else update)
 
     def gain(self) -> Tensor:
