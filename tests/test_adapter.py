@@ -523,7 +523,7 @@ REFUSED: list[tuple[Callable[[], object], dict[str, object], type[Exception], st
         for alpha in (0, float("nan"), 1e39)
     ),
     (plain, {"lambda_d_groups": 0}, ValueError, "lambda_d_groups must be at least 1, got 0"),
-    (plain, {"lambda_d_groups": True}, TypeError, "lambda_d_groups must be an integer, got True of type bool"),
+    (plain, {"lambda_d_groups": 2.0}, TypeError, r"lambda_d_groups must be an integer, got 2\.0 of type float"),
     (plain, {"lambda_d_groups": IN + 1}, ValueError, r"Linear\(6, 5\): lambda_d_groups=7 .* of which it has 6"),
     (plain, {"alpha": "1"}, TypeError, "alpha must be a positive number or None"),
     (plain, {"direction": "Unit"}, ValueError, "unknown direction 'Unit', expected one of unit, weight"),

@@ -222,7 +222,7 @@ def trained_outputs(
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
     z = project(adapted, x) if way == "folded" and adapted.by_groups is None else None
-    x, vectors = _as_multiplied(x), vectors.flat().to(adapted.w.dtype)
+    x, vectors = _as_multiplied(x), vectors.flat(adapted.w.dtype)
     y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength, way == "folded")
     return y
 
@@ -250,22 +250,19 @@ class _Updated(torch.autograd.Function):
     ) -> Tensor:
         update, constants = None, adapted.row_constants
 
-        def from_update() -> tuple[Tensor, RelativeFactors]:
-            update = adapted.update(lambda_d)
-            cross = vecdot(weight, update).div_(constants.w)
-            return update, relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
-
         with full_precision(x.device):
             if is_folded and adapted.by_groups is None:
                 factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
-            else:
-                # By groups too: the terms of the norm take less from D than from the weight.
-                update, factors = from_update()
-            gain, scale = factors.weakened(strength)
-            # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
-            if is_folded and gain.is_cpu and not float(gain.min()) > SMALLEST_GAIN:
-                is_folded, (update, factors) = False, from_update()
                 gain, scale = factors.weakened(strength)
+                # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
+                is_folded = not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
+            if not is_folded or adapted.by_groups is not None:
+                # By groups in any case: the terms of the norm take less from D than from the weight.
+                update = adapted.update(lambda_d)
+                cross = vecdot(weight, update).div_(constants.w)
+                factors = relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
+                gain, scale = factors.weakened(strength)
+                is_folded = is_folded and (not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN)
             if is_folded and update is not None:
                 updated = update.mul_(scale[:, None]).addcmul_(weight, gain[:, None])
                 update = None
@@ -304,8 +301,12 @@ class _Updated(torch.autograd.Function):
         if not is_folded and update is None:
             update = adapted.update(lambda_d)
         rows, d_x = dy.reshape(-1, len(m)), None
-        if is_folded:
-            d_scale, d_d, of_update = _folded_gradients(rows, x, z, lambda_d, scale, adapted)
+        if is_folded and z is not None:
+            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
+            products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
+            d_scale, d_d = products @ lambda_d, scale @ products
+        elif is_folded:
+            d_scale, d_d, of_update = _gradients_by_groups(rows, x, lambda_d, scale, adapted)
         if needed[0] and is_folded and z is None and updated is None:
             # Less than to form W'' once more.
             d_x = (rows * as_dtype(gain, dy.dtype)) @ as_dtype(weight, dy.dtype)
@@ -346,24 +347,16 @@ class _Updated(torch.autograd.Function):
         return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None, None
 
 
-def _folded_gradients(
+def _gradients_by_groups(
     dy: Float[Tensor, "T O"],
-    x: Float[Tensor, "*T I"] | None,
-    z: Float[Tensor, "*T R"] | None,
+    x: Float[Tensor, "*T I"],
     lambda_d: Float[Tensor, "K"],
     scale: Float[Tensor, "O"],
     adapted: AdaptedWeight,
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"], tuple[Tensor, ...]]:
-    """The gradients of scale and of lambda_d, without those through the norm: from z, or by groups from x.
-
-    By groups also the factors of the gradient of x that is the update's: h (T, R) and A' (R, I).
-    """
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"], tuple[Float[Tensor, "T R"], Float[Tensor, "R I"]]]:
+    """Of a folded layer the gradients of scale and lambda_d, without those through the norm, and h and A'."""
     dtype = lambda_d.dtype
     B = adapted.matrices.rows("B", adapted.rank, len(scale), dtype, scale.device)
-    if z is not None:
-        products = as_dtype(dy.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), dtype) * B
-        return products @ lambda_d, scale @ products, ()
-    assert x is not None
     inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), x.dtype)
     products = as_dtype(dy.T @ (inputs @ scaled.T), dtype) * B
     h = dy @ as_dtype(scale[:, None] * B, dy.dtype)
