@@ -630,11 +630,8 @@ class JoinedWeights:
         for places in alike.values():
             rows = torch.cat([parts[place] for place in places])
             q |= zip(places, self.weights[places[0]].squares(rows).split(len(lambda_d)), strict=True)
-        return (
-            self.w,
-            torch.cat([cross[place] for place in range(len(parts))], -1),
-            torch.cat([q[place] for place in range(len(parts))], -1),
-        )
+        crosses, squares = ([of[place] for place in range(len(parts))] for of in (cross, q))
+        return self.w, torch.cat(crosses, -1), torch.cat(squares, -1)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]

@@ -30,6 +30,19 @@ class Groups(NamedTuple):
         scaled = A.view(len(A), self.groups, -1) * by_group.unsqueeze(-1)
         return scaled.view(*leading, *A.shape)
 
+    def are_few(self, x: Float[Tensor, "N T I"]) -> bool:
+        """Whether each adapter has so few tokens that its A' is more than what it is read for."""
+        return x.shape[1] * self.groups < self.columns and self.columns % self.groups == 0
+
+    def contracted(
+        self, x: Float[Tensor, "N T I"], A: Float[Tensor, "R I"], lambda_d: Float[Tensor, "N K"]
+    ) -> Float[Tensor, "N T R"]:
+        """`x A'^T` of each adapter's tokens, without A': by groups first, which are scaled and summed then."""
+        by_group = A.view(len(A), self.groups, -1).permute(1, 2, 0).contiguous()
+        z = x.reshape(-1, self.groups, by_group.shape[1]).transpose(0, 1) @ by_group
+        z = z.transpose(0, 1).view(*x.shape[:2], self.groups, len(A))
+        return (z * lambda_d.view(len(x), 1, self.groups, len(A))).sum(2)
+
     def sums(self, values: Float[Tensor, "*N R I"]) -> Float[Tensor, "*N K"]:
         """The sum over the columns of each group: the gradient of lambda_d from `A` times that of `A'`."""
         if self.columns % self.groups:
