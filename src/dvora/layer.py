@@ -544,7 +544,7 @@ def project_scaled(
     x, shard = _as_multiplied(x), adapted.shard
     if shard is not None:
         x, lambda_d = shard.of_update(x, lambda_d)
-    scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.flatten(0, -2))
+    scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.view(-1, lambda_d.shape[-1]))
     if shard is not None and shard.inputs is not None:
         scaled = shard.inputs.of(scaled)
     scaled = as_dtype(scaled, x.dtype)

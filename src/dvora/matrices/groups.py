@@ -22,7 +22,8 @@ class Groups(NamedTuple):
 
     def scaled(self, A: Float[Tensor, "R I"], lambda_d: Float[Tensor, "*N K"]) -> Float[Tensor, "*N R I"]:
         """`A'`: A with every column scaled by the lambda_d of its group."""
-        leading = lambda_d.shape[:-1]
+        # Not their number, of which a graph would make a constant.
+        leading = (-1,) * (lambda_d.dim() - 1)
         by_group = lambda_d.view(*leading, self.groups, len(A)).mT
         if self.columns % self.groups:
             scaled: Tensor = A * by_group[..., self.group_of(torch.arange(self.columns, device=A.device))]
