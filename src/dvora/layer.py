@@ -541,7 +541,18 @@ def project_scaled(
     adapted: AdaptedWeight, x: Float[Tensor, "*T I"], lambda_d: Float[Tensor, "*B K"]
 ) -> Float[Tensor, "*T R"]:
     """`z = x A'^T` with lambda_d by groups, of one adapter or of each row's."""
-    x, shard = _as_multiplied(x), adapted.shard
+    x, shard, groups = _as_multiplied(x), adapted.shard, adapted.by_groups
+    assert groups is not None
+    if (
+        shard is None
+        and lambda_d.dim() > 1
+        and not is_traced()
+        and x.shape[1:-1].numel() * groups.groups < adapted.in_features
+    ):
+        # Fewer values than the rows' A' have.
+        of_groups = as_dtype(lambda_d, x.dtype).unflatten(-1, (groups.groups, adapted.rank)).movedim(-2, 0)
+        summed: Tensor = (groups.products(x, adapted.A(x)) * of_groups).sum(0)
+        return summed
     if shard is not None:
         x, lambda_d = shard.of_update(x, lambda_d)
     scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.view(-1, lambda_d.shape[-1]))

@@ -533,9 +533,8 @@ class AdaptedWeight(nn.Module):
             if self.by_groups is None:
                 parts.append(of_B * self.shared.impl.project(updated, self.rank))
             else:
-                A = self.A(w)
-                products = [updated[:, first:stop] @ A[:, first:stop].T for first, stop in self.by_groups.bounds()]
-                parts.append(torch.cat([of_B * product for product in products], 1))
+                products = of_B * self.by_groups.products(updated, self.A(w))
+                parts.append(products.transpose(0, 1).flatten(1))
         return torch.cat(parts)
 
     def _constant_dtype(self, matrix: Tensor) -> torch.dtype:

@@ -40,6 +40,14 @@ class Groups(NamedTuple):
             by_group = values.view(*values.shape[:-1], self.groups, -1).sum(-1)
         return by_group.mT.reshape(*values.shape[:-2], -1)
 
+    def products(self, x: Float[Tensor, "*T I"], A: Float[Tensor, "R I"]) -> Float[Tensor, "G *T R"]:
+        """`x A^T` of the columns of each group by themselves."""
+        if self.columns % self.groups:
+            return torch.stack([x[..., first:stop] @ A[:, first:stop].T for first, stop in self.bounds()])
+        of_groups = x.reshape(-1, self.groups, self.columns // self.groups).transpose(0, 1)
+        products = of_groups @ A.view(len(A), self.groups, -1).permute(1, 2, 0)
+        return products.view(self.groups, *x.shape[:-1], len(A))
+
     def group_of(self, columns: Tensor) -> Tensor:
         """The group of each of these columns."""
         return columns * self.groups // self.columns
