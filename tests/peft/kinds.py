@@ -15,7 +15,6 @@ from dvora import DVoRAConfig
 from tests.peft.layer_cases import CASES as LAYER_TYPES
 from tests.peft.tiny import LAYERS, MODELS, train_vectors
 
-
 GROUPS = 3
 """Of lambda_d, where there are several: some layers have a number of inputs that it divides, most do not."""
 by_groups = pytest.mark.parametrize("groups", [1, GROUPS], ids=["one group", "groups"])
