@@ -80,15 +80,15 @@ def factors_of(
     if adapted.follow(weight):
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
-        return _defined(adapted, vectors.flat(), weight, strength)
+        return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and vectors.are_trained():
-        return _in_closed_form(adapted, vectors.flat(), strength)
+        return _in_closed_form(adapted, vectors, strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             # Of copies: where parts of a larger tensor are not aligned in memory, products round in another way.
-            copies = Vectors(*(vector.clone() for vector in vectors)).flat()
+            copies = Vectors(*(vector.clone() for vector in vectors))
             # With the memory of the vectors, or others could come to have their addresses.
             aliases = [vector.detach() for vector in vectors]
             adapted.kept = kept = key, _in_closed_form(adapted, copies, strength), aliases

@@ -185,7 +185,7 @@ class AdaptedWeight(nn.Module):
         self.detach_norm = detach_norm
         self.padding_column = padding_column
         self.readable = readable
-        self.groups = checked_groups(groups, self.in_features, name) if self.rank else 1
+        self.groups = checked_groups(groups, self.in_features, name) if groups != 1 and self.rank else 1
         self.by_groups = Groups(self.groups, self.in_features) if self.groups > 1 else None
         self.lambda_d_size = self.groups * self.rank
         self.reads_matrices = reads_matrices or self.by_groups is not None
@@ -441,7 +441,7 @@ class AdaptedWeight(nn.Module):
             matrix = self.layout.matrix(full_tensor(weight.detach()))
             w = _row_norms(matrix)
             check_norms(w, self.name)
-            self.reads_weight = self._can_read(weight)
+            self.reads_weight = self.by_groups is not None and self._can_read(weight)
             C = w.new_empty(len(w), 0) if self.reads_weight else self._cross(matrix, w)
             C = C.to(self._constant_dtype(matrix))
             if shard is not None:
@@ -494,10 +494,9 @@ class AdaptedWeight(nn.Module):
 
     def _can_read(self, weight: Tensor) -> bool:
         """Whether `cross` is computed from the weight, not from a constant that would be an eighth of it or more."""
-        large = self.by_groups is not None and 8 * self.lambda_d_size >= self.in_features
         # Engines gather weights while their layers run, and not before; what a parametrization computes is not kept.
-        is_kept = self.readable and isinstance(weight, nn.Parameter) and not weight.is_meta
-        return large and is_kept and not torch.distributed.is_initialized()
+        here = self.readable and isinstance(weight, nn.Parameter) and not weight.is_meta
+        return here and not torch.distributed.is_initialized() and 8 * self.lambda_d_size >= self.in_features
 
     def _matrix(self) -> Float[Tensor, "O I"]:
         """The frozen weight that the constants are of, in the dtype of w."""
@@ -641,11 +640,8 @@ class JoinedWeights:
         for places in alike.values():
             rows = torch.cat([parts[place] for place in places])
             q |= zip(places, self.weights[places[0]].squares(rows).split(len(lambda_d)), strict=True)
-        return (
-            self.w,
-            torch.cat([cross[place] for place in range(len(parts))], -1),
-            torch.cat([q[place] for place in range(len(parts))], -1),
-        )
+        crosses, squares = ([of[place] for place in range(len(parts))] for of in (cross, q))
+        return self.w, torch.cat(crosses, -1), torch.cat(squares, -1)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]

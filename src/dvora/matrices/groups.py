@@ -31,6 +31,17 @@ class Groups(NamedTuple):
         scaled = A.view(len(A), self.groups, -1) * by_group.unsqueeze(-1)
         return scaled.view(*leading, *A.shape)
 
+    def are_few(self, x: Float[Tensor, "N T I"]) -> bool:
+        """Whether each adapter has so few tokens that its A' is more than what it is read for."""
+        return x.shape[1] * self.groups < self.columns
+
+    def contracted(
+        self, x: Float[Tensor, "N T I"], A: Float[Tensor, "R I"], lambda_d: Float[Tensor, "N K"]
+    ) -> Float[Tensor, "N T R"]:
+        """`x A'^T` of each adapter's tokens, without A': by groups first, which are scaled and summed then."""
+        by_group = lambda_d.view(len(x), 1, self.groups, len(A)).movedim(2, 0)
+        return (self.products(x, A) * by_group).sum(0)
+
     def sums(self, values: Float[Tensor, "*N R I"]) -> Float[Tensor, "*N K"]:
         """The sum over the columns of each group: the gradient of lambda_d from `A` times that of `A'`."""
         if self.columns % self.groups:
