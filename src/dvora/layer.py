@@ -547,8 +547,9 @@ def project_scaled(
     assert adapted.by_groups is not None
     leading = x.shape[:-1]
     if lambda_d.dim() > 1:
-        lambda_d, x = lambda_d.flatten(0, -2), x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        if adapted.by_groups.are_few(x) and not (is_traced() or grad_recorded()):
+        lambda_d = lambda_d.view(-1, lambda_d.shape[-1])
+        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        if shard is None and adapted.by_groups.are_few(x) and not (is_traced() or grad_recorded()):
             return adapted.by_groups.contracted(x, adapted.A(x), as_dtype(lambda_d, x.dtype)).view(*leading, -1)
     scaled = adapted.scaled(lambda_d)
     if shard is not None and shard.inputs is not None:
