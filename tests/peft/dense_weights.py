@@ -112,7 +112,7 @@ def _adapter(matrix: Tensor, module: nn.Module, layer: DVoRALayer, model: PeftMo
     config = model.peft_config[name]
     magnitude, lambda_b, lambda_d = (vector.detach().double().clone() for vector in layer.vectors(name))
     out_features, in_features = matrix.shape
-    shared, rank = SharedProjections(config.projection_seed, config.projection_init), max(1, len(lambda_d))
+    shared, rank = SharedProjections(config.projection_seed, config.projection_init), max(1, lambda_d.shape[-1])
     A = shared.A(rank, in_features, torch.float64).clone()
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         A[:, module.padding_idx] = 0
@@ -123,7 +123,7 @@ def _adapter(matrix: Tensor, module: nn.Module, layer: DVoRALayer, model: PeftMo
         shared.B(rank, out_features, torch.float64),
         magnitude,
         lambda_b,
-        lambda_d if len(lambda_d) else torch.zeros(1, dtype=torch.float64),
+        lambda_d if lambda_d.numel() else torch.zeros(1, dtype=torch.float64),
         scaling=1.0 if config.alpha is None else config.alpha / rank,
         direction=config.direction,
         detach_norm=config.detach_norm,

@@ -163,7 +163,7 @@ def train_vectors(model: nn.Module, adapter_name: str = "default", seed: int = 0
             magnitude, lambda_b, lambda_d = layer.vectors(adapter_name)
             magnitude.mul_(1 + 0.2 * torch.randn(len(magnitude), generator=generator))
             lambda_b.copy_(torch.randn(len(lambda_b), generator=generator))
-            lambda_d.add_(0.1 * torch.randn(len(lambda_d), generator=generator))
+            lambda_d.add_(0.1 * torch.randn(lambda_d.shape, generator=generator))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
