@@ -92,6 +92,7 @@ def fresh_copy(layer: DVoRAAdapter) -> DVoRAAdapter:
     base = base.to(layer.base_layer.weight.dtype)
     base.load_state_dict(copy.deepcopy(layer.base_layer.state_dict()))
     options = {"alpha": layer.alpha, "direction": adapted.direction, "detach_norm": adapted.detach_norm}
+    options |= {"lambda_d_groups": adapted.groups}
     fresh = DVoRAAdapter(base, layer.rank, freeze_base_layer=layer.freeze_base_layer, shared=layer.shared, **options)
     with torch.no_grad():
         for own, other in zip(fresh.vectors, layer.vectors, strict=True):

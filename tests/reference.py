@@ -1,12 +1,11 @@
 """The naive method: every matrix dense, in float64, from the definition and not from the formulas of the source.
 
-    V  = W / ||W|| + c diag(lambda_b) B A'       direction "unit": the update is added to the unit rows
-    V  = W         + c diag(lambda_b) B A'       direction "weight": it is added to the weight (DoRA)
+    V  = W / ||W|| + c diag(lambda_b) B diag(lambda_d) A       direction "unit": the update is added to the unit rows
+    V  = W         + c diag(lambda_b) B diag(lambda_d) A       direction "weight": it is added to the weight (DoRA)
     W' = m * V / ||V||,   y = x W'^T + bias
 
-A' is diag(lambda_d) A, or with lambda_d (G, R) A with column i of I scaled by row floor(i G / I) of it.
-
-A row of W that is zero has no direction to keep: its gain is one. All gradients come from autograd.
+With lambda_d (G, R), column i of A is scaled by row floor(i G / I) of it. A row of W that is zero has no direction to
+keep: its gain is one. All gradients come from autograd.
 """
 
 import torch
@@ -57,14 +56,10 @@ class DenseDVoRA(nn.Module):
 
     def updated_weight(self) -> Tensor:
         """W with its update, before the rows are rescaled."""
-        update = self.scaling * (self.lambda_b[:, None] * self.B) @ self.scaled_A()
+        lambda_d, columns = self.lambda_d.view(-1, self.A.shape[0]), self.A.shape[1]
+        of_column = [column * len(lambda_d) // columns for column in range(columns)]
+        update = self.scaling * (self.lambda_b[:, None] * self.B) @ (self.A * lambda_d[of_column].T)
         return self.weight + (self.weight.norm(dim=1)[:, None] * update if self.direction == "unit" else update)
-
-    def scaled_A(self) -> Tensor:
-        """A'."""
-        rank, columns = self.A.shape
-        lambda_d = self.lambda_d.view(-1, rank)
-        return self.A * torch.stack([lambda_d[i * len(lambda_d) // columns] for i in range(columns)], 1)
 
     def gain(self) -> Tensor:
         """How much longer each row has to become; one for a zero row."""

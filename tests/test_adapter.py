@@ -60,6 +60,7 @@ def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     direction=st.sampled_from(DIRECTIONS),
     distribution=st.sampled_from(DISTRIBUTIONS),
     freeze_base_layer=st.booleans(),
+    groups=st.integers(1, 5),
 )
 def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     sizes: tuple[int, int, int],
@@ -70,9 +71,11 @@ def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     distribution: str,
     dtype: torch.dtype,
     mode: Callable[[], Any],
+    groups: int,
     **options: object,
 ) -> None:
     in_features, out_features, rank = sizes
+    options["lambda_d_groups"] = min(groups, in_features)
     base = linear(in_features, out_features, bias=bias, dtype=dtype)
     with torch.no_grad():
         base.weight.mul_(scale)
@@ -99,6 +102,7 @@ def test_what_is_trained_is_counted_and_the_base_where_it_is_not_frozen() -> Non
     ]:
         layer = new_layer(base, 8, freeze_base_layer=freeze_base_layer)
         assert layer.parameter_count == sum(p.numel() for p in trained(layer).values()) == count
+    assert new_layer(nn.Linear(1000, 1000), 8, lambda_d_groups=25).parameter_count == 2 * 1000 + 25 * 8
 
 
 def test_the_starting_values_are_those_of_the_papers() -> None:
@@ -518,6 +522,9 @@ REFUSED: list[tuple[Callable[[], object], dict[str, object], type[Exception], st
         (plain, {"alpha": alpha}, ValueError, f"alpha must be finite and positive.* got {re.escape(str(alpha))}")
         for alpha in (0, float("nan"), 1e39)
     ),
+    (plain, {"lambda_d_groups": 0}, ValueError, "lambda_d_groups must be at least 1, got 0"),
+    (plain, {"lambda_d_groups": 2.0}, TypeError, r"lambda_d_groups must be an integer, got 2\.0 of type float"),
+    (plain, {"lambda_d_groups": IN + 1}, ValueError, r"Linear\(6, 5\): lambda_d_groups=7 .* of which it has 6"),
     (plain, {"alpha": "1"}, TypeError, "alpha must be a positive number or None"),
     (plain, {"direction": "Unit"}, ValueError, "unknown direction 'Unit', expected one of unit, weight"),
     (plain, {"d_initial": float("nan")}, ValueError, "d_initial must be finite"),

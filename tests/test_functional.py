@@ -26,7 +26,13 @@ class Problem:
     """One adapted weight as plain tensors."""
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, dtype: torch.dtype = torch.float64, **options: object
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        dtype: torch.dtype = torch.float64,
+        groups: int | None = None,
+        **options: object,
     ) -> None:
         self.weight = randn(out_features, in_features, seed=0, dtype=dtype)
         self.bias: Tensor | None = randn(out_features, seed=1, dtype=dtype)
@@ -35,7 +41,7 @@ class Problem:
         self.vectors = F.Vectors(
             F.row_norm(self.weight) * (0.5 + randn(out_features, seed=4, dtype=dtype).abs()),
             randn(out_features, seed=5, dtype=dtype),
-            0.3 * randn(rank, seed=6, dtype=dtype),
+            0.3 * randn(*([] if groups is None else [groups]), rank, seed=6, dtype=dtype),
         )
         self.x = randn(2, 3, in_features, seed=7, dtype=dtype)
         self.options = options
@@ -66,6 +72,7 @@ class Problem:
     direction=st.sampled_from(DIRECTIONS),
     leading=st.lists(st.integers(0, 3), max_size=3),
     bias=st.booleans(),
+    groups=st.sampled_from([None, 1, 2, 5, 300]),
 )
 def test_every_function_equals_the_dense_method(
     in_features: int,
@@ -74,9 +81,10 @@ def test_every_function_equals_the_dense_method(
     dtype: torch.dtype,
     leading: list[int],
     bias: bool,
+    groups: int | None,
     **options: object,
 ) -> None:
-    p = Problem(in_features, out_features, rank, dtype, **options)
+    p = Problem(in_features, out_features, rank, dtype, groups and min(groups, in_features), **options)
     p.bias = p.bias if bias else None
     p.x = randn(*leading, in_features, seed=8, dtype=dtype)
     dense, tolerance = p.dense(), 5 * TOLERANCE[dtype]
@@ -91,9 +99,12 @@ def test_every_function_equals_the_dense_method(
 
 @directions
 @pytest.mark.parametrize("detach_norm", [False, True])
+@pytest.mark.parametrize("groups", [None, 4])
 @pytest.mark.parametrize("trained", ["vectors", "vectors and weight"])
-def test_gradients_equal_those_of_the_dense_method(trained: str, detach_norm: bool, direction: str) -> None:
-    p = Problem(6, 5, 3, detach_norm=detach_norm, direction=direction, scaling=0.5)
+def test_gradients_equal_those_of_the_dense_method(
+    trained: str, groups: int | None, detach_norm: bool, direction: str
+) -> None:
+    p = Problem(6, 5, 3, groups=groups, detach_norm=detach_norm, direction=direction, scaling=0.5)
     p.weight[3] = 0
     leaves = {"x": p.x, "bias": p.bias, **p.vectors._asdict()}
     if trained != "vectors":
@@ -110,8 +121,9 @@ def test_gradients_equal_those_of_the_dense_method(trained: str, detach_norm: bo
 
 
 @directions
-def test_derivatives_of_every_order_equal_finite_differences(direction: str) -> None:
-    p = Problem(3, 4, 2, direction=direction, scaling=2.0)
+@pytest.mark.parametrize("groups", [None, 2])
+def test_derivatives_of_every_order_equal_finite_differences(groups: int | None, direction: str) -> None:
+    p = Problem(3, 4, 2, groups=groups, direction=direction, scaling=2.0)
 
     def outputs(x: Tensor, weight: Tensor, bias: Tensor, *vectors: Tensor) -> Tensor:
         return F.dvora_linear(x, weight, bias, p.A, p.B, F.Vectors(*vectors), **p.options)

@@ -26,7 +26,7 @@ from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 12, 10, 4
-WAYS = {"thin": (3, RANK), "folded": (80, RANK), "formed": (3, IN + 4)}
+WAYS = {"thin": (2, RANK), "folded": (80, RANK), "formed": (3, IN + 4)}
 """Tokens and rank for which training is computed that way."""
 ROUNDING = {**TOLERANCE, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
@@ -46,6 +46,7 @@ options = st.fixed_dictionaries(
         "direction": st.sampled_from(DIRECTIONS),
         "detach_norm": st.booleans(),
         "alpha": st.floats(0.5, 9),
+        "lambda_d_groups": st.sampled_from([1, 4, 5]),
         "shared": st.sampled_from([SharedProjections(3, distribution) for distribution in DISTRIBUTIONS]),
     }
 )
@@ -59,8 +60,8 @@ def way_of(y: Tensor) -> str | None:
         if name == "_ThinBackward":
             return "thin"
         if name == "_UpdatedBackward":
-            # What is saved of the inputs is x, or z.
-            return "folded" if node.saved_tensors[0] is None else "formed"
+            # What is saved of the outputs is y, or nothing.
+            return "folded" if node.saved_tensors[2] is not None else "formed"
         node = node.next_functions[0][0] if node is not None and node.next_functions else None
     return None
 
@@ -135,6 +136,7 @@ def test_outputs_and_gradients_equal_the_dense_method(
     settings=options,
 )
 def test_any_sizes_equal_the_dense_method(sizes: tuple[int, int, int], tokens: int, settings: dict[str, Any]) -> None:
+    settings = {**settings, "lambda_d_groups": min(settings["lambda_d_groups"], sizes[0])}
     layer = trained_layer(*sizes, dtype=torch.float64, **settings)
     done = assert_as_the_dense_method(layer, randn(tokens, sizes[0], seed=8, dtype=torch.float64), 1e-9)
     chosen = computation(tokens, layer.adapted, True)
@@ -208,8 +210,10 @@ def test_a_new_layer_is_its_base_bit_for_bit(
 
 @every_way
 @distributions
-def test_every_call_gives_the_same_bits(distribution: str, way: str) -> None:
-    layer, x, d = layer_for(way, shared=SharedProjections(3, distribution)), inputs(way), output_gradient(way)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_every_call_gives_the_same_bits(groups: int, distribution: str, way: str) -> None:
+    layer = layer_for(way, shared=SharedProjections(3, distribution), lambda_d_groups=groups)
+    x, d = inputs(way), output_gradient(way)
     first, again = ([layer(x), *gradients(layer, layer(x), x, d).values()] for _ in range(2))
     assert all(map(torch.equal, first, again))
     with torch.no_grad():
@@ -225,9 +229,11 @@ def test_every_call_gives_the_same_bits(distribution: str, way: str) -> None:
 
 
 @every_way
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torch.dtype, way: str) -> None:
-    layer, d, dense = layer_for(way), output_gradient(way), DenseDVoRA.of(layer_for(way))
+def test_under_autocast_only_products_of_tokens_are_in_half_precision(half: torch.dtype, groups: int, way: str) -> None:
+    layer, d = layer_for(way, lambda_d_groups=groups), output_gradient(way)
+    dense = DenseDVoRA.of(layer)
     expected, reference, found = dense.gradients(inputs(way), d), dense(inputs(way)), []
     for within in (True, False):
         x = inputs(way).requires_grad_()
@@ -291,14 +297,15 @@ def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> No
         ((768, 768, 700), 500, "thin", "thin"),
         ((768, 768, 700), 900, "formed", "formed"),
         ((768, 768, 769), 1, "formed", "thin"),
+        ((768, 768, 16, 64), 130, "thin", "thin"),
+        ((768, 768, 16, 64), 140, "folded", "thin"),
     ],
     ids=str,
 )
-def test_the_computation_follows_from_sizes(
-    sizes: tuple[int, int, int], tokens: int, trained: str, evaluated: str
-) -> None:
-    in_features, out_features, rank = sizes
-    adapted = AdaptedWeight(torch.ones(out_features, in_features), rank, shared=SharedProjections(3, "structured"))
+def test_the_computation_follows_from_sizes(sizes: tuple[int, ...], tokens: int, trained: str, evaluated: str) -> None:
+    in_features, out_features, rank, *groups = sizes
+    weight, shared = torch.ones(out_features, in_features), SharedProjections(3, "structured")
+    adapted = AdaptedWeight(weight, rank, shared=shared, groups=groups[0] if groups else 1)
     assert [computation(tokens, adapted, True), computation(tokens, adapted, False)] == [trained, evaluated]
 
 
@@ -350,11 +357,14 @@ def test_a_hook_of_all_modules_sees_the_base() -> None:
 
 @distributions
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "strength"])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("way", "tokens", "rank"), [("thin", 2, 1), ("folded", 8, 1), ("formed", 2, 5)])
 def test_derivatives_of_higher_order_equal_finite_differences(
-    way: str, tokens: int, rank: int, bias: bool, distribution: str
+    way: str, tokens: int, rank: int, groups: int, bias: bool, distribution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = trained_layer(4, 3, rank, dtype=torch.float64, shared=SharedProjections(3, distribution), bias=bias)
+    settings = {"shared": SharedProjections(3, distribution), "lambda_d_groups": groups}
+    layer = trained_layer(4, 3, rank, dtype=torch.float64, bias=bias, **settings)
+    monkeypatch.setattr(forward, "computation", lambda *_: way)
     if bias:
         layer.base_layer.bias.requires_grad_()
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -373,8 +383,12 @@ def test_derivatives_of_higher_order_equal_finite_differences(
 
 @directions
 @every_way
-def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(way: str, direction: str) -> None:
-    layer, d = layer_for(way, dtype=torch.float64, detach_norm=True, direction=direction), output_gradient(way)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(
+    groups: int, way: str, direction: str
+) -> None:
+    settings = {"detach_norm": True, "direction": direction, "lambda_d_groups": groups}
+    layer, d = layer_for(way, dtype=torch.float64, **settings), output_gradient(way)
     dense, second = DenseDVoRA.of(layer), []
     for module in (layer, dense):
         leaves = [module.magnitude, module.lambda_b, module.lambda_d]
@@ -388,13 +402,16 @@ def test_second_derivatives_with_a_detached_norm_are_those_of_the_dense_method(w
 
 F32, BF16 = torch.float32, torch.bfloat16
 HELD = {
-    "thin": (BF16, 4000, (36, 48, 4), lambda i, o, r: o + r),
-    "folded": (F32, 4000, (36, 48, 4), lambda i, o, r: o + r),
-    "folded, few tokens": (F32, 60, (80, 150, 2), lambda i, o, r: o + r),
-    "formed": (F32, 4000, (36, 48, 40), lambda i, o, r: i),
-    "formed, few tokens": (F32, 3, (150, 150, 160), lambda i, o, r: i),
+    "thin": (BF16, 4000, (36, 48, 4, 1), lambda i, o, r: o + r),
+    "thin, groups": (BF16, 4000, (36, 48, 4, 9), lambda i, o, r: i + o + r),
+    "folded": (F32, 4000, (36, 48, 4, 1), lambda i, o, r: o + r),
+    "folded, groups": (F32, 4000, (36, 48, 4, 9), lambda i, o, r: i + o),
+    "folded, few tokens": (F32, 60, (80, 150, 2, 1), lambda i, o, r: o + r),
+    "folded, few tokens, groups": (F32, 60, (80, 150, 2, 8), lambda i, o, r: i + o),
+    "formed": (F32, 4000, (36, 48, 40, 1), lambda i, o, r: i),
+    "formed, few tokens": (F32, 3, (150, 150, 160, 1), lambda i, o, r: i),
 }
-"""Dtype, tokens, sizes, and how many values of a token may be held."""
+"""Dtype, tokens, sizes with the groups, and how many values of a token may be held."""
 
 
 @distributions
@@ -402,8 +419,9 @@ HELD = {
 def test_what_is_held_of_a_pass_grows_with_tokens_only_and_nothing_after_its_backward_pass(
     case: str, distribution: str
 ) -> None:
-    dtype, tokens, (width, out, rank), of_token = HELD[case]
-    layer = trained_layer(width, out, rank, dtype=dtype, shared=SharedProjections(3, distribution)).eval()
+    dtype, tokens, (width, out, rank, groups), of_token = HELD[case]
+    settings = {"shared": SharedProjections(3, distribution), "lambda_d_groups": groups}
+    layer = trained_layer(width, out, rank, dtype=dtype, **settings).eval()
     x = randn(tokens, width, seed=8, dtype=dtype).requires_grad_()
     assert way_of(layer(x)) == case.split(",")[0]
 
@@ -412,7 +430,7 @@ def test_what_is_held_of_a_pass_grows_with_tokens_only_and_nothing_after_its_bac
         return layer(1 * x).sum()
 
     loss().backward()
-    vectors = 40 * 4 * (out + rank)
+    vectors = 40 * 4 * (out + rank * groups)
     with Census() as census:
         made = loss()
         held = sum(census.held())
@@ -445,9 +463,11 @@ AROUND = {
 
 @pytest.mark.parametrize("case", AROUND)
 @every_way
-def test_what_is_around_a_pass_changes_no_bit(way: str, case: str) -> None:
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_around_a_pass_changes_no_bit(groups: int, way: str, case: str) -> None:
     around, around_backward = AROUND[case]
-    layer, x, d = layer_for(way), inputs(way).requires_grad_("saved" in case), output_gradient(way)
+    layer = layer_for(way, lambda_d_groups=groups)
+    x, d = inputs(way).requires_grad_("saved" in case), output_gradient(way)
     expected = gradients(layer, layer(x), x, d)
     with around:
         y = layer(x)

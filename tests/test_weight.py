@@ -37,9 +37,11 @@ def assert_constants_of(adapted: AdaptedWeight, matrix: Tensor, tolerance: float
     w = wide.norm(dim=1)
     unit = wide / torch.where(w > 0, w, 1.0)[:, None]
     A, B = adapted.A(wide), adapted.B(wide)
+    columns, groups = A.shape[1], adapted.groups
+    of_group = [[i for i in range(columns) if i * groups // columns == group] for group in range(groups)]
     assert worst_error(adapted.w, w) < tolerance
-    assert worst_error(adapted.C, B * (unit @ A.T)) < tolerance
-    assert adapted.C.shape == (len(matrix), rank)
+    assert worst_error(adapted.C, torch.cat([B * (unit[:, of] @ A[:, of].T) for of in of_group], 1)) < tolerance
+    assert adapted.C.shape == (len(matrix), groups * rank)
 
 
 LAYOUTS = {
@@ -78,6 +80,38 @@ def test_constants_are_those_of_the_definition_and_never_below_float32(distribut
     assert_constants_of(adapted, weight, 1e-12 if dtype == torch.float64 else 1e-6)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {adapted.w.dtype, adapted.C.dtype, *(v.dtype for v in adapted.initial_vectors(0.1))} == {wide}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({}, True), ({"groups": 2}, False), ({"groups": 2, "readable": False}, True), ({"groups": 1, "rank": 1}, True)],
+    ids=str,
+)
+@pytest.mark.parametrize("padding_column", [None, 2])
+def test_by_groups_a_constant_is_kept_where_it_is_small_or_the_weight_cannot_be_read(
+    padding_column: int | None, options: dict[str, object], kept: bool
+) -> None:
+    for columns, is_kept in ((40, kept), (48 * int(options.get("groups", 1)), True)):
+        weight = randn(OUT, columns, seed=1, dtype=torch.float64)
+        adapted = adapted_weight(weight, **{"rank": RANK, "padding_column": padding_column, **options})
+        if is_kept:
+            assert_constants_of(adapted, weight, 1e-12)
+        else:
+            assert adapted.C.numel() == 0
+        lambda_d = randn(adapted.lambda_d_size, seed=2, dtype=torch.float64).requires_grad_()
+        _, cross, q = adapted.terms(lambda_d)
+        update = adapted.update(lambda_d)
+        assert worst_error(cross, (weight * update).sum(1) / weight.norm(dim=1)) < 1e-12
+        assert worst_error(q, update.square().sum(1)) < 1e-12
+        gradients = randn(2, OUT, seed=3, dtype=torch.float64)
+        (expected,) = torch.autograd.grad([cross, q / 2], lambda_d, [*gradients])
+        assert worst_error(adapted.terms_gradient(*gradients, lambda_d.detach()), expected) < 1e-12
+
+
+def test_a_norm_that_needs_a_weight_which_is_gone_says_so() -> None:
+    adapted = adapted_weight(randn(OUT, 40, seed=1), groups=4)
+    with pytest.raises(RuntimeError, match="the norm with lambda_d_groups=4 needs the base's weight, which is not in"):
+        adapted.terms(torch.ones(4 * RANK))
 
 
 @pytest.mark.parametrize("padding_column", [None, 2])

@@ -363,9 +363,9 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     if weight is not None:
         adapted.refresh_if_stale(weight)
     w = adapted.w
-    vectors = vectors.to(w.dtype)
+    vectors = vectors.flat(w.dtype)
     with full_precision(w.device):
-        _, cross, q = adapted.terms(vectors.flat().lambda_d)
+        _, cross, q = adapted.terms(vectors.lambda_d)
         factors = relative_factors(vectors.magnitude, vectors.lambda_b, cross, q, adapted.row_constants)
         s, g1 = factors.inverse.reciprocal(), (factors.gain - 1).abs()
         angle = F.row_angle(factors.kappa, cross, q).rad2deg()

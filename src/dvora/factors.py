@@ -80,15 +80,15 @@ def factors_of(
     if adapted.follow(weight):
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
-        return _defined(adapted, vectors.flat(), weight, strength)
+        return _defined(adapted, vectors, weight, strength)
     if grad_recorded() and vectors.are_trained():
-        return _in_closed_form(adapted, vectors.flat(), strength)
+        return _in_closed_form(adapted, vectors, strength)
     key, kept = _key(vectors, strength), adapted.kept
     if key is None or kept is None or kept[0] != key:
         # Inference tensors could not be used in a later pass that trains something else.
         with torch.inference_mode(False), torch.no_grad():
             # Of copies: where parts of a larger tensor are not aligned in memory, products round in another way.
-            copies = Vectors(*(vector.clone() for vector in vectors)).flat()
+            copies = Vectors(*(vector.clone() for vector in vectors))
             # With the memory of the vectors, or others could come to have their addresses.
             aliases = [vector.detach() for vector in vectors]
             adapted.kept = kept = key, _in_closed_form(adapted, copies, strength), aliases
@@ -135,7 +135,7 @@ def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
 
 def _in_closed_form(adapted: AdaptedWeight | JoinedWeights, vectors: Vectors, strength: float) -> Factors:
     """From the constants of a frozen weight, of one adapter or of N, with a graph where one is recorded."""
-    vectors = vectors.to(adapted.w.dtype)
+    vectors = vectors.flat(adapted.w.dtype)
     with full_precision(adapted.w.device):
         if grad_recorded():
             gain_minus_one, scale, gain = _RowFactors.apply(*vectors, adapted, strength)
@@ -149,7 +149,7 @@ def _defined(
 ) -> Factors:
     """By the definition, differentiated by PyTorch, also with respect to a weight that is trained."""
     with full_precision(adapted.w.device):
-        vectors = vectors.to(adapted.w.dtype)
+        vectors = vectors.flat(adapted.w.dtype)
         terms = adapted.terms(vectors.lambda_d, weight)
         gain_minus_one, scale, gain = F.row_factors(vectors, *terms, **adapted.settings)
     if strength != 1:

@@ -72,10 +72,13 @@ class Vectors(NamedTuple):
             return self
         return Vectors(m.to(dtype), b.to(dtype), d.to(dtype))
 
-    def flat(self) -> "Vectors":
-        """The vectors of one weight with lambda_d as (K,), a group after the other."""
+    def flat(self, dtype: torch.dtype) -> "Vectors":
+        """The vectors in a dtype, lambda_d (K,): a group after the other."""
         m, b, d = self
-        return self if d.dim() == m.dim() else Vectors(m, b, d.flatten())
+        d = d if d.dim() == m.dim() else d.flatten()
+        if m.dtype == b.dtype == d.dtype == dtype:
+            return Vectors(m, b, d)
+        return Vectors(m.to(dtype), b.to(dtype), d.to(dtype))
 
     def are_trained(self) -> bool:
         """Whether any of them requires a gradient."""

@@ -163,8 +163,8 @@ def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computati
         return "formed"
     least = out_features * in_features / (out_features + in_features) + rank / 2
     if adapted.by_groups is not None and trained:
-        # Both of its thin products are with the tokens, and have a gradient of the size of A.
-        least /= 2
+        # What forming takes is little more than what the norm takes of the weight in any case.
+        least /= 3
     if tokens < (least if trained else max(least, FEW_TOKENS)):
         return "thin"
     return "folded" if trained and rank <= FOLDED_RANK * in_features else "formed"
@@ -222,7 +222,7 @@ def trained_outputs(
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
     z = project(adapted, x) if way == "folded" and adapted.by_groups is None else None
-    x, vectors = _as_multiplied(x), vectors.flat().to(adapted.w.dtype)
+    x, vectors = _as_multiplied(x), vectors.flat(adapted.w.dtype)
     y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength, way == "folded")
     return y
 
@@ -249,18 +249,26 @@ class _Updated(torch.autograd.Function):
         is_folded: bool,
     ) -> Tensor:
         update, constants = None, adapted.row_constants
+
         with full_precision(x.device):
-            if is_folded:
+            if is_folded and adapted.by_groups is None:
                 factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
                 gain, scale = factors.weakened(strength)
                 # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
                 is_folded = not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
-            if not is_folded:
+            if not is_folded or adapted.by_groups is not None:
+                # By groups in any case: the terms of the norm take less from D than from the weight.
                 update = adapted.update(lambda_d)
                 cross = vecdot(weight, update).div_(constants.w)
                 factors = relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
                 gain, scale = factors.weakened(strength)
-            updated = as_dtype(_updated_weight(weight, adapted, lambda_d, gain, scale, update), x.dtype)
+                is_folded = is_folded and (not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN)
+            if is_folded and update is not None:
+                updated = update.mul_(scale[:, None]).addcmul_(weight, gain[:, None])
+                update = None
+            else:
+                updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
+            updated = as_dtype(updated, x.dtype)
         y = linear(x, updated, bias)
         if is_folded and bias is not None and y.numel():
             # Asked once: it takes as long as a small product, and synchronises. A trained bias is as its first values.
@@ -293,7 +301,18 @@ class _Updated(torch.autograd.Function):
         if not is_folded and update is None:
             update = adapted.update(lambda_d)
         rows, d_x = dy.reshape(-1, len(m)), None
-        if needed[0]:
+        if is_folded and z is not None:
+            E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
+            products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
+            d_scale, d_d = products @ lambda_d, scale @ products
+        elif is_folded:
+            d_scale, d_d, of_update = _gradients_by_groups(rows, x, lambda_d, scale, adapted)
+        if needed[0] and is_folded and z is None and updated is None:
+            # Less than to form W'' once more.
+            d_x = (rows * as_dtype(gain, dy.dtype)) @ as_dtype(weight, dy.dtype)
+            d_x = d_x.addmm_(*of_update) if not graph else d_x + torch.mm(*of_update)
+            d_x = d_x.view(x.shape)
+        elif needed[0]:
             if updated is None:
                 updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
             d_x = dy @ as_dtype(updated, dy.dtype)
@@ -302,7 +321,6 @@ class _Updated(torch.autograd.Function):
             G = as_dtype(rows.T @ x.reshape(-1, x.shape[-1]), m.dtype)
             d_g, d_scale, d_update = vecdot(G, weight), vecdot(G, update), G * scale[:, None]
         else:
-            d_scale, d_d = _folded_gradients(rows, x, z, lambda_d, scale, adapted)
             d_g = _column_dots(rows, y.reshape(rows.shape), m.dtype)
             if d_bias is not None:
                 d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, m.dtype), value=-1)
@@ -329,25 +347,20 @@ class _Updated(torch.autograd.Function):
         return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None, None
 
 
-def _folded_gradients(
+def _gradients_by_groups(
     dy: Float[Tensor, "T O"],
-    x: Float[Tensor, "*T I"] | None,
-    z: Float[Tensor, "*T R"] | None,
+    x: Float[Tensor, "*T I"],
     lambda_d: Float[Tensor, "K"],
     scale: Float[Tensor, "O"],
     adapted: AdaptedWeight,
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"]]:
-    """The gradients of scale and of lambda_d, without those through the norm: from z, or by groups from x."""
+) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"], tuple[Float[Tensor, "T R"], Float[Tensor, "R I"]]]:
+    """Of a folded layer the gradients of scale and lambda_d, without those through the norm, and h and A'."""
     dtype = lambda_d.dtype
     B = adapted.matrices.rows("B", adapted.rank, len(scale), dtype, scale.device)
-    if z is not None:
-        products = as_dtype(dy.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), dtype) * B
-        return products @ lambda_d, scale @ products
-    assert x is not None
-    inputs = x.reshape(-1, x.shape[-1])
-    products = as_dtype(dy.T @ (inputs @ as_dtype(adapted.scaled(lambda_d), x.dtype).T), dtype) * B
-    d_scaled = (dy @ as_dtype(scale[:, None] * B, dy.dtype)).T @ inputs
-    return products.sum(1), adapted.scaled_gradient(as_dtype(d_scaled, dtype))
+    inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), x.dtype)
+    products = as_dtype(dy.T @ (inputs @ scaled.T), dtype) * B
+    h = dy @ as_dtype(scale[:, None] * B, dy.dtype)
+    return products.sum(1), adapted.scaled_gradient(as_dtype(h.T @ inputs, dtype)), (h, scaled)
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -547,13 +560,36 @@ def project_scaled(
     scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.flatten(0, -2))
     if shard is not None and shard.inputs is not None:
         scaled = shard.inputs.of(scaled)
-    scaled = as_dtype(scaled, x.dtype)
-    if scaled.dim() == 2:
-        z = times(x, scaled.T)
-    else:
-        rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        z = (rows @ scaled.mT).view(*x.shape[:-1], adapted.rank)
+    scaled, leading = as_dtype(scaled, x.dtype), x.shape[:-1]
+    if scaled.dim() > 2:
+        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+    product = _times_scaled if is_traced() or not grad_recorded() else _TimesScaled.apply
+    z = product(x, scaled).view(*leading, adapted.rank)
     return z if shard is None or shard.inputs is None else shard.z(z)
+
+
+def _times_scaled(x: Float[Tensor, "*T I"], scaled: Float[Tensor, "*B R I"]) -> Float[Tensor, "*T R"]:
+    return times(x, scaled.T) if scaled.dim() == 2 else x @ scaled.mT
+
+
+class _TimesScaled(torch.autograd.Function):
+    """`x A'^T`, whose backward pass is in the dtypes of the forward pass, whatever autocast says by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scaled: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scaled)
+        return _times_scaled(x, scaled)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, d_z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, scaled = ctx.saved_tensors
+        if scaled.dim() == 2:
+            x, rows = x.reshape(-1, x.shape[-1]), d_z.reshape(-1, len(scaled))
+        else:
+            rows = d_z
+        d_x = d_z @ scaled if ctx.needs_input_grad[0] else None
+        return d_x, rows.mT @ x if ctx.needs_input_grad[1] else None
 
 
 class _Thread(threading.local):

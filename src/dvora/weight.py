@@ -183,7 +183,7 @@ class AdaptedWeight(nn.Module):
         self.detach_norm = detach_norm
         self.padding_column = padding_column
         self.readable = readable
-        self.groups = checked_groups(groups, self.in_features, name) if self.rank else 1
+        self.groups = checked_groups(groups, self.in_features, name) if groups != 1 and self.rank else 1
         self.by_groups = Groups(self.groups, self.in_features) if self.groups > 1 else None
         self.lambda_d_size = self.groups * self.rank
         self.reads_matrices = reads_matrices or self.by_groups is not None
@@ -430,7 +430,7 @@ class AdaptedWeight(nn.Module):
             matrix = self.layout.matrix(full_tensor(weight.detach()))
             w = _row_norms(matrix)
             check_norms(w, self.name)
-            self.reads_weight = self._can_read(weight)
+            self.reads_weight = self.by_groups is not None and self._can_read(weight)
             C = w.new_empty(len(w), 0) if self.reads_weight else self._cross(matrix, w)
             C = C.to(self._constant_dtype(matrix))
             if shard is not None:
@@ -483,9 +483,9 @@ class AdaptedWeight(nn.Module):
 
     def _can_read(self, weight: Tensor) -> bool:
         """Whether `cross` is computed from the weight, not from a constant that would be an eighth of it or more."""
-        large = self.by_groups is not None and 8 * self.lambda_d_size >= self.in_features
         # Engines gather weights while their layers run, and not before.
-        return large and self.readable and not weight.is_meta and not torch.distributed.is_initialized()
+        here = self.readable and not weight.is_meta and not torch.distributed.is_initialized()
+        return here and 8 * self.lambda_d_size >= self.in_features
 
     def _matrix(self) -> Float[Tensor, "O I"]:
         """The frozen weight that the constants are of, in the dtype of w."""
