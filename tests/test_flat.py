@@ -290,6 +290,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "something missing": (lambda d: {k: v for k, v in d.items() if k != "base"}, r"no layout can be read.*'base'"),
     "a changed size": (lambda d: {**d, "layers": [["lin0", 25, 4, 1.0], *d["layers"][1:]]}, r"was changed on the way"),
     "a size of text": (lambda d: {**d, "whole": [["w", ["a", 10**12]]]}, r"no layout can be read.*whole numbers"),
+    "no group": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, 0]]}, r"no layout can be read.*whole numbers"),
+    "groups of text": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, "2"]]}, r"no layout can be read"),
     "a size below zero": (lambda d: {**d, "layers": [["lin0", -1, 4, 1.0]]}, r"no layout can be read.*whole numbers"),
 }
 

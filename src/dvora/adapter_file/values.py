@@ -263,8 +263,8 @@ class VectorSource:
                 f"vector has shape {tuple(vector.shape)}, expected ({sum(lengths)},); was it made with another layout?"
             )
         parts = vector.detach().to("cpu", copy=True).split(lengths)
-        entries = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        heads = {part.name: entries.pop(part.name) for part in content.whole}
+        entries = dict(zip(shapes, parts, strict=True))
+        heads = {part.name: entries.pop(part.name).view(part.shape) for part in content.whole}
         self._values = _finite(AdapterValues(content, torch.cat([*entries.values()]), strengths, heads, config, {}))
 
     def read(self) -> AdapterValues:

@@ -285,7 +285,7 @@ def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
     if tuple(shape) != tuple(expected):
         raise ValueError(
             f"{key} has shape {tuple(shape)} in the adapter and {tuple(expected)} in the model: another base model, or "
-            "another rank than the configuration says; neither can be changed by loading"
+            "another rank or lambda_d_groups than the configuration says; loading changes neither"
         )
 
 
