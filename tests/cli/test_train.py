@@ -95,7 +95,7 @@ def test_a_run_with_groups_is_inspected(desk: Path) -> None:
         ([*GIVEN, "--method", "lora", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
         ([*GIVEN, "--method", "full", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
         ([*GIVEN, "--method", "head", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
-        ([*GIVEN, "--lambda-d-groups", "0"], "'--lambda-d-groups': Input should be greater than or equal to 1"),
+        ([*GIVEN, "--lambda-d-groups", "0"], "lambda_d_groups is 0: input should be greater than or equal to 1"),
         (["--zzz"], "No such option --zzz; dvora train --help"),
         (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
     ],

@@ -49,10 +49,7 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': input should be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: input should be a finite number"),
         *(
-            (
-                {"lambda_d_groups": 4, "method": method},
-                "lambda_d_groups is 4, which only the method dvora has; leave it",
-            )
+            ({"lambda_d_groups": 4, "method": method}, "lambda_d_groups is 4, which only the method dvora has")
             for method in METHODS
             if method != "dvora"
         ),
