@@ -310,6 +310,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, 2], *d["layers"][1:]]},
         r"was changed on the way",
     ),
+    "no group": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, 0]]}, r"no layout can be read.*whole numbers"),
+    "groups of text": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, "2"]]}, r"no layout can be read"),
     "a size below zero": (lambda d: {**d, "layers": [["lin0", -1, 4, 1.0]]}, r"no layout can be read.*whole numbers"),
 }
 

@@ -29,17 +29,18 @@ from dvora.adapter_file.values import FolderSource
 from dvora.adapter_file.values_file import SETTINGS, VALUES
 from tests.bank.tenants import HEADED, WIDE, Served, contents, many
 from tests.census import little_more_memory
-from tests.peft.kinds import edit_weights, mlp, saved
+from tests.peft.kinds import Kind, edit_weights, mlp, saved
 
 FILES = (SETTINGS, VALUES)
 SPARSE = 2_000_000_000
 """Bytes that a file of a few kilobytes claims to have."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", params=[1, 3], ids=["one group", "groups"])
+def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
     """Three adapters; never written to."""
-    return many(tmp_path_factory.mktemp("adapters"), 3)
+    kind = Kind(HEADED.base, {**HEADED.settings, "lambda_d_groups": request.param})
+    return many(tmp_path_factory.mktemp("adapters"), 3, kind)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from tests.peft.tiny import LAYERS, MODELS
 BAD_VALUES: list[tuple[dict[str, object], type[Exception], str]] = [
     *[({"r": r}, ValueError, f"rank.*{r}") for r in (0, -1)],
     *[({"r": r}, TypeError, f"rank.*{r!r}") for r in (2.5, True, "8", None)],
+    *[({"lambda_d_groups": g}, ValueError, f"lambda_d_groups.*{g}") for g in (0, -1)],
+    *[({"lambda_d_groups": g}, TypeError, f"lambda_d_groups.*{g!r}") for g in (2.5, 1.0, True, "4", None)],
     ({"rank_pattern": {"query": 0}}, ValueError, "rank.*0"),
     ({"rank_pattern": {"query": "8"}}, TypeError, "rank.*'8'"),
     ({"rank_pattern": ["query"]}, TypeError, "rank_pattern"),
@@ -89,9 +91,20 @@ def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
         layers_to_transform=[0, 2],
         layers_pattern="layers",
         init_weights=False,
+        lambda_d_groups=4,
     )
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_file_of_one_group_says_nothing_of_groups_and_the_config_stays_as_it_was(tmp_path: Path) -> None:
+    for groups, written in ((1, None), (4, 4)):
+        config = DVoRAConfig(r=4, lambda_d_groups=groups)
+        before = dataclasses.asdict(config)
+        config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text()).get("lambda_d_groups") == written
+        assert dataclasses.asdict(config) == before
+        assert PeftConfig.from_pretrained(tmp_path).lambda_d_groups == groups
 
 
 def test_fingerprints_of_saved_adapters_stay_valid() -> None:
@@ -138,6 +151,8 @@ def test_one_config_serves_several_bases_and_each_adapter_knows_its_own(tmp_path
     ("change", "message"),
     [
         pytest.param({"r": -1}, r"rank .*-1", id="rank"),
+        pytest.param({"lambda_d_groups": 0}, r"lambda_d_groups .*0", id="groups"),
+        pytest.param({"lambda_d_groups": 33}, r"query: lambda_d_groups=33 .* has 32; use fewer", id="many groups"),
         pytest.param({"alpha_pattern": {"value": -1}}, r"alpha .*-1", id="alpha of one layer"),
         pytest.param({"projection_seed": 7}, r"projection_fingerprint .* projection_seed=7", id="seed"),
     ],
@@ -156,10 +171,11 @@ def test_a_config_changed_afterwards_is_checked_again_before_the_model_is_touche
 
 
 def test_a_config_can_be_copied_pickled_and_changed() -> None:
-    config = DVoRAConfig(r=4, target_modules=["query"], projection_seed=3)
+    config = DVoRAConfig(r=4, target_modules=["query"], projection_seed=3, lambda_d_groups=2)
     for clone in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert clone == config
-    assert dataclasses.replace(config, r=8) == DVoRAConfig(r=8, target_modules=["query"], projection_seed=3)
+    changed = dataclasses.replace(config, r=8, lambda_d_groups=1)
+    assert changed == DVoRAConfig(r=8, target_modules=["query"], projection_seed=3)
 
 
 @pytest.mark.parametrize("reader", [DVoRAConfig, PeftConfig])

@@ -103,6 +103,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an endless header": (written(b"\xff" * 64), "truncated, or no safetensors"),
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),
     "another rank": (lambda folder: edit_config(folder, r=5), "another rank"),
+    "groups that no vector has": (
+        lambda folder: edit_config(folder, lambda_d_groups=2),
+        r"lambda_d has shape \(4,\) in the adapter and \(2, 4\) in its .* or other lambda_d_groups",
+    ),
+    "groups that the settings do not name": (
+        values(lambda tensors: tensors.update({f"{LAYER}lambda_d": torch.ones(2, 4)})),
+        r"lambda_d has shape \(2, 4\) in the adapter and \(4,\) in its",
+    ),
+    "a number for a vector": (
+        values(lambda tensors: tensors.update({f"{LAYER}lambda_d": torch.tensor(1.0)})),
+        r"lambda_d has shape \(\) in the adapter",
+    ),
     "a vector less": (values(lambda tensors: tensors.pop(f"{LAYER}lambda_b")), "lin1 has vec"),
     "no vectors": (
         values(lambda tensors: [tensors.pop(k) for k in list(tensors) if ".dvora_" in k]),

@@ -52,6 +52,8 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("count adapter", 2, "holds an adapter, not a model; name its base"),
         ("count no/such-model", 2, "no/such-model"),
         ("count base --targets nothing", 2, "nothing"),
+        ("count base --lambda-d-groups 0", 2, "lambda_d_groups must be at least 1, got 0"),
+        ("count base --lambda-d-groups 999", 2, "lambda_d_groups=999 cuts the columns of the weight"),
         ("merge adapter --output base", 1, "not an empty folder"),
         ("merge adapter --output merged --dtype int4", 2, "'--dtype': 'int4' is not one of 'auto', 'float32'"),
         ("convert adapter --to lora --output lora", 2, "is no LoRA"),

@@ -17,6 +17,8 @@ from tests.tools.pages.seen import PHONE, WIDE, seen
 
 RUNS = {task: "dvora-run" if task == "text-classification" else task for task in DATA}
 """Folders, by task."""
+GROUPED = "regression"
+"""The task whose run has lambda_d by groups."""
 SECTIONS = ["How good it is", "What was trained", "Training"]
 
 
@@ -25,7 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for each task, and one more of the method "head"."""
     folder = tmp_path_factory.mktemp("work")
     for task, name in RUNS.items():
-        shutil.move(finished(task, folder, epochs=3, evaluate_every=2).folder, folder / name)
+        settings = {"lambda_d_groups": 3} if task == GROUPED else {}
+        shutil.move(finished(task, folder, epochs=3, evaluate_every=2, **settings).folder, folder / name)
     shutil.move(finished("text-classification", folder, method="head").folder, folder / "head-run")
     shutil.move(finished("text-classification", folder, method="full").folder, folder / "full-run")
     return folder
@@ -55,6 +58,7 @@ def headings(page: Path) -> list[str]:
 def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, Path]) -> None:
     name = RUNS[task]
     found = headings(pages[name])
+    assert ("groups of lambda_d" in pages[name].read_text(encoding="utf-8")) == (task == GROUPED)
     assert found[:3] == SECTIONS
     middle = {"causal-lm": ["Texts"], "token-classification": []}
     classes = ["Scores of each class", "Which classes it mistakes for which", "Compared with head alone"]

@@ -63,6 +63,22 @@ def test_a_run_as_json(desk: Path) -> None:
     assert "always bad" in typed("out", "--resume").stdout
 
 
+def test_a_run_with_groups_is_inspected(desk: Path) -> None:
+    result = typed(*TRAINED, "--lambda-d-groups", "4", "-o", "grouped", "--json")
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(app, ["inspect", str(desk / "grouped" / "adapter"), "--json"])
+    found = json.loads(shown.stdout)
+    assert found["settings"]["lambda_d_groups"] == 4
+    assert set(found["ranks"]) == {"4"}
+    counted = json.loads(
+        CliRunner().invoke(app, ["count", "minilm", "--rank", "4", "--lambda-d-groups", "4", "--json"]).stdout
+    )
+    assert found["trained_parameters"] - found["head_values"] == counted["counts"][0]["trained"]
+    more = typed(*TRAINED, "--lambda-d-groups", "17", "-o", "more")
+    assert (more.exit_code, more.stderr.splitlines()[-1][:6]) == (2, "Error:")
+    assert "lambda_d_groups=17 cuts the columns of the weight, of which it has 16" in more.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +92,10 @@ def test_a_run_as_json(desk: Path) -> None:
         (["--steps", "1"], "did you mean --max-steps"),
         (["--weight_decai", "1"], "did you mean --weight-decay"),
         ([*GIVEN, "--learning-rate", "fast"], "'--learning-rate': Input should be a valid number"),
+        ([*GIVEN, "--method", "lora", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
+        ([*GIVEN, "--method", "full", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
+        ([*GIVEN, "--method", "head", "--lambda-d-groups", "4"], "lambda_d_groups is 4, which only the method dvora"),
+        ([*GIVEN, "--lambda-d-groups", "0"], "lambda_d_groups is 0: input should be greater than or equal to 1"),
         (["--zzz"], "No such option --zzz; dvora train --help"),
         (["--learning-rates", "head: ["], "learning_rates is 'head: ['"),
     ],

@@ -3,7 +3,8 @@
 The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
 these files were made once, by this file as it was then, whose name is in some of them, and are not to be made again
 because a test fails. The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that
-commit held, which are in it byte for byte; answers and digests are that commit's.
+commit held, which are in it byte for byte; answers and digests are that commit's. `groups` came with groups of
+lambda_d, which that commit did not have.
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
@@ -129,6 +130,8 @@ CASES = {
     # Saved with `save_projection=True`: the random matrices are in the file.
     "save_projection": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "projection_init": "kaiming_uniform"}),
     "peft_vera": Case(MLP, {"r": 4, "target_modules": ["lin1"], "projection_init": "peft_vera(r=4, in=24, out=24)"}),
+    # Of the widths, 3 divides 48 and not 32.
+    "groups": Case(bert, {"r": 8, "target_modules": BERT_LAYERS, "lambda_d_groups": 3, "rank_pattern": {"query": 4}}),
     "saved_whole": Case(
         bert,
         {

@@ -68,12 +68,21 @@ KINDS = {
     ),
     "structured": mlp(projection_init="structured", projection_seed=7),
     "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
+    "groups": mlp(lambda_d_groups=4, rank_pattern={"lin1": 7}, alpha_pattern={"lin0": 2.0}, projection_seed=7),
+    "groups and magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"], lambda_d_groups=5),
+    "groups of a stack": Kind(
+        LAYER_TYPES["experts (E, in, out)"].base,
+        {"r": 5, "lambda_d_groups": 3, **LAYER_TYPES["experts (E, in, out)"].settings},
+    ),
     "own biases": mlp(bias="dvora_only"),
     "all biases": Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
     "head": mlp(target_modules=["lin0", "lin1"], modules_to_save=["lin2"]),
     "classifier": Kind(MODELS["bert"], {"r": 3, "target_modules": LAYERS["bert"][:2], "task_type": "SEQ_CLS"}),
     "tokens": Kind(MODELS["llama"], {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [5, 3]}),
     "embeddings": Kind(MODELS["llama"], {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
+    "groups of an embedding": Kind(
+        MODELS["llama"], {"r": 3, "lambda_d_groups": 3, "target_modules": ["embed_tokens", "q_proj"]}
+    ),
 }
 
 

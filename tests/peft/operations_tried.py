@@ -35,6 +35,8 @@ PAIRS = [
 class Subject(NamedTuple):
     layer: str
     base_name: str
+    groups: int = 1
+    """Of columns, each with a lambda_d of its own."""
 
     @property
     def quantised(self) -> bool:
@@ -65,6 +67,7 @@ class Subject(NamedTuple):
         return CASES[self.layer].inputs(self.dtype)
 
     def config(self, **settings: Any) -> DVoRAConfig:
+        settings = {"lambda_d_groups": self.groups, **settings}
         if self.quantised:
             return DVoRAConfig(**{"r": 5, "target_modules": ["lin0", "lin1", "lin2"], **settings})
         return CASES[self.layer].config(**settings)

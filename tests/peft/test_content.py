@@ -18,6 +18,7 @@ from tests.peft.tiny import MODELS, outputs
 OTHER_VECTORS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 5}, "lin0 is out_features 24, rank 4, scaling 1.0 here and out_features 24, rank 5"),
     "rank of one layer": ({"rank_pattern": {"lin1": 5}}, "lin1 is out_features 24, rank 4"),
+    "groups": ({"lambda_d_groups": 2}, "lin0 is .* scaling 1.0 here and .* scaling 1.0, groups 2 there"),
     "alpha": ({"alpha": 2}, "lin0 is .* scaling 1.0 here and .* scaling 0.5 there"),
     "alpha of one layer": ({"alpha_pattern": {"lin1": 2}}, "lin1 is .* scaling 1.0 here and .* scaling 0.5 there"),
     "direction": ({"direction": "weight"}, "direction is 'unit' here and 'weight' there"),

@@ -100,6 +100,8 @@ SETTINGS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "ranks": lambda first, last: {"rank_pattern": {first: 3, last: 9}, "alpha_pattern": {last: 2.0}},
     "structured": lambda *_: {"projection_init": "structured"},
     "magnitude": lambda _, last: {"magnitude_modules": [last], "strength": 0.5},
+    "groups": lambda *_: {"lambda_d_groups": 7},
+    "groups and ranks": lambda first, last: {"lambda_d_groups": 4, "rank_pattern": {first: 3, last: 9}, "alpha": 3.0},
 }
 
 
@@ -137,6 +139,8 @@ def test_dvora_becomes_dora_with_the_same_outputs_and_merged_weights(name: str, 
     to_dora(model).save(tmp_path)
     dora = loaded(base, tmp_path)
     assert isinstance(dora.peft_config["default"], LoraConfig)
+    # Groups or not, the rank stays.
+    assert dora.peft_config["default"].r == 5
     assert (outputs(model) - outputs(MODELS[name]())).abs().max() > 1e-2
     close(outputs(dora), outputs(model))
     same_state(dora.merge_and_unload(), model.merge_and_unload())
@@ -159,10 +163,11 @@ def test_what_is_trained_beside_the_vectors_comes_along(direction: str, bias: st
     close(outputs(loaded(base, tmp_path)), outputs(model))
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", CONVERTED)
-def test_layer_types_give_the_same_outputs(name: str, tmp_path: Path) -> None:
+def test_layer_types_give_the_same_outputs(name: str, groups: int, tmp_path: Path) -> None:
     case = CASES[name]
-    model = trained(case.base(), case.config())
+    model = trained(case.base(), case.config(lambda_d_groups=groups))
     to_dora(model).save(tmp_path)
     dora = loaded(case.base(), tmp_path)
     close(case_outputs(case, dora), case_outputs(case, model))

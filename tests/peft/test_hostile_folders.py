@@ -47,6 +47,7 @@ def bert(**settings: Any) -> Kind:
 
 BERT = bert(projection_init="kaiming_uniform")
 PLAIN = bert()
+GROUPS = bert(lambda_d_groups=4)
 HEAD = bert(target_modules=["query"], modules_to_save=["classifier"])
 BIASES = bert(target_modules=["query"], bias="dvora_only")
 LLAMA = Kind(MODELS["llama"], {"r": 6, "target_modules": LAYERS["llama"]})
@@ -54,7 +55,7 @@ TOKENS = Kind(MODELS["llama"], {"r": 6, "target_modules": ["q_proj"], "trainable
 MLP = mlp(r=5, target_modules=LAYERS["mlp"][:2], rank_pattern={"lin1": 4}, modules_to_save=["lin2"])
 
 
-KINDS = (BERT, HEAD, BIASES, LLAMA, TOKENS, MLP, PLAIN)
+KINDS = (BERT, HEAD, BIASES, LLAMA, TOKENS, MLP, PLAIN, GROUPS)
 
 
 def weights(change: Callable[[dict[str, Tensor]], object]) -> Edit:
@@ -118,6 +119,11 @@ def doubled(tensors: dict[str, Tensor]) -> None:
     tensors.update({key: vector.repeat(2) for key, vector in tensors.items() if "lambda_d" in key})
 
 
+def of_lambda_d(change: Callable[[Tensor], Tensor]) -> Edit:
+    """Of every layer."""
+    return weights(lambda t: t.update({key: change(value) for key, value in t.items() if "lambda_d" in key}))
+
+
 def evil(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     torch.save({"weight": Evil(folder / "mark")}, folder / "adapter_model.bin")
@@ -132,6 +138,20 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
         r"lambda_d.* shape \(12,\).*\(6,\)"),
     "another rank everywhere": (BERT, weights(doubled),
                                 r"shape \(12,\) in the adapter and \(6,\) in the model"),
+    "groups that the file does not have": (PLAIN, settings(lambda_d_groups=4),
+        r"lambda_d\S* has shape \(6,\) in the adapter and \(4, 6\) in the model: .* or lambda_d_groups"),
+    "groups that the settings do not say": (GROUPS, settings(lambda_d_groups=1),
+        r"lambda_d\S* has shape \(4, 6\) in the adapter and \(6,\) in the model"),
+    "fewer groups": (GROUPS, settings(lambda_d_groups=3), r"shape \(4, 6\) in the adapter and \(3, 6\)"),
+    "groups without end": (GROUPS, settings(lambda_d_groups=10**9), "lambda_d_groups=1000000000 cuts the columns"),
+    "more groups than columns": (GROUPS,
+        several(settings(lambda_d_groups=33), of_lambda_d(lambda _: torch.ones(33, 6))),
+        "lambda_d_groups=33 cuts the columns of the weight, of which it has 32"),
+    "no group": (GROUPS, settings(lambda_d_groups=0), "lambda_d_groups must be at least 1, got 0"),
+    "groups of text": (GROUPS, settings(lambda_d_groups="4"), "lambda_d_groups must be an integer, got '4'"),
+    "groups as ranks": (GROUPS, several(settings(lambda_d_groups=6, r=4), of_lambda_d(lambda v: v.T.contiguous()),
+        value(f"{QUERY}.dvora_lambda_d", lambda v: v.T.contiguous())), r"shape \(4, 6\) .* and \(6, 4\)"),
+    "groups in one row": (GROUPS, of_lambda_d(Tensor.flatten), r"shape \(24,\) in the adapter and \(4, 6\)"),
     "integers": (BERT, value(f"{QUERY}.dvora_lambda_b", Tensor.long), r"query\.dvora_lambda_b.* torch\.int64"),
     "NaN": (BERT, value(f"{QUERY}.dvora_lambda_d", poisoned(torch.nan)), r"query\.dvora_lambda_d.* not finite"),
     "NaN in a bias": (BIASES, value(f"{QUERY}.base_layer.bias", lambda v: v * torch.nan),
@@ -379,7 +399,7 @@ def one_tensor(folder: Path, rng: random.Random) -> None:
 
 def one_setting(folder: Path, rng: random.Random) -> None:
     names = json.loads((folder / CONFIG).read_text())
-    edit_config(folder, **{rng.choice([*names, "unknown"]): rng.choice(VALUES)})
+    edit_config(folder, **{rng.choice([*names, "lambda_d_groups", "unknown"]): rng.choice(VALUES)})
 
 
 def a_file(folder: Path, rng: random.Random) -> None:

@@ -211,8 +211,9 @@ def test_alpha_and_ranks_by_layer_follow_the_patterns() -> None:
     assert {name: each.scaling for name, each in layers.items()} == {"lin0": 0.5, "lin1": 2.0, "lin2": 2.5}
 
 
-def test_dropout_drops_inputs_of_the_update_and_not_of_the_gain() -> None:
-    layer = trained("mlp", dvora_dropout=0.5).train().get_submodule("base_model.model.lin0")
+@pytest.mark.parametrize("groups", [1, 3])
+def test_dropout_drops_inputs_of_the_update_and_not_of_the_gain(groups: int) -> None:
+    layer = trained("mlp", dvora_dropout=0.5, lambda_d_groups=groups).train().get_submodule("base_model.model.lin0")
     assert not torch.equal(layer(x(8, 10)), layer(x(8, 10)))
     with torch.no_grad():
         layer.dvora_lambda_b["default"].zero_()

@@ -29,10 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were 
 
 
 def adapted(name: str = "mlp", dtype: torch.dtype = torch.float32, adapters: int = 3) -> PeftModel:
-    """A model with trained adapters of several ranks and seeds, the first active."""
+    """A model with trained adapters of several ranks, seeds and groups, the first active."""
     model = get_peft_model(MODELS[name]().to(dtype), DVoRAConfig(r=6, target_modules=LAYERS[name]))
     for seed, adapter in enumerate(ADAPTERS[1:adapters], start=1):
-        model.add_adapter(adapter, DVoRAConfig(r=3 * seed, target_modules=LAYERS[name], projection_seed=seed))
+        settings = {"r": 3 * seed, "projection_seed": seed, "lambda_d_groups": (1, 4)[seed % 2]}
+        model.add_adapter(adapter, DVoRAConfig(target_modules=LAYERS[name], **settings))
     for seed, adapter in enumerate(ADAPTERS[:adapters]):
         train_vectors(model, adapter, seed)
     return model.eval()

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dvora import AdapterBank, DVoRAConfig
+from tests.peft.dense_weights import DenseModel
 from tests.peft.layer_cases import CASES
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, inputs, outputs, same_bits, train_vectors
@@ -23,12 +24,14 @@ NAMES = ["default", BASE, "second", "default", "partial", "second"]
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
-    """Two adapters on all of the model's layers, and one on the first kind of layer only."""
+    """Two adapters on all of the model's layers, and one on the first kind of layer only.
+
+    The second has lambda_d by groups, and so has the third, whose matrices are the first one's.
+    """
     model = get_peft_model(MODELS[name]().to(dtype), DVoRAConfig(r=6, target_modules=LAYERS[name], **options))
-    model.add_adapter(
-        "second", DVoRAConfig(r=9, target_modules=LAYERS[name], projection_seed=2, direction="weight", **options)
-    )
-    model.add_adapter("partial", DVoRAConfig(r=4, target_modules=LAYERS[name][:1], **options))
+    second = {"r": 9, "projection_seed": 2, "direction": "weight", "lambda_d_groups": 3}
+    model.add_adapter("second", DVoRAConfig(target_modules=LAYERS[name], **second, **options))
+    model.add_adapter("partial", DVoRAConfig(r=6, target_modules=LAYERS[name][:1], lambda_d_groups=4, **options))
     for seed, adapter in enumerate(model.peft_config):
         train_vectors(model, adapter, seed)
     return model.eval()
@@ -53,6 +56,13 @@ def test_every_row_is_adapted_by_the_adapter_it_names(name: str) -> None:
     mixed = outputs(model, len(NAMES), adapter_names=NAMES)
     assert worst_difference(mixed, row_by_row(model, NAMES)) < 1e-5
     assert same_bits(outputs(model, adapter_names=[BASE] * 4), outputs(MODELS[name]()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_several_numbers_of_groups_are_active_together(name: str) -> None:
+    model, active = adapted(name, torch.float64), ["default", "second", "partial"]
+    model.base_model.set_adapter(active)
+    assert worst_difference(outputs(model), DenseModel(MODELS[name](), model, active)(**inputs(model))) < 1e-11
 
 
 def test_a_bank_whose_batch_begins_within_the_call_changes_nothing_of_it(tmp_path: Path) -> None:

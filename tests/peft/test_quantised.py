@@ -52,10 +52,13 @@ def test_the_weight_that_an_adapter_reads_is_the_one_that_the_base_multiplies_by
     assert 1e-4 < rounding < 0.15  # or the test would show nothing
 
 
+@pytest.mark.parametrize("groups", [1, 5])
 @pytest.mark.parametrize("direction", ["unit", "weight"])
 @pytest.mark.parametrize("kind", TRAINABLE)
-def test_outputs_and_gradients_in_training_are_those_of_the_dense_reference(kind: str, direction: str) -> None:
-    model = trained(kind, direction=direction, alpha=12.0)
+def test_outputs_and_gradients_in_training_are_those_of_the_dense_reference(
+    kind: str, direction: str, groups: int
+) -> None:
+    model = trained(kind, direction=direction, alpha=12.0, lambda_d_groups=groups)
     dense, tolerance = dense_twin(model, wide(), kind), 3 * BASES[kind].tolerance
     outputs, expected = model(inputs(BASES[kind])), dense(inputs(BASES[kind]))
     assert worst_difference(outputs, expected) < tolerance

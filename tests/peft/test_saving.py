@@ -51,15 +51,17 @@ def test_all_that_is_trained_is_loaded_and_saved_again_in_an_equal_file(name: st
     assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_path: Path) -> None:
-    model = adapted(name, projection_init="kaiming_uniform")
+def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, groups: int, tmp_path: Path) -> None:
+    model = adapted(name, projection_init="kaiming_uniform", lambda_d_groups=groups)
     model.save_pretrained(tmp_path)
     assert set(files(tmp_path)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     expected = {}
     for layer_name, layer in dvora_layers(model):
-        for vector, size in (("magnitude", layer.out_features), ("lambda_b", layer.out_features), ("lambda_d", 6)):
-            expected[f"base_model.model.{layer_name}.dvora_{vector}"] = (size,)
+        rows, of_columns = (layer.out_features,), (6,) if groups == 1 else (3, 6)
+        for vector, shape in (("magnitude", rows), ("lambda_b", rows), ("lambda_d", of_columns)):
+            expected[f"base_model.model.{layer_name}.dvora_{vector}"] = shape
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: tuple(value.shape) for key, value in saved.items()} == expected
     assert {value.dtype for value in saved.values()} == {torch.float32}
@@ -67,6 +69,8 @@ def test_the_file_holds_three_vectors_a_layer_and_nothing_else(name: str, tmp_pa
     norms = {n: float(layer.get_base_layer().weight.norm()) for n, layer in dvora_layers(model)}
     assert {n: probes[0] for n, probes in settings["base_probes"].items()} == pytest.approx(norms, rel=1e-3)
     assert settings["projection_format"] == 1
+    # Files of one group are as they were before there were groups.
+    assert settings.get("lambda_d_groups") == (None if groups == 1 else 3)
     assert settings["target_modules"] == sorted(LAYERS[name])
     assert settings["inference_mode"] is True
 

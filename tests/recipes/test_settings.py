@@ -10,6 +10,7 @@ from dvora import training
 from dvora.recipes.settings import (
     HEAD_RATE,
     LEARNING_RATES,
+    METHODS,
     SMALL_RANK_RATE,
     Settings,
     checked_settings,
@@ -23,7 +24,9 @@ LEAST: dict[str, Any] = {"task": "regression", "model": "a/b", "data": "x.csv"}
 
 def test_what_is_printed_is_read_back_as_it_was() -> None:
     chosen = checked_settings(
-        {**LEAST, "data": ["a b.csv", "ü.csv"], "learning_rates": {"head": 1e-5}, "targets": ["query"], "rank": 7}, ""
+        {**LEAST, "data": ["a b.csv", "ü.csv"], "learning_rates": {"head": 1e-5}, "targets": ["query"], "rank": 7}
+        | {"lambda_d_groups": 4},
+        "",
     )
     assert checked_settings(yaml.safe_load(commented(chosen)), "") == chosen
     assert checked_settings(yaml.safe_load(commented(resolved(chosen))), "") == resolved(chosen)
@@ -45,6 +48,13 @@ def test_every_key_has_a_comment_of_its_own() -> None:
         ({"learning_rate": "fast"}, "learning_rate is 'fast': input should be a valid number"),
         ({"learning_rate": "-1e-3"}, "learning_rate is '-1e-3': input should be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: input should be a finite number"),
+        *(
+            ({"lambda_d_groups": 4, "method": method}, "lambda_d_groups is 4, which only the method dvora has")
+            for method in METHODS
+            if method != "dvora"
+        ),
+        ({"lambda_d_groups": 0}, "lambda_d_groups is 0: input should be greater than or equal to 1"),
+        ({"lambda_d_groups": "many"}, "lambda_d_groups is 'many'"),
         ({"rank": 0}, "rank is 0: input should be greater than or equal to 1"),
         ({"data": []}, "data is"),
         ({"validation_share": 0.6, "test_share": 0.4}, "leave nothing to train on"),

@@ -218,7 +218,7 @@ class Content(NamedTuple):
                 tuple((name, tuple(fingerprint)) for name, fingerprint in entries["base"].items()),
             )
             digest = entries["digest"]
-            sizes = [n for layer in content.layers for n in (layer.out_features, layer.rank, layer.groups)]
+            sizes = [n for layer in content.layers for n in (layer.out_features, layer.rank, layer.groups - 1)]
             sizes += [n for part in content.whole for n in part.shape]
             if not all(type(n) is int and n >= 0 for n in sizes):
                 raise ValueError("sizes are whole numbers")
@@ -265,7 +265,7 @@ def check_saved_ranks(config: DVoRAConfig, shapes: Mapping[str, Shape]) -> None:
 
 def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> LayerSizes:
     """The sizes of a layer whose vectors have these shapes in a file."""
-    out, rank = prod(shapes.get("magnitude", (0,))), shapes.get("lambda_d", (0,))[-1]
+    out, rank = prod(shapes.get("magnitude", (0,))), prod(shapes.get("lambda_d", (0,))[-1:])
     alpha = config.alpha_of(name)
     scaling = 0.0 if not rank else 1.0 if alpha is None else alpha / rank
     sizes = LayerSizes(name, out, rank, scaling, config.lambda_d_groups if rank else 1)
@@ -303,4 +303,5 @@ def head_of(value: str, names: Collection[str] | None) -> str | None:
 def _in_words(part: LayerSizes | SavedWhole | None) -> str:
     if part is None:
         return "absent"
-    return ", ".join(f"{field} {value}" for field, value in part._asdict().items() if field != "name")
+    entries = {field: value for field, value in part._asdict().items() if (field, value) != ("groups", 1)}
+    return ", ".join(f"{field} {value}" for field, value in entries.items() if field != "name")

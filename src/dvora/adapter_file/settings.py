@@ -383,7 +383,7 @@ def _check_values(config: DVoRAConfig) -> None:
     """Refuse numbers out of range, unknown choices, and settings that exclude each other."""
     for rank in (config.r, *config.rank_pattern.values()):
         checked_rank(rank)
-    if config.lambda_d_groups != 1:
+    if config.lambda_d_groups != 1 or type(config.lambda_d_groups) is not int:
         checked_groups(config.lambda_d_groups)
     for alpha in (config.alpha, *config.alpha_pattern.values()):
         if alpha is not None:

@@ -15,7 +15,7 @@ NORMS = {
     "norm_of_lambda_b": ("lambda_b", "norm of the vector that scales the outputs; zero before training"),
     "norm_of_lambda_d": (
         "lambda_d",
-        "norm of the vector that scales the rank; 0.1 times the root of the rank at first",
+        "norm of the vector that scales the rank; 0.1 times the root of the rank (of rank times groups) at first",
     ),
 }
 CHANGES = {

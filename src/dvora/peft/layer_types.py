@@ -70,11 +70,15 @@ def convolve(
     batch = _padded(layer, x if x.dim() == spatial + 2 else x.unsqueeze(0))
     kernel = (layer.weight.shape[1], *layer.kernel_size)
     A, B, by_row = adapted.A(x), adapted.B(x), lambda_d.dim() > 1
-    if adapted.by_groups is not None:
+    if not by_row and adapted.rank >= adapted.in_features:
+        # The rank exceeds the kernel's size (depthwise, pointwise): one convolution with B A' costs less.
+        update = (B * lambda_d.to(B.dtype)) @ A if adapted.by_groups is None else adapted.update(lambda_d).to(x.dtype)
+        product = _convolution(layer, batch, update.view(-1, *kernel), groups).movedim(1, -1)
+    elif adapted.by_groups is not None:
         z = _with_scaled_kernels(adapted, layer, batch, lambda_d)
         product = B.view(groups, -1, adapted.rank) @ z.flatten(3)
         product = product.view(batch.shape[0], len(B), *z.shape[3:]).movedim(1, -1)
-    elif by_row or adapted.rank < adapted.in_features:
+    else:
         # Groups become batch entries, since all have the same kernels.
         z = _convolution(layer, batch.reshape(-1, kernel[0], *batch.shape[2:]), A.view(-1, *kernel), groups=1)
         positions = z.shape[2:]
@@ -85,9 +89,6 @@ def convolve(
             B = B * lambda_d.to(B.dtype)
         product = B.view(groups, -1, adapted.rank) @ z
         product = product.view(batch.shape[0], len(B), *positions).movedim(1, -1)
-    else:
-        # The rank exceeds the kernel's size (depthwise, pointwise): one convolution with B A costs less.
-        product = _convolution(layer, batch, ((B * lambda_d.to(B.dtype)) @ A).view(-1, *kernel), groups).movedim(1, -1)
     outputs: Tensor = product if x.dim() == spatial + 2 else product.squeeze(0)
     return outputs
 

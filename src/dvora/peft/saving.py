@@ -50,7 +50,7 @@ def check_ranks(config: DVoRAConfig, ranks: Mapping[str, int]) -> None:
     """Refuse ranks that no vector in the configuration's file has, before anything of that rank is made."""
     if config.file is None or (shapes := config.file.shapes()) is None:
         return
-    ranks_in_file = [shape for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d")]
+    ranks_in_file = [shape[-1:] for key, shape in shapes.items() if key.endswith(f"{VECTOR_PREFIX}lambda_d")]
     longest = max(chain((0,), *ranks_in_file))
     for name, rank in ranks.items():
         if rank > longest:
@@ -285,7 +285,7 @@ def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
     if tuple(shape) != tuple(expected):
         raise ValueError(
             f"{key} has shape {tuple(shape)} in the adapter and {tuple(expected)} in the model: another base model, or "
-            "another rank than the configuration says; neither can be changed by loading"
+            "another rank or lambda_d_groups than the configuration says; loading changes neither"
         )
 
 

@@ -238,6 +238,8 @@ class Settings(BaseModel):
         vectors = {*self.learning_rates} - {"head"}
         if vectors and self.method != "dvora":
             raise ValueError(f"learning_rates has {min(vectors)}, which only the method dvora trains")
+        if self.lambda_d_groups > 1 and self.method != "dvora":
+            raise ValueError(f"lambda_d_groups is {self.lambda_d_groups}, which only the method dvora has")
         if self.blocks and self.method in ("full", "head"):
             raise ValueError(f"blocks is {self.blocks}, but the method {self.method} adapts no layers; leave it out")
         if self.task == "causal-lm" and self.method == "head":

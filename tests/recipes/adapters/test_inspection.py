@@ -29,12 +29,14 @@ def test_every_method_is_named(method: str, task_type: str | None, bert: Path, t
     assert ("layers" in found) == (method == "dvora")
 
 
-def test_dvora_is_described_in_detail(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_dvora_is_described_in_detail(groups: int, bert: Path, tmp_path: Path) -> None:
     settings = {"rank_pattern": {"query": 2}, "magnitude_modules": ["value"]}
-    settings |= {"projection_seed": 7, "projection_init": "kaiming_uniform"}
+    settings |= {"projection_seed": 7, "projection_init": "kaiming_uniform", "lambda_d_groups": groups}
     save(bert, tmp_path, rank=5, target_modules=["query", "key"], **settings)
     found = inspect(tmp_path)
     assert found["ranks"] == {0: 2, 2: 2, 5: 2}
+    assert found["settings"]["lambda_d_groups"] == groups
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert found["projections"] == {
         "distribution": "kaiming_uniform",
@@ -51,8 +53,9 @@ def test_dvora_is_described_in_detail(bert: Path, tmp_path: Path) -> None:
                 assert row[f"norm_of_{vector}"] == pytest.approx(vectors[key].norm().item())
 
 
-def test_with_the_base_the_changes_of_the_weights_are_reported(bert: Path, tmp_path: Path) -> None:
-    model = adapted(bert, "dvora", rank=4, target_modules=["query"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_with_the_base_the_changes_of_the_weights_are_reported(groups: int, bert: Path, tmp_path: Path) -> None:
+    model = adapted(bert, "dvora", rank=4, target_modules=["query"], lambda_d_groups=groups)
     model.save_pretrained(tmp_path)
     base = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
     merged = model.merge_and_unload().state_dict()

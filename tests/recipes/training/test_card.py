@@ -14,16 +14,17 @@ from dvora.recipes.training.card import model_card
 from tests.recipes.finished_runs import finished
 
 CASES = [
-    ("text-classification", "dvora"),
-    ("regression", "lora"),
-    ("image-classification", "dvora"),
-    ("causal-lm", "full"),
+    ("text-classification", "dvora", {}),
+    ("text-classification", "dvora", {"lambda_d_groups": 3}),
+    ("regression", "lora", {}),
+    ("image-classification", "dvora", {}),
+    ("causal-lm", "full", {}),
 ]
 
 
-@pytest.mark.parametrize(("task", "method"), CASES)
-def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str) -> None:
-    run = finished(task, tmp_path, method=method)
+@pytest.mark.parametrize(("task", "method", "settings"), CASES)
+def test_the_code_loads_the_model(tmp_path: Path, task: str, method: str, settings: dict[str, Any]) -> None:
+    run = finished(task, tmp_path, method=method, **settings)
     text = (run.adapter / "README.md").read_text(encoding="utf-8")
     code = text.partition("```python\n")[2].partition("```")[0]
     assert ("import dvora" in code) == (method == "dvora")
@@ -59,6 +60,12 @@ def test_it_says_what_the_run_was(tmp_path: Path) -> None:
     assert "reviews.csv" in text
     assert "bad, good" in text
     assert str(tmp_path) not in text
+
+
+def test_groups_are_named_where_there_are_several(tmp_path: Path) -> None:
+    for settings, named in (({}, "dvora, rank 4\n"), ({"lambda_d_groups": 3}, "dvora, rank 4, lambda_d in 3 groups\n")):
+        run = finished("text-classification", tmp_path / str(len(settings)), method="dvora", **settings)
+        assert named in (run.adapter / "README.md").read_text(encoding="utf-8").replace("\\", "")
 
 
 def test_the_head_alone_is_loaded_by_the_program(tmp_path: Path) -> None:

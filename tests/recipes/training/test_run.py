@@ -58,10 +58,12 @@ def test_every_task_is_trained_and_evaluated(models: dict[str, Path], tmp_path: 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "changes"), [*((m, {}) for m in METHODS), ("dvora", {"lambda_d_groups": 4})])
+def test_the_loaded_adapter_is_the_evaluated_one(
+    models: dict[str, Path], tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
     run = Run(models, tmp_path)
-    settings = run.settings("out", method=method, learning_rate=0.01)
+    settings = run.settings("out", method=method, learning_rate=0.01, **changes)
     finished(settings)
     found = read_run(tmp_path / "out")
     model, tokenizer = load_trained(found)
@@ -77,6 +79,8 @@ def test_the_loaded_adapter_is_the_evaluated_one(models: dict[str, Path], tmp_pa
         assert found.record["trained_parameters"] == 34
     elif method != "full":
         assert read_adapter(found.adapter).method == method
+    if changes:
+        assert {v.shape for n, v in trained_parameters(tmp_path / "out").items() if "lambda_d" in n} == {(4, 4)}
 
 
 def test_chats_are_trained_on_and_compared_with_the_base(models: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def count(
         groups: of inputs with a lambda_d each, of DVoRA.
 
     Raises:
-        ValueError: there is no such model, a rank or a number of groups is none, or no layer has such a name.
+        ValueError: there is no such model, a rank or a number of groups is none, a layer has fewer columns than groups,
+            or no layer has such a name.
     """
     if wrong := [rank for rank in ranks if rank < 1]:
         raise ValueError(f"ranks must be positive, got {wrong[0]}")
@@ -37,6 +38,10 @@ def count(
     one = LoraConfig(r=1, target_modules=list(targets) or "all-linear", exclude_modules=excluded or None)
     with torch.device("meta"), quiet_transformers():
         lora = {n: values for n, values in get_peft_model(model, one).named_parameters() if "lora_" in n}
+    for name, values in lora.items():
+        if "_A." in name:
+            # A of rank one has as many values as the weight has columns.
+            checked_groups(groups, values.numel(), name.partition(".lora_")[0].removeprefix("base_model.model."))
     layers, outputs = len(lora) // 2, sum(len(values) for name, values in lora.items() if "_B." in name)
     trained = [("dvora", rank, 2 * outputs + layers * groups * rank + head) for rank in ranks or (64, 256, 1024)]
     trained += [("lora", rank, rank * sum(map(torch.numel, lora.values())) + head) for rank in ranks or (1, 8, 16)]

@@ -97,7 +97,7 @@ def _of_dvora(adapter: Adapter, ranks: dict[str, int], model: str | None) -> dic
 
 
 def _norms(values: Mapping[str, torch.Tensor], layer: str) -> dict[str, float | int]:
-    """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of the rank."""
+    """Norms of a layer's vectors: lambda_b starts at zero, lambda_d at 0.1 times the root of its length."""
     norms: dict[str, float | int] = {}
     for vector in ("magnitude", "lambda_b", "lambda_d"):
         if (tensor := values.get(f"base_model.model.{layer}.dvora_{vector}")) is not None:

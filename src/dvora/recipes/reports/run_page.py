@@ -262,6 +262,7 @@ def _trained(run: Run) -> Section:
         "rows": ", ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items()),
         "method": settings.method,
         "rank": settings.rank,
+        "groups of lambda_d": settings.lambda_d_groups if settings.lambda_d_groups > 1 else None,
         "learning rate": settings.learning_rate,
         "other rates": ", ".join(f"{name} {rate:.3g}" for name, rate in record.get("learning_rates", {}).items()),
         "kept step": f"{record['best_step']:,} of {record['steps']:,}",

@@ -61,10 +61,6 @@ def peft_config(settings: Settings, base: Base) -> PeftConfig:
             dvora_dropout=settings.dropout,
             **common,
         )
-    if settings.lambda_d_groups > 1:
-        raise ValueError(
-            f"lambda_d_groups is {settings.lambda_d_groups}, and {settings.method} has no lambda_d by groups"
-        )
     if settings.method == "vera":
         if settings.alpha is not None:
             raise ValueError("alpha is set, but vera has none; its scale is in its vectors")
