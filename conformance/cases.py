@@ -34,6 +34,10 @@ _CUSTOM: dict[str, tuple[str, dict[str, Any]]] = {
     "Conv3d detached norm": ("Conv3d", {"target_modules": ["conv3d"], "detach_norm": True, "r": 8}),
     "Embedding direction weight": ("EmbConv1D", {"target_modules": ["emb"], "direction": "weight", "r": 8}),
     "MHA direction weight": ("MHA", {"target_modules": ["mha"], "direction": "weight", "r": 8}),
+    "MLP groups": ("MLP", {"target_modules": ["lin0", "lin1"], "lambda_d_groups": 3, "r": 8}),
+    "Conv2d groups of lambda_d": ("Conv2d", {"target_modules": ["conv2d"], "lambda_d_groups": 3, "r": 8}),
+    "Embedding groups": ("EmbConv1D", {"target_modules": ["emb"], "lambda_d_groups": 3, "r": 8}),
+    "MHA groups": ("MHA", {"target_modules": ["mha"], "lambda_d_groups": 4, "r": 8}),
     "nn.Parameter and its module": (
         "MLP",
         {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"], "direction": "weight", "r": 8},
@@ -43,6 +47,7 @@ _LINES = {"target_modules": ["lin0"], "init_weights": False}
 _SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Different seeds": (_LINES, {**_LINES, "projection_seed": 1}),
     "Different ranks": ({**_LINES, "r": 8}, {**_LINES, "r": 16}),
+    "Different groups": (_LINES, {**_LINES, "lambda_d_groups": 2}),
     "Different directions": (_LINES, {**_LINES, "direction": "weight"}),
     "Different distributions": (_LINES, {**_LINES, "projection_init": "kaiming_uniform", "r": 8}),
     "Overlapping": ({**_LINES, "target_modules": ["lin0", "lin1"]}, {**_LINES, "target_modules": ["lin1"]}),

@@ -22,6 +22,7 @@ from dvora.layer import current_pass, share_inputs, stop_sharing_inputs, thin_ou
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
 from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, nearly_cancelled, randn, trained_layer
+from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
 
 IN, OUT, RANK = 6, 9, 4
@@ -54,19 +55,29 @@ def test_derivatives_equal_finite_differences(rank: int, distribution: str, dire
 
 @dtypes
 @distributions
-@given(direction=st.sampled_from(DIRECTIONS), detach_norm=st.booleans(), alpha=st.floats(0.1, 10))
+@given(
+    groups=st.sampled_from([1, 3]),
+    at_once=st.sampled_from([2**7, 2**24]),
+    direction=st.sampled_from(DIRECTIONS),
+    detach_norm=st.booleans(),
+    alpha=st.floats(0.1, 10),
+)
 def test_adapters_at_once_get_the_rows_that_they_get_one_by_one(
-    distribution: str, dtype: torch.dtype, **options: Any
+    distribution: str, dtype: torch.dtype, at_once: int, **options: Any
 ) -> None:
     shared = SharedProjections(3, distribution)
-    weights = [
-        AdaptedWeight(randn(out, width, seed=out, dtype=dtype), rank, shared=shared, **options)
-        for out, width, rank in [(9, 6, 4), (5, 7, 0), (9, 6, 4), (6, 8, 20)]
-    ]
-    lengths = [n for w in weights for n in (w.out_features, w.out_features if w.rank else 0, w.rank)]
+    bases = [randn(out, width, seed=out, dtype=dtype) for out, width in [(9, 6), (5, 7), (9, 6), (6, 8)]]
+    # Parameters are read where lambda_d is by groups, others have constants instead.
+    bases[2:] = [nn.Parameter(base, requires_grad=False) for base in bases[2:]]
+    ranks = zip(bases, (4, 0, 4, 20), strict=True)
+    weights = [AdaptedWeight(base, rank, shared=shared, **options) for base, rank in ranks]
+    assert [w.reads_weight for w in weights] == [False, False, *[options["groups"] > 1] * 2]
+    lengths = [n for w in weights for n in (w.out_features, w.out_features if w.rank else 0, w.lambda_d_size)]
     vectors = (0.5 + randn(3, sum(lengths), seed=1, dtype=dtype).abs()).requires_grad_()
-    together = factor_rows(weights, vectors)
-    ours = torch.autograd.grad(together.square().sum(), vectors)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvora.weight._AT_ONCE", at_once)
+        together = factor_rows(weights, vectors)
+        ours = torch.autograd.grad(together.square().sum(), vectors)[0]
     for vector, row, gradient in zip(vectors, together, ours, strict=True):
         assert torch.equal(factor_rows(weights, vector[None])[0], row)
         leaf, alone = vector.detach().clone().requires_grad_(), []
@@ -77,6 +88,18 @@ def test_adapters_at_once_get_the_rows_that_they_get_one_by_one(
         assert worst_error(row, torch.cat(alone).double()) < TOLERANCE[dtype]
         (expected,) = torch.autograd.grad(torch.cat(alone).square().sum(), leaf)
         assert worst_error(gradient, expected.double()) < TOLERANCE[dtype]
+
+
+def test_many_adapters_with_groups_need_no_more_memory_than_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dvora.weight._AT_ONCE", 2**14)
+    base = nn.Parameter(randn(64, 32, seed=1), requires_grad=False)
+    for readable in (True, False):
+        adapted = AdaptedWeight(base, 4, shared=SharedProjections(3), groups=8, readable=readable)
+        vectors = randn(400, 64 + 64 + 32, seed=2).requires_grad_()
+        with Census() as census:
+            torch.autograd.grad(factor_rows([adapted], vectors).sum(), vectors)
+        # Of all rows together, as the result is.
+        assert census.largest() <= vectors.nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dvora import DVoRAConfig
 from dvora.flat import LayerFactors, Layout
 from dvora.peft import DVoRALayer
-from tests.peft.kinds import KINDS, Kind, bits, edit_weights, mlp, saved
+from tests.peft.kinds import GROUPS, KINDS, Kind, bits, by_groups, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import MODELS, dvora_layers, same_bits, train_vectors
 from tests.recipes import tiny_models
@@ -104,20 +104,21 @@ def test_a_model_may_be_wrapped(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert torch.equal(layout.to_vector(model), 2 * vector)
 
 
-def test_views_write_into_their_vector() -> None:
-    model = KINDS["magnitudes"].trained()
+@by_groups
+def test_views_write_into_their_vector(groups: int) -> None:
+    model = KINDS["magnitudes"].by_groups(groups).trained()
     layout = Layout.of(model)
     vector = layout.to_vector(model)
     views = layout.views(vector)
     assert {name: tuple(map(len, three)) for name, three in views.items()} == {
         "lin0": (24, 0, 0),
-        "lin1": (24, 24, 4),
+        "lin1": (24, 24, 4 * groups),
         "lin2": (6, 0, 0),
     }
     views["lin1"].lambda_b.fill_(3)
     layout.from_vector(vector, model)
     assert torch.equal(model.base_model.model.lin1.vectors("default").lambda_b, torch.full((24,), 3.0))
-    assert layout.views(vector.repeat(5, 1))["lin1"].lambda_d.shape == (5, 4)
+    assert layout.views(vector.repeat(5, 1))["lin1"].lambda_d.shape == (5, 4 * groups)
 
 
 def test_a_half_precision_head_is_widened_exactly_and_rounded_when_written() -> None:
@@ -205,8 +206,9 @@ def test_factors_that_are_not_finite_are_refused() -> None:
     assert layout.factors(model, vectors)
 
 
-def test_an_adapter_of_another_layout_is_refused() -> None:
-    model, layout = mlp().trained(), Layout.of(mlp(r=5).fresh())
+@pytest.mark.parametrize("setting", [{"r": 5}, {"lambda_d_groups": 2}, {"r": 2, "lambda_d_groups": 2}], ids=str)
+def test_an_adapter_of_another_layout_is_refused(setting: dict[str, int]) -> None:
+    model, layout = mlp().trained(), Layout.of(mlp(**setting).fresh())
     before, vector = snapshot(model), torch.ones(layout.size)
     for use in (layout.to_vector, partial(layout.from_vector, vector), lambda model: layout.factors(model, vector)):
         with pytest.raises(ValueError, match=r"not that of adapter 'default' of the model.*: lin0 is out_features"):
@@ -272,8 +274,9 @@ def test_sources_without_an_adapter_are_named() -> None:
         Layout.of({})
 
 
-def test_a_layout_survives_json_and_does_not_change() -> None:
-    model = KINDS["tokens"].trained()
+@by_groups
+def test_a_layout_survives_json_and_does_not_change(groups: int) -> None:
+    model = KINDS["tokens"].by_groups(groups).trained()
     layout = Layout.of(model)
     again = Layout.from_dict(json.loads(json.dumps(layout.to_dict())), "legal")
     assert again == layout
@@ -284,12 +287,29 @@ def test_a_layout_survives_json_and_does_not_change() -> None:
         layout.size = 3
 
 
+def test_a_layout_of_one_group_is_what_it_was_before_there_were_groups() -> None:
+    """Its JSON and its digest name vectors that are stored somewhere."""
+    layout, by_groups = (Layout.of(mlp().by_groups(groups).fresh()) for groups in (1, GROUPS))
+    written = layout.to_dict()
+    assert "lambda_d_groups" not in written["settings"]
+    assert written["layers"] == [["lin0", 24, 4, 1.0], ["lin1", 24, 4, 1.0], ["lin2", 6, 4, 1.0]]
+    assert layout.digest == "d60f81d5153fdce6"
+    assert by_groups.to_dict()["layers"][0] == ["lin0", 24, 4, 1.0, GROUPS]
+    assert by_groups.digest != layout.digest
+    assert repr(by_groups).endswith("2 of 24 x r4 in 3 groups, 1 of 6 x r4 in 3 groups)")
+
+
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another version": (lambda d: {**d, "format_version": 2}, r"format_version 2, expected 1"),
     "not a layout": (lambda d: [d], r"format_version None, expected 1"),
     "something missing": (lambda d: {k: v for k, v in d.items() if k != "base"}, r"no layout can be read.*'base'"),
     "a changed size": (lambda d: {**d, "layers": [["lin0", 25, 4, 1.0], *d["layers"][1:]]}, r"was changed on the way"),
     "a size of text": (lambda d: {**d, "whole": [["w", ["a", 10**12]]]}, r"no layout can be read.*whole numbers"),
+    "groups of none": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, -1]]}, r"no layout can be read.*whole numbers"),
+    "groups that it has not": (
+        lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, 2], *d["layers"][1:]]},
+        r"was changed on the way",
+    ),
     "no group": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, 0]]}, r"no layout can be read.*whole numbers"),
     "groups of text": (lambda d: {**d, "layers": [["lin0", 24, 4, 1.0, "2"]]}, r"no layout can be read"),
     "a size below zero": (lambda d: {**d, "layers": [["lin0", -1, 4, 1.0]]}, r"no layout can be read.*whole numbers"),

@@ -41,6 +41,7 @@ from dvora.sync import (
     vector_digest,
 )
 from dvora.whole_files import locked
+from tests.peft.kinds import GROUPS
 from tests.peft.tiny import same_bits, train_vectors
 from tests.recipes import tiny_models
 from tests.serve.served import ADMIN, TOKEN, Alone, complete, process, serving
@@ -66,14 +67,23 @@ def adapted(llama: Path, **settings: object) -> PeftModel:
 
 
 @pytest.fixture
-def trainer(llama: Path) -> PeftModel:
-    return adapted(llama)
+def groups(request: pytest.FixtureRequest) -> int:
+    """Of lambda_d."""
+    return getattr(request, "param", 1)
+
+
+of_groups = pytest.mark.parametrize("groups", [1, GROUPS], indirect=True, ids=["one group", "groups"])
 
 
 @pytest.fixture
-def adapters(llama: Path, tmp_path: Path) -> Path:
+def trainer(llama: Path, groups: int) -> PeftModel:
+    return adapted(llama, lambda_d_groups=groups)
+
+
+@pytest.fixture
+def adapters(llama: Path, groups: int, tmp_path: Path) -> Path:
     """What a server starts with: the adapter before its training."""
-    adapted(llama).save_pretrained(tmp_path / "adapters" / "start")
+    adapted(llama, lambda_d_groups=groups).save_pretrained(tmp_path / "adapters" / "start")
     return tmp_path / "adapters"
 
 
@@ -134,8 +144,9 @@ def served_text(client: object, name: str) -> str:
 # What is served is what was published.
 
 
-def test_a_model_gets_every_version_bit_for_bit(llama: Path, trainer: PeftModel) -> None:
-    server = adapted(llama)
+@of_groups
+def test_a_model_gets_every_version_bit_for_bit(llama: Path, groups: int, trainer: PeftModel) -> None:
+    server = adapted(llama, lambda_d_groups=groups)
     target = ModelTarget(server)
     publisher = Publisher(trainer, target, "policy")
     for number in range(1, 4):
@@ -145,6 +156,7 @@ def test_a_model_gets_every_version_bit_for_bit(llama: Path, trainer: PeftModel)
         assert same_bits(logits(server), logits(trainer))
 
 
+@of_groups
 def test_a_bank_serves_the_newest_versions_and_each_is_itself(
     trainer: PeftModel, bank: dvora.AdapterBank, model: nn.Module
 ) -> None:
@@ -162,7 +174,10 @@ def test_a_bank_serves_the_newest_versions_and_each_is_itself(
         banked(bank, model, "policy-v2")
 
 
-def test_a_folder_has_the_newest_versions_bit_for_bit(llama: Path, trainer: PeftModel, tmp_path: Path) -> None:
+@of_groups
+def test_a_folder_has_the_newest_versions_bit_for_bit(
+    llama: Path, groups: int, trainer: PeftModel, tmp_path: Path
+) -> None:
     folder = FolderTarget(tmp_path / "shared")
     assert folder.latest("policy") is None
     other = Publisher(trainer, folder, "policy-v1")
@@ -174,12 +189,13 @@ def test_a_folder_has_the_newest_versions_bit_for_bit(llama: Path, trainer: Peft
         other.publish()
         read = folder.latest("policy")
         assert (read.name, read.digest, read.layout) == (f"policy-v{number}", published.digest, published.layout)
-        server = adapted(llama)
+        server = adapted(llama, lambda_d_groups=groups)
         ModelTarget(server).put(read)
         assert same_bits(logits(server), logits(trainer))
     assert {*folder.names()} == {"policy-v10", "policy-v11", "policy-v1-v11", "policy-v1-v12"}
 
 
+@of_groups
 def test_a_server_serves_the_newest_versions_and_never_the_base_in_their_place(
     llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
 ) -> None:

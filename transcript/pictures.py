@@ -5,6 +5,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from benchmarks.pictures import FAINT, METHODS, WIDTH, ink, save
 from dvora import functional as F
@@ -59,6 +60,28 @@ def values() -> Figure:
     return figure
 
 
+def groups() -> Figure:
+    """lambda_d by groups: the columns of A, each scaled by the lambda_d of its group."""
+    A = torch.rand(4, 18, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.2
+    lambda_d = torch.tensor([[0.2, 1.0, 0.5, 0.8], [1.0, 0.3, 0.9, 0.2], [0.6, 0.7, 0.2, 1.0]])
+    parts = {
+        "lambda_d": lambda_d.T,
+        "A (4, 18), frozen": A,
+        "A', of which D = B A'": F.scaled_columns(A, lambda_d),
+    }
+    widths = [max(values.shape[1], 5) for values in parts.values()]
+    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 1.5), layout="constrained", width_ratios=widths)
+    colours = [METHODS[name] for name in ("DVoRA", "VeRA", "LoRA")]
+    for axes, (label, values) in zip(panels, parts.items(), strict=True):
+        for (line, column), value in np.ndenumerate(values.numpy()):
+            colour = FAINT if "frozen" in label else colours[column * 3 // values.shape[1]]
+            axes.add_patch(Rectangle((column, -line), 0.9, 0.9, color=colour, alpha=float(value), linewidth=0))
+        axes.set(xlim=(-0.2, values.shape[1] + 0.1), ylim=(-3.2, 1.1), aspect="equal")
+        axes.set_title(label, fontsize="medium")
+        axes.axis("off")
+    return figure
+
+
 def _arrow(
     axes: Axes, start: torch.Tensor, end: torch.Tensor, colour: str, label: str = "", off: tuple[float, float] = (0, 0)
 ) -> None:
@@ -69,9 +92,10 @@ def _arrow(
 
 
 def main() -> None:
-    """Draw and save both pictures."""
+    """Draw and save the pictures."""
     save("row", row)
     save("values", values)
+    save("groups", groups)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,11 @@ AS_LONG = ("lora_r1", "road", "structured_r256", "road_4", "lora_r4", "lora_r8")
 """Arms that were also trained for as long as 500 steps of `HIGH` take."""
 BESIDE = ("lora_r2", "shira", "shira_r2")
 """Others that stand beside it."""
+BESIDE_GROUPS = (
+    *("lora_r1", "structured_r64", "structured_r1024", "groups_r16_g64"),
+    *("road_4", "shira_r2", "lora_r2", "lora_r4", "groups_r64_g64", "lora_r8"),
+)
+"""What lambda_d by groups is compared with."""
 PARTS: Mapping[str, str] = {
     "columns": "columns",
     "magnitude": "rows",
@@ -143,6 +148,7 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
         "high-rank": _high_rank(result, paced),
+        "groups": _groups(result, paced),
         "settings": _settings(result),
     }
 
@@ -328,6 +334,28 @@ def _high_rank(result: Result, paced: Rows) -> str:
         "Points above LoRA r=1's 500 steps; at last above r=1024: countries and Webster's fields, three seeds (five "
         "of 500 steps), 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks (`equal_bytes.json`, "
         "`pace.json`).",
+    )
+
+
+def _groups(result: Result, paced: Rows) -> str:
+    tasks, grouped = result.tasks(*MAIN), "groups_r16_g64"
+    arms = sorted(
+        (arm for arm in BESIDE_GROUPS if result.tasks(arm) == tasks), key=lambda arm: size_of(result, tasks[0], arm)
+    )
+    lines = [
+        (
+            *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _step(paced, arm), _above(result, tasks, arm)),
+            "" if arm == grouped else gained(result.gain(tasks, grouped, arm)),
+            *(f"{_score(result, task, arm):.1f}" for task in tasks),
+        )
+        for arm in arms
+    ]
+    head = ("", "kB, float16", "a step", "points above LoRA r=1", "r=16, 64 groups, above it")
+    return text(
+        table((*head, *(NAMES[task] for task in tasks)), lines),
+        f"Test scores, {span(len(result.finals(task, grouped)) for task in tasks)} seeds of groups, differences on the "
+        "seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of the tasks that were timed "
+        "(`equal_bytes.json`, `pace.json`).",
     )
 
 

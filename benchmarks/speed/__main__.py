@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     if chosen.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {chosen.device}: torch {torch.__version__} sees no GPU; leave the option out")
-    plans = plan.OVERHEAD if chosen.overhead else plan.QUICK if chosen.quick else plan.WHOLE
+    part_of_plan = chosen.overhead or chosen.groups
+    plans = plan.OVERHEAD if chosen.overhead else plan.GROUPS if chosen.groups else plan.WHOLE
+    plans = plan.QUICK if chosen.quick else plans
     runs = selected(plans, chosen)
     narrowed = chosen.part or chosen.workload or chosen.arm or chosen.rounds or chosen.device != "cpu"
     if not runs:
@@ -43,17 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
     for run in runs:
         with console.status(f"{run.part} {run.workload().name} {run.dtype} {run.batch} x {run.tokens}"):
             carry_out(run, report, chosen.device, COUNTS if chosen.overhead else None)
-    if not (narrowed or chosen.overhead):
+    if not (narrowed or part_of_plan):
         measure_kept(
             report,
             (plan.linears_64 if chosen.quick else plan.linears_1024)(),
             plan.TINY if chosen.quick else plan.COMPARED,
         )
         measure_resident(report, () if chosen.quick else plan.FEW)
-    result = "overhead" if chosen.overhead else "speed"
+    result = "overhead" if chosen.overhead else "groups_speed" if chosen.groups else "speed"
     file: Path | None = chosen.output or (None if chosen.quick or narrowed else file_of(result))
     if file:
-        head = {"left_out": () if chosen.overhead else plan.LEFT_OUT, "not_measured": report.not_measured}
+        head = {"left_out": () if part_of_plan else plan.LEFT_OUT, "not_measured": report.not_measured}
         write(file, report.rows, seconds=round(perf_counter() - start), **head)
     show(report)
     return 0
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--overhead", action="store_true", help="kernels and host time a layer: with --threads 1")
+    parser.add_argument("--groups", action="store_true", help="lambda_d by groups: with --threads 1")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--device", default="cpu", help="cuda: never tried")
     parser.add_argument("--output", type=Path, help="result file; left out, only a whole run writes one")

@@ -37,7 +37,7 @@ BASE, FULL, MAGNITUDE = Arm("base"), Arm("full fine-tuning"), Arm("dvora magnitu
 HYPERADAPT, ROAD, IA3 = Arm("HyperAdapt"), Arm("RoAd"), Arm("(IA)3")
 MERGED = Arm("dvora merged", 256)
 DENSE, STRUCTURED = {"projection_init": "kaiming_uniform"}, {"projection_init": "structured"}
-METHODS: Mapping[str, tuple[str, dict[str, str]]] = {
+METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {}),
     "DoRA": ("dora", {}),
     "VeRA": ("vera", {}),
@@ -46,6 +46,7 @@ METHODS: Mapping[str, tuple[str, dict[str, str]]] = {
     IA3.method: ("ia3", {}),
     "dvora dense": ("dvora", DENSE),
     "dvora structured": ("dvora", STRUCTURED),
+    "dvora 64 groups": ("dvora", {**DENSE, "lambda_d_groups": 64}),
     MAGNITUDE.method: ("magnitude", {}),
     MERGED.method: ("dvora", DENSE),
 }

@@ -90,6 +90,20 @@ OVERHEAD = (
     Run("prefill", llama_64, NARROW, tokens=1, rounds=15),
 )
 """What a method adds to every layer: kernels, and on a model without weight the host's time to launch them."""
+GROUPED = [BASE, Arm("LoRA", 1), Arm("dvora structured", 64), *(Arm("dvora 64 groups", rank) for rank in (16, 64))]
+GROUPED += [Arm("dvora structured", 1024)]
+linears_384 = partial(workloads.linears, 384, 1536)
+GROUPS = (
+    *(
+        Run("training", linears, GROUPED, dtype, tokens=tokens, rounds=9)
+        for linears in (linears_384, linears_1024)
+        for dtype in ("float32", "bfloat16")
+        for tokens in (64, 512, 2048)
+    ),
+    Run("decode", llama_1024, GROUPED, batch=1, tokens=1, rounds=15),
+    Run("decode", llama_1024, GROUPED, batch=16, tokens=1, rounds=15),
+)
+"""lambda_d by groups beside one for all: with --threads 1, in processor time."""
 QUICK = (
     Run("training", linears_64, TINY, tokens=32, rounds=2),
     Run("training", llama_64, TINY, dtype="bfloat16", tokens=32, rounds=2),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter, process_time
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ class Report:
         where = ", ".join(str(setting[key]) for key in ("part", "workload", "dtype") if key in setting)
         for arm, make in makers.items():
             self.attempt(f"{where}: {arm.name}", partial(prepare, arm, make))
-        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds)
+        clock = process_time if torch.get_num_threads() == 1 else perf_counter
+        seconds, repeats = interleaved({arm.name: step for arm, step in steps.items()}, rounds, clock=clock)
         for arm in steps:
             measured = {**counted[arm], "repeats": repeats, "seconds": seconds[arm.name]}
             self.add({**setting, **arm.described(), **measured})

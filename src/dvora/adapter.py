@@ -363,7 +363,7 @@ def diagnostics(adapted: AdaptedWeight, vectors: Vectors, weight: Tensor | None)
     if weight is not None:
         adapted.refresh_if_stale(weight)
     w = adapted.w
-    vectors = vectors.flat(w.dtype)
+    vectors = vectors.to(w.dtype)
     with full_precision(w.device):
         _, cross, q = adapted.terms(vectors.lambda_d)
         factors = relative_factors(vectors.magnitude, vectors.lambda_b, cross, q, adapted.row_constants)

@@ -40,7 +40,7 @@ class TensorParallelShard(NamedTuple):
         if self.outputs is None:
             return vectors
         if grad_recorded():
-            vectors = vectors.flat(vectors.magnitude.dtype)
+            vectors = vectors.to(vectors.magnitude.dtype)
             whole = _SumOfGradients.apply(torch.cat(vectors), self.group)
             vectors = Vectors(*whole.split([len(vector) for vector in vectors]))
         return Vectors(self.outputs.of(vectors.magnitude), self.outputs.of(vectors.lambda_b), vectors.lambda_d)

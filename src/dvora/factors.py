@@ -135,7 +135,7 @@ def _key(vectors: Vectors, strength: float) -> tuple[object, ...] | None:
 
 def _in_closed_form(adapted: AdaptedWeight | JoinedWeights, vectors: Vectors, strength: float) -> Factors:
     """From the constants of a frozen weight, of one adapter or of N, with a graph where one is recorded."""
-    vectors = vectors.flat(adapted.w.dtype)
+    vectors = vectors.to(adapted.w.dtype)
     with full_precision(adapted.w.device):
         if grad_recorded():
             gain_minus_one, scale, gain = _RowFactors.apply(*vectors, adapted, strength)
@@ -149,7 +149,7 @@ def _defined(
 ) -> Factors:
     """By the definition, differentiated by PyTorch, also with respect to a weight that is trained."""
     with full_precision(adapted.w.device):
-        vectors = vectors.flat(adapted.w.dtype)
+        vectors = vectors.to(adapted.w.dtype)
         terms = adapted.terms(vectors.lambda_d, weight)
         gain_minus_one, scale, gain = F.row_factors(vectors, *terms, **adapted.settings)
     if strength != 1:

@@ -66,14 +66,7 @@ class Vectors(NamedTuple):
     """(R,), or of one weight by groups (G, R)."""
 
     def to(self, dtype: torch.dtype) -> "Vectors":
-        """The vectors in another dtype; unchanged where they have it already."""
-        m, b, d = self
-        if m.dtype == b.dtype == d.dtype == dtype:
-            return self
-        return Vectors(m.to(dtype), b.to(dtype), d.to(dtype))
-
-    def flat(self, dtype: torch.dtype) -> "Vectors":
-        """The vectors in a dtype, lambda_d (K,): a group after the other."""
+        """The vectors in a dtype, lambda_d as (K,), a group after the other."""
         m, b, d = self
         d = d if d.dim() == m.dim() else d.flatten()
         if m.dtype == b.dtype == d.dtype == dtype:
@@ -108,16 +101,11 @@ def unit_rows(weight: Float[Tensor, "O I"], w: Float[Tensor, "O"]) -> Float[Tens
     return as_dtype(weight, w.dtype) / torch.where(w > 0, w, 1.0)[:, None]
 
 
-def group_of_columns(columns: int, groups: int, device: torch.device) -> Tensor:
-    """The group of each column, int64: floor(i G / I)."""
-    return torch.arange(columns, device=device) * groups // columns
-
-
 def scaled_columns(A: Float[Tensor, "R I"], lambda_d: Float[Tensor, "*G R"]) -> Float[Tensor, "R I"]:
     """`A'`: A with every column scaled by the lambda_d of its group, for a lambda_d (R,) or (G, R)."""
     if lambda_d.dim() == 1:
         return A * lambda_d[:, None]
-    return A * lambda_d[group_of_columns(A.shape[1], len(lambda_d), A.device)].T
+    return A * lambda_d[torch.arange(A.shape[1], device=A.device) * len(lambda_d) // A.shape[1]].T
 
 
 def update_terms(

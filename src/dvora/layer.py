@@ -222,7 +222,7 @@ def trained_outputs(
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
     z = project(adapted, x) if way == "folded" and adapted.by_groups is None else None
-    x, vectors = _as_multiplied(x), vectors.flat(adapted.w.dtype)
+    x, vectors = _as_multiplied(x), vectors.to(adapted.w.dtype)
     y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength, way == "folded")
     return y
 
@@ -306,12 +306,15 @@ class _Updated(torch.autograd.Function):
             products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
             d_scale, d_d = products @ lambda_d, scale @ products
         elif is_folded:
-            d_scale, d_d, of_update = _gradients_by_groups(rows, x, lambda_d, scale, adapted)
+            inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), dy.dtype)
+            B = adapted.matrices.rows("B", adapted.rank, len(m), m.dtype, m.device)
+            h = rows @ as_dtype(scale[:, None] * B, dy.dtype)
+            d_scale = vecdot(as_dtype(rows.T @ (inputs @ scaled.T), m.dtype), B)
+            d_d = adapted.scaled_gradient(as_dtype(h.T @ inputs, m.dtype))
         if needed[0] and is_folded and z is None and updated is None:
             # Less than to form W'' once more.
             d_x = (rows * as_dtype(gain, dy.dtype)) @ as_dtype(weight, dy.dtype)
-            d_x = d_x.addmm_(*of_update) if not graph else d_x + torch.mm(*of_update)
-            d_x = d_x.view(x.shape)
+            d_x = torch.addmm(d_x, h, scaled).view(x.shape)
         elif needed[0]:
             if updated is None:
                 updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
@@ -345,22 +348,6 @@ class _Updated(torch.autograd.Function):
             elif d_cross is not None and d_half_q is not None:
                 d_d += adapted.terms_gradient(d_cross, d_half_q, lambda_d)
         return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None, None
-
-
-def _gradients_by_groups(
-    dy: Float[Tensor, "T O"],
-    x: Float[Tensor, "*T I"],
-    lambda_d: Float[Tensor, "K"],
-    scale: Float[Tensor, "O"],
-    adapted: AdaptedWeight,
-) -> tuple[Float[Tensor, "O"], Float[Tensor, "K"], tuple[Float[Tensor, "T R"], Float[Tensor, "R I"]]]:
-    """Of a folded layer the gradients of scale and lambda_d, without those through the norm, and h and A'."""
-    dtype = lambda_d.dtype
-    B = adapted.matrices.rows("B", adapted.rank, len(scale), dtype, scale.device)
-    inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), x.dtype)
-    products = as_dtype(dy.T @ (inputs @ scaled.T), dtype) * B
-    h = dy @ as_dtype(scale[:, None] * B, dy.dtype)
-    return products.sum(1), adapted.scaled_gradient(as_dtype(h.T @ inputs, dtype)), (h, scaled)
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -557,12 +544,17 @@ def project_scaled(
     x, shard = _as_multiplied(x), adapted.shard
     if shard is not None:
         x, lambda_d = shard.of_update(x, lambda_d)
-    scaled = adapted.scaled(lambda_d if lambda_d.dim() == 1 else lambda_d.flatten(0, -2))
+    assert adapted.by_groups is not None
+    leading = x.shape[:-1]
+    if lambda_d.dim() > 1:
+        lambda_d = lambda_d.view(-1, lambda_d.shape[-1])
+        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        if shard is None and adapted.by_groups.are_few(x) and not (is_traced() or grad_recorded()):
+            return adapted.by_groups.contracted(x, adapted.A(x), as_dtype(lambda_d, x.dtype)).view(*leading, -1)
+    scaled = adapted.scaled(lambda_d)
     if shard is not None and shard.inputs is not None:
         scaled = shard.inputs.of(scaled)
-    scaled, leading = as_dtype(scaled, x.dtype), x.shape[:-1]
-    if scaled.dim() > 2:
-        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+    scaled = as_dtype(scaled, x.dtype)
     product = _times_scaled if is_traced() or not grad_recorded() else _TimesScaled.apply
     z = product(x, scaled).view(*leading, adapted.rank)
     return z if shard is None or shard.inputs is None else shard.z(z)

@@ -46,6 +46,8 @@ SMALL_LOSS = 0.05
 """Merges that lose no more than this share of their update give no warning."""
 _CHUNK_VALUES = 2**22
 """Values of a weight that are widened at a time."""
+_AT_ONCE = 2**24
+"""Values of products by groups that are made at a time, of several adapters."""
 _SURE_NORM = 1e-15
 """Below this norm, squares of a row's values may underflow in float32."""
 
@@ -308,7 +310,8 @@ class AdaptedWeight(nn.Module):
         matrix = self.layout.matrix(weight) if weight is not None and (trained or self.reads_weight) else None
         w = self.w if matrix is None or not trained else F.row_norm(matrix)
         if self.by_groups is not None:
-            return w, *self._terms_by_groups(lambda_d, matrix, w)
+            terms = [self._terms_by_groups(part, matrix, w) for part in self._portions(lambda_d)]
+            return w, *(terms[0] if len(terms) == 1 else map(torch.cat, zip(*terms, strict=True)))
         C = self.C if matrix is None else self._cross(matrix, w)
         return w, times_apart(lambda_d, as_dtype(C, w.dtype).T), self.squares(lambda_d)
 
@@ -318,12 +321,20 @@ class AdaptedWeight(nn.Module):
         """The gradient of lambda_d from those of cross and q / 2."""
         if self.by_groups is None:
             return d_cross @ as_dtype(self.C, self.w.dtype) + self.squares_gradient(d_half_q, lambda_d)
+        portions = [self._portions(rows) for rows in (d_cross, d_half_q, lambda_d)]
+        if len(portions[0]) > 1:
+            return torch.cat([self.terms_gradient(*portion) for portion in zip(*portions, strict=True)])
         B = self._rows_of_B(lambda_d)
         d_scaled = (B * d_half_q.unsqueeze(-1)).mT @ B @ self.scaled(lambda_d)
         if self.reads_weight:
             rows = B * (d_cross / self.row_constants.w).unsqueeze(-1)
             return self.scaled_gradient(d_scaled + rows.mT @ self._matrix())
         return self.scaled_gradient(d_scaled) + d_cross @ as_dtype(self.C, self.w.dtype)
+
+    def _portions(self, rows: Float[Tensor, "*N M"]) -> Sequence[Float[Tensor, "*N M"]]:
+        """Of one adapter, or of N in portions whose products by groups are not too large."""
+        most = _AT_ONCE // (self.rank * (self.in_features + self.out_features))
+        return [rows] if rows.dim() == 1 else rows.split(max(1, most))
 
     def scaled(self, lambda_d: Float[Tensor, "*N K"]) -> Float[Tensor, "*N R I"]:
         """`A'`, A with its columns scaled by their groups' lambda_d, in the dtype of that."""
@@ -521,9 +532,8 @@ class AdaptedWeight(nn.Module):
             if self.by_groups is None:
                 parts.append(of_B * self.shared.impl.project(updated, self.rank))
             else:
-                A = self.A(w)
-                products = [updated[:, first:stop] @ A[:, first:stop].T for first, stop in self.by_groups.bounds()]
-                parts.append(torch.cat([of_B * product for product in products], 1))
+                products = of_B * self.by_groups.products(updated, self.A(w))
+                parts.append(products.transpose(0, 1).flatten(1))
         return torch.cat(parts)
 
     def _constant_dtype(self, matrix: Tensor) -> torch.dtype:
@@ -630,11 +640,8 @@ class JoinedWeights:
         for places in alike.values():
             rows = torch.cat([parts[place] for place in places])
             q |= zip(places, self.weights[places[0]].squares(rows).split(len(lambda_d)), strict=True)
-        return (
-            self.w,
-            torch.cat([cross[place] for place in range(len(parts))], -1),
-            torch.cat([q[place] for place in range(len(parts))], -1),
-        )
+        crosses, squares = ([of[place] for place in range(len(parts))] for of in (cross, q))
+        return self.w, torch.cat(crosses, -1), torch.cat(squares, -1)
 
     def terms_gradient(
         self, d_cross: Float[Tensor, "*N O"], d_half_q: Float[Tensor, "*N O"], lambda_d: Float[Tensor, "*N K"]

@@ -15,7 +15,7 @@ from dvora.flat import Layout
 from tests.bank.tenants import BERT, HEADED, LLAMA, MLP, NO_MERGE, Served, Tenants, row_by_row, tenants
 from tests.peft.bases import BASES, FAMILIES, dense_twin, quantised, wide
 from tests.peft.dense_weights import DenseModel
-from tests.peft.kinds import Kind, edit_config, edit_weights, saved
+from tests.peft.kinds import Kind, by_groups, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES, READ
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, bert, inputs, outputs, same_bits, train_vectors
@@ -44,9 +44,12 @@ def doubled(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
+@by_groups
 @pytest.mark.parametrize(("name", "matrices"), [(name, MATRICES[k % 2]) for k, name in enumerate(CALLED)])
-def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, matrices: str, tmp_path: Path) -> None:
-    kind = Kind(CASES[name].base, {"r": 5, **CASES[name].settings})
+def test_rows_of_every_layer_type_are_those_of_the_merged_models(
+    name: str, matrices: str, groups: int, tmp_path: Path
+) -> None:
+    kind = Kind(CASES[name].base, {"r": 5, **CASES[name].settings}).by_groups(groups)
     these, x = tenants(kind, tmp_path, 2, projection_init=matrices), CASES[name].inputs()
     with these.bank() as served:
         found = served(NAMES, x)
@@ -57,10 +60,13 @@ def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, matr
     assert same_bits(found[1], base[1])
 
 
+@by_groups
 @pytest.mark.parametrize("held", OF_BANK, ids=str)
 @pytest.mark.parametrize("dtype", OF_BASE, ids=str)
-def test_every_dtype_of_a_base_and_of_a_bank(dtype: torch.dtype, held: torch.dtype, tmp_path: Path) -> None:
-    these = tenants(HEADED, tmp_path, 3, dtype)
+def test_every_dtype_of_a_base_and_of_a_bank(
+    dtype: torch.dtype, held: torch.dtype, groups: int, tmp_path: Path
+) -> None:
+    these = tenants(HEADED.by_groups(groups), tmp_path, 3, dtype)
     with these.bank(dtype=held) as served:
         found = served(MIXED)
     assert found.dtype == dtype
@@ -68,10 +74,13 @@ def test_every_dtype_of_a_base_and_of_a_bank(dtype: torch.dtype, held: torch.dty
     assert same_bits(found[2], outputs(these.base(), 6)[2])
 
 
+@by_groups
 @pytest.mark.parametrize(("name", "matrices"), list(zip(MODELS, MATRICES * 3, strict=False)))
-def test_rows_of_whole_models_are_those_of_the_dense_method(name: str, matrices: str, tmp_path: Path) -> None:
+def test_rows_of_whole_models_are_those_of_the_dense_method(
+    name: str, matrices: str, groups: int, tmp_path: Path
+) -> None:
     kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name], "alpha": 3.5, "direction": "weight"})
-    these = tenants(kind, tmp_path, projection_init=matrices)
+    these = tenants(kind.by_groups(groups), tmp_path, projection_init=matrices)
     with these.bank() as served:
         found = served(MIXED)
         assert same_bits(served([None] * 6), outputs(these.base(), 6))
@@ -87,8 +96,11 @@ def test_rows_of_whole_models_are_those_of_the_dense_method(name: str, matrices:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-9, 1e9])
-def test_half_precision_holds_an_update_however_it_is_written(size: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    these = tenants(MLP, tmp_path, 1)
+@by_groups
+def test_half_precision_holds_an_update_however_it_is_written(
+    groups: int, size: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    these = tenants(MLP.by_groups(groups), tmp_path, 1)
     with these.bank() as served:
         exact = served(["a"] * 4)
     # The same one, with a small lambda_d and a large lambda_b, or the other way round.
@@ -122,8 +134,9 @@ def test_under_autocast_rows_are_rounded_as_the_base_is(tmp_path: Path) -> None:
     ],
     ids=["magnitudes", "magnitudes only", "patterns", "seed", "dropout"],
 )
-def test_settings_of_adapters(settings: dict[str, Any], tmp_path: Path) -> None:
-    these = tenants(MLP, tmp_path, **settings)
+@by_groups
+def test_settings_of_adapters(groups: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    these = tenants(MLP.by_groups(groups), tmp_path, **settings)
     with these.bank() as served:
         check_rows(served(MIXED), these, MIXED, 1e-5)
 
@@ -162,8 +175,9 @@ def test_rows_have_the_heads_of_their_adapters(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("how", "like"), [("folder", "pack"), ("file", "folder"), ("vector", "folder"), ("pack", "pack")]
 )
-def test_every_source_of_an_adapter(how: str, like: str, tmp_path: Path) -> None:
-    these = tenants(HEADED, tmp_path / "folders", 2)
+@by_groups
+def test_every_source_of_an_adapter(groups: int, how: str, like: str, tmp_path: Path) -> None:
+    these = tenants(HEADED.by_groups(groups), tmp_path / "folders", 2)
     write_pack(tmp_path / "pack", {"a": these.path("a")})
     model, path = these.base(), these.path("a")
     with dvora.AdapterBank(model, like=these.path("b") if like == "folder" else tmp_path / "pack") as bank:
@@ -231,13 +245,15 @@ def test_what_names_an_adapter_is_its_base_settings_and_values(tmp_path: Path) -
     name = digest(these.base(), these.path("a"))
     assert digest(these.base(), these.path("a"), dtype=torch.float16) == name
     others = [digest(nudged, these.path("a"))]
-    for number, settings in enumerate(({"projection_seed": 1}, {"alpha": 2.0}, {"direction": "weight"})):
+    changed = {"projection_seed": 1}, {"alpha": 2.0}, {"direction": "weight"}, {"lambda_d_groups": 2}
+    for number, settings in enumerate(changed):
         others.append(digest(these.base(), saved(HEADED.trained(**settings), tmp_path / str(number))))
-    assert len({name, *others}) == 5
+    assert len({name, *others}) == 6
 
 
-def test_bits_do_not_depend_on_the_adapters_that_were_read_together(tmp_path: Path) -> None:
-    these = tenants(HEADED, tmp_path)
+@by_groups
+def test_bits_do_not_depend_on_the_adapters_that_were_read_together(groups: int, tmp_path: Path) -> None:
+    these = tenants(HEADED.by_groups(groups), tmp_path)
     with these.bank() as one, these.bank() as other:
         with torch.inference_mode():
             other(["c", "a", "b", "a"])
@@ -329,14 +345,16 @@ WIDE_LAYERS = ["lin0", "lin1", "lin2"]
 OF_QUANTISED = ["a", None, "b", "a", None, "c"]
 
 
+@by_groups
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_rows_are_those_of_the_dense_reference(kind: str, tmp_path: Path) -> None:
+def test_rows_are_those_of_the_dense_reference(kind: str, groups: int, tmp_path: Path) -> None:
+    config = dvora.DVoRAConfig(r=8, target_modules=WIDE_LAYERS, lambda_d_groups=groups)
     x = torch.randn(len(OF_QUANTISED), 64, generator=torch.Generator().manual_seed(0)).to(BASES[kind].dtype)
     with torch.no_grad():
         expected: dict[str | None, Tensor] = {None: quantised(wide(), kind).eval()(x)}
     for seed, name in enumerate("abc"):
         # Trained on the quantised base.
-        model = get_peft_model(quantised(wide(), kind), dvora.DVoRAConfig(r=8, target_modules=WIDE_LAYERS)).eval()
+        model = get_peft_model(quantised(wide(), kind), config).eval()
         train_vectors(model, seed=seed)
         model.save_pretrained(tmp_path / name)
         expected[name] = dense_twin(model, wide(), kind)(x.double()).detach()

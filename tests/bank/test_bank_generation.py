@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.bank.tenants import tenants
-from tests.peft.kinds import Kind
+from tests.peft.kinds import GROUPS, Kind
 from tests.peft.tiny import LAYERS, MODELS
 
 NAMES: list[str | None] = ["b", None, "c", "a", "b"]
@@ -16,6 +16,7 @@ TEXTS = [[3, 4, 5, 6, 7], [30, 31], [12], [20, 19, 18, 17], [9, 8, 7]]
 
 
 KINDS = {name: Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in ("llama", "gpt2", "t5")}
+KINDS |= {f"{name}, groups": KINDS[name].by_groups(GROUPS) for name in ("llama", "t5")}
 # Sampling from the one most likely token is greedy.
 SAMPLED = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -26,6 +27,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("t5", {}),
     ("t5", {"use_cache": False}),
     ("t5", {"num_beams": 3, "num_return_sequences": 2}),
+    ("llama, groups", {}),
+    ("t5, groups", {"num_beams": 3, "num_return_sequences": 2}),
 ]
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import dvora
 from tests.bank.tenants import MLP, Served, Tenants, tenants
 from tests.bank.trained import Alone, Together, batch_of, check_gradients, row_losses, save_all, together
-from tests.peft.kinds import Kind
+from tests.peft.kinds import GROUPS, Kind
 from tests.peft.models_compared import worst_difference
 from tests.peft.tiny import MODELS, inputs
 
@@ -259,10 +259,11 @@ KIND = Kind(checkpointed, MLP.settings)
 MIXED = ["c", "a", "b", "b"]
 
 
-@pytest.fixture
-def both(tmp_path: Path) -> Iterator[Together]:
-    save_all(KIND, tmp_path)
-    with together(KIND, tmp_path) as both:
+@pytest.fixture(params=[1, GROUPS], ids=["one group", "groups"])
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Together]:
+    kind = KIND.by_groups(request.param)
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
         yield both
 
 

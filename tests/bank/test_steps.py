@@ -20,7 +20,7 @@ from tests.bank.trained import (
     save_all,
     together,
 )
-from tests.peft.kinds import Kind, mlp
+from tests.peft.kinds import GROUPS, Kind, mlp
 
 HALF = Kind(lambda: HEADED.base().bfloat16(), HEADED.settings)
 BOTH = {"weight_decay": 0.3, "max_grad_norm": 0.05}
@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "magnitudes": (mlp(train=["magnitude"]), BOTH),
     "layers with magnitudes only": (mlp(target_modules=["lin1"], magnitude_modules=["lin0"]), BOTH),
     "a head in half precision": (HALF, {}),
+    "groups": (HEADED.by_groups(GROUPS), BOTH),
 }
 
 

@@ -24,7 +24,7 @@ from tests.bank.trained import (
     save_all,
     together,
 )
-from tests.peft.kinds import Kind, edit_config, mlp, saved
+from tests.peft.kinds import GROUPS, Kind, by_groups, edit_config, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
 from tests.peft.tiny import LAYERS, MODELS, inputs
 
@@ -39,11 +39,12 @@ KINDS = {
 MIXED = ["c", "a", "b", "b", "a", "a"]
 
 
+@by_groups
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients_are_those_of_each_alone(name: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_each_alone(name: str, groups: int, tmp_path: Path) -> None:
     # Both kinds of matrices, in turn.
     init = ["kaiming_uniform", "structured"][list(KINDS).index(name) % 2]
-    kind = Kind(KINDS[name].base, {"projection_init": init, **KINDS[name].settings})
+    kind = Kind(KINDS[name].base, {"projection_init": init, **KINDS[name].settings}).by_groups(groups)
     save_all(kind, tmp_path)
     with together(kind, tmp_path) as both:
         alone, batch = Alone(tmp_path, kind.base), batch_of(both.model, MIXED)
@@ -86,10 +87,11 @@ def test_rows_may_weigh_differently(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "how"), [("llama", torch.bfloat16), ("classifier", torch.float16), ("classifier", "autocast")], ids=str
 )
-def test_half_precision(name: str, how: str | torch.dtype, tmp_path: Path) -> None:
-    kind = KINDS[name]
+@by_groups
+def test_half_precision(groups: int, name: str, how: str | torch.dtype, tmp_path: Path) -> None:
+    kind = KINDS[name].by_groups(groups)
     if isinstance(how, torch.dtype):
-        kind = Kind(lambda: KINDS[name].base().to(how), KINDS[name].settings)
+        kind = kind._replace(base=lambda: KINDS[name].base().to(how))
     save_all(kind, tmp_path)
     with together(kind, tmp_path) as both:
         alone, batch = Alone(tmp_path, lambda: kind.base().float()), batch_of(both.model, MIXED)
@@ -128,12 +130,21 @@ def test_parts_of_a_model_may_be_called(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def both(tmp_path: Path) -> Iterator[Together]:
-    save_all(HEADED, tmp_path)
-    with together(HEADED, tmp_path) as both:
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return HEADED.by_groups(getattr(request, "param", 1))
+
+
+@pytest.fixture
+def both(kind: Kind, tmp_path: Path) -> Iterator[Together]:
+    save_all(kind, tmp_path)
+    with together(kind, tmp_path) as both:
         yield both
 
 
+of_both_kinds = pytest.mark.parametrize("kind", [1, GROUPS], indirect=True, ids=["one group", "groups"])
+
+
+@of_both_kinds
 def test_what_is_published_is_served_and_saved(both: Together, tmp_path: Path) -> None:
     batch, before = batch_of(both.model, MIXED), snapshot(both.model)
 
@@ -159,8 +170,9 @@ def test_what_is_published_is_served_and_saved(both: Together, tmp_path: Path) -
     assert worst_difference(model(**batch.of("c")), trained[of_c]) < 1e-6
 
 
-def test_new_adapters_start_as_the_base_and_train_as_fresh_ones(both: Together) -> None:
-    adapters, fresh = both.bank.trainable(["a"], new=["x", "y"]), HEADED.fresh()
+@of_both_kinds
+def test_new_adapters_start_as_the_base_and_train_as_fresh_ones(kind: Kind, both: Together) -> None:
+    adapters, fresh = both.bank.trainable(["a"], new=["x", "y"]), kind.fresh()
     batch, layout = batch_of(both.model, ["x", "y", "x"]), Layout.of(fresh)
     assert torch.equal(adapters.flat_vector("x"), layout.to_vector(fresh))
     with adapters.rows(batch.names) as rows:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 
 from dvora.export.packed import graph_file, read_layout
 from dvora.recipes.adapters.exporting import export
+from tests.peft.kinds import GROUPS
 from tests.recipes import tiny_models
 from tests.serve.served import save_trained
 
@@ -63,11 +65,13 @@ def base_of(make: Callable[[int], PreTrainedModel], folder: Path) -> Path:
     return base
 
 
-@pytest.mark.parametrize("method", ["dvora", "lora"])
-def test_a_step_of_the_graph_is_one_of_the_model(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"method": "dvora"}, {"method": "dvora", "lambda_d_groups": GROUPS}, {"method": "lora"}], ids=str
+)
+def test_a_step_of_the_graph_is_one_of_the_model(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Of a model whose weights are stored transposed."""
     base = base_of(gpt2, tmp_path)
-    save_trained(base, tmp_path / "adapter", 1, task_type="CAUSAL_LM", target_modules=["c_attn"], method=method)
+    save_trained(base, tmp_path / "adapter", 1, task_type="CAUSAL_LM", target_modules=["c_attn"], **settings)
     differences = export(tmp_path / "adapter", tmp_path / "exported", "onnx", str(base))["differences"]
     assert set(differences) == {"one.onnx", "table.onnx", "files.onnx"}
 

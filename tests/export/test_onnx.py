@@ -20,6 +20,7 @@ from dvora.export.onnx import _compared
 from dvora.export.packed import graph_file, read_layout, read_packed
 from dvora.export.verified import sample_of_encoder
 from dvora.recipes.adapters.exporting import export
+from tests.peft.kinds import GROUPS, by_groups
 from tests.recipes import tiny_models
 from tests.serve.served import Alone, save_classifier, save_trained
 
@@ -27,12 +28,12 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is n
 TEXTS = ["good movie", "the book was very bad", "it"]
 
 
-@pytest.fixture(scope="module")
-def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, GROUPS], ids=["one group", "groups"])
+def classifiers(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """a to d of DVoRA, l and m of LoRA, of three classes each."""
     folder = tmp_path_factory.mktemp("classifiers")
     for number, name in enumerate("abcd"):
-        save_classifier(bert, folder / name, number, 3)
+        save_classifier(bert, folder / name, number, 3, lambda_d_groups=request.param)
     some: dict[str, Any] = {"rank": 3, "target_modules": ["query", "dense"], "use_rslora": True}
     save_classifier(bert, folder / "l", 4, 3, method="lora", **some)
     save_classifier(bert, folder / "m", 5, 3, method="lora", rank=5, rank_pattern={"query": 2}, lora_alpha=7)
@@ -314,11 +315,12 @@ def test_a_graph_is_run_with_the_weights_that_the_layout_names(exported: Path, t
             read_layout(copy)
 
 
-def test_texts_are_generated_with_a_cache(tmp_path: Path) -> None:
+@by_groups
+def test_texts_are_generated_with_a_cache(groups: int, tmp_path: Path) -> None:
     """Two rows with an adapter each, of DVoRA and of LoRA, token by token: what the merged models generate."""
     llama = tiny_models.llama(tmp_path / "llama")
-    for name, method in (("a", "dvora"), ("b", "lora")):
-        save_trained(llama, tmp_path / "adapters" / name, 1, task_type="CAUSAL_LM", method=method)
+    for name, method, settings in (("a", "dvora", {"lambda_d_groups": groups}), ("b", "lora", {})):
+        save_trained(llama, tmp_path / "adapters" / name, 1, task_type="CAUSAL_LM", method=method, **settings)
     export(tmp_path / "adapters", tmp_path / "exported", "onnx", str(llama))
     table, alone = session(tmp_path / "exported", "table"), Alone(llama)
     layout = json.loads((tmp_path / "exported" / "layout.json").read_text())

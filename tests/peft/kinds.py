@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from dvora import DVoRAConfig
 from tests.peft.layer_cases import CASES as LAYER_TYPES
 from tests.peft.tiny import LAYERS, MODELS, train_vectors
+
+GROUPS = 3
+"""Of lambda_d, where there are several: some layers have a number of inputs that it divides, most do not."""
+by_groups = pytest.mark.parametrize("groups", [1, GROUPS], ids=["one group", "groups"])
 
 
 class Kind(NamedTuple):
@@ -24,6 +29,10 @@ class Kind(NamedTuple):
     def fresh(self, **settings: Any) -> PeftModel:
         """The base with an adapter that was not trained."""
         return get_peft_model(self.base(), DVoRAConfig(**{**self.settings, **settings})).eval()
+
+    def by_groups(self, groups: int) -> "Kind":
+        """The same with so many groups of lambda_d."""
+        return self._replace(settings={**self.settings, "lambda_d_groups": groups})
 
     def trained(self, seed: int = 0, **settings: Any) -> PeftModel:
         """The same with vectors, heads, biases and tokens as if trained."""
@@ -45,9 +54,13 @@ def mlp(**settings: Any) -> Kind:
     return Kind(MODELS["mlp"], {"r": 4, "target_modules": LAYERS["mlp"], **settings})
 
 
-KINDS = {
+_ONE_GROUP = {
     **{name: Kind(case.base, {"r": 5, **case.settings}) for name, case in LAYER_TYPES.items()},
     **{f"{name} model": Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name]}) for name in MODELS},
+}
+KINDS = {
+    **_ONE_GROUP,
+    **{f"{name}, groups": kind.by_groups(GROUPS) for name, kind in _ONE_GROUP.items()},
     "patterns": mlp(alpha=3.5, rank_pattern={"lin1": 7}, alpha_pattern={"lin0": 2.0}, direction="weight"),
     "scales in one shape": Kind(
         MODELS["bert"],

@@ -46,10 +46,10 @@ def save_trained(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     return folder
 
 
-def save_language_adapters(base: Path, folder: Path, count: int) -> Path:
+def save_language_adapters(base: Path, folder: Path, count: int, **settings: Any) -> Path:
     """Adapters a0, a1, ... of a language model."""
     for number in range(count):
-        save_trained(base, folder / f"a{number}", number, task_type="CAUSAL_LM")
+        save_trained(base, folder / f"a{number}", number, task_type="CAUSAL_LM", **settings)
     return folder
 
 

@@ -14,21 +14,34 @@ from transformers import AutoModelForCausalLM
 
 import dvora
 from dvora.adapter_file.packs import write_pack
-from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied, process, save_classifier, serving, text_of
+from tests.peft.kinds import by_groups
+from tests.serve.served import (
+    ADMIN,
+    TOKEN,
+    Alone,
+    complete,
+    copied,
+    process,
+    save_classifier,
+    save_language_adapters,
+    serving,
+    text_of,
+)
 
 VALUES = "adapter_model.safetensors"
 
 
-def test_put_a_file_a_pack_and_a_vector(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    alone = Alone(llama)
-    layout = dvora.flat.Layout.of(language_adapters / "a2")
-    vector = layout.to_vector(language_adapters / "a2").numpy().tobytes()
-    write_pack(tmp_path / "pack", {"anything": language_adapters / "a3"})
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _):
+@by_groups
+def test_put_a_file_a_pack_and_a_vector(groups: int, llama: Path, tmp_path: Path) -> None:
+    alone, these = Alone(llama), save_language_adapters(llama, tmp_path / "adapters", 4, lambda_d_groups=groups)
+    layout = dvora.flat.Layout.of(these / "a2")
+    vector = layout.to_vector(these / "a2").numpy().tobytes()
+    write_pack(tmp_path / "pack", {"anything": these / "a3"})
+    with serving(llama, copied(these, tmp_path / "copy")) as (client, _):
         described = client.get("/v1/adapters").json()["layout"]
         assert (described["digest"], described["bytes"]) == (layout.digest, len(vector))
         for name, content, query in (
-            ("file", (language_adapters / "a1" / VALUES).read_bytes(), {}),
+            ("file", (these / "a1" / VALUES).read_bytes(), {}),
             ("vector", vector, {"format": "vector", "layout": layout.digest}),
             ("pack", (tmp_path / "pack").read_bytes(), {}),
         ):
@@ -36,7 +49,7 @@ def test_put_a_file_a_pack_and_a_vector(llama: Path, language_adapters: Path, tm
             assert answer.status_code == 201
             assert answer.headers["x-dvora-digest"] == answer.json()["digest"] != ""
         for name, source in (("file", "a1"), ("vector", "a2"), ("pack", "a3")):
-            assert text_of(client, name) == alone.continued(language_adapters / source, "the ", 12)
+            assert text_of(client, name) == alone.continued(these / source, "the ", 12)
         # Equal contents have one digest, whichever way they came.
         assert client.get("/v1/adapters/vector").json()["digest"] == client.get("/v1/adapters/a2").json()["digest"]
 
@@ -57,8 +70,9 @@ def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(
         assert client.get("/v1/adapters/a0").json()["digest"] == digest
 
 
-def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(bert: Path, tmp_path: Path) -> None:
-    """Whatever ranks, scales and kinds of layers that has."""
+@by_groups
+def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(groups: int, bert: Path, tmp_path: Path) -> None:
+    """Whatever ranks, groups, scales and kinds of layers that has."""
     layers = {
         "target_modules": ["query", "key", "value"],
         "magnitude_modules": ["dense"],
@@ -66,6 +80,7 @@ def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(bert: Pat
     }
     scales = {"rank_pattern": {"1.*query": 2, "value": 3}, "alpha": 0.1, "alpha_pattern": {"0.*key": 0.7}}
     of_method = {"projection_seed": 5, "projection_init": "kaiming_uniform", "direction": "weight"}
+    of_method |= {"lambda_d_groups": groups}
     source = save_classifier(bert, tmp_path / "adapters" / "first", 1, 3, rank=7, **layers, **scales, **of_method)
     file = source / "adapter_config.json"
     file.write_text(file.read_text().replace('"classifier"', '"classifier", "a name of nothing"'))

@@ -36,9 +36,10 @@ def test_answers_in_mixed_batches_are_those_of_merged_models(client: Client, mer
     assert len({tuple(client.answer(name, prompts[0])) for name in (None, "a0", "a1", "a2")}) == 4
 
 
-def test_answers_of_a_real_model_are_those_of_merged_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [1, 16], ids=["one group", "groups"])
+def test_answers_of_a_real_model_are_those_of_merged_models(groups: int, tmp_path: Path) -> None:
     base = smollm2()
-    adapters = save_adapters(base, tmp_path / "adapters", 16, size=0.02, r=64)
+    adapters = save_adapters(base, tmp_path / "adapters", 16, size=0.02, r=64, lambda_d_groups=groups)
     names, prompts = mixed(200, vocabulary=40_000)
     with serving(base, adapters) as client:
         answers = client.answers(names, prompts)

@@ -172,7 +172,7 @@ def _dora_of(layer: DVoRALayer, adapter_name: str) -> tuple[Tensor, Tensor, Tens
         A, B, lambda_d = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1), A.new_zeros(1)
     w = F.row_norm(weight)
     beta = adapted.scaling * lambda_b * (w if adapted.direction == "unit" else 1)
-    A, B = F.scaled_columns(A, lambda_d), beta[:, None] * B
+    A, B = F.scaled_columns(A, lambda_d.view(-1, len(A))), beta[:, None] * B
     g = torch.where(w > 0, magnitude / F.row_norm(weight + B @ A), 1.0)
     f = 1 - s + s * g
     B = (s * g / f)[:, None] * B

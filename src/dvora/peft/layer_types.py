@@ -48,17 +48,10 @@ def lookup(
     mask = torch.ones_like(ids) if adapted.padding_column is None else ids != adapted.padding_column
     z = z * dropout(mask.to(z.dtype)).unsqueeze(-1)
     if adapted.by_groups is not None:
-        lambda_d = _of_ids(adapted.by_groups.group_of(ids), lambda_d.unflatten(-1, (adapted.groups, adapted.rank)))
+        by_row = lambda_d.reshape(-1, adapted.groups, adapted.rank)
+        index = adapted.by_groups.group_of(ids).reshape(by_row.shape[0], -1, 1)
+        lambda_d = torch.take_along_dim(by_row, index, 1).view(*ids.shape, adapted.rank)
     return output_scale(layer) * adapted.shared.impl.expand(z * lambda_d.to(z.dtype), adapted.out_features)
-
-
-def _of_ids(groups: Tensor, lambda_d: Float[Tensor, "*B G R"]) -> Float[Tensor, "*T R"]:
-    """The lambda_d of the group of each token, of one adapter or of each row's."""
-    if lambda_d.dim() == 2:
-        return lambda_d[groups]
-    of_rows = lambda_d.flatten(0, -3)
-    chosen = torch.take_along_dim(of_rows, groups.flatten(1).unsqueeze(-1), 1)
-    return chosen.view(*groups.shape, lambda_d.shape[-1])
 
 
 def output_scale(layer: nn.Embedding) -> float | Tensor:

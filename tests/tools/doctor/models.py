@@ -16,6 +16,7 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "dvora structured": lambda **more: dvora.DVoRAConfig(**{"r": 8, "projection_init": "structured", **more}),
     "dvora weight": lambda **more: dvora.DVoRAConfig(**{"r": 8, "direction": "weight", "alpha": 4.0, **more}),
     "dvora detached": lambda **more: dvora.DVoRAConfig(**{"r": 8, "detach_norm": True, "strength": 0.5, **more}),
+    "dvora groups": lambda **more: dvora.DVoRAConfig(**{"r": 8, "lambda_d_groups": 3, **more}),
     "magnitude": lambda **more: dvora.DVoRAConfig(**{"r": 8, "magnitude_modules": more["target_modules"], **more}),
     "lora": lambda **more: LoraConfig(**{"r": 4, **more}),
     "dora": lambda **more: LoraConfig(**{"r": 4, "use_dora": True, **more}),

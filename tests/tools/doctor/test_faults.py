@@ -53,13 +53,34 @@ def test_a_gradient_that_is_not_one(method: str, wrong: Callable[[Tensor], Tenso
     assert (found.status, found.layers) == ("fail", ("lin1",))
 
 
-def test_norms_of_a_base_that_was_changed_behind_its_back() -> None:
-    model = small_model()
+OF_NORMS: dict[str, dict[str, int]] = {
+    "one group": {},
+    "groups with a constant": {"r": 1, "lambda_d_groups": 2},
+    "groups that read the weight": {"lambda_d_groups": 3},
+}
+
+
+@pytest.mark.parametrize("settings", OF_NORMS.values(), ids=OF_NORMS)
+def test_norms_of_a_base_that_was_changed_behind_its_back(settings: dict[str, int]) -> None:
+    model = small_model(**settings)
     # Through NumPy, which bypasses autograd's count of changes.
     layer(model).base_layer.weight.detach().numpy()[:] *= 1.1
     found = examine(model, inputs(), fresh_process=False)
     for check in ("norm constants", "outputs"):
         assert (found.of(check).status, found.of(check).layers) == ("fail", ("lin1",))
+
+
+@pytest.mark.parametrize("settings", OF_NORMS.values(), ids=OF_NORMS)
+def test_rows_that_were_turned_behind_the_base_s_back(settings: dict[str, int]) -> None:
+    """Their norms are what they were: only what reads the weight in every pass sees what it is now."""
+    model = small_model(moved=0.3, **settings)
+    weight = layer(model).base_layer.weight.detach().numpy()
+    weight[:, ::2] *= -1
+    examined = examine(model, inputs(), fresh_process=False)
+    for check in ("norm constants", "outputs"):
+        found = examined.of(check)
+        expected = ("pass", ()) if settings == {"lambda_d_groups": 3} else ("fail", ("lin1",))
+        assert (found.status, found.layers) == expected
 
 
 def test_rows_that_the_update_cancels() -> None:

@@ -5,6 +5,8 @@ in slots are one table; A and B are shared by all. A layer takes its columns of 
 
     y = y_b + (g - 1) (y_b - bias) + scale ((x A^T) lambda_d) B^T        y_b = x W^T + bias
 
+With lambda_d by groups of columns, A' of each token's adapter takes the place of A and lambda_d, and is never formed.
+
 vLLM packs layers that read the same inputs (query, key and value; gate and up) into one: the slices of its outputs.
 
 Dimensions: T tokens, I in, O out, S slots, F values of a row.
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dvora import functional
+from dvora.layer import project_scaled
 from dvora.rows.gathered import LayerPlace
 from dvora.weight import AdaptedWeight
 
@@ -106,7 +109,9 @@ class DVoRALinear(BaseLayerWithLoRA):
             gain_minus_one, scale, lambda_d = rows[slots, place.start : place.stop].split(place.lengths, -1)
             base = y[:, part.outputs]
             low = y.new_zeros(())
-            if adapted.rank:
+            if adapted.by_groups is not None:
+                low = adapted.matrices.expand(project_scaled(adapted, x, lambda_d), adapted.out_features)
+            elif adapted.rank:
                 if (z := projected.get(adapted.update_key)) is None:
                     z = projected[adapted.update_key] = adapted.matrices.project(x, adapted.rank)
                 low = adapted.matrices.expand(z * lambda_d.to(z.dtype), adapted.out_features)

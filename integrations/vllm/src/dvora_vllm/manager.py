@@ -192,8 +192,11 @@ def factor_rows(config: VllmConfig) -> FactorRows:
         )
         rows = FactorRows(ServedModel(base, source.read().config, source.content), torch.float32)
         rows.of([source.read()])
+    # With lambda_d by groups, row factors may need the weights of their layers.
+    read = {id(layer.module.weight) for layer in rows.served.layers if layer.adapted.reads_weight}
     for parameter in base.parameters():
-        parameter.data = parameter.new_empty(0)
+        if id(parameter) not in read:
+            parameter.data = parameter.new_empty(0)
     return rows
 
 

@@ -11,11 +11,7 @@ from ..models.bases import config_of, heads_of, model_class, quiet_transformers,
 
 
 def count(
-    source: str,
-    targets: Sequence[str] = (),
-    ranks: Sequence[int] = (),
-    task_type: str | None = None,
-    lambda_d_groups: int = 1,
+    source: str, targets: Sequence[str] = (), ranks: Sequence[int] = (), task_type: str | None = None, groups: int = 1
 ) -> dict[str, Any]:
     """Trained values, a head included, and their bytes in float32; only the configuration is read.
 
@@ -24,7 +20,7 @@ def count(
         targets: names of the layers to adapt; none means all linear layers.
         ranks: to count with; none means those that are usual for each method.
         task_type: PEFT's name of the task; None keeps the class that the model was saved with.
-        lambda_d_groups: of DVoRA.
+        groups: of inputs with a lambda_d each, of DVoRA.
 
     Raises:
         ValueError: there is no such model, a rank or a number of groups is none, a layer has fewer columns than groups,
@@ -32,7 +28,7 @@ def count(
     """
     if wrong := [rank for rank in ranks if rank < 1]:
         raise ValueError(f"ranks must be positive, got {wrong[0]}")
-    groups = checked_groups(lambda_d_groups)
+    checked_groups(groups)
     config = config_of(source)
     model = without_memory(model_class(config, task_type), config)
     sizes, heads = {name: values.numel() for name, values in model.named_parameters()}, heads_of(model)

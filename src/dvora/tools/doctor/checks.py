@@ -143,8 +143,11 @@ def _constants(examined: Examined) -> Outcome:
         for term in subject.terms:
             adapted = subject.layer.adapted(term.adapter)
             error = distance(adapted.w, w)
-            if adapted.rank and adapted.by_groups is None:
-                expected = adapted.B(weight) * (unit_rows(weight, w) @ adapted.A(weight).T)
+            if adapted.rank and not adapted.reads_weight:
+                A, B, unit = adapted.A(weight), adapted.B(weight), unit_rows(weight, w)
+                group = torch.arange(A.shape[1], device=A.device) * adapted.groups // A.shape[1]
+                of_groups = (group == number for number in range(adapted.groups))
+                expected = torch.cat([B * (unit[:, of] @ A[:, of].T) for of in of_groups], 1)
                 rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
                 error = max(error, rounded * distance(adapted.C, expected))
             errors[subject.name] = max(error, errors.get(subject.name, 0.0))
