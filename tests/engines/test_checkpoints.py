@@ -62,14 +62,21 @@ class Run:
         return {name: vector.numpy() for name, vector in whole.items()}
 
 
-def continued(folder: Path, first: int, last: int) -> dict[str, np.ndarray]:
-    """Goes on from the checkpoint after the first steps, if there are any, and leaves one after the last."""
-    part = Run()
-    if first:
-        part.load(folder / str(first))
-    part.steps(first, last)
-    part.save(folder / str(last))
-    return part.vectors()
+# Of four processes one has none of three groups.
+GROUPS = (1, 3)
+
+
+def continued(folder: Path, first: int, last: int) -> dict[int, dict[str, np.ndarray]]:
+    """Goes on from the checkpoints after the first steps, if there are any, and leaves some after the last."""
+    found = {}
+    for groups in GROUPS:
+        part = Run(lambda_d_groups=groups)
+        if first:
+            part.load(folder / f"{groups}, {first}")
+        part.steps(first, last)
+        part.save(folder / f"{groups}, {last}")
+        found[groups] = part.vectors()
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
@@ -77,7 +84,8 @@ def test_a_run_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
     run(continued, 2, tmp_path, 0, 2)
     continued(tmp_path, 2, 3)
     first, *_ = run(continued, 4, tmp_path, 3, STEPS)
-    assert_trained_as_by_one(adapted(), first)
+    for groups in GROUPS:
+        assert_trained_as_by_one(adapted(lambda_d_groups=groups), first[groups])
 
 
 def saved_and_refused(folder: Path) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def saved_and_refused(folder: Path) -> dict[str, Any]:
         "parts": refusal(lambda: part.model.save_pretrained(folder / "parts", is_main_process=first)),
         "said": [
             refusal(lambda other=other: Run(**other).load(folder / "checkpoint"))
-            for other in ({"projection_seed": 5}, {"r": 5}, {"target_modules": ["q_proj"]})
+            for other in ({"projection_seed": 5}, {"r": 5}, {"target_modules": ["q_proj"]}, {"lambda_d_groups": 2})
         ],
     }
 
@@ -107,7 +115,7 @@ def test_files_are_right_or_refused_on_every_rank(tmp_path: Path) -> None:
         loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "gathered")
         np.testing.assert_allclose(outputs(loaded), found["outputs"], rtol=1e-5, atol=1e-6)
         assert "dvora_magnitude.default is sharded between the processes (DTensor" in found["parts"]
-        for said, difference in zip(found["said"], ("projections=", "rank=5", "no adapter"), strict=True):
+        for said, difference in zip(found["said"], ("projections=", "rank=5", "no adapter", "groups=2"), strict=True):
             assert "the checkpoint is of other adapters" in said
             assert difference in said
     assert not (tmp_path / "parts" / "adapter_model.safetensors").exists()

@@ -16,6 +16,7 @@ from tests.peft.tiny import train_vectors
 
 CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
     "dense": ({}, {}),
+    "groups": ({"lambda_d_groups": 3}, {}),
     "structured, buffers left alone": ({"projection_init": "structured"}, {"broadcast_buffers": False}),
 }
 """Settings of the adapter, and options of DDP."""
@@ -44,10 +45,11 @@ def test_two_processes_train_what_one_does() -> None:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`|When using ``NO_SHARD``|FSDP:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.*deprecated:FutureWarning")
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", ["Linear", "Conv2d", "Embedding", "MultiheadAttention", "experts (E, out, in)"])
-def test_no_adapter_is_passed_by_and_files_have_the_same_names(name: str) -> None:
+def test_no_adapter_is_passed_by_and_files_have_the_same_names(name: str, groups: int) -> None:
     case = LAYER_CASES[name]
-    model = get_peft_model(case.base(), case.config()).eval()
+    model = get_peft_model(case.base(), case.config(lambda_d_groups=groups)).eval()
     train_vectors(model)
     with torch.no_grad():
         expected, base = model(case.inputs()), case.base()(case.inputs())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
@@ -53,6 +54,10 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("sharded first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
     ("adapted first", {"detach_norm": True}),
     ("sharded by transformers", {}),
+    # Both processes have columns of the second group.
+    ("adapted first", {"lambda_d_groups": 3}),
+    ("sharded first", {"lambda_d_groups": 5, "direction": "weight", "projection_init": "kaiming_uniform"}),
+    ("sharded by transformers", {"lambda_d_groups": 4}),
 ]
 
 
@@ -88,10 +93,35 @@ def one_step(model: nn.Module) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def sent_and_saved(folder: Path) -> dict[str, int]:
+GROUPS = (1, 3, 5)
+
+
+def gradients_in_parts() -> dict[int, dict[str, np.ndarray]]:
+    """By numbers of groups, of vectors that are not at their start."""
+    return {groups: gradients(groups, init_device_mesh("cpu", (2,))) for groups in GROUPS}
+
+
+def gradients(groups: int, mesh: DeviceMesh | None = None) -> dict[str, np.ndarray]:
+    model = adapted(llama().double(), lambda_d_groups=groups, init_weights=False)
+    if mesh is not None:
+        shard(model, mesh)
+    one_step(model)
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if "dvora_" in name}
+
+
+def test_gradients_are_those_of_one_process() -> None:
+    for found in run(gradients_in_parts, 2):
+        for groups in GROUPS:
+            expected = gradients(groups)
+            assert found[groups].keys() == expected.keys()
+            for name, gradient in expected.items():
+                np.testing.assert_allclose(found[groups][name], gradient, rtol=1e-9, atol=1e-14, err_msg=name)
+
+
+def sent_and_saved(folder: Path, groups: int) -> dict[str, int]:
     """What a training step sends; the first rank saves the adapter, alone."""
     mesh = init_device_mesh("cpu", (2,))
-    model = adapted(llama(), init_weights=False)
+    model = adapted(llama(), init_weights=False, lambda_d_groups=groups)
     shard(model, mesh)
     one_step(model)
     with CommDebugMode() as sent:
@@ -101,13 +131,16 @@ def sent_and_saved(folder: Path) -> dict[str, int]:
     return {str(operation): count for operation, count in sent.get_comm_counts().items()}
 
 
-def test_a_step_gathers_no_weight_and_any_rank_saves_the_whole_adapter(tmp_path: Path) -> None:
-    for sent in run(sent_and_saved, 2, tmp_path):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_step_gathers_no_weight_and_any_rank_saves_the_whole_adapter(groups: int, tmp_path: Path) -> None:
+    for sent in run(sent_and_saved, 2, tmp_path, groups):
         assert not [operation for operation in sent if "gather" in operation]
-        # Two blocks: z of two row-wise layers, gradients of the vectors of five column-wise ones, and of their z but
-        # for the first three, whose input is a frozen embedding.
-        assert sent["c10d.allreduce_"] == 2 * (2 + 5 + 5) - 3
-    expected, loaded = adapted(llama(), init_weights=False), PeftModel.from_pretrained(llama(), tmp_path)
+        # Two blocks: z of two row-wise layers, gradients of the vectors of five column-wise ones, and of their z (by
+        # groups of their input) but for the first three, whose input is a frozen embedding. By groups, the gradients of
+        # lambda_d of the row-wise ones too.
+        assert sent["c10d.allreduce_"] == 2 * (2 + 5 + 5) - 3 + (0 if groups == 1 else 2 * 2)
+    expected = adapted(llama(), init_weights=False, lambda_d_groups=groups)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert vectors(loaded).keys() == vectors(expected).keys()
     for name, vector in vectors(expected).items():
         assert torch.equal(vectors(loaded)[name], vector)

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-3: base weights and vectors in parts, gathered for the passes of their own modules only."""
 
 import importlib.util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], bool]] = {
     "small ones are kept": ({}, {"stage3_param_persistence_threshold": 100_000}, False),
     "embedding": ({"target_modules": ["embed_tokens", "q_proj"], "direction": "weight"}, {}, False),
     "checkpointed": ({}, {}, True),
+    "groups": ({"target_modules": ["embed_tokens", *LAYERS["llama"]], "lambda_d_groups": 3}, {}, False),
 }
 """Settings of the adapter, those of ZeRO-3, and whether activations are checkpointed."""
 
@@ -75,13 +77,16 @@ CALLED = ["Linear, weight_norm", "Conv2d, groups, reflect", "embedding and lm_he
 READ = ["MultiheadAttention", "experts (E, out, in)"]
 
 
-def every_way_to_hold_a_weight() -> dict[str, tuple[float, float] | str]:
-    """How far outputs and gradients are from those of the whole model, or what refuses it, by layer type."""
-    return {name: differences(LAYER_CASES[name]) for name in (*CALLED, *READ)}
+GROUPS = (1, 3)
 
 
-def differences(case: Case) -> tuple[float, float] | str:
-    model, x = get_peft_model(case.base(), case.config()).eval(), case.inputs()
+def every_way_to_hold_a_weight() -> dict[tuple[str, int], tuple[float, float] | str]:
+    """How far outputs and gradients are from those of the whole model, or what refuses it, by layer type and groups."""
+    return {(name, groups): differences(LAYER_CASES[name], groups) for name in (*CALLED, *READ) for groups in GROUPS}
+
+
+def differences(case: Case, groups: int) -> tuple[float, float] | str:
+    model, x = get_peft_model(case.base(), case.config(lambda_d_groups=groups)).eval(), case.inputs()
     train_vectors(model)
     expected = model(x)
     expected.square().mean().backward()
@@ -103,12 +108,12 @@ def differences(case: Case) -> tuple[float, float] | str:
 
 def test_layers_that_are_called_work_in_parts_and_parameters_that_are_read_are_refused() -> None:
     found = run(every_way_to_hold_a_weight, 2)[0]
-    for name in CALLED:
-        outputs, gradients = found[name]
-        assert outputs < 1e-5, name
-        assert gradients < 1e-4, name
-    for name in READ:
-        assert "is read by its module, and DeepSpeed ZeRO-3 hands it the unadapted weight" in found[name]
+    for case in product(CALLED, GROUPS):
+        outputs, gradients = found[case]
+        assert outputs < 1e-5, case
+        assert gradients < 1e-4, case
+    for case in product(READ, GROUPS):
+        assert "is read by its module, and DeepSpeed ZeRO-3 hands it the unadapted weight" in found[case]
 
 
 def life_of_a_divided_base(folder: str) -> dict[str, Any]:
