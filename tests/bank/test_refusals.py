@@ -252,7 +252,7 @@ LIN1 = "base_model.model.lin1"
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (adapter(projection_seed=1), "projection_seed is 0 here and 1 there"),
     "another rank": (adapter(r=5), r"lin0 is .*rank 4.* here and .*rank 5.* there"),
-    "other groups": (adapter(lambda_d_groups=2), r"lin0 is .*groups 1.* here and .*groups 2.* there"),
+    "other groups": (adapter(lambda_d_groups=2), r"lin0 is .*scaling 1.0 here and .*groups 2 there"),
     "other groups than its settings say": (
         lambda folder: edit_config(saved(HEADED.trained(lambda_d_groups=2), folder), lambda_d_groups=4),
         r"lin\d.* has shape \(2, 4\) in the adapter and \(4, 4\) in its configuration.* or other lambda_d_groups",

@@ -54,11 +54,12 @@ def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> o
             "of PyTorch, or merge the adapter and export the merged model"
         ) from error
     _simplify(model)
+    by_groups = [layer.adapted for layer in packing.served.layers if layer.adapted.by_groups]
     Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        # Every layer brings its function's constants, A and B among them.
-        common.DeduplicateInitializersPass(size_limit=FEW),
+        # Every layer brings its function's constants, A and B among them; by groups A as values, however many.
+        common.DeduplicateInitializersPass(size_limit=max([FEW, *(of.rank * of.in_features for of in by_groups)])),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
