@@ -54,7 +54,7 @@ def test_they_agree_with_what_peft_trains(name: str, targets: str, tmp_path: Pat
         == sum(parameter.numel() for name, parameter in with_head.named_parameters() if name in values)
     )
     assert found["head"] == sum(parameter.numel() for parameter in head)
-    by_groups = count(str(base), names, [3], task_type, lambda_d_groups=5)["counts"]
+    by_groups = count(str(base), names, [3], task_type, groups=5)["counts"]
     model = adapted(base, "dvora", rank=3, task_type=task_type, lambda_d_groups=5, **options)
     assert by_groups[0]["trained"] == trained_parameters(model)
     assert by_groups[1:] == found["counts"][1:]
@@ -90,8 +90,8 @@ def test_nothing_but_the_configuration_is_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lambda_d_groups": 0}, "lambda_d_groups must be at least 1, got 0"),
-        ({"lambda_d_groups": 17}, r"encoder\.layer\.0\.attention\.self\.query: lambda_d_groups=17 cuts .* it has 16"),
+        ({"groups": 0}, "lambda_d_groups must be at least 1, got 0"),
+        ({"groups": 17}, r"encoder\.layer\.0\.attention\.self\.query: lambda_d_groups=17 cuts .* it has 16"),
         ({"ranks": [0]}, "ranks must be positive, got 0"),
         ({"task_type": "NONE"}, "unknown task type 'NONE', expected one of SEQ_CLS"),
         ({"targets": ["nothing"]}, "nothing"),
