@@ -249,7 +249,6 @@ class _Updated(torch.autograd.Function):
         is_folded: bool,
     ) -> Tensor:
         update, constants = None, adapted.row_constants
-
         with full_precision(x.device):
             if is_folded and adapted.by_groups is None:
                 factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)

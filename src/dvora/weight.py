@@ -495,8 +495,9 @@ class AdaptedWeight(nn.Module):
     def _can_read(self, weight: Tensor) -> bool:
         """Whether `cross` is computed from the weight, not from a constant that would be an eighth of it or more."""
         # Engines gather weights while their layers run, and not before; what a parametrization computes is not kept.
-        here = self.readable and isinstance(weight, nn.Parameter) and not weight.is_meta
-        return here and not torch.distributed.is_initialized() and 8 * self.lambda_d_size >= self.in_features
+        is_kept = self.readable and isinstance(weight, nn.Parameter) and not weight.is_meta
+        engines = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return is_kept and not engines and 8 * self.lambda_d_size >= self.in_features
 
     def _matrix(self) -> Float[Tensor, "O I"]:
         """The frozen weight that the constants are of, in the dtype of w."""

@@ -107,12 +107,7 @@ class Settings(BaseModel):
 
     method: Method = _method(f"what is trained: {', '.join(METHODS)}", "dvora")
     rank: int | None = _method("rank of the update", None, null="256 for dvora and vera, 8 for lora and dora", ge=1)
-    lambda_d_groups: int = _method(
-        "groups of consecutive inputs of each layer with a lambda_d of their own (dvora): with 16 of them rank 64 "
-        "learns as much as rank 1024",
-        1,
-        ge=1,
-    )
+    lambda_d_groups: int = _method("groups of inputs of each layer with a lambda_d of their own (dvora)", 1, ge=1)
     alpha: float | None = _method(
         "the update is scaled by alpha / rank", None, null="a scale of 1, of 2 for lora and dora", gt=0, rare=True
     )
