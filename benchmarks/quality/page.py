@@ -24,7 +24,6 @@ LABELS: Mapping[str, str] = {
     "dora_r1": "DoRA r=1",
     "structured_r4096": "DVoRA r=4096, structured",
     "structured_r1024": "DVoRA r=1024, structured",
-    "groups_r64_g64": "DVoRA r=64, 64 groups",
     "groups_r16_g64": "DVoRA r=16, 64 groups",
     "structured_r384": "DVoRA r=384, structured",
     "structured_r256": "DVoRA r=256, structured",
@@ -120,7 +119,7 @@ BESIDE = ("lora_r2", "shira", "shira_r2")
 """Others that stand beside it."""
 BESIDE_GROUPS = (
     *("lora_r1", "structured_r64", "structured_r1024", "groups_r16_g64"),
-    *("road_4", "shira_r2", "lora_r2", "lora_r4", "groups_r64_g64", "lora_r8"),
+    *("road_4", "shira_r2", "lora_r2", "lora_r4", "lora_r8"),
 )
 """What lambda_d by groups is compared with."""
 PARTS: Mapping[str, str] = {
