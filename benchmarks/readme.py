@@ -181,7 +181,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
         **depth(load("depth"), load("equal_bytes")),
     },
     "docs/results.md": lambda: {
-        **quality(load("equal_bytes"), load("pace")["rows"]),
+        **quality(load("equal_bytes"), load("pace")["rows"], load("groups_pace")["rows"]),
         **wider(load("wider"), load("wider_pace")["rows"]),
         "tenants": tenants(load("tenants")),
         "speakers": speakers(load("speakers")),

@@ -135,19 +135,20 @@ PARTS: Mapping[str, str] = {
 IN_SETTINGS = ("structured_r64", "dvora_r256", "vera_r256", "lora_r8")
 
 
-def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
+def parts(content: Mapping[str, Any], paced: Rows, groups_paced: Rows) -> dict[str, str]:
     """The text of every part of the page that is about these runs, by its name.
 
     Args:
         content: of the result file `equal_bytes.json`.
         paced: the rows of `pace.json`.
+        groups_paced: those of `groups_pace.json`, of other turns.
     """
     result = result_of(content)
     return {
         "equal-bytes": _main(result, content["environment"]),
         "equal-time": _equal_time(result, paced),
         "high-rank": _high_rank(result, paced),
-        "groups": _groups(result, paced),
+        "groups": _groups(result, groups_paced),
         "settings": _settings(result),
     }
 
@@ -353,8 +354,8 @@ def _groups(result: Result, paced: Rows) -> str:
     return text(
         table((*head, *(NAMES[task] for task in tasks)), lines),
         f"Test scores, {span(len(result.finals(task, grouped)) for task in tasks)} seeds of groups, differences on the "
-        "seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of the tasks that were timed "
-        "(`equal_bytes.json`, `pace.json`).",
+        "seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks, of both in "
+        "turns (`equal_bytes.json`, `groups_pace.json`); those of the others are above.",
     )
 
 
