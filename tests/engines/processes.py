@@ -3,12 +3,15 @@
 import queue
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transcript.forks import FORKS
 
@@ -49,6 +52,22 @@ def run(worker: Callable[..., object], processes: int, *arguments: object) -> li
             process.join(timeout=5 if len(found) == processes else 0)
             process.kill()
     return [found[rank] for rank in range(processes)]
+
+
+class Sent(TorchDispatchMode):
+    """Counts the collectives that run within it, by name; torch's own follows modules too, and stumbles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            # It makes collectives of its parts, which come here by themselves.
+            return NotImplemented
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self.operations[str(operation.overloadpacket)] += 1
+        return operation(*args, **(kwargs or {}))
 
 
 def refusal(action: Callable[[], object]) -> str:

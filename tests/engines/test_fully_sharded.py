@@ -13,11 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 from dvora import DVoRAConfig
 from dvora.peft import DVoRALayer
-from tests.engines.processes import run
+from tests.engines.processes import Sent, run
 from tests.engines.training import adapted, assert_trained_as_by_one, batch, train, vectors
 from tests.peft.tiny import LAYERS, MODELS
 
@@ -72,9 +71,9 @@ def trained(settings: dict[str, object]) -> dict[str, Any]:
 def sent_in_a_step(model: nn.Module) -> Counter[str]:
     """How often each collective runs in one training step."""
     tokens = batch(0)
-    with torch.enable_grad(), CommDebugMode() as sent:
+    with torch.enable_grad(), Sent() as sent:
         model(input_ids=tokens, labels=tokens).loss.backward()
-    return Counter({str(operation): count for operation, count in sent.get_comm_counts().items()})
+    return sent.operations
 
 
 def test_processes_with_parts_train_what_one_does() -> None:

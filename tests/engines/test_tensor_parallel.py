@@ -1,5 +1,6 @@
 """Tensor parallelism: processes with sharded weights, against one process that holds them whole."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dvora import DVoRAConfig
-from tests.engines.processes import run
+from tests.engines.processes import Sent, run
 from tests.engines.training import assert_trained_as_by_one, batch, train, vectors
 from tests.peft import tiny
 
@@ -118,17 +118,17 @@ def test_gradients_are_those_of_one_process() -> None:
                 np.testing.assert_allclose(found[groups][name], gradient, rtol=1e-9, atol=1e-14, err_msg=name)
 
 
-def sent_and_saved(folder: Path, groups: int) -> dict[str, int]:
+def sent_and_saved(folder: Path, groups: int) -> Counter[str]:
     """What a training step sends; the first rank saves the adapter, alone."""
     mesh = init_device_mesh("cpu", (2,))
     model = adapted(llama(), init_weights=False, lambda_d_groups=groups)
     shard(model, mesh)
     one_step(model)
-    with CommDebugMode() as sent:
+    with Sent() as sent:
         one_step(model)
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
-    return {str(operation): count for operation, count in sent.get_comm_counts().items()}
+    return sent.operations
 
 
 @pytest.mark.parametrize("groups", [1, 3])

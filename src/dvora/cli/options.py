@@ -11,6 +11,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ..recipes.models.hub import offline
 from ..recipes.settings import default_of
 from .errors import one_line
 from .output import Output
@@ -71,7 +72,8 @@ def command(function: Callable[..., None], as_json: bool = True) -> Callable[...
 
     @wraps(function)
     def run(quiet: bool, debug: bool, as_json: bool = False, **given: Any) -> None:
-        with one_line(debug):
+        # Packages ask the hub at their import.
+        with one_line(debug), offline():
             function(shown=Output(as_json, quiet), **given)
 
     typed = [parameter for name, parameter in signature(function).parameters.items() if name != "shown"]

@@ -278,7 +278,7 @@ class Trust:
     download: bool = False
 
     @property
-    def options(self) -> dict[str, bool]:
+    def options(self) -> dict[str, Any]:
         """Arguments of transformers' `from_pretrained`."""
         return {"trust_remote_code": self.code, "local_files_only": not self.download}
 

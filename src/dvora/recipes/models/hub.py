@@ -5,21 +5,21 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from huggingface_hub import constants
 
 from ..files import check_no_device
 from ..settings import Trust
 
 SECONDS = 10.0
+ALWAYS_OFFLINE = constants.HF_HUB_OFFLINE
+"""Whether the user set the variable of this name."""
 
 
 @contextmanager
 def offline(wanted: bool = True) -> Iterator[None]:
-    """Keep libraries from asking the hub; they ask for more than what is to be loaded."""
+    """Keep libraries from asking the hub, some at their import; within a block of it, `wanted=False` lets them."""
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or wanted
+    constants.HF_HUB_OFFLINE = ALWAYS_OFFLINE or wanted
     try:
         yield
     finally:
@@ -29,6 +29,9 @@ def offline(wanted: bool = True) -> Iterator[None]:
 @cache
 def _check_reachable(name: str) -> None:
     """Check that the hub can be reached, once for a name: its client would retry for minutes."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         HfApi().model_info(name, timeout=SECONDS)
     except (HfHubHTTPError, ValueError):
@@ -49,13 +52,17 @@ def loading(what: str, source: str, trust: Trust) -> Iterator[None]:
     Raises:
         ValueError: it cannot be loaded, or its folder has a pipe or a device, which transformers would wait for.
     """
+    from safetensors import SafetensorError
+
     is_here = Path(source).exists()
     for path in Path(source).iterdir() if Path(source).is_dir() else ():
         check_no_device(path)
-    if not is_here and trust.download and not constants.HF_HUB_OFFLINE:
-        _check_reachable(source)
+    wanted = trust.download and not is_here
+    with offline(not wanted):
+        if wanted and not ALWAYS_OFFLINE:
+            _check_reachable(source)
     try:
-        with offline(is_here or not trust.download):
+        with offline(not wanted):
             yield
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} are damaged ({error}); copy or download them again") from error
