@@ -61,7 +61,10 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     assert ("groups of lambda_d" in pages[name].read_text(encoding="utf-8")) == (task == GROUPED)
     assert found[:3] == SECTIONS
     middle = {"causal-lm": ["Texts"], "token-classification": []}
-    classes = ["Scores of each class", "Which classes it mistakes for which", "Compared with head alone"]
+    classes = [
+        *("Scores of each class", "Which classes it mistakes for which", "Rows that it gets wrong", "Abstaining"),
+        "Compared with head alone",
+    ]
     pairs = (
         ["Predicted and true numbers", "Rows that are furthest off"] if not read_run(made / name).labels else classes
     )

@@ -64,7 +64,7 @@ def evaluate(
     from ..whole_files import write_atomically
 
     evaluation = evaluate_run(finished, data or [], columns, base, shown.note, abstain_below)
-    sentences = verdict(evaluation.metrics, {evaluation.part: evaluation.rows})
+    sentences = verdict(evaluation.metrics, evaluation.comparisons)
     result: dict[str, Any] = {
         "run": str(finished.folder),
         "data": data or "the rows that the run held out",
@@ -76,8 +76,10 @@ def evaluate(
     elif cut := evaluation.truncation.sentence(evaluation.max_length):
         result["cut"] = cut
     result["metrics"] = metric_rows(evaluation.metrics)
+    if evaluation.limits:
+        result["abstaining_below"] = evaluation.limits
     if shown.as_json:
-        result["verdict"] = sentences
+        result |= {"comparisons": evaluation.comparisons, "verdict": sentences}
     if output is not None:
         write_atomically(typed(output), (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     task = finished.settings.task

@@ -140,7 +140,7 @@ def _result(record: Any, folder: Path, adapter: Path, as_json: bool) -> dict[str
         "seconds": round(record["seconds"], 1),
         "rows": record["data"]["rows"],
         **({"truncation": parts} if as_json else {"cut": cut} if cut else {}),
-        **({"calibration": record["calibration"]} if "calibration" in record else {}),
+        **({"calibration": record["calibration"]} if as_json and "calibration" in record else {}),
         "metrics": metric_rows(record["metrics"]),
-        **({"verdict": record["verdict"]} if as_json and "verdict" in record else {}),
+        **({key: record[key] for key in ("comparisons", "verdict") if as_json and key in record}),
     }

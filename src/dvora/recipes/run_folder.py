@@ -19,8 +19,8 @@ HEAD_FILE = "head.safetensors"
 """What the method "head" saves in the adapter's folder."""
 HEAD_ALONE = "head_alone.safetensors"
 """The baseline: a linear layer fitted to the frozen base, see `tasks.head_alone`."""
-HEAD_AT_START = f"{CHECKPOINTS}/head_at_start.safetensors"
-"""Where training started, until it is finished."""
+HEAD_AT_START, HEAD_OUTPUTS = f"{CHECKPOINTS}/head_at_start.safetensors", f"{CHECKPOINTS}/head_outputs.safetensors"
+"""Where training started, and outputs of the head alone for the held-out rows, until it is finished."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class _Record(BaseModel):
     labels: Annotated[list[str], FailFast()]
     data: _Data = _Data()
     metrics: dict[str, dict[str, Any]] = {}
+    comparisons: dict[str, dict[str, Any]] = {}
     calibration: dict[str, float] = {}
     history: Annotated[list[dict[str, Any]], FailFast()] = []
     steps: int = 0

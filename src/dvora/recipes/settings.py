@@ -171,7 +171,7 @@ class Settings(BaseModel):
         "steps between checkpoints, a multiple of evaluate_every", None, null="as evaluate_every", ge=1, rare=True
     )
     if_no_better: Literal["head", "adapter"] = _evaluating(
-        "what a run in one process saves if its adapter is no better on held-out rows than the head alone: head (as an "
+        "what a run in one process saves if validation rows do not prefer its adapter to the head alone: head (as an "
         "adapter that changes nothing else) or adapter",
         "head",
     )
@@ -183,7 +183,8 @@ class Settings(BaseModel):
     )
     keep_best: bool = _evaluating("end with the best step by validation, not the last", True, rare=True)
     calibrate: bool = _evaluating(
-        "fit a temperature to the validation rows, so that probabilities of classes are as often right as they say",
+        "fit a temperature to the validation rows, if cross-validation lowers their loss, so that probabilities of "
+        "classes are as often right as they say",
         False,
     )
     early_stopping: int | None = _evaluating(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dvora.recipes.data.entities import Entity, entities_in, tagged, tags_of, token_tags
 from dvora.recipes.data.run_data import load_data
-from dvora.recipes.tasks.metrics import entity_metrics
+from dvora.recipes.tasks.metrics import of_entities
 from tests.recipes.finished_runs import settings_of
 
 TAGS = tags_of(["NAME", "CREDIT-CARD"])
@@ -58,7 +59,8 @@ def test_a_space_before_a_word_is_no_part_of_an_entity() -> None:
 def test_an_entity_is_right_if_its_label_and_all_of_its_tokens_are() -> None:
     labels = np.array([[-100, 1, 2, 0, 3, -100], [-100, 0, 1, 0, 0, -100]])
     predicted = np.array([[1, 1, 2, 0, 1, 1], [0, 1, 2, 0, 0, 3]])
-    found = entity_metrics(predicted, labels, ("O", "B-A", "I-A", "B-B", "I-B"))
+    given = SimpleNamespace(predictions=predicted, label_ids=labels)
+    found = of_entities(given, ("O", "B-A", "I-A", "B-B", "I-B"))
     assert found == {"f1": pytest.approx(2 / 6), "precision": pytest.approx(1 / 3), "recall": pytest.approx(1 / 3)}
 
 

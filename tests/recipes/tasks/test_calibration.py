@@ -11,7 +11,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dvora.recipes.data.run_data import load_data
 from dvora.recipes.reports.evaluation import evaluate_run
 from dvora.recipes.reports.run_model import RunModel
-from dvora.recipes.tasks.calibration import calibration_error, fitted_temperature
+from dvora.recipes.tasks.calibration import (
+    calibration_error,
+    calibration_sentence,
+    chosen_temperature,
+    fitted_temperature,
+)
 from tests.recipes.finished_runs import finished
 from tests.recipes.training.runs import Run
 from tests.recipes.training.runs import finished as trained
@@ -43,24 +48,54 @@ def test_rows_that_have_no_best_temperature() -> None:
     assert fitted_temperature(logits, logits.argmin(-1)) == 100.0
 
 
-def test_the_error_is_the_weighted_gap_of_fifteen_bins() -> None:
-    logits, labels = outputs(2)
+@pytest.mark.parametrize(("rows", "bins"), [(400, 15), (47, 4)])
+def test_the_error_is_the_weighted_gap_of_bins_that_are_all_as_full(rows: int, bins: int) -> None:
+    logits, labels = outputs(2, rows)
     probabilities = logits.double().softmax(-1).numpy()
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels.numpy()
-    expected = 0.0
-    for low, high in zip(np.linspace(0, 1, 16), np.linspace(0, 1, 16)[1:], strict=False):
-        members = (confidence > low) & (confidence <= high)
-        if members.any():
-            expected += members.mean() * abs(right[members].mean() - confidence[members].mean())
+    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    expected = sum(len(part) / rows * abs(right[part].mean() - confidence[part].mean()) for part in parts)
     assert calibration_error(logits, labels) == pytest.approx(expected)
-    certain = torch.tensor([[0.0, 200.0]])
-    assert [calibration_error(certain, torch.tensor([label])) for label in (0, 1)] == [1.0, 0.0]
+
+
+def test_the_error_of_certain_rows_and_of_few() -> None:
+    certain = torch.tensor([[0.0, 200.0]] * 40)
+    assert [calibration_error(certain, torch.full((40,), label)) for label in (0, 1)] == [1.0, 0.0]
+    assert calibration_error(certain[:29], torch.ones(29, dtype=torch.long)) is None
+
+
+def test_a_temperature_is_one_unless_rows_that_it_has_not_seen_prefer_another() -> None:
+    temperature, fell = chosen_temperature(*outputs(0, 150))
+    assert temperature == fitted_temperature(*outputs(0, 150))
+    assert fell > 0
+    # Fourteen rows of a good model, of which one has a wrong label; three rows that are all wrong.
+    sure = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])[torch.arange(14) % 2]
+    flipped = (torch.arange(14) % 2).index_fill(0, torch.tensor([3]), 0)
+    assert fitted_temperature(sure, flipped) > 3
+    assert chosen_temperature(sure, flipped) == (1.0, 0.0)
+    assert chosen_temperature(sure[:3], 1 - torch.arange(3) % 2) == (1.0, 0.0)
+    # Rows enough, of a model that is as sure as it should be.
+    calibrated = [chosen_temperature(*outputs(seed, 100, scale=1.0)) for seed in range(10)]
+    assert sum(temperature == 1.0 for temperature, _ in calibrated) >= 3
+    assert all((temperature == 1.0) == (fell <= 0) for temperature, fell in calibrated)
+
+
+def test_what_was_done_is_said() -> None:
+    assert calibration_sentence({"temperature": 1.0, "validation_rows": 14, "loss_fell_by": 0.0}) == (
+        "Not calibrated: a temperature is fitted to 20 validation rows or more, here are 14"
+    )
+    assert "no temperature lowers the loss" in calibration_sentence({"temperature": 1.0, "validation_rows": 50})
+    errors = {"test_rows": 1200, "test_calibration_error_before": 0.15, "test_calibration_error_after": 0.03}
+    assert calibration_sentence({"temperature": 1.5, "validation_rows": 50, **errors}) == (
+        "Calibrated by a temperature of 1.5; calibration error of 1,200 test rows: 0.150, now 0.030"
+    )
 
 
 def test_whoever_reads_a_calibrated_run_gets_calibrated_logits(tmp_path: Path) -> None:
     """Also PEFT alone, since the temperature is in the head."""
+    shares = {"validation_share": 0.4, "test_share": 0.3}
     plain, run = (
-        finished("text-classification", tmp_path / name, max_steps=1, learning_rate=1e-6, **given)
+        finished("text-classification", tmp_path / name, max_steps=1, learning_rate=1e-6, **shares, **given)
         for name, given in (("plain", {}), ("calibrated", {"calibrate": True}))
     )
     temperature = run.record["calibration"]["temperature"]
@@ -85,7 +120,7 @@ def test_whoever_reads_a_calibrated_run_gets_calibrated_logits(tmp_path: Path) -
     with torch.no_grad():
         torch.testing.assert_close(by_peft(**inputs).logits, logits / temperature, atol=1e-5, rtol=1e-5)
     assert evaluate_run(run).metrics["test"] == run.record["metrics"]["test"]
-    assert "Calibration: temperature" in (run.adapter / "README.md").read_text()
+    assert "Calibration: Calibrated by a temperature" in (run.adapter / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

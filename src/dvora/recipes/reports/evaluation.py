@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,10 @@ from ..data.run_data import Data, fingerprints, labelled_examples, load_data, si
 from ..data.tables import Note
 from ..models.bases import quiet_transformers
 from ..run_folder import HEAD_ALONE, Run
-from ..tasks.evaluation import evaluated, evaluator, simplest_guess_on
-from ..tasks.head_alone import head_metrics, labels_of, last_features, read_head_alone
-from ..tasks.metrics import of_answered_classes
+from ..tasks.comparison import comparisons
+from ..tasks.evaluation import Evaluated, evaluated, evaluated_outputs, evaluator, simplest_guess_on
+from ..tasks.head_alone import last_features, read_head_alone
+from ..tasks.metrics import answered, limits_of
 from ..tasks.task import Task, Truncation
 from .run_model import Rows, RunModel, check_can_abstain, load_trained
 
@@ -32,6 +33,8 @@ class Evaluation:
         rows: that were evaluated.
         seen: how many of them the model was trained on; None where the run's data is no longer there to compare with.
         metrics: as in run.json, with those of what it is compared with.
+        comparisons: with these, as in run.json.
+        limits: of classes, how many rows are answered, and how many of those right, by the least probability.
         truncation: of the rows' texts.
         max_length: tokens to which texts are cut; 0 for images.
     """
@@ -40,6 +43,8 @@ class Evaluation:
     rows: int
     seen: int | None
     metrics: dict[str, dict[str, Any]]
+    comparisons: dict[str, dict[str, Any]]
+    limits: list[dict[str, float | None]]
     truncation: Truncation
     max_length: int
 
@@ -72,16 +77,16 @@ def evaluate_run(
         data = unchanged_data(run)
         if not data.test:
             raise ValueError(f"the run in {run.folder} held no rows out for a test; give files to evaluate it on")
-        return evaluation("test", data.test, _guess(run, data, data.test), 0)
+        return evaluation("test", data.test, _guess_from(run, data), 0)
     examples = labelled_examples(files, run, columns or {}, note)
     rows = [example.row for example in examples]
     try:
         data = unchanged_data(run)
     except ValueError:
-        return evaluation("files", rows, _guess(run, None, rows), None)
+        return evaluation("files", rows, _guess_from(run, None), None)
     train = {*data.train_keys}
     seen = sum(example.key in train for example in examples)
-    return evaluation("files", rows, _guess(run, data, rows), seen)
+    return evaluation("files", rows, _guess_from(run, data), seen)
 
 
 def head_alone_of(run: Run) -> nn.Linear | None:
@@ -118,23 +123,20 @@ def unchanged_data(run: Run) -> Data:
     return load_data(run.settings)
 
 
-def _guess(run: Run, data: Data | None, rows: Rows) -> dict[str, Any] | None:
-    """What the simplest guess gets; None where there is none, or where nobody knows any more what it would be."""
+def _guess_from(run: Run, data: Data | None) -> Rows | None:
+    """Rows of which the simplest guess is that of the run; None where there is none, or nobody knows it any more."""
     if run.settings.task in ("causal-lm", "token-classification"):
         return None
     if data is not None:
-        return simplest_guess_on(data.train, rows, run.labels)
+        return data.train
     recorded = [values["guess"] for name, values in run.record["metrics"].items() if name.endswith("_simplest_guess")]
-    if not recorded:
-        return None
-    label = run.labels.index(recorded[0]) if run.labels else recorded[0]
-    return simplest_guess_on([{"label": label}], rows, run.labels)
+    return [{"label": run.labels.index(guess) if run.labels else guess} for guess in recorded[:1]] or None
 
 
 def _evaluation(
     part: str,
     rows: Rows,
-    guess: dict[str, Any] | None,
+    guess_from: Rows | None,
     seen: int | None,
     *,
     run: Run,
@@ -146,28 +148,33 @@ def _evaluation(
     if with_base and not of_text and head is None:
         raise ValueError(f"the run in {run.folder} kept no head for its base alone ({HEAD_ALONE}); leave --base out")
     trained = RunModel(run)
-    task = trained.task
-    if least is not None:
-        task = replace(task, compute_metrics=partial(of_answered_classes, least=least))
+    task, recorded = trained.task, {}
     with quiet_transformers(), TemporaryDirectory() as folder:
         dataset, truncation = trained.features(rows)
         if not len(dataset):
             raise ValueError(f"no row has anything to evaluate within max_length {trained.length}")
 
-        def metrics_of(model: Any) -> dict[str, float]:
-            return evaluated(evaluator(model, task, settings, Path(folder)), dataset)
+        def evaluation_of(model: Any) -> Evaluated:
+            return evaluated(evaluator(model, task, settings, Path(folder)), task, dataset)
 
-        metrics = {part: metrics_of(trained.model)}
+        found = {part: evaluation_of(trained.model)}
         if head is not None:
-            outputs = head_alone_outputs(run, head, dataset, trained.task)
-            metrics[f"{part}_head_alone"] = head_metrics(outputs, labels_of(dataset), run.labels, settings)
-        elif (recorded := run.record["metrics"].get(f"{part}_head_alone")) is not None:
-            metrics[f"{part}_head_alone"] = recorded
-        if guess is not None:
-            metrics[f"{part}_simplest_guess"] = guess
+            outputs = head_alone_outputs(run, head, dataset, task)
+            found[f"{part}_head_alone"] = evaluated_outputs(task, outputs, dataset)
+        elif (key := f"{part}_head_alone") in run.record["metrics"]:
+            recorded[key] = run.record["metrics"][key]
+        if guess_from is not None:
+            found[f"{part}_simplest_guess"] = simplest_guess_on(task, guess_from, rows, run.labels)
         if with_base and of_text:
             adapted = isinstance(trained.model, PeftModel)
             base = trained.model if adapted else load_trained(run, with_adapter=False)[0]
             with base.disable_adapter() if adapted else nullcontext():
-                metrics[f"{part}_before_training"] = metrics_of(base)
-    return Evaluation(part, len(rows), seen, metrics, truncation, trained.length)
+                found[f"{part}_before_training"] = evaluation_of(base)
+    metrics = {part: found[part].metrics, **recorded, **{key: result.metrics for key, result in found.items()}}
+    compared = comparisons(task.best, {key: result.rows for key, result in found.items()})
+    if recorded and "saved" not in run.record:
+        compared |= {key: value for key, value in run.record.get("comparisons", {}).items() if key in recorded}
+    if least is not None:
+        metrics[part] |= answered(found[part].rows, least)
+    limits = limits_of(found[part].rows) if task.best == "accuracy" else []
+    return Evaluation(part, len(rows), seen, metrics, compared, limits, truncation, trained.length)

@@ -121,12 +121,14 @@ def _rounded(value: float) -> float:
 
 
 class Compared(NamedTuple):
-    """A held-out row, its label, and what the run's model and the other one predict; None where there is no other."""
+    """A held-out row, its label, what the run's model and the other one predict (None: there is no other), and the
+    probability of the first, if it is of a class."""
 
     row: dict[str, Any]
     label: str | float
     predicted: str | float
     other: str | float | None
+    probability: float | None
 
 
 def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = None) -> list[Compared]:
@@ -143,19 +145,20 @@ def compared(run: Run, rows: Sequence[dict[str, Any]], against: Run | None = Non
     if against is not None and (against.settings.task, against.labels) != (run.settings.task, run.labels):
         raise ValueError(f"the run in {against.folder} predicts other classes than the one in {run.folder}")
     predictor = Predictor(run)
-    predicted = _predictions(predictor, rows)
+    predicted, probabilities = _predictions(predictor, rows)
     others: Sequence[Any] = [None] * len(rows)
     if against is not None:
-        others = _predictions(Predictor(against), rows)
+        others, _ = _predictions(Predictor(against), rows)
     elif (head := head_alone_of(run)) is not None:
         outputs = head_alone_outputs(run, head, predictor.features(rows).dataset, predictor.task)
         others = [run.labels[best] for best in outputs.argmax(-1)] if run.labels else outputs.flatten().tolist()
     return [
-        Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *both)
-        for row, *both in zip(rows, predicted, others, strict=True)
+        Compared(row, run.labels[row["label"]] if run.labels else float(row["label"]), *found)
+        for row, *found in zip(rows, predicted, others, probabilities, strict=True)
     ]
 
 
-def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> list[str | float]:
+def _predictions(predictor: Predictor, rows: Sequence[dict[str, Any]]) -> tuple[list[str | float], list[float | None]]:
     unlabelled = [Input({}, {name: value for name, value in row.items() if name != "label"}) for row in rows]
-    return [predicted.columns["prediction"] for predicted in predictor.predict(unlabelled, BATCH)]
+    columns = [predicted.columns for predicted in predictor.predict(unlabelled, BATCH)]
+    return [found["prediction"] for found in columns], [found.get("probability") for found in columns]

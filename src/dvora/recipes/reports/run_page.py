@@ -24,18 +24,20 @@ from ..data.images import opened_image
 from ..models.hub import offline
 from ..run_folder import Run, read_run
 from ..settings import NOTHING, Trust
-from ..tasks.metrics import metric_rows
+from ..tasks.calibration import calibration_sentence
+from ..tasks.metrics import limits_of, metric_rows
 from ..tasks.task import Truncation
 from .evaluation import unchanged_data
 from .examination import EXAMINED
 from .generation import Continuation, continuations
 from .prediction import Compared, compared
-from .run_model import RunModel
+from .run_model import Rows, RunModel
 
 SHOWN = 8
 """Examples of each kind."""
 LETTERS = 240
 TOKENS = 60
+MOST_WRONG = 50
 THUMBNAIL = 72
 MOST_CLASSES = 30
 """Classes beyond which there is no matrix, but a list of the commonest mistakes."""
@@ -76,7 +78,7 @@ def write_page(
     if settings.task == "causal-lm":
         sections.append(_texts(continuations(run, held_out, SHOWN // 2, TOKENS)))
     elif run.labels and settings.task != "token-classification":
-        sections += _classes(run, compared(run, held_out, other), other)
+        sections += _classes(run, data.train, compared(run, held_out, other), other)
     elif not run.labels:
         sections += _numbers(compared(run, held_out, other))
     verdict = [*run.record.get("verdict", ())]
@@ -90,7 +92,7 @@ def write_page(
                 examination = examine(trained.model, trained.batch((data.test or data.train)[:EXAMINED]))
             verdict.append(f"The doctor on the adapter: {examination.verdict}")
             advice = [f"{finding.check}: {finding.advice}." for finding in examination.findings if finding.advice]
-            sections.append(Section("Is the adapter right?", advice, tables=[Table(examination.rows())]))
+            sections.append(Section("Is the adapter right?", advice, tables=[Table(examination.rows())], wide=True))
     text = page(
         f"A run of dvora train: {folder.resolve().name}",
         f"{settings.method} on {Path(settings.model).name}, {settings.task}; examples and counts are of "
@@ -130,24 +132,27 @@ def _metrics(run: Run) -> Section:
     if any(part.endswith("head_alone") for part in run.record["metrics"]):
         text = ["Head alone: a linear layer fitted to the frozen base. What the adapter adds is the difference."]
     if calibration := run.record.get("calibration"):
-        text.append(f"Calibrated on the validation rows: {shown(calibration).replace('_', ' ')}.")
+        text.append(f"{calibration_sentence(calibration)}.")
     # The rows that were held out for the test come first.
     tables = [Table(by_part[part], f"{part} rows") for part in sorted(by_part)]
     return Section("How good it is", text, tables=tables)
 
 
-def _classes(run: Run, rows: Sequence[Compared], other: Run | None) -> list[Section]:
+def _classes(run: Run, train: Rows, rows: Sequence[Compared], other: Run | None) -> list[Section]:
     name = "head alone" if other is None else other.folder.name
-    _, labels, predicted, predicted_by_other = zip(*rows, strict=True)
-    right = sum(row.predicted == row.label for row in rows)
+    _, labels, predicted, predicted_by_other, _ = zip(*rows, strict=True)
+    wrong = [row for row in rows if row.predicted != row.label]
+    right = len(rows) - len(wrong)
     text = f"{right:,} of {len(rows):,} right ({right / len(rows):.1%})."
-    scores = _scores(run.labels, labels, predicted)
+    learned = Counter(run.labels[row["label"]] for row in train)
+    scores = [{**row, "training rows": learned[row["class"]]} for row in _scores(run.labels, labels, predicted)]
     if None not in predicted_by_other:
         of_other = _scores(run.labels, labels, predicted_by_other)
         scores = [{**row, f"F1, {name}": other_row["F1"]} for row, other_row in zip(scores, of_other, strict=True)]
     scores.sort(key=lambda row: row["F1"])
     sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
     sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))
+    sections += [*([_wrong(wrong)] if wrong else []), _limits(rows)]
     if None in predicted_by_other:
         return sections
     gained = [row for row in rows if row.predicted == row.label != row.other]
@@ -158,6 +163,24 @@ def _classes(run: Run, rows: Sequence[Compared], other: Run | None) -> list[Sect
         Table(_examples(lost, name), f"wrong here, right with {name}"),
     ]
     return [*sections, Section(f"Compared with {name}", [counts], tables=tables, wide=True)]
+
+
+def _wrong(wrong: Sequence[Compared]) -> Section:
+    surest = sorted(wrong, key=lambda row: -(row.probability or 0))[:MOST_WRONG]
+    text = f"{len(wrong):,} rows, the surest first" + f"; the first {MOST_WRONG}" * (len(wrong) > MOST_WRONG)
+    rows = [
+        {"row": _row(row.row), "true": row.label, "predicted": row.predicted, "probability": row.probability}
+        for row in surest
+    ]
+    return Section("Rows that it gets wrong", [f"{text}."], tables=[Table(rows)], wide=True)
+
+
+def _limits(rows: Sequence[Compared]) -> Section:
+    found = np.array([[row.predicted == row.label, 1, 0, row.probability] for row in rows], float)
+    text = "How many rows are answered, and how many of those right, if no class below a probability is named."
+    warning = "Abstaining finds rows that are hard, not rows that are foreign: of those a model can be quite sure."
+    table = [{name.replace("_", " "): value for name, value in row.items()} for row in limits_of(found)]
+    return Section("Abstaining", [text, warning], tables=[Table(table)])
 
 
 def _scores(classes: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]) -> list[dict[str, Any]]:

@@ -5,18 +5,26 @@ from collections.abc import Sequence
 from math import log
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped]
-from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 
 from ..models.bases import device_of
 from ..settings import Settings
-from .metrics import class_metrics, number_metrics
+from .head_alone import labels_of
 from .task import Task, bytes_of, without_bytes
 
 HIDDEN = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "tokens")
+
+
+class Evaluated(NamedTuple):
+    """A model on rows: its metrics, and the numbers of each row that two models are compared by (`Task.rows`)."""
+
+    metrics: dict[str, Any]
+    rows: Any
 
 
 def evaluator(model: nn.Module, task: Task, settings: Settings, folder: Path) -> Any:
@@ -51,23 +59,37 @@ def common_arguments(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def evaluated(trainer: Any, dataset: Dataset) -> dict[str, float]:
+def evaluated(trainer: Any, task: Task, dataset: Dataset) -> Evaluated:
     """The loss and the task's metrics on a dataset."""
-    size, values = bytes_of(dataset), trainer.evaluate(without_bytes(dataset))
-    metrics = {name[5:]: value for name, value in values.items() if name.startswith("eval_") and name[5:] not in HIDDEN}
+    size, found = bytes_of(dataset), trainer.predict(without_bytes(dataset))
+    values = {name.removeprefix("test_"): value for name, value in found.metrics.items()}
+    metrics = {name: value for name, value in values.items() if name not in HIDDEN}
     if size:
         # In a unit that does not depend on the tokenizer.
-        metrics["bits_per_byte"] = values["eval_loss"] * values["eval_tokens"] / log(2) / size
-    return metrics
+        metrics["bits_per_byte"] = values["loss"] * values["tokens"] / log(2) / size
+    return Evaluated(metrics, task.rows(found))
+
+
+def evaluated_outputs(task: Task, outputs: Tensor, dataset: Dataset) -> Evaluated:
+    """The same of outputs for every row, or for every token with a tag, without a loss."""
+    predicted, labels = outputs.detach().float().numpy(), labels_of(dataset).numpy()
+    if "labels" not in dataset.column_names:
+        return _scored(task, predicted, labels)
+    ends = np.cumsum([sum(tag >= 0 for tag in row) for row in dataset["labels"]])[:-1]
+    return _scored(task, np.split(predicted.argmax(-1), ends), np.split(labels, ends))
 
 
 def simplest_guess_on(
-    train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], labels: Sequence[str]
-) -> dict[str, Any]:
-    """Metrics on held-out rows of always predicting the commonest class of the training rows, or their mean."""
-    values, right = [row["label"] for row in train], [row["label"] for row in held_out]
-    if labels:
-        commonest = Counter(values).most_common(1)[0][0]
-        return {"guess": labels[commonest], **class_metrics([commonest] * len(right), right)}
-    mean = fmean(values)
-    return {"guess": mean, **number_metrics([mean] * len(right), right)}
+    task: Task, train: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], labels: Sequence[str]
+) -> Evaluated:
+    """The same of always predicting the commonest class of the training rows, or their mean."""
+    values, right = [row["label"] for row in train], np.array([row["label"] for row in held_out])
+    guess: Any = Counter(values).most_common(1)[0][0] if labels else fmean(values)
+    output = np.eye(len(labels))[guess] if labels else np.array([guess])
+    found = _scored(task, np.tile(output, (len(right), 1)), right)
+    return found._replace(metrics={"guess": labels[guess] if labels else guess, **found.metrics})
+
+
+def _scored(task: Task, predicted: Any, labels: Any) -> Evaluated:
+    found = EvalPrediction(predicted, labels)
+    return Evaluated(task.compute_metrics(found), task.rows(found))

@@ -26,7 +26,6 @@ from ...tensors import Float
 from ...whole_files import write_atomically
 from ..models.bases import computing, device_of
 from ..settings import Settings
-from .metrics import class_metrics, entity_metrics, number_metrics
 
 MOST_ROWS = 20_000
 """Training rows that it is fitted on at most, spread over all of them."""
@@ -39,14 +38,14 @@ SOON, OFTEN = 3.0, 30.0
 
 
 class FittedHead(NamedTuple):
-    """The head alone, fitted to all rows; one fitted to half of them, to start from; the metrics of the first, by part.
+    """The head alone, fitted to all rows; one fitted to half of them, to start from; outputs of the first, by part.
 
     A head that knows the rows of all batches leaves little to learn from them (`benchmarks/LOG.md`, 2026-12-02).
     """
 
     alone: nn.Linear
     start: nn.Linear
-    metrics: dict[str, dict[str, float]]
+    outputs: dict[str, Tensor]
 
 
 def save_head_alone(head: nn.Linear, file: Path) -> None:
@@ -163,7 +162,7 @@ def fitted_head(
     classes: Sequence[str],
     note: Callable[[str], None] = lambda _: None,
 ) -> FittedHead:
-    """Fit the head alone, and evaluate it on the parts that were held out.
+    """Fit the head alone.
 
     Args:
         model: the base with its head, before anything is trained; its values stay as they are.
@@ -179,9 +178,7 @@ def fitted_head(
     head, strength = _best(features, labels, len(classes), has_bias, note)
     half = np.random.default_rng(settings.seed).permutation(len(labels["train"]))[::2]
     start = fitted(features["train"][half], labels["train"][half], len(classes), strength, has_bias)
-    held_out = [part for part in features if part != "train"]
-    metrics = {part: head_metrics(head(features[part]), labels[part], classes, settings) for part in held_out}
-    return FittedHead(head, start, metrics)
+    return FittedHead(head, start, {part: head(read) for part, read in features.items() if part != "train"})
 
 
 def fit_head_again(
@@ -273,17 +270,6 @@ def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[
             note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
 
     return on_part
-
-
-def head_metrics(
-    outputs: Float[Tensor, "N C"], labels: Tensor, classes: Sequence[str], settings: Settings
-) -> dict[str, float]:
-    """The task's metrics of a head's outputs."""
-    if settings.task == "token-classification":
-        return entity_metrics([outputs.argmax(-1).numpy()], [labels.numpy()], classes)
-    if classes:
-        return class_metrics(outputs.argmax(-1).numpy(), labels.numpy())
-    return number_metrics(outputs.flatten().double().numpy(), labels.double().numpy())
 
 
 def fitted(

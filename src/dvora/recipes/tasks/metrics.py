@@ -1,7 +1,7 @@
 """Metrics of predictions (classes, numbers, tokens), and those of a run as rows of a table."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from ..data.entities import tagged
 
 GREATER_IS_BETTER = {"accuracy": True, "f1": True, "rmse": False, "loss": False}
 """The metric that a task is judged by: the first of these that it has."""
+LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Probabilities below which a report shows what abstaining comes to."""
 MODELS = {
     "": "trained",
     "head_alone": "head alone, base frozen",
@@ -44,23 +46,45 @@ def number_metrics(predicted: Any, labels: Any) -> dict[str, float]:
     }
 
 
+def class_rows(evaluated: Any) -> Any:
+    """Of each row of a trainer's logits: is it right, 1, its negative log-likelihood, its confidence, (rows, 4)."""
+    logits, labels = torch.from_numpy(evaluated.predictions).double(), torch.from_numpy(evaluated.label_ids).long()
+    confidence, predicted = logits.softmax(-1).max(-1)
+    losses = cross_entropy(logits, labels, reduction="none")
+    return torch.stack([(predicted == labels).double(), torch.ones_like(losses), losses, confidence], 1).numpy()
+
+
+def number_rows(evaluated: Any) -> Any:
+    """Of each row of a trainer's predictions the squared error, and 1, (rows, 2)."""
+    errors = evaluated.predictions.astype(np.float64).ravel() - evaluated.label_ids.astype(np.float64)
+    return np.stack([errors**2, np.ones_like(errors)], 1)
+
+
 def of_classes(evaluated: Any) -> dict[str, float]:
     """`class_metrics` of a trainer's logits."""
     return class_metrics(evaluated.predictions.argmax(-1), evaluated.label_ids)
 
 
-def of_answered_classes(evaluated: Any, least: float) -> dict[str, float]:
-    """`of_classes`; the share of rows that are answered, as their class has that probability; and their accuracy."""
-    confidence, predicted = torch.from_numpy(evaluated.predictions).float().softmax(-1).max(-1)
-    answered = confidence >= least
-    right = (predicted == torch.from_numpy(evaluated.label_ids))[answered].double()
-    accuracy = {"answered_accuracy": float(right.mean())} if len(right) else {}
-    return {**of_classes(evaluated), "coverage": float(answered.double().mean()), **accuracy}
+def answered(rows: Any, least: float) -> dict[str, float]:
+    """Of `class_rows` the share that is answered, as their class has that probability; and the accuracy on these."""
+    right = rows[rows[:, 3] >= least, 0]
+    return {"coverage": len(right) / len(rows), **({"answered_accuracy": float(right.mean())} if len(right) else {})}
+
+
+def limits_of(rows: Any) -> list[dict[str, float | None]]:
+    """What abstaining below some probabilities comes to, to choose one by; of `class_rows`."""
+    nothing = {"coverage": 0.0, "answered_accuracy": None}
+    return [{"abstain_below": least, **nothing, **answered(rows, least)} for least in LIMITS]
 
 
 def of_numbers(evaluated: Any) -> dict[str, float]:
     """`number_metrics` of a trainer's predictions."""
     return number_metrics(evaluated.predictions.astype(np.float64).ravel(), evaluated.label_ids.astype(np.float64))
+
+
+def token_rows(evaluated: Any) -> Any:
+    """`surprise` of each row, (rows, 2)."""
+    return evaluated.predictions.astype(np.float64)
 
 
 def of_tokens(evaluated: Any) -> dict[str, float]:
@@ -70,23 +94,23 @@ def of_tokens(evaluated: Any) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
 
 
-def of_entities(evaluated: Any, tags: Sequence[str]) -> dict[str, float]:
-    """`entity_metrics` of a trainer's `best_tags`."""
-    return entity_metrics(evaluated.predictions, evaluated.label_ids, tags)
-
-
-def entity_metrics(predicted: Iterable[Any], labels: Iterable[Any], tags: Sequence[str]) -> dict[str, float]:
-    """Precision, recall and F1 of entities, which are right if their tokens and their label are.
+def entity_rows(evaluated: Any, tags: Sequence[str]) -> Any:
+    """Of each text's `best_tags` how many entities are right, are guessed, and are true, (texts, 3).
 
     Args:
-        predicted, labels: of each text the tags of its tokens, by number; none is read where the label is negative.
+        evaluated: of each text tags of its tokens, by number; none is read where the label is negative.
         tags: their names.
     """
-    counts = np.zeros(3)
-    for guesses_of, truths_of in zip(predicted, labels, strict=True):
+    counts = []
+    for guesses_of, truths_of in zip(evaluated.predictions, evaluated.label_ids, strict=True):
         guessed, true = ({*tagged([tags[tag] for tag in row[truths_of >= 0]])} for row in (guesses_of, truths_of))
-        counts += len(guessed & true), len(guessed), len(true)
-    right, guesses, truths = map(float, counts)
+        counts.append([len(guessed & true), len(guessed), len(true)])
+    return np.array(counts, np.float64).reshape(-1, 3)
+
+
+def of_entities(evaluated: Any, tags: Sequence[str]) -> dict[str, float]:
+    """Precision, recall and F1 of entities, which are right if their tokens and their label are."""
+    right, guesses, truths = map(float, entity_rows(evaluated, tags).sum(0))
     return {
         "f1": 2 * right / max(1, guesses + truths),
         "precision": right / max(1, guesses),

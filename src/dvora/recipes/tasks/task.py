@@ -33,12 +33,14 @@ class Task:
     Args:
         collator: makes a batch of features.
         compute_metrics: of predictions and labels, by name.
+        rows: of the same the numbers of each row that two models are compared by, see `comparison.METRICS`.
         reduce_logits: makes of a batch's outputs and labels the predictions.
         best: the metric that the best step is chosen by, one of `metrics.GREATER_IS_BETTER`.
     """
 
     collator: Any
     compute_metrics: Callable[[Any], dict[str, float]]
+    rows: Callable[[Any], Any]
     reduce_logits: Callable[[Any, Any], Any]
     best: str
 
@@ -94,19 +96,20 @@ def task_parts(settings: Settings, labels: Sequence[str], processor: Any) -> Tas
     """The parts of a run's task."""
     if settings.task == "causal-lm":
         padding = DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
-        return Task(padding, metrics.of_tokens, metrics.surprise, "loss")
+        return Task(padding, metrics.of_tokens, metrics.token_rows, metrics.surprise, "loss")
     if settings.task == "token-classification":
         if not processor.is_fast:
             raise ValueError(
                 "the tokenizer does not say where its tokens are in a text; give a fast one, tokenizer.json"
             )
         of_tokens = DataCollatorForTokenClassification(processor)
-        return Task(of_tokens, partial(metrics.of_entities, tags=labels), metrics.best_tags, "f1")
+        of_entities, rows = (partial(of, tags=labels) for of in (metrics.of_entities, metrics.entity_rows))
+        return Task(of_tokens, of_entities, rows, metrics.best_tags, "f1")
     images = settings.task == "image-classification"
     collator: Any = DefaultDataCollator() if images else DataCollatorWithPadding(processor)
     if labels:
-        return Task(collator, metrics.of_classes, metrics.only_logits, "accuracy")
-    return Task(collator, metrics.of_numbers, metrics.only_logits, "rmse")
+        return Task(collator, metrics.of_classes, metrics.class_rows, metrics.only_logits, "accuracy")
+    return Task(collator, metrics.of_numbers, metrics.number_rows, metrics.only_logits, "rmse")
 
 
 def longest(settings: Settings, processor: Any, model_config: Any) -> int:

@@ -1,85 +1,89 @@
-"""The verdict on a run, in plain sentences: whether it beats what it is compared with, and what to try if not."""
+"""The verdict on a run, in plain sentences: is it better than a baseline, how sure is that, what to try."""
 
 from collections.abc import Mapping
-from math import isfinite, sqrt
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
 from ...text import shown
 from .metrics import GREATER_IS_BETTER
 
-HEAD_SAVED = (
-    "Saved: the head alone over the base, as an adapter that changes nothing else; --if-no-better adapter saves what "
-    "was trained"
-)
+HEAD_SAVED = "Saved: the head alone over the base, as an adapter that changes nothing else"
 CHANGE = 0.02
 """Relative change of the training loss that counts as one."""
+NEAR_ZERO = 0.05
+"""A cross-entropy, or part of the first squared error, below which there is nothing left to learn from the rows."""
 
 
 def verdict(
-    metrics: Mapping[str, Mapping[str, Any]], rows: Mapping[str, int], run: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Mapping[str, Any]],
+    comparisons: Mapping[str, Mapping[str, Any]],
+    run: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What the metrics of a run, or of one evaluation, come to.
 
     Args:
         metrics: by part, and of what the part is compared with, as in run.json.
-        rows: of each part.
-        run: the record of a run that has just been trained, for advice where the result is a failure.
+        comparisons: of what was trained with those, as in run.json.
+        run: the record of a run that has just been trained, for advice where its validation rows show no gain.
 
     Returns:
-        Every baseline that is as good, and what to try; else by how much the best baseline was beaten. Nothing where
+        A sentence on each baseline that was not beaten, or by how much the best one was; and what to try. Nothing where
         no rows were held out.
     """
-    part = _judged_on(metrics)
+    part = next((part for part in ("test", "validation", *metrics) if part in metrics), None)
     if part is None:
         return []
-    trained = metrics[part]
-    metric = next(name for name in GREATER_IS_BETTER if name in trained)
-    compared = [
-        _compared(metric, part, trained[metric], metrics[key], name, rows.get(part, 0))
+    metric = next(name for name in GREATER_IS_BETTER if name in metrics[part])
+    found = {
+        key: _sentence(metric, part, metrics[part][metric], metrics[key], name, comparisons[key])
         for key, name in (
             (f"{part}_head_alone", "the head alone"),
             (f"{part}_before_training", "the base before training"),
             (f"{part}_simplest_guess", f"always {shown(metrics.get(f'{part}_simplest_guess', {}).get('guess'))}"),
         )
-        if key in metrics
-    ]
-    failures = [sentence for sentence, is_better in compared if not is_better]
-    if failures:
-        return failures + ([_advice(run)] if run is not None else [])
-    return [sentence for sentence, _ in compared[:1]]
+        if key in metrics and key in comparisons
+    }
+    unbeaten = [sentence for key, sentence in found.items() if comparisons[key]["outcome"] != "better"]
+    on_validation = [by["outcome"] for key, by in comparisons.items() if key.startswith("validation_")]
+    advice = [_advice(run)] if run is not None and {*on_validation} - {"better"} else []
+    return (unbeaten or [*found.values()][:1]) + advice
 
 
-def beats_head_alone(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether what was trained is better than the head alone, in the metric and on the rows of the verdict.
+def _sentence(
+    metric: str, part: str, trained: float, baseline: Mapping[str, Any], name: str, by: Mapping[str, Any]
+) -> str:
+    in_points = metric in ("accuracy", "f1")
 
-    Also true where there is nothing to tell it from.
+    def amount(value: float, form: str = "") -> str:
+        return f"{100 * value:{form}.1f}" if in_points else f"{value:{form}.3g}"
+
+    gain, low, high, rows = by["gain"], by["low"], by["high"], by["rows"]
+    points = " points" * in_points
+    sure = "" if low is None else f", 95% interval {amount(low, '+')} to {amount(high, '+')}"
+    values = f"{part} {metric} of {rows:,} {'row' if rows == 1 else 'rows'}: {trained:.4g} trained, "
+    values += f"{baseline[metric]:.4g} {name}"
+    if by["outcome"] == "better":
+        return f"Better than {name} by {amount(gain)}{points}{sure} ({values})"
+    if by["outcome"] == "no better":
+        return f"NO BETTER than {name}: {amount(gain, '+')}{points}{sure} ({values})"
+    about = "" if by["needed"] is None else f"{float(format(by['needed'], '.2g')):,.0f}"
+    needed = about and f"; about {about} rows would be needed"
+    return f"CANNOT TELL from {name}: {amount(gain, '+')}{points}{sure}{needed} ({values})"
+
+
+def head_saved(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """That the head alone is what was saved, and why.
+
+    Args:
+        metrics: of the run, before what was trained was put back.
     """
-    part = _judged_on(metrics)
-    if part is None or f"{part}_head_alone" not in metrics:
-        return True
-    metric = next(name for name in GREATER_IS_BETTER if name in metrics[part])
-    return _compared(metric, part, metrics[part][metric], metrics[f"{part}_head_alone"], "", 0)[1]
-
-
-def _judged_on(metrics: Mapping[str, Mapping[str, Any]]) -> str | None:
-    return next((part for part in ("test", "validation", *metrics) if part in metrics), None)
-
-
-def _compared(
-    metric: str, part: str, trained: float, baseline: Mapping[str, Any], name: str, rows: int
-) -> tuple[str, bool]:
-    """A sentence on one baseline, and whether the trained model is better than it."""
-    other = float(baseline[metric])
-    gain = trained - other if GREATER_IS_BETTER[metric] else other - trained
-    values = f"{part} {metric}: {trained:.4g} trained, {other:.4g} {name}"
-    if not gain > 0:
-        return f"NO BETTER than {name} ({values})", False
-    # That of a share of independent rows; two models on the same rows differ by less.
-    error = sqrt(trained * (1 - trained) / rows) if metric == "accuracy" and rows else 0.0
-    by = f"{100 * gain:.1f} points" if metric == "accuracy" else f"{gain:.3g}"
-    chance = f", which {rows:,} rows cannot tell from chance" if gain < error else ""
-    return f"Better than {name} by {by}{chance} ({values})", True
+    trained, head = metrics["validation"], metrics["validation_head_alone"]
+    metric = next(name for name in GREATER_IS_BETTER if name in trained)
+    return (
+        f"{HEAD_SAVED}, as validation rows preferred it ({metric} {head[metric]:.4g}, {trained[metric]:.4g} trained"
+        f"{', by its loss' if head[metric] == trained[metric] else ''}); --if-no-better adapter saves what was trained"
+    )
 
 
 def _advice(run: Mapping[str, Any]) -> str:
@@ -91,6 +95,8 @@ def _advice(run: Mapping[str, Any]) -> str:
     before = fmean(losses[-2 * fifth : -fifth] or losses)
     if not isfinite(last) or last > first:
         return f"The training loss rose ({first:.3g} to {last:.3g}): try a lower rate, --learning-rate {rate / 3:.2g}"
+    if last < (NEAR_ZERO if run.get("labels") else NEAR_ZERO * first):
+        return f"The training loss is near zero ({last:.3g}), so neither rates nor steps are what is missing: more rows"
     if last < (1 - CHANGE) * before or run["best_step"] == steps:
         return (
             f"Train longer, such as --max-steps {2 * steps}: the training loss still fell at the end "

@@ -11,6 +11,7 @@ from ...adapter_file.card import NEEDS, is_name_on_hub
 from ...text import shown, visible
 from ..models.bases import AUTO_CLASSES, TASK_TYPES
 from ..settings import Settings
+from ..tasks.calibration import calibration_sentence
 from ..tasks.metrics import metric_rows
 from ..tasks.verdict import HEAD_SAVED
 
@@ -69,7 +70,7 @@ def model_card(settings: Settings, record: Mapping[str, Any], labels: Sequence[s
         "Trained parameters": f"{record['trained_parameters']:,}",
         "Data": f"{data} (rows: {rows})",
         "Classes": ", ".join(labels),
-        "Calibration": shown(record.get("calibration", {})).replace("_", " "),
+        "Calibration": calibration_sentence(record["calibration"]) if "calibration" in record else "",
         "Texts are cut at": "" if settings.task == "image-classification" else f"{record['max_length']} tokens",
         "Steps": f"{record['steps']:,} (step {record['best_step']:,} was kept)",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

@@ -8,6 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 from ...whole_files import new_folder, remove, write_atomically
 from ..data.run_data import Data, load_data
 from ..models.bases import device_of, load_base, load_processor, quiet_transformers
@@ -17,6 +20,7 @@ from ..run_folder import (
     CONFIG,
     HEAD_ALONE,
     HEAD_AT_START,
+    HEAD_OUTPUTS,
     Place,
     Run,
     entered,
@@ -27,15 +31,17 @@ from ..run_folder import (
     write_record,
 )
 from ..settings import NAMED, Settings, Trust, commented
-from ..tasks.calibration import calibrate
+from ..tasks.calibration import calibrate, calibration_sentence
+from ..tasks.comparison import comparisons, is_preferred
+from ..tasks.evaluation import Evaluated, evaluated_outputs
 from ..tasks.head_alone import fit_head_again, fitted_head, last_layer, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
-from ..tasks.verdict import HEAD_SAVED, beats_head_alone, verdict
+from ..tasks.verdict import head_saved, verdict
 from .callbacks import OnProgress, StopRequest
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_all_but
 from .methods import adapt, back_to_head_alone, learning_rates, save_trained, trained_parameters, values_at_start
-from .trainers import Prepared, final_metrics, length_of_run, make_trainer, trunk_computed_once
+from .trainers import Prepared, final_results, length_of_run, make_trainer, trunk_computed_once
 
 Note = Callable[[str], None]
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -116,6 +122,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             save_head_alone(prepared.head_alone, folder / HEAD_ALONE)
             (folder / CHECKPOINTS).mkdir(exist_ok=True)
             save_head_alone(prepared.head_at_start or prepared.head_alone, folder / HEAD_AT_START)
+            write_atomically(folder / HEAD_OUTPUTS, save(dict(prepared.head_outputs)))
         remove_all_but(complete, folder / CHECKPOINTS)
     with trunk_computed_once(trainer, prepared, note):
         with stop.listening(), errors_of_damage(last):
@@ -140,15 +147,20 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             record["head_fitted_again"] = fit_head_again(
                 prepared.base.model, datasets, prepared.task.collator, settings, labels, note
             )
-        baselines = record["metrics"]
-        _evaluate(trainer, prepared, record, baselines)
-        record["verdict"] = verdict(record["metrics"], record["data"]["rows"], record)
-        if prepared.start and not beats_head_alone(record["metrics"]):
-            not_saved = {f"{part}_not_saved": record["metrics"][part] for part in prepared.datasets if part != "train"}
+        task, datasets, outputs = prepared.task, prepared.datasets, prepared.head_outputs
+        of_head = {f"{part}_head_alone": evaluated_outputs(task, outputs[part], datasets[part]) for part in outputs}
+        results = _evaluate(trainer, prepared, record, of_head)
+        rows = {key: result.rows for key, result in results.items()}
+        record["comparisons"] = comparisons(task.best, rows)
+        record["verdict"] = verdict(record["metrics"], record["comparisons"], record)
+        if prepared.start and not is_preferred(task.best, rows):
+            record["verdict"].append(head_saved(record["metrics"]))
+            not_saved = {f"{part}_not_saved": results[part] for part in prepared.datasets if part != "train"}
             back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
-            _evaluate(trainer, prepared, record, {**not_saved, **baselines})
+            _evaluate(trainer, prepared, record, {**not_saved, **of_head})
             record |= {"saved": "head", "head_fitted_again": False}
-            record["verdict"].append(HEAD_SAVED)
+        if "calibration" in record:
+            note(calibration_sentence(record["calibration"]))
     if is_first():
         _finish(folder, prepared, record)
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)
@@ -161,13 +173,17 @@ def _may_be_fitted_again(prepared: Prepared) -> bool:
     return is_asked and prepared.head_at_start is not None and "validation" in prepared.datasets and world_size() == 1
 
 
-def _evaluate(trainer: Any, prepared: Prepared, record: dict[str, Any], baselines: Mapping[str, Any]) -> None:
+def _evaluate(
+    trainer: Any, prepared: Prepared, record: dict[str, Any], baselines: Mapping[str, Evaluated]
+) -> dict[str, Evaluated]:
     """Put the final metrics of what the model is now into the record, calibrated before, if that is set."""
     if prepared.settings.calibrate:
         layer = last_layer(prepared.base.model)
         assert layer is not None, "checked when it was prepared"
         record["calibration"] = calibrate(trainer, layer, prepared.datasets)
-    record["metrics"] = final_metrics(trainer, prepared, baselines)
+    results = final_results(trainer, prepared, baselines)
+    record["metrics"] = {key: result.metrics for key, result in results.items()}
+    return results
 
 
 def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note, trust: Trust) -> Prepared:
@@ -193,17 +209,17 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     # After all checks of the input: an error is then the only line that is printed.
     for text in notes:
         note(text)
-    head = start_head = None
+    head, start_head, outputs = None, None, dict[str, Tensor]()
     last = None if settings.task == "causal-lm" else last_layer(base.model)
     if last is not None:
-        files = [Path(settings.output) / name for name in (HEAD_ALONE, HEAD_AT_START)]
-        if record["metrics"] and all(file.is_file() for file in files):
+        files = [Path(settings.output) / name for name in (HEAD_ALONE, HEAD_AT_START, HEAD_OUTPUTS)]
+        if all(file.is_file() for file in files):
             # Of the run that is resumed, with the same settings and data.
-            head, start_head = map(read_head_alone, files)
+            head, start_head = map(read_head_alone, files[:2])
+            outputs = load_file(files[2])
         else:
             note("fitting the head alone to the frozen base, to compare with; and to half of the rows, to start from")
-            head, start_head, metrics = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
-            record["metrics"] = {f"{part}_head_alone": values for part, values in metrics.items()}
+            head, start_head, outputs = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
         if settings.method == "head" or settings.learning_rates.get("head") == 0:
             start_head = head
         if any(base.model.get_submodule(name) is last for name in base.new):
@@ -225,7 +241,8 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     may_be_saved = settings.if_no_better == "head" and head is not None and world_size() == 1
     start = values_at_start(model) if may_be_saved else {}
-    return Prepared(settings, data, base, model, task, datasets, record["learning_rates"], head, start_head, start)
+    rates = record["learning_rates"]
+    return Prepared(settings, data, base, model, task, datasets, rates, head, outputs, start_head, start)
 
 
 def _start_record(settings: Settings, data: Data, earlier: dict[str, Any] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..data.run_data import Data
 from ..models.bases import Base, computing
 from ..run_folder import CHECKPOINTS, world_size
 from ..settings import EPOCHS, MOST_STEPS, Group, Settings
-from ..tasks.evaluation import common_arguments, evaluated, simplest_guess_on
+from ..tasks.evaluation import Evaluated, common_arguments, evaluated, simplest_guess_on
 from ..tasks.head_alone import longest_first
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
@@ -33,6 +33,7 @@ class Prepared:
         datasets: the model's inputs, of the parts that have rows.
         rates: learning rates of the groups that have their own.
         head_alone: the baseline; None where there is none.
+        head_outputs: its outputs for the rows of the held-out parts.
         head_at_start: what the model's last layer was at first; None where the model brings a trained one.
         start: what is trained, as it was before, if that may be what is saved.
     """
@@ -45,6 +46,7 @@ class Prepared:
     datasets: Mapping[str, Any]
     rates: dict[Group, float]
     head_alone: nn.Linear | None = None
+    head_outputs: Mapping[str, Tensor] = field(default_factory=dict)
     head_at_start: nn.Linear | None = None
     start: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -125,24 +127,23 @@ def trunk_computed_once(trainer: Any, prepared: Prepared, note: Callable[[str], 
         yield
 
 
-def final_metrics(trainer: Any, prepared: Prepared, of_baselines: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of the held-out parts, each before those of what it is compared with.
+def final_results(trainer: Any, prepared: Prepared, given: Mapping[str, Evaluated]) -> dict[str, Evaluated]:
+    """The model on the held-out parts, each before what it is compared with, by the keys of run.json's metrics.
 
     Those of the head alone are given; the simplest guess, or a language model's base, is evaluated here.
     """
-    metrics: dict[str, Any] = {}
+    task, data, found = prepared.task, prepared.data, dict[str, Evaluated]()
     for part in ("validation", "test"):
         if part not in prepared.datasets:
             continue
-        metrics[part] = evaluated(trainer, prepared.datasets[part])
-        metrics |= {name: values for name, values in of_baselines.items() if name.startswith(part)}
-        if prepared.task.best in ("accuracy", "rmse"):
-            rows = getattr(prepared.data, part)
-            metrics[f"{part}_simplest_guess"] = simplest_guess_on(prepared.data.train, rows, prepared.data.labels)
+        found[part] = evaluated(trainer, task, prepared.datasets[part])
+        found |= {key: of_part for key, of_part in given.items() if key.startswith(part)}
+        if task.best in ("accuracy", "rmse"):
+            found[f"{part}_simplest_guess"] = simplest_guess_on(task, data.train, getattr(data, part), data.labels)
         elif prepared.settings.task == "causal-lm" and isinstance(prepared.model, PeftModel):
             with prepared.model.disable_adapter():
-                metrics[f"{part}_before_training"] = evaluated(trainer, prepared.datasets[part])
-    return metrics
+                found[f"{part}_before_training"] = evaluated(trainer, task, prepared.datasets[part])
+    return found
 
 
 def _arguments(settings: Settings, task: Task, datasets: Mapping[str, Any]) -> TrainingArguments:
