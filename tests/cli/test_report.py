@@ -61,8 +61,12 @@ def test_runs_of_every_task_have_a_page(task: str, made: Path, pages: dict[str, 
     assert ("groups of lambda_d" in pages[name].read_text(encoding="utf-8")) == (task == GROUPED)
     assert found[:3] == SECTIONS
     middle = {"causal-lm": ["Texts"], "token-classification": []}
+    wrong = ["Rows that it gets wrong"] if "Rows that it gets wrong" in found else []
     classes = [
-        *("Scores of each class", "Which classes it mistakes for which", "Rows that it gets wrong", "Abstaining"),
+        "Scores of each class",
+        "Which classes it mistakes for which",
+        *wrong,
+        "Abstaining",
         "Compared with head alone",
     ]
     pairs = (
@@ -88,6 +92,24 @@ def test_every_class_has_its_scores(made: Path, pages: dict[str, Path]) -> None:
         scores = [hits / max(1, predicted), hits / rows, 2 * hits / (rows + predicted), rows]
         cells = "".join(f'<td class="number">{round(score, 3):.4g}</td>' for score in scores)
         assert re.search(f"<td[^>]*>{name}</td>{cells}", page)
+
+
+def test_every_wrong_row_is_shown_and_what_abstaining_comes_to(made: Path, pages: dict[str, Path]) -> None:
+    trained = read_run(made / "dvora-run")
+    found = compared(trained, unchanged_data(trained).test)
+    wrong = sorted((row for row in found if row.predicted != row.label), key=lambda row: -(row.probability or 0))
+    page = pages["dvora-run"].read_text(encoding="utf-8")
+    assert wrong
+    assert f"{len(wrong):,} rows, the surest first." in page
+    shown = page[page.index("Rows that it gets wrong") :]
+    for row in wrong:
+        assert re.search(f"<td[^>]*>{re.escape(row.row['text'])}</td><td[^>]*>{row.label}</td>", shown)
+    answered = [row for row in found if (row.probability or 0) >= 0.7]
+    share, right = len(answered) / len(found), sum(row.predicted == row.label for row in answered)
+    cells = [0.7, share, *([right / len(answered)] if answered else [])]
+    assert "".join(f'<td class="number">{value:.4g}</td>' for value in cells) in page[page.index("Abstaining") :]
+    learned = sum(trained.labels[row["label"]] == trained.labels[0] for row in unchanged_data(trained).train)
+    assert re.search(f'<td[^>]*>{trained.labels[0]}</td>.*<td class="number">{learned}</td></tr>', page)
 
 
 def test_the_rows_that_are_furthest_off_come_first(made: Path, pages: dict[str, Path]) -> None:

@@ -91,6 +91,8 @@ def test_advice_follows_from_validation_rows_and_never_from_test_rows() -> None:
     better, advice = verdict(turned, compared(turned), run([1.0] * 20))
     assert better.startswith("Better than the head alone")
     assert "try other rates" in advice
+    perfect = metrics("validation", 1.0, 1.0, 0.5)
+    assert not any("try other rates" in sentence for sentence in verdict(perfect, compared(perfect), run([1.0] * 20)))
 
 
 def test_of_numbers_less_is_better() -> None:

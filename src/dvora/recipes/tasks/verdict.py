@@ -46,7 +46,8 @@ def verdict(
     }
     unbeaten = [sentence for key, sentence in found.items() if comparisons[key]["outcome"] != "better"]
     on_validation = [by["outcome"] for key, by in comparisons.items() if key.startswith("validation_")]
-    advice = [_advice(run)] if run is not None and {*on_validation} - {"better"} else []
+    is_perfect = metrics.get("validation", {}).get(metric) == 1 and GREATER_IS_BETTER[metric]
+    advice = [_advice(run)] if run is not None and {*on_validation} - {"better"} and not is_perfect else []
     return (unbeaten or [*found.values()][:1]) + advice
 
 
