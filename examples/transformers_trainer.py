@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import dvora
-from dvora.training import parameter_groups
+from dvora.training import fit_head, parameter_groups
 from examples.checks import folder_bytes, frozen_digest, report, require, same_bits, trained_parameters
 from materials.data import movie_reviews
 from materials.models import minilm
@@ -51,6 +52,9 @@ def trainer(folder: Path, train: Dataset, held_out: Dataset) -> Trainer:
     """An adapted model in a Trainer, with learning rates of its own for each kind of vector."""
     config = dvora.DVoRAConfig(r=256, target_modules="all-linear", task_type="SEQ_CLS")
     model = get_peft_model(base(), config)
+    collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(minilm()))
+    # As `dvora train` starts, from half of the rows.
+    fit_head(model, DataLoader(train, 64, collate_fn=collator), share=0.5)
     groups = parameter_groups(model, 0.01, learning_rates={"magnitude": 0.001, "head": 0.003})
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -68,7 +72,7 @@ def trainer(folder: Path, train: Dataset, held_out: Dataset) -> Trainer:
         arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(minilm())),
+        data_collator=collator,
         compute_metrics=accuracy,
         optimizers=(torch.optim.AdamW(groups), None),
     )

@@ -28,6 +28,7 @@ ORDER = [
     "layer",
     "adapter",
     "trunk",
+    "heads",
     "training",
     "adapter_file",
     "rows",

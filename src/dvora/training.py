@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from .adapter import DVoRAAdapter
 from .checks import checked_not_negative
 from .functional import Vectors
+from .heads import FittedHead, fit_head
 from .tensors import is_dtensor, is_partitioned
 from .trunk import cached_trunk
 from .weight import AdaptedWeight
 
-__all__ = ["AdapterSettings", "cached_trunk", "check_ranks_agree", "parameter_groups", "recommended_rates"]
+__all__ = [
+    "AdapterSettings",
+    "FittedHead",
+    "cached_trunk",
+    "check_ranks_agree",
+    "fit_head",
+    "parameter_groups",
+    "recommended_rates",
+]
 
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -4,23 +4,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from dvora.heads import last_layer
 from dvora.recipes.models.bases import load_base, load_processor
 from dvora.recipes.settings import Settings
 from dvora.recipes.tasks import head_alone
 from dvora.recipes.tasks.head_alone import (
     fit_head_again,
-    fitted,
     fitted_head,
     labels_of,
     last_features,
-    last_layer,
     read_head_alone,
     save_head_alone,
 )
@@ -39,47 +36,6 @@ def made(
     processor = load_processor(chosen)
     base = load_base(chosen, classes, getattr(processor, "pad_token_id", None)).model
     return base, features(rows, chosen, processor, 24).dataset, task_parts(chosen, classes, processor).collator, chosen
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_the_layer_on_features_is_scikit_learn_s_on_scaled_ones(classes: int) -> None:
-    generator = np.random.default_rng(0)
-    x, y = generator.normal(size=(60, 5)) * [1, 2, 3, 4, 5] + 7, generator.integers(0, classes, 60)
-    head = fitted(torch.tensor(x).float(), torch.tensor(y), classes, 1e-2)
-    scaled = (x - x.mean(0)) / x.std(0)
-    expected = LogisticRegression(C=1 / (len(x) * 1e-2), tol=1e-8, max_iter=1000).fit(scaled, y)
-    probabilities = head(torch.tensor(x).float()).softmax(-1).numpy()
-    np.testing.assert_allclose(probabilities, expected.predict_proba(scaled), atol=1e-3)
-    numbers = fitted(torch.tensor(x).float(), torch.tensor(y), 0, 1e-2)(torch.tensor(x).float()).flatten()
-    np.testing.assert_allclose(numbers, Ridge(alpha=0.6).fit(scaled, y).predict(scaled), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("classes", [0, 2, 3])
-def test_a_layer_without_a_bias_is_fitted_as_one(classes: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(80, 5, generator=generator) + 3, torch.randn(max(classes, 1), 5, generator=generator)
-    labels = (x @ weight.T).argmax(-1) if classes else (x @ weight.T).flatten()
-    head = fitted(x, labels, classes, 1e-4, has_bias=False)
-    assert not head.bias.any()
-    found = head(x)
-    if classes:
-        assert (found.argmax(-1) == labels).double().mean() > 0.95
-    else:
-        torch.testing.assert_close(found.flatten(), labels, rtol=0.01, atol=0.01)
-
-
-def test_a_class_without_rows_has_an_output_that_is_not_chosen() -> None:
-    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    for labels in (torch.tensor([0, 2] * 10), torch.zeros(20, dtype=torch.int64)):
-        head = fitted(x, labels, 4, 1e-2)
-        assert head.weight.shape == (4, 3)
-        assert {*head(x).argmax(-1).tolist()} <= {*labels.tolist()}
-
-
-def test_features_that_hardly_change_get_no_weights_that_explode() -> None:
-    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-32, 1e-9])
-    head = fitted(x, (x[:, 0] > 0).long(), 2, 1e-2)
-    assert head.weight.abs().max() < 100
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -356,19 +356,38 @@ def test_every_method_can_leave_the_head_alone_as_it_is(
     changes = {"model": str(models[base]), "method": method, "max_steps": 1, "learning_rates": {"head": 0.0}}
     found = finished(Run(models, tmp_path).settings("out", **changes))
     metrics = found.record["metrics"]
-    for metric in ("accuracy", "macro_f1"):
+    # The method head is the head alone, and not compared with itself.
+    assert ("validation_head_alone" in metrics) == (method != "head")
+    for metric in ("accuracy", "macro_f1") if method != "head" else ():
         assert metrics["validation"][metric] == pytest.approx(metrics["validation_head_alone"][metric])
     assert found.record["verdict"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_the_method_head_is_the_fit_that_others_are_compared_with(models: dict[str, Path], tmp_path: Path) -> None:
+    run, notes = Run(models, tmp_path), list[str]()
+    other = finished(run.settings("other", epochs=1)).record["metrics"]
+    # Whatever the settings of training are.
+    found = finished(run.settings("out", method="head", max_steps=1, learning_rate=100.0), note=notes.append)
+    for part in ("validation", "test"):
+        for metric in ("accuracy", "macro_f1"):
+            assert found.record["metrics"][part][metric] == other[f"{part}_head_alone"][metric]
+    assert (found.record["steps"], found.record["history"]) == (0, [])
+    assert "the head is fitted in closed form: rates, schedule, epochs and steps have no part in it" in notes
+    assert not any("head alone" in sentence and "BETTER" in sentence for sentence in found.record["verdict"])
+    model, _ = load_trained(found)
+    last, alone = last_layer(model), read_head_alone(tmp_path / "out" / HEAD_ALONE)
+    assert last is not None
+    assert torch.equal(last.weight, alone.weight)
+    assert found.record["trained_parameters"] == last.weight.numel() + last.bias.numel()
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "head"])
 def test_training_starts_from_a_head_of_half_of_the_rows(models: dict[str, Path], tmp_path: Path, method: str) -> None:
     changes = {"method": method, "learning_rate": 1e-12, "learning_rates": {"head": 1e-12}, "refit_head": False}
     settings = Run(models, tmp_path).settings("out", **changes)
     train(settings, on_progress=signal_after(2))
     alone, start = (read_head_alone(tmp_path / "out" / name) for name in (HEAD_ALONE, HEAD_AT_START))
-    # The method head has nothing but its head, which starts as the best one.
-    assert torch.equal(alone.weight, start.weight) is (method == "head")
+    assert not torch.equal(alone.weight, start.weight)
     model, _ = load_trained(finished(settings, resume=True))
     last = last_layer(model)
     assert last is not None

@@ -90,6 +90,8 @@ def head_saved(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 def _advice(run: Mapping[str, Any]) -> str:
     """What to try, by what the training loss did."""
     losses = [entry["loss"] for entry in run["history"] if "loss" in entry]
+    if not losses:
+        return "A head alone has nothing to tune: try an adapter, --method dvora, or more rows"
     steps, rate = run["steps"], run["settings"]["learning_rate"]
     fifth = max(1, len(losses) // 5)
     first, last = fmean(losses[:fifth]), fmean(losses[-fifth:])

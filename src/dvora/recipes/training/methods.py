@@ -13,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ...adapter_file.patterns import check_expressions
 from ...blocks import block_lists
+from ...heads import last_layer
 from ...peft import DVoRAConfig
 from ...training import parameter_groups, recommended_rates
 from ..models.bases import TASK_TYPES, Base
 from ..run_folder import HEAD_FILE
 from ..settings import Group, Settings
-from ..tasks.head_alone import last_layer
 
 
 def adapt(base: Base, settings: Settings) -> nn.Module:
@@ -31,8 +31,10 @@ def adapt(base: Base, settings: Settings) -> nn.Module:
     if settings.method == "full":
         return model
     if settings.method == "head":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_in(name, base.heads))
+        last = last_layer(model)
+        assert last is not None, "checked before"
+        model.requires_grad_(False)
+        last.requires_grad_(True)
         return model
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

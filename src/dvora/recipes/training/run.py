@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ...heads import last_layer
 from ...whole_files import new_folder, remove, write_atomically
 from ..data.run_data import Data, load_data
 from ..models.bases import device_of, load_base, load_processor, quiet_transformers
@@ -34,7 +35,7 @@ from ..settings import NAMED, Settings, Trust, commented
 from ..tasks.calibration import calibrate, calibration_sentence
 from ..tasks.comparison import comparisons, is_preferred
 from ..tasks.evaluation import Evaluated, evaluated_outputs
-from ..tasks.head_alone import fit_head_again, fitted_head, last_layer, read_head_alone, save_head_alone
+from ..tasks.head_alone import fit_head_again, fitted_head, read_head_alone, save_head_alone
 from ..tasks.task import Truncation, features, longest, task_parts
 from ..tasks.verdict import head_saved, verdict
 from .callbacks import OnProgress, StopRequest
@@ -125,8 +126,10 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             write_atomically(folder / HEAD_OUTPUTS, save(dict(prepared.head_outputs)))
         remove_all_but(complete, folder / CHECKPOINTS)
     with trunk_computed_once(trainer, prepared, note):
-        with stop.listening(), errors_of_damage(last):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        # The head alone is fitted already.
+        if prepared.settings.method != "head":
+            with stop.listening(), errors_of_damage(last):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         record["seconds"] += time.monotonic() - start
         if callback.was_stopped:
             if is_first():
@@ -211,6 +214,11 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
         note(text)
     head, start_head, outputs = None, None, dict[str, Tensor]()
     last = None if settings.task == "causal-lm" else last_layer(base.model)
+    if settings.method == "head" and last is None:
+        raise ValueError(
+            f"method head fits the last linear layer, and the head of {type(base.model).__name__} does not end in one; "
+            "take another method"
+        )
     if last is not None:
         files = [Path(settings.output) / name for name in (HEAD_ALONE, HEAD_AT_START, HEAD_OUTPUTS)]
         if all(file.is_file() for file in files):
@@ -218,11 +226,15 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
             head, start_head = map(read_head_alone, files[:2])
             outputs = load_file(files[2])
         else:
-            note("fitting the head alone to the frozen base, to compare with; and to half of the rows, to start from")
+            compared = "to compare with; and to half of the rows, to start from" * (settings.method != "head")
+            note(f"fitting the head alone to the frozen base{compared and f', {compared}'}")
             head, start_head, outputs = fitted_head(base.model, datasets, task.collator, settings, data.labels, note)
-        if settings.method == "head" or settings.learning_rates.get("head") == 0:
+        if settings.method == "head":
+            # It is what is trained, and no baseline.
+            start_head, outputs = head, {}
+        elif settings.learning_rates.get("head") == 0:
             start_head = head
-        if any(base.model.get_submodule(name) is last for name in base.new):
+        if settings.method == "head" or any(base.model.get_submodule(name) is last for name in base.new):
             # The same start for every method.
             last.load_state_dict(start_head.state_dict(), strict=last.bias is not None)
         else:
@@ -237,7 +249,9 @@ def _prepared(settings: Settings, data: Data, record: dict[str, Any], note: Note
     rows = ", ".join(f"{part} {len(of_part):,}" for part, of_part in parts.items())
     note(f"rows: {rows}; {trained_parameters(model):,} parameters are trained")
     epochs, max_steps = length_of_run(settings, len(datasets["train"]))
-    if max_steps is not None and settings.max_steps is None:
+    if settings.method == "head":
+        note("the head is fitted in closed form: rates, schedule, epochs and steps have no part in it")
+    elif max_steps is not None and settings.max_steps is None:
         note(f"{max_steps:,} steps, fewer than {epochs:g} epochs; set epochs or max_steps to train longer")
     may_be_saved = settings.if_no_better == "head" and head is not None and world_size() == 1
     start = values_at_start(model) if may_be_saved else {}

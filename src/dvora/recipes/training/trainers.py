@@ -105,7 +105,7 @@ def trunk_computed_once(trainer: Any, prepared: Prepared, note: Callable[[str], 
     All in one order, whatever step training starts from: to the last digits, rows depend on those of their batch.
     """
     settings, datasets = prepared.settings, dict(prepared.datasets)
-    if not frozen_blocks(prepared.model):
+    if settings.method == "head" or not frozen_blocks(prepared.model):
         yield
         return
     if trainer.args.n_gpu > 1:
