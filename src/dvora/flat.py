@@ -81,7 +81,7 @@ class Layout:
         """The layout of an adapter in a model, or of a saved one, of which only the headers are read.
 
         Args:
-            source: a model, wrapped or not, or the folder of an adapter.
+            source: a model, wrapped or not, or the folder of an adapter or of a run of `dvora train`.
             adapter_name: of the adapter in the model; of a folder, the name it is to have in models.
 
         Raises:

@@ -415,7 +415,7 @@ class ServerTarget:
             ValueError: what answers is no dvora serve, or of another version.
             OSError: it cannot be reached.
         """
-        listed = self._ask("GET", "")
+        listed = self._ask("GET", "?base_probes=true")
         try:
             names = [adapter["name"] for adapter in [*listed["adapters"], *listed["left_out"]]]
             if not all(isinstance(name, str) for name in names):

@@ -6,7 +6,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -58,6 +58,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def make_readable(paths: Iterable[Path]) -> None:
+    """Give files the permissions of new ones; safetensors writes them for their owner only."""
+    for path in paths:
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
+
+
 def remove(path: Path) -> None:
     """Remove a file, a folder with everything in it, or a link, but never what a link leads to."""
     if path.is_dir() and not path.is_symlink():
@@ -93,10 +100,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with claimed(path) as filled:
         yield filled
-        # Some libraries write files for their owner only.
+        make_readable(filled.rglob("*"))
         for entry in filled.rglob("*"):
-            if entry.is_file():
-                entry.chmod(0o666 & ~_umask())
             _sync(entry)
         filled.chmod(0o777 & ~_umask())
         _sync(filled)

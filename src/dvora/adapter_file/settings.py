@@ -28,6 +28,7 @@ from ..checks import (
 )
 from ..functional import Vectors
 from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
+from ..whole_files import make_readable
 from .card import write_card
 from .patterns import check_expressions, value_of
 from .values_file import Shape, shapes_in
@@ -201,8 +202,9 @@ class DVoRAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         # PEFT writes its README.md and the values before.
-        if any((folder / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        if values := [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists()]:
             write_card(folder)
+            make_readable(values)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

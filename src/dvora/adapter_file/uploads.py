@@ -45,6 +45,8 @@ class Upload(NamedTuple):
             return {SETTINGS: like.settings, VALUES: self._values_of_vector(like)}
         if (length := header_length(self.body, len(self.body))) > LARGEST_HEADER:
             raise ValueError(f"its header has {length:,} bytes, expected at most {LARGEST_HEADER:,}")
+        if b".lora_A." in self.body[:length] and not like.content.factors:
+            raise ValueError("a file of LoRA does not say its alpha; send its folder as a pack (`dvora bank pack`)")
         return {SETTINGS: like.settings, VALUES: self.body}
 
     def _values_of_vector(self, like: Description) -> bytes:

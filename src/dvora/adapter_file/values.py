@@ -221,12 +221,13 @@ class FolderSource:
 
 
 def of_dvora(folder: Path) -> FolderSource:
-    """An adapter in a folder, which must be one of DVoRA.
+    """An adapter in a folder of its own or in a run of `dvora train`, which must be one of DVoRA.
 
     Raises:
         ValueError: it is of another method, or as for `FolderSource`.
     """
-    source = FolderSource(folder)
+    in_run = folder / IN_RUN
+    source = FolderSource(in_run if folder_of(folder) == in_run and (in_run / SETTINGS).is_file() else folder)
     if (method := source.content.method) != "dvora":
         raise ValueError(
             f"{folder}: it is an adapter of type {method.upper()}; only those of DVoRA have vectors. Merge it"

@@ -57,6 +57,11 @@ class BankStats(NamedTuple):
     """Adapters that left their slot for another one."""
 
 
+PARTIAL = ", or pass allow_partial=True (AdapterBank.add), which serves the base's there"
+MORE_ROOM = "make a bank with more head_bytes or fewer slots"
+"""What callers in Python can do about what is refused; a server says its own."""
+
+
 @dataclass(eq=False)
 class Version:
     """One version of an adapter. A bank holds it while its name has it, or a batch or `AdapterBank.using` uses it."""
@@ -450,8 +455,7 @@ class AdapterBank:
 
     def _fit(self, source: Source, allow_partial: bool = False) -> _Fitted:
         """Find and hook the layers that the first adapter names."""
-        advice = ", or pass allow_partial=True (AdapterBank.add), which serves the base's there"
-        served = ServedModel(self._model, source.read().config, source.content, allow_partial, advice)
+        served = ServedModel(self._model, source.read().config, source.content, allow_partial, PARTIAL)
         rows = FactorRows(served, self._dtype)
         base = rows.base()
         if base.nbytes > self._host.limit:
@@ -605,8 +609,7 @@ class AdapterBank:
             if size > (most := max(of_base, self._head_bytes // self._slot_count)):
                 raise ValueError(
                     f"its head and factors take {size:,} bytes on the device, and the bank has room for "
-                    f"{most:,} in each of {self._slot_count} slots (head_bytes={self._head_bytes}); make a bank "
-                    "with more head_bytes or fewer slots"
+                    f"{most:,} in each of {self._slot_count} slots; {MORE_ROOM}"
                 )
 
     def _check_new(self, names: Collection[str]) -> None:

@@ -14,6 +14,15 @@ from .options import Download, command, with_options_of
 from .output import Output, print_line
 
 
+def _new_key(tenant: str | None) -> None:
+    if tenant is not None:
+        from ..serve.access import new_key
+
+        secret, table = new_key(tenant)
+        print_line(f"the key, which only the tenant needs: {secret}\nfor the file of --keys:\n{table}")
+        raise typer.Exit
+
+
 @partial(command, as_json=False)
 @with_options_of(Settings)
 def serve(
@@ -31,6 +40,15 @@ def serve(
     connections: Annotated[
         int, typer.Option(help="Open connections; a new one takes the oldest silent one's place.", min=1)
     ] = 2048,
+    new_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            callback=_new_key,
+            is_eager=True,
+            help="Print a new key of a tenant, and its table, and exit.",
+        ),
+    ] = None,
     download: Download = False,
     **settings: Any,
 ) -> None:

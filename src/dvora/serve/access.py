@@ -6,18 +6,21 @@ Every route that answers with anything of an adapter has a dependency from here.
 from __future__ import annotations
 
 import hashlib
+import json
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ..recipes.files import read_small
+from ..text import did_you_mean
 from .requests import RefusedError
 
 if sys.version_info >= (3, 11):
@@ -29,14 +32,14 @@ BASE = "base"
 """In patterns, headers and answers, in place of an adapter: the base alone. No adapter has this name."""
 SHORTEST_TOKEN, LARGEST_FILE = 8, 2**24
 """Characters of a secret, the token or a key, without which it opens nothing; and bytes."""
-_MAKE_KEY = 'KEY=$(openssl rand -hex 24); printf %s "${KEY:?}" | sha256sum; echo "$KEY"'
+_MAKE_KEY = "dvora serve --new-key NAME"
 
 
 class Tenant(BaseModel):
     """A table of the file of keys, by the tenant's name."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="the hash of the tenant's key")]
     adapters: Annotated[list[str], Field(min_length=1)]
     change: bool = False
     requests: PositiveInt | None = None
@@ -177,15 +180,38 @@ def _unauthorized(message: str) -> RefusedError:
     return RefusedError(401, message, "unauthorized", {"WWW-Authenticate": "Bearer"})
 
 
+def new_key(tenant: str) -> tuple[str, str]:
+    """A new key, and a tenant's table with its hash, for the file of keys."""
+    secret = secrets.token_hex(24)
+    table = f'[{json.dumps(tenant)}]\nsha256 = "{_hash(secret.encode())}"\nadapters = [{json.dumps(f"{tenant}-*")}]\n'
+    return secret, table
+
+
+def _tenant(where: str, table: Any) -> Tenant:
+    """A table as it should be. No error says what stands in it, which may be a key."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} stands outside of a table; write [NAME] above it, the tenant's name")
+    if unknown := table.keys() - Tenant.model_fields:
+        raise ValueError(f"{where}: unknown key {min(unknown)!r}, {did_you_mean(min(unknown), Tenant.model_fields)}")
+    try:
+        return Tenant.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["loc"] == ("sha256",):
+            what = "missing" if first["type"] == "missing" else "no hash of a key"
+            raise ValueError(
+                f"{where}: sha256 is {what}; expected its 64 digits and letters a to f: {_MAKE_KEY} makes both"
+            ) from None
+        raise ValueError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
 def _read(file: Path) -> dict[str, Key]:
     """The keys of a file, by the hashes of their secrets."""
     try:
-        tenants = TypeAdapter(dict[str, Tenant]).validate_python(tomllib.loads(read_small(file, LARGEST_FILE)))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"--keys {file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        tables = tomllib.loads(read_small(file, LARGEST_FILE))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"--keys {file}: {error}") from None
+    tenants = {name: _tenant(f"--keys {file}: {name}", table) for name, table in tables.items()}
     if unset := [name for name, one in tenants.items() if one.sha256 == _hash(b"")]:
         raise ValueError(
             f"--keys {file}: {unset[0]}.sha256 is the hash of an empty text, expected that of a secret; make one: "

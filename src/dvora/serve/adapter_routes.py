@@ -37,14 +37,14 @@ class Unload(Body):
 
 
 @router.get("/v1/adapters")
-async def adapters(call: Here) -> Response:
-    """All adapters, and what a flat vector has to be like."""
+async def adapters(call: Here, base_probes: bool = False) -> Response:
+    """All adapters, and what a flat vector has to be like; with `base_probes` also of which base."""
     registry = call.server.registry
 
     def content() -> bytes:
         cards = [_card(version, call) for version in registry.versions(call.key)]
         listed = {"adapters": cards, "left_out": registry.left_out(call.key)}
-        return encoded({"base": call.server.base.name, "layout": _layout(call), **listed})
+        return encoded({"base": call.server.base.name, "layout": _layout(call, base_probes), **listed})
 
     return answer(await call.in_turn(len(registry.bank), content))
 
@@ -126,14 +126,12 @@ def _card(version: Served, call: Call) -> dict[str, Any]:
     }
 
 
-def _layout(call: Call) -> dict[str, Any] | None:
+def _layout(call: Call, base_probes: bool) -> dict[str, Any] | None:
     if (like := call.server.registry.like(None, call.key)) is None:
         return None
-    values = Layout(like.content).size
-    return {
-        "digest": like.content.digest,
-        "values": values,
-        "bytes": 4 * values,
-        "settings": json.loads(call.server.base.common_settings(like)),
-        "base": like.content.to_dict()["base"],
-    }
+    values, settings = Layout(like.content).size, json.loads(call.server.base.common_settings(like))
+    found = {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": settings}
+    if base_probes:
+        return {**found, "base": like.content.to_dict()["base"]}
+    del settings["base_probes"]
+    return found

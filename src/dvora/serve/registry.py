@@ -171,10 +171,11 @@ class Registry:
             version = Served(name, FolderSource(folder), labels=labels, upload=folder)
             adapter = version.adapter
             if labels and len(labels) != (outputs := label_count(adapter, self.base.model)):
-                if upload.labels:
-                    raise ValueError(f"labels: there are {len(labels)}, and the head has {outputs or 'no'} outputs")
-                # Those of the version before name other classes.
-                version.labels = ()
+                whose = "" if upload.labels else ", of the adapter before"
+                raise ValueError(
+                    f"labels: there are {len(labels)}{whose}, and the head has {outputs or 'no'} outputs; put it with "
+                    "labels=, one for each"
+                )
             if before is None or replaces:
                 self._load(version, hides=not key.sees_all)
                 unused.pop_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -84,7 +85,12 @@ def _listening(host: str, port: int) -> socket.socket:
         address = socket.getaddrinfo(host, port, family)[0][4]
     except (socket.gaierror, UnicodeError) as error:
         raise ValueError(f"--host is {host!r}, expected an address or a name of this machine") from error
-    return socket.create_server(address[:2], family=family)
+    try:
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"--port {port} of {host} is in use; take another, or 0 for one that is free") from None
+        raise ValueError(f"--host {host}, --port {port}: nothing can listen there ({error.strerror})") from None
 
 
 def _allow_files(count: int) -> None:

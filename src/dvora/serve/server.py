@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import ExitStack, asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from math import prod
+
+import torch
 
 from ..recipes.models.bases import longest_text
+from ..rows.layer_factors import factor_bytes
 from .access import Keys
 from .base import open_base
 from .engine import Engine
@@ -15,6 +20,8 @@ from .registry import Registry
 from .settings import Settings
 from .store import Served, Store
 from .texts import Texts, Turns
+
+_log = logging.getLogger("dvora.serve")
 
 
 class Server:
@@ -34,6 +41,7 @@ class Server:
         self.store = Store(settings.adapters, is_shared)
         try:
             opened, damaged = self.store.open()
+            settings = self.settings = _with_room_for(opened, settings)
             self.base = open_base(settings, next(iter(opened), None))
             self.registry = Registry(self.base, self.store, opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
@@ -79,3 +87,23 @@ class Server:
         values |= {"queue_size": len(requests[1]), "slot_bytes": stats.device_bytes}
         values |= {f"adapter_{name}": getattr(stats, name) for name in ("loads", "reads", "evictions")}
         return self.metrics.text(values, running, waiting, stats.slots)
+
+
+def _with_room_for(opened: Sequence[Served], settings: Settings) -> Settings:
+    """The settings with fewer slots, if the head memory divided by them would be too little for an adapter."""
+    sizes = {version.name: 0 for version in opened}
+    for version in opened:
+        # One that cannot be read is left out later, with the reason.
+        with suppress(ValueError, TypeError, OSError):
+            content = version.source.content
+            heads = sum(prod(part.shape) for part in content.whole)
+            sizes[version.name] = 4 * heads + sum(factor_bytes(layer, torch.float32) for layer in content.factors)
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    slots = int(settings.head_memory * 2**30) // max(1, sizes.get(largest, 0))
+    if not 0 < slots < settings.slots:
+        return settings
+    _log.warning(
+        "%s slots, not %s: the head and factors of %s take %s bytes; more --head-memory gives more slots",
+        slots, settings.slots, largest, f"{sizes[largest]:,}",
+    )  # fmt: skip
+    return settings.model_copy(update={"slots": slots})

@@ -31,6 +31,7 @@ from ..adapter_file.packs import Pack, PackedSource
 from ..adapter_file.values import IN_RUN, Description, FolderSource, adapters_in, folder_of
 from ..adapter_file.values_file import SETTINGS, VALUES
 from ..bank import Version
+from ..bank.bank import MORE_ROOM, PARTIAL
 from ..recipes.files import check_no_links, read_json
 from ..recipes.models.adapters import Adapter
 from ..recipes.run_folder import RECORD, checked_labels
@@ -199,7 +200,8 @@ class Store:
     def public(self, error: BaseException) -> str:
         """What clients may read of an error: without the server's paths, and without letters that no JSON has."""
         message = error.message if isinstance(error, RefusedError) else str(error)
-        message = message.encode(errors="replace").decode()
+        message = message.encode(errors="replace").decode().replace(PARTIAL, "")
+        message = message.replace(MORE_ROOM, "start the server with more --head-memory or fewer --slots")
         for path in (self.folder, self.root):
             message = re.sub(rf"{re.escape(str(path))}[^:\s]*(: )?", "", message)
         return message[:LONGEST_REASON]
