@@ -1,11 +1,13 @@
 """The rows of a task in files: examples with labels, checked, to train and evaluate on, and inputs to predict for."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ...text import listed
 from ..files import check_no_device
 from ..run_folder import Run
 from ..settings import Settings
@@ -18,6 +20,12 @@ from .tables import Note, Row, read_text, stream_table
 ROLES = ("system", "user", "assistant", "tool")
 STRETCHES = 100
 """Pieces of consecutive paragraphs that a single text file is held out in."""
+FEW, FEW_ROWS = 20, 5
+"""Different values of a column that could be the label, and rows that each has on average, at least."""
+MOST_WRONG = 10
+"""Rows that an error names."""
+Value = TypeVar("Value")
+Made = TypeVar("Made")
 WHOLE_FILES = 10
 """Text files from which on whole files are held out."""
 
@@ -70,9 +78,43 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
             rows = [*stream_table(path, settings.encoding, note)]
             names = {name: None for _, row in rows for name in row}
             columns.update(chosen_columns(path, names, settings, note))
+            if settings.label_column is None and settings.task == "text-classification":
+                values = [row for _, row in rows]
+                if others := [name for name in names if name not in columns.values() and _are_labels(name, values)]:
+                    note(f"label_column: it could also be {listed(others)}, which have few different values")
             read = {"causal-lm": _chat_or_text, "token-classification": _with_entities}.get(settings.task, row_of)
-            examples += [Example(*read(row, columns, place), place) for place, row in rows]
+            examples += each(rows, partial(_example, read, columns))
     return examples, columns
+
+
+def _example(read: Callable[..., tuple[Row, str]], columns: Mapping[str, str], placed: tuple[str, Row]) -> Example:
+    place, row = placed
+    return Example(*read(row, columns, place), place)
+
+
+def each(values: Iterable[Value], make: Callable[[Value], Made]) -> list[Made]:
+    """What is made of each value.
+
+    Raises:
+        ValueError: of some nothing can be made; it says why of the first of them, and how many there are.
+    """
+    made: list[Made] = []
+    wrong: list[str] = []
+    for value in values:
+        try:
+            made.append(make(value))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        more = f"; and {len(wrong) - MOST_WRONG:,} more" if len(wrong) > MOST_WRONG else ""
+        raise ValueError("; ".join(wrong[:MOST_WRONG]) + more)
+    return made
+
+
+def _are_labels(name: str, rows: Sequence[Row]) -> bool:
+    """Whether a column's values look like labels: a few, which recur."""
+    values = {str(row.get(name)).strip() for row in rows}
+    return 2 <= len(values) <= min(FEW, len(rows) / FEW_ROWS)
 
 
 def _check_kind(path: Path, task: str) -> None:

@@ -1,28 +1,24 @@
 """The data of a run: read, checked, without duplicates, split, and hashed for the record."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from ..files import check_no_device
 from ..run_folder import Run
 from ..settings import Settings
-from .entities import tags_of
 from .examples import Example, read_examples, reading_settings
+from .labels import classes_of, encode_labels, torn_texts
 from .splits import split_rows
 from .tables import CHUNK, Note
 
 Rows = list[dict[str, Any]]
 Parts = dict[str, list[Example]]
 SMALLEST = 2
-MANY = 20
-"""Classes, or different numbers, from which on a column looks like another kind of column."""
-LARGEST = 1e9
-"""Of a label that is a number: gradients grow with its square, and what clips them squares them, up to 3e38."""
+SHOWN = 3
+"""Texts that a note names."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,9 @@ def load_data(settings: Settings) -> Data:
             read[part], _ = read_examples(paths, settings, notes.append)
     labels: tuple[str, ...] = ()
     if settings.task != "causal-lm":
-        labels = _classes(train, columns.get("label", "folder"), settings, notes.append)
+        labels = classes_of(train, columns.get("label", "folder"), settings, notes.append)
         for examples in read.values():
-            _encode_labels(examples, labels)
+            encode_labels(examples, labels)
     distinct = {part: _without_duplicates(examples) for part, examples in read.items()}
     drawn = _split(distinct, bool(labels) and settings.task != "token-classification", settings)
     parts = _without_leaks(drawn)
@@ -75,8 +71,9 @@ def load_data(settings: Settings) -> Data:
         notes.append(f"{duplicates:,} exact duplicates removed")
     if leaks:
         notes.append(f"{leaks:,} rows removed that also occur in a held-out file")
-    if torn := _torn(parts):
-        notes.append(f"{torn:,} texts occur with different labels")
+    if torn := torn_texts(parts.values(), labels):
+        more = f"; and {len(torn) - SHOWN:,} more" if len(torn) > SHOWN else ""
+        notes.append(f"texts with different labels, {len(torn):,}: {'; '.join(torn[:SHOWN])}{more}")
     record = {
         "files": fingerprints(settings),
         "columns": columns,
@@ -103,83 +100,8 @@ def labelled_examples(
     """
     examples, _ = read_examples(paths, reading_settings(run, columns), note)
     if run.settings.task != "causal-lm":
-        _encode_labels(examples, run.labels)
+        encode_labels(examples, run.labels)
     return examples
-
-
-def _encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
-    """Replace raw labels by indices of the classes, or by numbers where there are no classes."""
-    indices = {name: index for index, name in enumerate(labels)}
-    for example in examples:
-        label = example.row["label"]
-        try:
-            if isinstance(label, tuple):
-                example.row["label"] = tuple(one._replace(label=indices[f"B-{one.label}"]) for one in label)
-                continue
-            example.row["label"] = indices[_class_name(label)] if labels else _number(label)
-            if not labels and abs(example.row["label"]) > LARGEST:
-                raise ValueError(f"{label!r} is beyond {LARGEST:,.0f}, too large to train with; divide the column")
-        except KeyError as error:
-            name = str(error.args[0]).removeprefix("B-") if isinstance(label, tuple) else label
-            raise ValueError(f"{example.place}: the class {name!r} does not occur in the training data") from None
-        except ValueError as error:
-            raise ValueError(f"{example.place}: the label {error}") from None
-
-
-def _classes(train: Sequence[Example], column: str, settings: Settings, note: Note) -> tuple[str, ...]:
-    """The names of the classes; none where the labels are numbers."""
-    labels = [example.row["label"] for example in train]
-    if settings.task == "token-classification":
-        if not (names := {one.label for entities in labels for one in entities}):
-            raise ValueError(f"column {column!r} has no entity in any row; there is nothing to predict")
-        return tags_of([*names])
-    numbers = settings.task == "regression" or settings.label_kind == "numbers"
-    if settings.task == "sentence-pairs" and settings.label_kind is None:
-        numbers = _are_numbers(labels)
-        note(f"label_kind: {'numbers' if numbers else 'classes'} (seen from {column!r})")
-    return () if numbers else _class_names(labels, column)
-
-
-def _class_name(value: object) -> str:
-    """A label as a class; 1 and 1.0 are the same one."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-
-
-def _class_names(values: Sequence[object], column: str) -> tuple[str, ...]:
-    """The classes in their order: by number if they all are whole numbers, else by name."""
-    names = sorted({*map(_class_name, values)})
-    if len(names) == 1:
-        raise ValueError(f"column {column!r} has the single class {names[0]!r}; there is nothing to predict")
-    if len(names) > max(MANY, len(values) / 2):
-        raise ValueError(
-            f"column {column!r} has {len(names)} different labels in {len(values)} rows; is it the right label_column? "
-            "For numbers take the task regression, or label_kind: numbers"
-        )
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
-    return tuple(names)
-
-
-def _number(value: Any) -> float:
-    """A label as a finite number."""
-    try:
-        label = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is not a number") from None
-    except OverflowError:
-        label = inf
-    if not isfinite(label):
-        raise ValueError(f"{value!r} is not finite")
-    return label
-
-
-def _are_numbers(values: Sequence[object]) -> bool:
-    """Whether labels look like numbers: all are, and some have a fraction or there are many different ones."""
-    try:
-        numbers = {_number(value) for value in values}
-    except ValueError:
-        return False
-    return len(numbers) > MANY or any(not value.is_integer() for value in numbers)
 
 
 def _without_duplicates(examples: Sequence[Example]) -> list[Example]:
@@ -219,13 +141,6 @@ def _check_sizes(rows: Mapping[str, int], settings: Settings) -> None:
     if short := [part for part in least if rows[part] < least[part]]:
         sizes = ", ".join(f"{part} {count}" for part, count in rows.items())
         raise ValueError(f"too few different rows for the part {short[0]} ({sizes}); add data, or change its share")
-
-
-def _torn(parts: Parts) -> int:
-    """How many texts have several labels."""
-    labelled = [example for part in parts.values() for example in part if {"text", "label"} <= example.row.keys()]
-    labels = Counter(key for key, _ in {(example.key, example.row["label"]) for example in labelled})
-    return sum(count > 1 for count in labels.values())
 
 
 def fingerprints(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -145,15 +145,34 @@ def _read_separated(path: Path, encoding: str | None, note: Note, delimiter: str
             delimiter = "," if "," in first else max(",;\t|", key=first.count)
             if delimiter != ",":
                 note(f"{path.name} has no commas in its first line: read as separated by {delimiter!r}")
-        records = filter(None, csv.reader(chain([first], file), delimiter=delimiter, strict=True))
+        records = _records(csv.reader(chain([first], file), delimiter=delimiter, strict=True))
         columns = [name.strip() for name in next(records, [])]
-        for cells in records:
+        for number, cells in enumerate(records, start=1):
             if len(cells) != len(columns):
+                more = [str(row) for row, other in enumerate(records, start=number + 1) if len(other) != len(columns)]
+                also = f"; so have other numbers of cells the rows {listed(more)}" if more else ""
+                quote = "a double quote in it may not be closed" if any("\n" in cell for cell in cells) else ""
                 raise ValueError(
-                    f"{len(cells)} cells where the first line names {len(columns)} columns ({listed(columns)}); a cell "
-                    f"with {delimiter!r} in it has to be in double quotes"
+                    f"{len(cells)} cells where the first line names {len(columns)} columns ({listed(columns)}); "
+                    f"{quote or f'a cell with {delimiter!r} in it has to be in double quotes'}{also}"
                 )
             yield _row([*zip(columns, cells, strict=True)])
+
+
+def _records(reader: Any) -> Iterator[list[str]]:
+    """The records of a table, without empty lines."""
+    while True:
+        start = reader.line_num + 1
+        try:
+            if cells := next(reader, None):
+                yield cells
+        except csv.Error as error:
+            raise ValueError(
+                f"the double quote that opens a cell in line {start} is not closed, or one within the cell is not "
+                f'doubled (""): {error}'
+            ) from None
+        if cells is None:
+            return
 
 
 def _row(cells: Sequence[tuple[str, Any]]) -> Row:
