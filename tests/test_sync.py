@@ -711,7 +711,8 @@ def test_a_server_is_asked_for_its_base_once(llama: Path, trainer: PeftModel, ad
             return super()._ask(method, *arguments, **options)
 
     with serving(llama, adapters) as (client, _):
-        listed = client.get("/v1/adapters").json()
+        assert "probes" not in client.get("/v1/adapters").text
+        listed = client.get("/v1/adapters?base_probes=true").json()
         assert listed["layout"]["base"] == Layout.of(adapters / "start").to_dict()["base"] != {}
         assert listed["layout"]["settings"]["base_model_name_or_path"] == listed["base"]
         assert str(llama.parent) not in json.dumps(listed)

@@ -12,8 +12,10 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from dvora.adapter_file.packs import write_pack
+from dvora.cli.app import app
 from dvora.flat import Layout
 from dvora.serve import access
 from dvora.serve.access import Allowance, Keys
@@ -159,13 +161,19 @@ def test_what_was_used_comes_back_evenly(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[shop]\nsha256 = 'x'\nadapters = ['a']", "shop.sha256"),
-        ("[shop]\nsha256 = '{shop}'\nadapters = []", "shop.adapters"),
-        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrate = 3", "shop.rate"),
-        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrequests = 0", "shop.requests"),
+        (
+            "[shop]\nsha256 = 'x'\nadapters = ['a']",
+            "shop: sha256 is no hash of a key; .* 64 digits.*--new-key",
+        ),
+        ("[shop]\nadapters = ['a']", "shop: sha256 is missing"),
+        ("[shop]\nsha = '{shop}'\nadapters = ['a']", "shop: unknown key 'sha', did you mean 'sha256'"),
+        ("sha256 = '{shop}'", "sha256 stands outside of a table"),
+        ("[shop]\nsha256 = '{shop}'\nadapters = []", "shop: adapters: "),
+        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrate = 3", "shop: unknown key 'rate'"),
+        ("[shop]\nsha256 = '{shop}'\nadapters = ['a']\nrequests = 0", "shop: requests: "),
         ("[a]\nsha256 = '{shop}'\nadapters = ['a']\n[b]\nsha256 = '{shop}'\nadapters = ['a']", "same key"),
         ("[shop", "keys.toml"),
-        (f"[shop]\nsha256 = '{EMPTY}'\nadapters = ['a']", r"keys.toml: shop.sha256 .*empty text.*openssl"),
+        (f"[shop]\nsha256 = '{EMPTY}'\nadapters = ['a']", r"keys.toml: shop.sha256 .*empty text.*--new-key"),
     ],
 )
 def test_files_of_keys_that_are_wrong(content: str, message: str, tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_what_is_too_short_is_no_key(secret: str, tmp_path: Path) -> None:
 
 
 def test_the_token_is_no_tenant_s_key(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"keys.toml: the key of 'reader' is the server's token.*openssl"):
+    with pytest.raises(ValueError, match=r"keys.toml: the key of 'reader' is the server's token.*--new-key"):
         Keys(SECRETS["reader"], key_file(tmp_path))
 
 
@@ -284,7 +292,7 @@ def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapt
             put(client, "wrong", vector[4:], format="vector"),
             put(client, "wrong", vector, format="vector", layout="another"),
             put(client, "wrong", (other / VALUES).read_bytes()),
-            client.get("/v1/adapters", headers=shop),
+            client.get("/v1/adapters?base_probes=true", headers=shop),
             client.get("/v1/adapters/shop-file", headers=shop),
         ]
         assert [answer.status_code for answer in answers] == [201, 201, 422, 422, 422, 200, 200]
@@ -299,3 +307,16 @@ def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapt
     with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
         texts.append(client.post("/v1/completions", json=prompt, headers=shop).json()["choices"][0]["text"])
     assert texts == [Alone(llama).continued(source, "the ", 12)] * 2
+
+
+def test_a_new_key_opens_what_its_table_says(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    ended = CliRunner().invoke(app, ["serve", "--new-key", "shop"])
+    assert ended.exit_code == 0
+    said = ended.output
+    secret = re.search(r"only the tenant needs: ([0-9a-f]{48})$", said, re.MULTILINE)
+    assert secret is not None
+    file = tmp_path / "keys.toml"
+    file.write_text(said[said.index("[") :])
+    with serving(llama, adapters, keys=file) as (client, _):
+        for key, status in ((secret[1], 200), (secret[1][:-1] + "x", 401)):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status

@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import socket
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def test_more_connections_than_files(tmp_path: Path) -> None:
         pytest.skip("the system lets a process open any number of files")
     with pytest.raises(ValueError, match=rf"--connections is {hard:,}.*ulimit"):
         serve(Settings(base="none", adapters=tmp_path), "127.0.0.1", 0, hard, None)
+
+
+def test_a_busy_port_is_a_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port} of 127.0.0.1 is in use; take another, or 0"):
+            serve(Settings(base="base", adapters=tmp_path), "127.0.0.1", port, 8, None)

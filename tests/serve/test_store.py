@@ -210,7 +210,11 @@ def test_names_of_classes_are_an_adapters_own(bert: Path, classifiers: Path, tmp
         assert put(client, "new", adapters / "three", labels=["x", "y"]).status_code == 422
         assert put(client, "new", adapters / "three", labels=["x", "y", "z"]).status_code == 201
         # Of three classes the names of two, or of two the names of three, would be others'.
-        assert put(client, "new", adapters / "two").json()["labels"] == []
+        refused = put(client, "new", adapters / "two")
+        assert refused.status_code == 422
+        assert "there are 3, of the adapter before, and the head has 2 outputs; put it with labels=" in refused.text
+        assert client.get("/v1/adapters/new").json()["labels"] == ["x", "y", "z"]
+        assert put(client, "new", adapters / "two", labels=["x", "y"]).json()["labels"] == ["x", "y"]
 
 
 @pytest.mark.parametrize("name", ["llama", "base"])

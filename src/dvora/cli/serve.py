@@ -19,7 +19,7 @@ def _new_key(tenant: str | None) -> None:
         from ..serve.access import new_key
 
         secret, table = new_key(tenant)
-        print_line(f"the key, which only the tenant needs: {secret}\nfor the file of --keys:\n{table}")
+        typer.echo(f"the key, which only the tenant needs: {secret}\nfor the file of --keys:\n\n{table}", nl=False)
         raise typer.Exit
 
 

@@ -32,7 +32,8 @@ def test_a_labelled_csv(tmp_path: Path) -> None:
     for part in (found.train, found.validation, found.test):
         assert sum(row["label"] for row in part) * 2 == len(part)
         assert all((row["label"] == 1) == (row["text"].split()[0] in tiny_data.OPINIONS["good"]) for row in part)
-    assert found.notes == ("text_column: text (guessed)", "label_column: label (guessed)")
+    counts = "classes, with their rows: good 50, bad 50"
+    assert found.notes == ("text_column: text (guessed)", "label_column: label (guessed)", counts)
     assert load(path) == found
     assert load(path, split_seed=1).test != found.test
 
@@ -41,7 +42,8 @@ def test_duplicates_go_and_what_nearly_is_one_stays_in_one_part(tmp_path: Path) 
     rows = [f"{text} {number},{number % 2}" for number in range(60) for text in ("A b", "a  B", "a b", "A b")]
     found = load(csv(tmp_path, "text,label", *rows, "a b 0,1"))
     assert "60 exact duplicates removed" in found.notes
-    assert "1 texts occur with different labels" in found.notes
+    place = f"{tmp_path / 'a.csv'}, row"
+    assert f"texts with different labels, 1: 'A b 0' ({place} 1: 0, {place} 241: 1)" in found.notes
     assert found.record["duplicates_removed"] == 60
     keys = [{same_text(row["text"]) for row in part} for part in (found.train, found.validation, found.test)]
     assert sum(map(len, keys)) == 60

@@ -82,8 +82,16 @@ def test_what_is_not_utf_8_is_told_or_read_as_it_is_said_to_be(tmp_path: Path) -
         ("a.csv", "text,text\na,b\n", "row 1: two columns have the name 'text'"),
         ("a.csv", "text,label\na,b\nc\n", "row 2: 1 cells where the first line names 2"),
         ("a.csv", "text,label\na,b,1\nc,d,1\n", "row 1: 3 cells .* in double quotes"),
-        ("a.csv", 'text,label\na,b\n"open,1\nd,2\n', "row 2: unexpected end of data"),
-        ("a.csv", 'text,label\na,b\n"open,1\nd,2\ne,"f"\n', "row 2: ',' expected after '\"'"),
+        (
+            "a.csv",
+            'text,label\na,b\n"open,1\nd,2\n',
+            "row 2: the double quote that opens a cell in line 3 is not closed.*unexpected end of data",
+        ),
+        (
+            "a.csv",
+            'text,label\na,b\n"open,1\nd,2\ne,"f"\n',
+            "row 2: the double quote .* line 3.*',' expected after '\"'",
+        ),
         ("a.csv", "text,label\na\0,b\n", "row 1: it has a zero byte"),
         ("a.csv", b"text,label\na\x81,b\n", "row 1: it is neither UTF-8 nor windows-1252"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "row 2: Expecting value"),
