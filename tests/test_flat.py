@@ -261,6 +261,13 @@ def test_a_folder_without_vectors_has_no_layout(tmp_path: Path) -> None:
         Layout.of(folder)
 
 
+def test_the_folder_of_a_run_has_the_layout_of_its_adapter(tmp_path: Path) -> None:
+    model = mlp().trained()
+    folder = saved(model, tmp_path / "run" / "adapter")
+    assert Layout.of(tmp_path / "run") == Layout.of(folder) == Layout.of(model)
+    assert torch.equal(Layout.of(model).to_vector(tmp_path / "run"), Layout.of(model).to_vector(model))
+
+
 def test_sources_without_an_adapter_are_named() -> None:
     model = mlp().trained()
     lora = get_peft_model(MODELS["mlp"](), LoraConfig(target_modules=["lin0"]))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.recipes.finished_runs import finished
+
 SOURCE = Path(__file__).parent.parent.parent / "src"
 HELP = ("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config")
 MISTAKES = (
@@ -80,6 +82,39 @@ def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
     found = imported_after(tmp_path, "import dvora", *HELP, *helps, *MISTAKES, "dvora.DVoRAAdapter")
     assert found.pop("dvora.DVoRAAdapter") == {"torch"}
     assert not {command: names for command, names in found.items() if names}
+
+
+def test_mistakes_in_data_and_names_are_found_before_libraries_of_models_load(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "bad.csv").write_text("text,label\ngood,\n")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text("{}")
+    train = "dvora train --task text-classification"
+    commands = {
+        f"{train} --model EMPTY --data rows.csv": "EMPTY holds no config.json, so it is no model folder",
+        f"{train} --model smal --data rows.csv": "'smal' is no folder here (did you mean 'small'?)",
+        f"{train} --model small --data missing.csv": "missing.csv: no such file or folder",
+        f"{train} --model small --data bad.csv": "bad.csv, row 1: column 'label' is empty",
+        "dvora serve smal --adapters EMPTY": "'smal' is no folder here (did you mean 'small'?)",
+        "dvora predict RUN rows.csv": "EMPTY holds no config.json, so it is no model folder",
+    }
+    found = imported_after(tmp_path, *commands)
+    assert not {command: names for command, names in found.items() if names - {"pyarrow"}}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
+    for command, message in commands.items():
+        program = [sys.executable, "-m", "dvora.cli", *command.split()[1:]]
+        ended = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2
+        assert message in ended.stderr
+
+
+def test_no_line_of_another_package_is_before_the_results(tmp_path: Path) -> None:
+    run = finished("text-classification", tmp_path)
+    program = [sys.executable, "-m", "dvora.cli", "predict", str(run.folder), "good movie"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout)["text"] == "good movie"
 
 
 def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from dvora import DVoRAConfig
-from tests.peft.kinds import KINDS, WEIGHTS, edit_config, edit_weights, save_bert
+from tests.peft.kinds import KINDS, WEIGHTS, edit_config, edit_weights, save_bert, saved
 from tests.peft.tiny import LAYERS, MODELS, bert, dvora_layers, outputs, same_bits, train_vectors
 
 
@@ -259,3 +259,11 @@ def test_the_head_of_a_task_is_trained_saved_and_loaded(task: str, further: list
     assert same_bits(
         task_outputs(PeftModel.from_pretrained(bert(TASKS[task][0], num_labels=2), tmp_path)), task_outputs(model)
     )
+
+
+def test_files_are_readable_as_new_files_are(tmp_path: Path) -> None:
+    """safetensors writes them for their owner only."""
+    folder = saved(KINDS["head"].trained(), tmp_path / "new")
+    (tmp_path / "plain").touch()
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes

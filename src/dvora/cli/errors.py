@@ -10,7 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from ..extras import missing
 from ..text import nearest
-from .output import print_line, results_alone
+from .output import print_line, quiet_packages, results_alone
 
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 """Exit codes: the work failed, the command was used wrongly, Ctrl-C (as shells number it). Zero is fine."""
@@ -89,7 +89,7 @@ def one_line(debug: bool) -> Iterator[None]:
     """
     before, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
-        with results_alone(), warnings.catch_warnings():
+        with results_alone(), nullcontext() if debug else quiet_packages(), warnings.catch_warnings():
             # Of one library for the authors of another; nobody at a terminal can do anything about them.
             warnings.simplefilter("ignore", FutureWarning)
             yield

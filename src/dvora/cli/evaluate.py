@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..recipes.models.hub import check_model
 from ..recipes.settings import Trust
 from .errors import check_there, check_writable
 from .options import AbstainBelow, ARun, Download, LabelColumn, OwnCode, SecondTextColumn, TextColumn, command
@@ -56,6 +57,7 @@ def evaluate(
     from ..recipes.run_folder import read_run
 
     finished = read_run(run, Trust(own_code, download))
+    check_model(finished.settings.model, finished.trust)
     # After all that can be wrong without them: libraries of models take seconds.
     from ..recipes.files import typed
     from ..recipes.reports.evaluation import evaluate_run

@@ -1,6 +1,7 @@
 """What a command shows: results on stdout, as tables or JSON; notes, progress and what libraries print on stderr."""
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -127,6 +128,42 @@ def results_alone() -> Iterator[None]:
             yield
     finally:
         _results.reset(token)
+
+
+WITH_HANDLERS = ("DeepSpeed", "torch.utils._pytree")
+"""Loggers that say such things, with handlers of their own or of loggers above them."""
+
+
+class _Unshown(logging.Handler):
+    """Shows what no other handler does: our own warnings, and errors of everybody."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = logging.getLogger(record.name)
+        while logger.parent is not None:
+            if logger.handlers:
+                return
+            logger = logger.parent
+        if record.levelno >= logging.ERROR or record.name.startswith("dvora"):
+            print_line(record.getMessage())
+
+
+@contextmanager
+def quiet_packages() -> Iterator[None]:
+    """Keep warnings of packages from the terminal: at their import some say what they lack, whoever needs it."""
+    handler, root, others = _Unshown(logging.WARNING), logging.getLogger(), [*map(logging.getLogger, WITH_HANDLERS)]
+    root.addHandler(handler)
+    for logger in others:
+        logger.addFilter(_is_error)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for logger in others:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], name: str | None) -> None:

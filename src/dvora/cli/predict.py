@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..recipes.models.hub import check_model
 from ..recipes.settings import Trust
 from ..text import shown as as_text
 from ..text import visible
@@ -81,6 +82,7 @@ def predict(
     from ..recipes.run_folder import read_run
 
     finished = read_run(run, Trust(own_code, download))
+    check_model(finished.settings.model, finished.trust)
     from ..recipes.data.examples import file_inputs, line_inputs, reading_settings
     from ..recipes.data.tables import stream_lines
     from ..recipes.files import typed

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..recipes.files import checked
+from ..recipes.models.hub import check_model
+from ..recipes.settings import Trust
 from ..serve.settings import TOKEN, Settings
 from .errors import check_there
 from .options import Download, command, with_options_of
@@ -70,6 +72,7 @@ def serve(
     given = {"base": base, "adapters": adapters, "token": token, "download": download, **settings}
     chosen = checked(Settings, {name: value for name, value in given.items() if value is not None})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_model(base, Trust(download=download))
     from ..serve.run import serve as run_server
 
     run_server(chosen, host, port, connections, None if shown.quiet else print_line)

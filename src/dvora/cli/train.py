@@ -85,15 +85,21 @@ def _placed(settings: Settings, config: Path | None, resume: bool) -> Settings:
 
 
 def _run(settings: Settings, resume: bool, shown: Output, trust: Trust) -> None:
+    from ..recipes.data.run_data import load_data
+    from ..recipes.models.hub import check_model
     from ..recipes.run_folder import entered, is_first
 
     with entered(settings, resume) as place:
+        data = None
+        if place.record is None or place.record["state"] != "finished":
+            check_model(place.settings.model, trust)
+            data = load_data(place.settings)
         # After all that can be wrong without it: libraries of models take seconds.
         from ..recipes.training.run import train_in
 
         note = shown.note if is_first() else lambda _: None
         with training(shown.quiet) as on_progress:
-            outcome = train_in(place, on_progress, note, trust)
+            outcome = train_in(place, on_progress, note, trust, data)
     _leave_group()
     if not is_first():
         return

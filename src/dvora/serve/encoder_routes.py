@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import __version__
-from ..recipes.data.entities import entities_in
+from ..recipes.tasks.entities import entities_in
 from .bodies import Body, Inputs, Switch, Texts, inputs_of, takes
 from .calls import Here, Row, answer, sent, whose
 from .requests import RefusedError

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvora.recipes.data.entities import Entity, entities_in, tagged, tags_of, token_tags
+from dvora.recipes.data.entities import Entity, tagged, tags_of, token_tags
 from dvora.recipes.data.run_data import load_data
+from dvora.recipes.tasks.entities import entities_in
 from dvora.recipes.tasks.metrics import of_entities
 from tests.recipes.finished_runs import settings_of
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..files import check_readable
 from ..run_folder import local_rank
 from ..settings import NAMED, NOTHING, Settings, Task, Trust
-from .hub import loading
+from .hub import check_model_folder, loading
 
 AUTO_CLASSES: Mapping[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -227,27 +227,6 @@ def heads_of(model: nn.Module) -> list[str]:
     if base not in children:
         return []
     return [name for name, module in children.items() if name != base and any(True for _ in module.parameters())]
-
-
-def check_model_folder(source: str) -> None:
-    """Check that a model that is no name on the hub is a folder with a model's configuration.
-
-    Raises:
-        ValueError: it is a file, or a folder of something else, or of more than a model.
-    """
-    folder = Path(source)
-    if folder.is_file():
-        raise ValueError(f"{source} is a file; a model is a folder with config.json and safetensors weights")
-    if not folder.is_dir():
-        return
-    has_adapter = (folder / "adapter_config.json").exists()
-    if not (folder / "config.json").exists():
-        if has_adapter:
-            raise ValueError(f"{source} holds an adapter, not a model; name its base")
-        raise ValueError(f"{source} holds no config.json, so it is no model folder")
-    if has_adapter:
-        # transformers would load another base, which the adapter names, in place of the model beside it.
-        raise ValueError(f"{source} holds an adapter beside the model; a model's folder has to be without one")
 
 
 @contextmanager

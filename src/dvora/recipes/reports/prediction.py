@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.entities import entities_in
 from ..data.examples import Input
 from ..models.bases import computing, device_of, quiet_transformers
 from ..run_folder import Run
+from ..tasks.entities import entities_in
 from ..tasks.task import Truncation
 from .evaluation import head_alone_of, head_alone_outputs
 from .run_model import Rows, RunModel, check_can_abstain

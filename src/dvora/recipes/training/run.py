@@ -87,8 +87,10 @@ def train(
         return train_in(place, on_progress, note, trust)
 
 
-def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Trust) -> Outcome:
-    """`train` in a folder that was entered."""
+def train_in(
+    place: Place, on_progress: OnProgress | None, note: Note, trust: Trust, data: Data | None = None
+) -> Outcome:
+    """`train` in a folder that was entered, with its data if that was read."""
     settings, folder, earlier = place.settings, place.folder, place.record
     if earlier is not None and earlier["state"] == "finished":
         if is_first():
@@ -97,7 +99,7 @@ def train_in(place: Place, on_progress: OnProgress | None, note: Note, trust: Tr
     with quiet_transformers():
         if settings.mixed_precision == "fp16" and device_of(settings).type != "cuda":
             raise ValueError("mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
-        data = load_data(settings)
+        data = data or load_data(settings)
         if settings.calibrate and not (data.labels and data.validation and settings.task != "token-classification"):
             raise ValueError(
                 f"calibrate fits a temperature to validation rows with classes, got {len(data.validation)} rows of "
