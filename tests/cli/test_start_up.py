@@ -110,7 +110,8 @@ def test_mistakes_in_data_and_names_are_found_before_libraries_of_models_load(tm
 
 def test_no_line_of_another_package_is_before_the_results(tmp_path: Path) -> None:
     run = finished("text-classification", tmp_path)
-    program = [sys.executable, "-m", "dvora.cli", "predict", str(run.folder), "good movie"]
+    (tmp_path / "new.csv").write_text("text\ngood movie\n")
+    program = [sys.executable, "-m", "dvora.cli", "predict", str(run.folder), str(tmp_path / "new.csv")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
