@@ -2,7 +2,7 @@
 
 _BROUGHT = {
     "peft": ("accelerate", "peft", "transformers"),
-    "cli": ("datasets", "PIL", "pydantic", "rich", "sklearn", "typer", "yaml"),
+    "cli": ("datasets", "PIL", "pydantic", "rich", "scipy", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "executorch": ("executorch",),

@@ -48,7 +48,7 @@ def check(line: str) -> None:
         name, *words = words
         assert name in command.commands, f"there is no command {name}: {line}"
         command = command.commands[name]
-    if words and words != ["--help"]:
+    if words and words != ["--help"] and "--new-key" not in words:
         command.make_context(line, words, parent=context)
 
 

@@ -14,7 +14,8 @@ import torch
 
 import dvora.recipes
 from dvora import AdapterBank
-from dvora.recipes.data.run_data import LARGEST, load_data
+from dvora.recipes.data.labels import LARGEST
+from dvora.recipes.data.run_data import load_data
 from dvora.recipes.models.adapters import read_adapter
 from dvora.recipes.reports.run_model import load_trained
 from dvora.recipes.run_folder import HEAD_ALONE, HEAD_AT_START, read_run
