@@ -71,8 +71,12 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, default=FILE, help="another file like benchmarks/quality/equal_bytes.yaml")
     parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16", help="of products; the grid's by default")
     parser.add_argument("--arm", nargs="+", default=ARMS, help="beside LoRA r=1; left out, all")
+    parser.add_argument(
+        "--output", help="a name in benchmarks/results/; left out, pace, with another grid its name too"
+    )
     chosen = parser.parse_args()
-    grid, file = read_grid(chosen.grid), file_of("pace" if chosen.grid == FILE else f"{chosen.grid.stem}_pace")
+    usual = "pace" if chosen.grid == FILE else f"{chosen.grid.stem}_pace"
+    grid, file = read_grid(chosen.grid), file_of(chosen.output or usual)
     torch.set_num_threads(1)
     for task in chosen.tasks or [name for name in LABELLED if name in grid.tasks]:
         rows = timed(grid, task, chosen.arm, dtype=chosen.dtype)

@@ -25,6 +25,7 @@ LABELS: Mapping[str, str] = {
     "structured_r4096": "DVoRA r=4096, structured",
     "structured_r1024": "DVoRA r=1024, structured",
     "groups_r16_g64": "DVoRA r=16, 64 groups",
+    "groups_r64_g64": "DVoRA r=64, 64 groups",
     "structured_r384": "DVoRA r=384, structured",
     "structured_r256": "DVoRA r=256, structured",
     "dvora_r256": "DVoRA r=256, dense",
@@ -117,8 +118,9 @@ AS_LONG = ("lora_r1", "road", "structured_r256", "road_4", "lora_r4", "lora_r8")
 """Arms that were also trained for as long as 500 steps of `HIGH` take."""
 BESIDE = ("lora_r2", "shira", "shira_r2")
 """Others that stand beside it."""
+GROUPS = ("groups_r16_g64", "groups_r64_g64")
 BESIDE_GROUPS = (
-    *("lora_r1", "structured_r64", "structured_r1024", "groups_r16_g64"),
+    *("lora_r1", "structured_r64", "structured_r1024", *GROUPS),
     *("road_4", "shira_r2", "lora_r2", "lora_r4", "lora_r8"),
 )
 """What lambda_d by groups is compared with."""
@@ -338,22 +340,22 @@ def _high_rank(result: Result, paced: Rows) -> str:
 
 
 def _groups(result: Result, paced: Rows) -> str:
-    tasks, grouped = result.tasks(*MAIN), "groups_r16_g64"
+    tasks = result.tasks(*MAIN)
     arms = sorted(
         (arm for arm in BESIDE_GROUPS if result.tasks(arm) == tasks), key=lambda arm: size_of(result, tasks[0], arm)
     )
     lines = [
         (
             *(LABELS[arm], kilobytes(size_of(result, tasks[0], arm)), _step(paced, arm), _above(result, tasks, arm)),
-            "" if arm == grouped else gained(result.gain(tasks, grouped, arm)),
+            *("" if arm == grouped else gained(result.gain(tasks, grouped, arm)) for grouped in GROUPS),
             *(f"{_score(result, task, arm):.1f}" for task in tasks),
         )
         for arm in arms
     ]
-    head = ("", "kB, float16", "a step", "points above LoRA r=1", "r=16, 64 groups, above it")
+    head = ("", "kB, float16", "a step", "points above LoRA r=1", "r=16, 64 groups, above it", "r=64")
     return text(
         table((*head, *(NAMES[task] for task in tasks)), lines),
-        f"Test scores, {span(len(result.finals(task, grouped)) for task in tasks)} seeds of groups, differences on the "
+        f"Test scores, {span(len(result.finals(task, grouped)) for task in tasks for grouped in GROUPS)} seeds of groups, differences on the "
         "seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks, of both in "
         "turns (`equal_bytes.json`, `groups_pace.json`); those of the others are above.",
     )
