@@ -355,9 +355,9 @@ def _groups(result: Result, paced: Rows) -> str:
     head = ("", "kB, float16", "a step", "points above LoRA r=1", "r=16, 64 groups, above it", "r=64")
     return text(
         table((*head, *(NAMES[task] for task in tasks)), lines),
-        f"Test scores, {span(len(result.finals(task, grouped)) for task in tasks for grouped in GROUPS)} seeds of groups, differences on the "
-        "seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five tasks, of both in "
-        "turns (`equal_bytes.json`, `groups_pace.json`); those of the others are above.",
+        f"Test scores, {span(len(result.finals(task, arm)) for task in tasks for arm in GROUPS)} seeds of groups, "
+        "differences on the seeds that both have, 95 % intervals. A step: in LoRA r=1's, bfloat16, the mean of five "
+        "tasks, of both in turns (`equal_bytes.json`, `groups_pace.json`); those of the others are above.",
     )
 
 
