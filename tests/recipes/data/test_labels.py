@@ -33,7 +33,7 @@ def test_of_many_classes_the_commonest_are_shown(tmp_path: Path) -> None:
 def test_other_columns_that_could_be_the_label_are_named(tmp_path: Path) -> None:
     lines = [f"words {n},{n},{('billing', 'login')[n % 2]},{('high', 'low', 'none')[n % 3]}" for n in range(40)]
     table = csv(tmp_path, "text,id,topic,urgency", *lines)
-    said = "label_column: it could also be urgency, which have few different values"
+    said = "label_column: it could also be urgency, with few different values"
     assert said in load(table).notes
     assert said not in load(table, label_column="topic").notes
 

@@ -81,7 +81,7 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
             if settings.label_column is None and settings.task == "text-classification":
                 values = [row for _, row in rows]
                 if others := [name for name in names if name not in columns.values() and _are_labels(name, values)]:
-                    note(f"label_column: it could also be {listed(others)}, which have few different values")
+                    note(f"label_column: it could also be {listed(others)}, with few different values")
             read = {"causal-lm": _chat_or_text, "token-classification": _with_entities}.get(settings.task, row_of)
             examples += each(rows, partial(_example, read, columns))
     return examples, columns
