@@ -182,6 +182,12 @@ def test_a_reader_that_has_enough_ends_it_quietly(desk: Path) -> None:
     assert not {"Traceback", "BrokenPipeError", "Error:"} & {*errors.decode().split()}
 
 
+def test_a_report_shows_no_line_of_another_package(desk: Path) -> None:
+    # The doctor's other process imports them too, and writes to the same terminal.
+    made = subprocess.run(command("report", "dvora-run"), capture_output=True, text=True, env=environment(), check=True)
+    assert [line.partition(":")[0] for line in made.stderr.splitlines()] == ["Next"]
+
+
 def on_a_terminal(*commands: str) -> str:
     """What commands show, one after the other, on a terminal of 70 columns."""
     ours, theirs = pty.openpty()

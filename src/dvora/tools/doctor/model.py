@@ -1,8 +1,10 @@
 """The model under examination: called on its inputs, restored, and what its file gives in a fresh process."""
 
 import copy
+import logging
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -157,7 +159,8 @@ def outputs_of_the_file(examined: Examined) -> Tensor:
             raise CannotCheckError(f"the base cannot be handed to another process: {problem}") from problem
         torch.save(examined.inputs, folder / "inputs.pt")
         saved = named if named.is_dir() else folder / "saved"
-        with ProcessPoolExecutor(1, get_context(_START)) as fresh:
+        # What packages say at their import has been said by this process.
+        with ProcessPoolExecutor(1, get_context(_START), logging.disable, (logging.WARNING,)) as fresh:
             return fresh.submit(_loaded_outputs, folder, saved, torch.get_num_threads()).result()
 
 
@@ -165,6 +168,7 @@ def _loaded_outputs(folder: Path, saved: Path, threads: int) -> Tensor:
     import dvora
 
     assert dvora.__version__  # importing it makes the method known to PEFT
+    warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     base = torch.load(folder / "base.pt", weights_only=False)
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
