@@ -62,7 +62,12 @@ def test_a_result_of_the_commonest_class_is_no_result(trained: float) -> None:
 @pytest.mark.parametrize(
     ("losses", "best_step", "advice"),
     [
-        ([2.0, 1.8, 1.6, 1.4, 1.2], 3, "Train longer, such as --max-steps 10"),
+        ([2.0, 1.8, 1.6, 1.4, 1.2], 5, "Train longer, such as --max-steps 10"),
+        (
+            [2.0, 1.8, 1.6, 1.4, 1.2],
+            3,
+            "Validation was best at step 3 of 5 while the training loss fell on (1.4 to 1.2)",
+        ),
         ([2.0, 1.0, 1.0, 1.0, 1.0], 5, "Train longer"),
         (
             [2.0, 1.0, 1.0, 1.0, 1.0],

@@ -100,7 +100,14 @@ def _advice(run: Mapping[str, Any]) -> str:
         return f"The training loss rose ({first:.3g} to {last:.3g}): try a lower rate, --learning-rate {rate / 3:.2g}"
     if last < (NEAR_ZERO if run.get("labels") else NEAR_ZERO * first):
         return f"The training loss is near zero ({last:.3g}), so neither rates nor steps are what is missing: more rows"
-    if last < (1 - CHANGE) * before or run["best_step"] == steps:
+    falls = last < (1 - CHANGE) * before
+    if falls and run["best_step"] < steps:
+        return (
+            f"Validation was best at step {run['best_step']} of {steps} while the training loss fell on ({before:.3g} "
+            f"to {last:.3g}): more steps would fit the training rows alone; try more rows, or a lower rate, "
+            f"--learning-rate {rate / 3:.2g}"
+        )
+    if falls or run["best_step"] == steps:
         return (
             f"Train longer, such as --max-steps {2 * steps}: the training loss still fell at the end "
             f"({before:.3g} to {last:.3g})"
