@@ -2,14 +2,21 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.recipes.finished_runs import finished
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
-HELP = ("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config")
+HELP = (
+    *("dvora --help", "dvora --version", "dvora train --help", "dvora train --print-config"),
+    "dvora serve --new-key acme",
+)
 MISTAKES = (
     *(f"dvora {name} nowhere" for name in ("inspect", "doctor", "analyze", "report")),
     *("dvora merge nowhere -o new", "dvora merge . -o new --dtype int4"),
@@ -84,18 +91,28 @@ def test_what_loads_no_model_imports_nothing_large(tmp_path: Path) -> None:
     assert not {command: names for command, names in found.items() if names}
 
 
-def test_mistakes_in_data_and_names_are_found_before_libraries_of_models_load(tmp_path: Path) -> None:
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def test_mistakes_in_data_and_names_are_found_before_libraries_of_models_load(
+    tmp_path: Path, listening: socket.socket
+) -> None:
     prepare(tmp_path)
     (tmp_path / "bad.csv").write_text("text,label\ngood,\n")
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text("{}")
-    train = "dvora train --task text-classification"
+    train, (_, taken) = "dvora train --task text-classification", listening.getsockname()
     commands = {
         f"{train} --model EMPTY --data rows.csv": "EMPTY holds no config.json, so it is no model folder",
         f"{train} --model smal --data rows.csv": "'smal' is no folder here (did you mean 'small'?)",
         f"{train} --model small --data missing.csv": "missing.csv: no such file or folder",
         f"{train} --model small --data bad.csv": "bad.csv, row 1: column 'label' is empty",
         "dvora serve smal --adapters EMPTY": "'smal' is no folder here (did you mean 'small'?)",
+        "dvora serve small --adapters EMPTY --keys bad.csv": "--keys bad.csv: ",
+        f"dvora serve small --adapters EMPTY --port {taken}": f"--port {taken} of 127.0.0.1 is in use",
         "dvora predict RUN rows.csv": "EMPTY holds no config.json, so it is no model folder",
     }
     found = imported_after(tmp_path, *commands)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from starlette.exceptions import HTTPException
 
-from ..bank import Version
+if TYPE_CHECKING:
+    from ..bank import Version
 
 Work = Literal["classify", "embed", "generate"]
 Finish = Literal["stop", "length"]

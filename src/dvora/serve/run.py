@@ -12,9 +12,8 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from .app import make_app
+from .access import Keys
 from .connections import HEAD_SECONDS, Connection
-from .server import Server
 from .settings import Settings
 
 DRAINING_SECONDS = 30
@@ -42,9 +41,13 @@ def serve(settings: Settings, host: str, port: int, connections: int, report: Ca
         connections: at most.
         report: called with what whoever started it should know; None logs nothing.
     """
-    # Before the model is loaded, which takes seconds.
+    # Before models' libraries and the model are loaded, which takes seconds.
     _allow_files(connections + OTHER_FILES)
+    Keys(settings.token, settings.keys)
     with _listening(host, port) as listening:
+        from .app import make_app
+        from .server import Server
+
         if report is not None:
             handler = logging.StreamHandler()
             handler.setFormatter(JsonLines())
