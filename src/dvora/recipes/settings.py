@@ -305,10 +305,10 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         try:
             given = parsed_yaml(text) or {}
         except ValueError as error:
-            raise ValueError(f"{file} is not a YAML file of settings: {error}") from None
+            raise ValueError(f"{file} is not a YAML file of settings (rows are given by --data): {error}") from None
         if not isinstance(given, dict):
             kind = type(given).__name__
-            raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; it is a {kind}")
+            raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; it is a {kind} (rows: --data)")
     values, source = {**given, **overrides}, str(file or "the settings")
     for key, instead in GONE.items():
         if values.get(key) not in (None, False):
