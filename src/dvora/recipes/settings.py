@@ -307,8 +307,8 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{file} is not a YAML file of settings (rows are given by --data): {error}") from None
         if not isinstance(given, dict):
-            kind = type(given).__name__
-            raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; it is a {kind} (rows: --data)")
+            found = f"it is a {type(given).__name__} (rows are given by --data)"
+            raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; {found}")
     values, source = {**given, **overrides}, str(file or "the settings")
     for key, instead in GONE.items():
         if values.get(key) not in (None, False):
