@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.methods import peft_config
 from benchmarks.parts import with_parts
+from benchmarks.quality.diagonals import with_diagonals
 from benchmarks.quality.grid import Arm, Rates
 from benchmarks.quality.grouped import with_groups
 
@@ -39,6 +40,8 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
         return with_parts(backbone, rank=arm.r or 0, seed=seed, **arm.options)
     if arm.method == "grouped":
         return with_groups(backbone, rank=arm.r or 0, seed=seed, **arm.options)
+    if arm.method == "diagonals":
+        return with_diagonals(backbone, count=arm.r or 0, seed=seed, **arm.options)
     targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
     if arm.method == "magnitude":
         targets = f"{layers['attention']}|{layers['feed_forward']}"

@@ -43,8 +43,8 @@ class Arm:
     """A method with its settings.
 
     Args:
-        method: of `FIXED` or `methods.METHODS`, "full", "bitfit", "parts" or "grouped".
-        r: rank of the update, for methods that have one.
+        method: of `FIXED` or `methods.METHODS`, "full", "bitfit", "parts", "grouped" or "diagonals".
+        r: rank of the update, for methods that have one, or the number of diagonals.
         layers: a name under `layers` in the grid, or "all".
         options: further fields of the method's configuration.
         magnitude: whether there is a magnitude with a rate of its own.
