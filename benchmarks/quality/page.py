@@ -45,6 +45,8 @@ LABELS: Mapping[str, str] = {
     "c3a": "C3A, blocks of 192",
     "shira": "SHiRA r=1",
     "shira_r2": "SHiRA r=2",
+    "shira_r4": "SHiRA r=4",
+    "shira_r8": "SHiRA r=8",
     "fourierft": "FourierFT, 1,152",
     "tinylora": "TinyLoRA r=32",
     "vblora": "VB-LoRA",
