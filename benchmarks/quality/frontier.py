@@ -1,7 +1,7 @@
 """Diagonals beside every method of at most as many bytes: the rule of LOG.md (2026-12-07).
 
-The rows are those of `equal_bytes.json` and `diagonals.json`. The command: `python -m benchmarks.quality.frontier` prints
-what the rule says, from the rows that there are.
+The rows are those of `equal_bytes.json` and `diagonals.json`; `python -m benchmarks.quality.frontier` prints what the
+rule says, from the rows that there are.
 """
 
 from collections.abc import Mapping, Sequence
