@@ -716,15 +716,13 @@ def test_structured_matrices_are_exported_with_any_batch_and_length() -> None:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("way", [compiled, exported])
-def test_a_graph_is_not_made_with_constants_of_an_older_weight(way: Callable[..., Tensor]) -> None:
+def test_a_graph_has_the_constants_of_the_last_pass(way: Callable[..., Tensor]) -> None:
     layer, x = trained_layer(IN, OUT, RANK), randn(20, IN, seed=0)
     layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
     torch.testing.assert_close(way(layer, x), layer(x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         layer.base_layer.weight[0] *= 2
     torch._dynamo.reset()
-    with pytest.raises((ValueError, torch._dynamo.exc.InternalTorchDynamoError), match=r"written to.*run a pass"):
-        way(layer, x)
     expected = layer(x)
     torch.testing.assert_close(way(layer, x), expected, rtol=1e-5, atol=1e-5)
 

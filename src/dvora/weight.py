@@ -37,7 +37,6 @@ from .tensors import (
     local,
     norm_dtype,
     times_apart,
-    version_of,
 )
 
 MAGNITUDE_ONLY = 0
@@ -209,8 +208,6 @@ class AdaptedWeight(nn.Module):
         self._row_constants: RowConstants | None = None
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""
-        self._traced_version: Tensor | None = None
-        """Its address and version counter once more, as a tensor, on whose values compilers put no guard."""
         self._sample: Tensor | None = None
         """Of the weight's values, where FSDP2 gathers them into other memory in every pass."""
         self._weight: weakref.ref[Tensor] | None = None
@@ -253,8 +250,6 @@ class AdaptedWeight(nn.Module):
             respect to the weight, or has sharded it.
         """
         if torch.compiler.is_compiling() or self.shard is not None:
-            if weight is not None and not weight.requires_grad:
-                self.check_traced()
             return True
         if is_traced():
             if weight is not None and not self.is_trained(weight):
@@ -397,21 +392,6 @@ class AdaptedWeight(nn.Module):
         else:
             self.refresh(weight)
 
-    def check_traced(self) -> None:
-        """Refuse to trace a graph with constants of a weight that was written to since; nothing can compute them there.
-
-        Raises:
-            ValueError: it was.
-        """
-        weight = None if self._weight is None else self._weight()
-        if weight is None or self.shard is not None:
-            return
-        if torch.compiler.is_dynamo_compiling():
-            if self._traced_version is not None:
-                _check_unwritten_now(weight, self._traced_version)
-        elif self.weight_version is not None:
-            _check_unwritten(weight, self.weight_version.address, self.weight_version.version)
-
     def forget_weight(self) -> None:
         """Compute the constants again before they are used next: a step of the weight may not count as a write."""
         if self.weight_version is not None:
@@ -453,7 +433,6 @@ class AdaptedWeight(nn.Module):
         vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
         self.w, self.C, self.shard, self.weight_version = w, C, shard, version
         self.kept = self.below_bias = self._row_constants = None
-        self._traced_version = torch.tensor([version.address, version.version], device="cpu")
         self._weight = weakref.ref(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
@@ -556,23 +535,8 @@ class AdaptedWeight(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("kept", "_row_constants", "weight_version", "_sample", "_weight", "shard", "_traced_version")
+        derived = ("kept", "_row_constants", "weight_version", "_sample", "_weight", "shard")
         return {**self.__dict__, **dict.fromkeys(derived)}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _check_unwritten_now(weight: Tensor, version: Tensor) -> None:
-    """Called by the compiler itself, with what the tensors are while it traces."""
-    _check_unwritten(weight, *version.tolist())
-
-
-def _check_unwritten(weight: Tensor, address: int, version: int) -> None:
-    # One that was moved has the same values.
-    if address == weight.data_ptr() and version != version_of(weight):
-        raise ValueError(
-            "weight: it was written to after the last pass, and a graph would have constants of what it was before; "
-            "run a pass that is not compiled, then compile or export"
-        )
 
 
 def _row_norms(matrix: Float[Tensor, "O I"]) -> Float[Tensor, "O"]:
