@@ -1,10 +1,6 @@
-"""Row factors: those of the definition, alone, by row and many at once; and layers in the passes of models."""
+"""Row factors: those of the definition, alone, by row and many at once."""
 
-import gc
-import weakref
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.factors import Factors, delta_weight, factor_rows, factors_of
 from dvora.functional import Vectors
-from dvora.layer import current_pass, share_inputs, stop_sharing_inputs, thin_outputs
+from dvora.layer import thin_outputs
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
 from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, nearly_cancelled, randn, trained_layer
@@ -194,168 +188,33 @@ def test_other_vectors_do_not_come_to_have_the_address_of_those_that_were_kept(s
         layer.magnitude.data = torch.empty(1)
 
 
-# Layers in the passes of models.
-
 WIDTH = 6
 RANKS = {"thin": (4, RANK), "folded": (40, RANK), "formed": (4, WIDTH + 3)}
 """Tokens and rank for which training is computed that way."""
-every_way = pytest.mark.parametrize("way", RANKS)
-
-
-class Model(nn.Module):
-    """Pairs of layers that read the same inputs."""
-
-    def __init__(self, way: str = "thin", pairs: int = 2) -> None:
-        super().__init__()
-        self.way = way
-        self.layers = nn.ModuleList(trained_layer(WIDTH, WIDTH, RANKS[way][1]) for _ in range(2 * pairs))
-        with torch.no_grad():
-            for index, layer in enumerate(self.layers):
-                layer.lambda_d.mul_(1 + index)
-        share_inputs(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index in range(0, len(self.layers), 2):
-            x = torch.tanh(self.layers[index](x) - self.layers[index + 1](x))
-        return x
-
-    def inputs(self) -> Tensor:
-        return randn(RANKS[self.way][0], WIDTH, seed=8)
-
-    def alone(self) -> nn.Module:
-        """The same with new layers that share nothing."""
-        other = Model(self.way, 0)
-        stop_sharing_inputs(other)
-        other.layers.extend(fresh_copy(layer).train(layer.training) for layer in self.layers)
-        return other
-
-
-def step(model: Model, x: Tensor | None = None) -> list[Tensor]:
-    """The gradients of a pass, in order."""
-    model.zero_grad()
-    model(model.inputs() if x is None else x).square().sum().backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert worst_error(one, other.double()) < 1e-5
-
-
-@every_way
-def test_a_model_trains_and_evaluates_as_its_layers_do_alone(way: str) -> None:
-    model, alone = Model(way), Model(way).alone()
-    for _ in range(2):
-        assert_equal(step(model), step(alone))
-        with torch.no_grad():
-            assert_equal([model(model.inputs())], [alone(model.inputs())])
-    model.zero_grad()
-    sum(model(factor * model.inputs()).square().sum() for factor in (1, 2)).backward()
-    found = [parameter.grad for parameter in model.layers.parameters() if parameter.requires_grad]
-    parts = [[g.clone() for g in step(alone, factor * model.inputs())] for factor in (1, 2)]
-    assert_equal(found, [sum(each) for each in zip(*parts, strict=True)])
-
-
-@every_way
-def test_a_layer_that_is_not_called_gets_no_gradient_and_a_model_can_be_freed(way: str) -> None:
-    model = Model(way)
-    step(model)
-    model.zero_grad()
-    others, model.layers = model.layers[2:], model.layers[:2]
-    assert len(step(model)) == 6
-    assert all(parameter.grad is None for parameter in others.parameters())
-    with torch.no_grad():
-        model(model.inputs())
-    adapted = [weakref.ref(layer.adapted) for layer in (*model.layers, *others)]
-    del model, others
-    gc.collect()
-    assert [reference() for reference in adapted] == [None] * 4
-
-
-CHECKPOINTED: dict[str, Callable[[Model], Iterable[nn.Module]]] = {
-    "the model": lambda model: [model],
-    "every layer": lambda model: model.layers,
-    "some layers": lambda model: model.layers[::2],
-}
-
-
-@every_way
-@pytest.mark.parametrize("what", CHECKPOINTED)
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_layers_train_to_the_same_gradients(use_reentrant: bool, what: str, way: str) -> None:
-    model = Model(way)
-    for module in CHECKPOINTED[what](model):
-        module.forward = partial(checkpoint, module.forward, use_reentrant=use_reentrant)
-    for _ in range(2):
-        assert_equal(step(model, model.inputs().requires_grad_()), step(Model(way).alone()))
-
-
-@every_way
-def test_a_pass_of_functional_call_has_the_values_that_it_was_given(way: str) -> None:
-    model, other = Model(way), Model(way)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for factor in (1.2, 0.8, 1.5):
-        values = {name: (factor * model.get_parameter(name).detach()).requires_grad_() for name in names}
-        other.load_state_dict(values, strict=False)
-        expected = other.alone()
-        y = functional_call(model, values, model.inputs())
-        assert_equal(torch.autograd.grad(y.square().sum(), [*values.values()]), step(expected))
-        with torch.no_grad():
-            assert_equal([functional_call(model, values, model.inputs())], [expected(model.inputs())])
-    assert_equal(step(model), step(model.alone()))
-
-
-def test_a_model_within_a_model_has_passes_of_its_own() -> None:
-    inner, passes = Model(), []
-    outer = nn.Sequential(trained_layer(WIDTH, WIDTH, RANK), inner, trained_layer(WIDTH, WIDTH, RANK))
-    share_inputs(outer)
-    share_inputs(outer)
-    for layer in (outer[0], inner.layers[0], inner.layers[1], outer[2]):
-        layer.register_forward_hook(lambda *_: passes.append(current_pass()))
-    expected = nn.Sequential(fresh_copy(outer[0]), inner.alone(), fresh_copy(outer[2]))
-    torch.testing.assert_close(outer(inner.inputs()), expected(inner.inputs()))
-    assert [passes.index(one) for one in passes] == [0, 1, 1, 0]
-    assert current_pass() is None
-    stop_sharing_inputs(outer)
-    outer[2](outer[0](inner.inputs()))
-    assert passes[-2:] == [None, None]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_pass_ends_with_an_error_and_those_within_it_that_an_interruption_left_open(
-    error: type[BaseException],
-) -> None:
-    inner, outer = Model(), Model(pairs=1)
-    outer.layers.extend([inner, trained_layer(WIDTH, WIDTH, RANK)])
-    expected = step(outer)
-
-    def fail(*_: object) -> None:
-        raise error
-
-    hook = inner.layers[1].register_forward_hook(fail)
-    with pytest.raises(error):
-        outer(outer.inputs())
-    hook.remove()
-    # What a hook of PyTorch's could not end after Ctrl-C, the next pass ends.
-    assert_equal(step(outer), expected)
-    assert current_pass() is None
 
 
 @pytest.mark.usefixtures("hasty_threads")
-@every_way
+@pytest.mark.parametrize("way", RANKS)
 def test_threads_may_train_and_evaluate_one_model_at_once(way: str) -> None:
-    model = Model(way)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected, evaluated = step(model.alone()), model.alone().eval()(model.inputs()).detach()
+    tokens, rank = RANKS[way]
+    model = nn.Sequential(*(trained_layer(WIDTH, WIDTH, rank) for _ in range(3)))
+    alone = nn.Sequential(*(fresh_copy(layer) for layer in model))
+    x, trained = randn(tokens, WIDTH, seed=8), [each for each in model.parameters() if each.requires_grad]
+
+    def gradients(of: nn.Module, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(of(x).square().sum(), values)
+
+    expected = gradients(alone, [each for each in alone.parameters() if each.requires_grad])
+    evaluated = alone.eval()(x).detach()
 
     def run(index: int) -> None:
         for _ in range(5):
             if index % 2:
-                assert_equal(torch.autograd.grad(model(model.inputs()).square().sum(), trained), expected)
+                for ours, theirs in zip(gradients(model, trained), expected, strict=True):
+                    assert worst_error(ours, theirs.double()) < 1e-5
             else:
                 with torch.no_grad():
-                    assert_equal([model(model.inputs())], [evaluated])
+                    assert worst_error(model(x), evaluated.double()) < 1e-5
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(run, range(6)))

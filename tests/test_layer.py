@@ -1,9 +1,7 @@
 """The forward of a layer, thin, folded and formed, against the dense method: outputs, gradients, what is kept."""
 
-import gc
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,15 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dvora import DVoRAAdapter, SharedProjections
 from dvora import layer as forward
 from dvora.functional import Vectors
-from dvora.layer import SharedInputs, adapted_linear, computation, project
+from dvora.layer import adapted_linear, computation
 from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
-from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, randn, trained_layer
+from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, linear, randn, trained_layer
 from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
 
@@ -473,95 +470,3 @@ def test_what_is_around_a_pass_changes_no_bit(groups: int, way: str, case: str) 
         y = layer(x)
     with around_backward:
         assert all(map(torch.equal, gradients(layer, y, x, d).values(), expected.values()))
-
-
-# Layers that read the same inputs.
-
-
-@contextmanager
-def in_a_pass() -> Iterator[None]:
-    hooks = SharedInputs()
-    hooks.begin()
-    try:
-        yield
-    finally:
-        hooks.end()
-
-
-def test_plain_layers_share_nothing_even_where_a_write_is_not_counted() -> None:
-    first, second = layer_for("thin"), layer_for("thin")
-    buffer = inputs("thin").numpy().copy()
-    x = torch.from_numpy(buffer)
-    for trained in (True, False):
-        with torch.set_grad_enabled(trained):
-            first(x)
-            buffer *= -3
-            assert torch.equal(second(x), fresh_copy(second)(x.clone()))
-
-
-def pair() -> tuple[AdaptedWeight, AdaptedWeight]:
-    weight, shared = randn(OUT, IN, seed=1), SharedProjections(3)
-    return AdaptedWeight(weight, RANK, shared=shared), AdaptedWeight(weight, RANK, shared=shared)
-
-
-Reader = Callable[[AdaptedWeight, AdaptedWeight, Tensor], Tensor]
-SHARED: dict[str, Reader] = {
-    "nothing between": lambda _, b, x: project(b, x),
-    "a read between": lambda _, b, x: (x.sum(), project(b, x))[1],
-}
-NOT_SHARED: dict[str, Reader] = {
-    "the same layer": lambda a, _, x: project(a, x),
-    "another view": lambda _, b, x: project(b, x[:]),
-    "a write": lambda _, b, x: project(b, x.add_(1)),
-    "data assigned": lambda _, b, x: (setattr(x, "data", randn(*x.shape, seed=3)), project(b, x))[1],
-    "a gradient asked for": lambda _, b, x: project(b, x.requires_grad_()),
-    "another pass": lambda _, b, x: _within(in_a_pass(), b, x),
-    "no_grad": lambda _, b, x: _within(torch.no_grad(), b, x),
-    "autocast": lambda _, b, x: _within(torch.autocast("cpu", torch.bfloat16), b, x),
-    "hooks": lambda _, b, x: _within(saved_tensors_hooks(lambda t: t, lambda t: t), b, x),
-    "other matrices": lambda _, b, x: project(pair()[1], x),
-    "another rank": lambda a, _, x: project(AdaptedWeight(x, RANK + 1, shared=a.shared), x),
-    "another thread": lambda _, b, x: _in_thread(b, x),
-    "inference tensors": lambda _, b, x: project(b, torch.inference_mode()(x.clone)()),
-    "vmap": lambda _, b, x: torch.vmap(lambda row: project(b, row))(x),
-    "not wanted": lambda a, b, x: (setattr(a.shared, "share_inputs", False), project(b, x))[1],
-}
-
-
-def _within(context: AbstractContextManager[object], adapted: AdaptedWeight, x: Tensor) -> Tensor:
-    with context:
-        return project(adapted, x)
-
-
-def _in_thread(adapted: AdaptedWeight, x: Tensor) -> Tensor:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_within, in_a_pass(), adapted, x).result()
-
-
-@pytest.mark.parametrize("case", SHARED | NOT_SHARED)
-def test_z_is_shared_by_layers_that_read_the_same_inputs_and_nobody_else(case: str) -> None:
-    (first, second), x = pair(), randn(IN, IN, seed=8).requires_grad_(case == "no_grad")
-    with in_a_pass():
-        z = project(first, x)
-        again = (SHARED | NOT_SHARED)[case](first, second, x)
-    assert (again is z) == (case in SHARED)
-    if again.shape == z.shape:
-        torch.testing.assert_close(again.float(), x @ second.A(x).T, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("leaf", [True, False])
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_z_is_freed_with_its_inputs_or_its_graph(requires_grad: bool, leaf: bool) -> None:
-    x = randn(3, IN, seed=8).requires_grad_(requires_grad)
-    x = x if leaf else 1 * x
-    with in_a_pass():
-        z = project(pair()[0], x)
-    of_z, of_x = (StorageWeakRef(t.untyped_storage()) for t in (z, x))
-    del z
-    if leaf and requires_grad:
-        gc.collect()
-        assert of_z.expired()
-    del x
-    gc.collect()
-    assert of_z.expired()
-    assert of_x.expired()

@@ -40,9 +40,6 @@ of a row. What is compiled, exported or transformed is thin, by plain operations
 Dimensions: T tokens, B rows of a batch, I in, O out, R rank; of a sharded weight, those of this process's shard.
 """
 
-import threading
-import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeGuard
 
@@ -73,7 +70,6 @@ from .tensors import (
     grad_recorded,
     is_traced,
     local,
-    saved_tensors_are_hooked,
     times,
     without_autocast,
 )
@@ -524,16 +520,9 @@ def _sum_over_tokens(values: Float[Tensor, "*T N"], like: Float[Tensor, "*B N"])
 
 
 def project(adapted: AdaptedWeight, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T R"]:
-    """`z = x A^T`, computed once for layers of a model that read the same inputs, one after another in a pass."""
-    shard, shared = adapted.shard, adapted.dvora_projections
-    if shard is not None and shard.inputs is not None:
-        return shard.z(adapted.matrices.project(x, adapted.rank))
-    shares = shared.share_inputs and bool(_thread.passes)
-    if shares and not (is_traced() or x.is_inference() or saved_tensors_are_hooked()):
-        z = _shared(x, adapted.rank, shared.impl, id(adapted))
-    else:
-        z = adapted.matrices.project(x, adapted.rank)
-    return z if shard is None else shard.z(z)
+    """`z = x A^T`, of all inputs where they are sharded."""
+    z = adapted.matrices.project(x, adapted.rank)
+    return z if adapted.shard is None else adapted.shard.z(z)
 
 
 def project_scaled(
@@ -581,91 +570,3 @@ class _TimesScaled(torch.autograd.Function):
             rows = d_z
         d_x = d_z @ scaled if ctx.needs_input_grad[0] else None
         return d_x, rows.mT @ x if ctx.needs_input_grad[1] else None
-
-
-class _Thread(threading.local):
-    """The passes of models that a thread is in, and the last projection in one, dropped with its input."""
-
-    def __init__(self) -> None:
-        self.passes: list[tuple[object, object]] = []
-        """Each with what began it."""
-        self.x: Callable[[], Tensor | None] | None = None
-        self.key: tuple[object, ...] = ()
-        self.z: Callable[[], Tensor | None] | None = None
-        self.readers: frozenset[int] = frozenset()
-
-    def forget(self, x: "weakref.ref[Tensor]") -> None:
-        """Forget the projection of these inputs."""
-        if self.x is x:
-            self.x = self.z = None
-            self.key = ()
-
-
-_thread = _Thread()
-
-
-def current_pass() -> object | None:
-    """The forward of a model that this thread is in, compared by identity; None where none shares inputs."""
-    return _thread.passes[-1][1] if _thread.passes else None
-
-
-class SharedInputs:
-    """Hooks around a model's forward, in which layers that read the same x compute `x A^T` once."""
-
-    def begin(self, *_: object) -> None:
-        """Enter a pass, in this thread."""
-        if not is_traced():
-            _thread.passes.append((self, object()))
-
-    def end(self, *_: object) -> None:
-        """Leave the pass, and those within it that an interruption has left open."""
-        for index, (owner, _pass) in enumerate(_thread.passes):
-            if owner is self and not is_traced():
-                del _thread.passes[index:]
-                return
-
-    def __reduce__(self) -> "tuple[type[SharedInputs], tuple[()]]":
-        return SharedInputs, ()
-
-
-def share_inputs(model: nn.Module) -> None:
-    """Let the layers of a model share inputs from now on; once is enough."""
-    if not _own_hooks(model):
-        shared = SharedInputs()
-        model.register_forward_pre_hook(shared.begin)
-        model.register_forward_hook(shared.end, always_call=True)
-
-
-def stop_sharing_inputs(model: nn.Module) -> None:
-    """Take back `share_inputs`."""
-    for key in _own_hooks(model):
-        for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
-            hooks.pop(key, None)
-
-
-def _own_hooks(model: nn.Module) -> list[int]:
-    hooks = [*model._forward_pre_hooks.items(), *model._forward_hooks.items()]
-    return [key for key, hook in hooks if isinstance(getattr(hook, "__self__", None), SharedInputs)]
-
-
-def _shared(x: Tensor, rank: int, matrices: Matrices, reader: int) -> Tensor:
-    """`x A^T`, from the last layer that read the same tensor in the same pass; a layer that asks twice gets a new one.
-
-    So query, key and value, or gate and up, share one product, and autograd adds up their gradients before the one with
-    A. Not seen are writes to x in between that PyTorch does not count: for those, `SharedProjections.share_inputs`.
-    """
-    autocast = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    graph = (x.requires_grad, x.grad_fn) if torch.is_grad_enabled() else None
-    key = matrices, rank, current_pass(), x._version, x.data_ptr(), graph, autocast, stream
-    last = _thread
-    if last.x is not None and last.x() is x and last.key == key and reader not in last.readers:
-        assert last.z is not None
-        if (z := last.z()) is not None:
-            last.readers |= {reader}
-            return z
-    z = matrices.project(x, rank)
-    last.x, last.key, last.readers = weakref.ref(x, last.forget), key, frozenset([reader])
-    # The graph of z holds a leaf that requires a gradient, and would keep it.
-    last.z = weakref.ref(z) if x.is_leaf and x.requires_grad else lambda: z
-    return z

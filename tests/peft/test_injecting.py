@@ -14,7 +14,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 
 from dvora import DVoRAConfig
 from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.tiny import LAYERS, MODELS, dvora_layers, gradients, outputs, same_bits, train_vectors
+from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
 # Which weights.
 
@@ -250,29 +250,3 @@ def test_biases_of_two_adapters_are_refused_as_by_lora() -> None:
         model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0"], bias="all"))
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"]
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(
-        len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._forward_hooks_always_called)
-        for module in model.modules()
-    )
-
-
-@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_hooks_are_there_once_whatever_is_added_and_gone_after_unloading() -> None:
-    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=3, target_modules=LAYERS["mlp"]))
-    count = hooks_of(model)
-    assert count == 3
-    model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0"]))
-    model.delete_adapter("default")
-    model.add_adapter("default", DVoRAConfig(r=5, target_modules=LAYERS["mlp"]))
-    assert hooks_of(model) == count
-    for unload in (lambda m: m.unload(), lambda m: m.merge_and_unload()):
-        made = copy.deepcopy(model)
-        gradients(made)
-        assert hooks_of(unload(made)) == 0
-    injected = inject_adapter_in_model(DVoRAConfig(r=3, target_modules=["lin0"]), MODELS["mlp"]())
-    inject_adapter_in_model(DVoRAConfig(r=3, target_modules=["lin2"]), injected, adapter_name="second")
-    assert hooks_of(injected) == count

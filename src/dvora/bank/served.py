@@ -23,7 +23,6 @@ from ..adapter_file.other_methods import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
 from ..blocks import known_lists, with_rows_first
-from ..layer import share_inputs, stop_sharing_inputs
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
 from ..peft.layer_types import is_linear, linear_sizes
@@ -112,11 +111,10 @@ class ServedModel:
             raise ValueError("model: its heads have several dtypes; cast them to one")
 
     def hook(self, batches: Batches) -> list[RemovableHandle | BlockForward]:
-        """Register forward hooks on all layers and heads, and on the model, whose layers share inputs in a pass."""
+        """Register forward hooks on all layers and heads, and on the model."""
         if "torch._dynamo" in sys.modules:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
-        share_inputs(self.model)
         rows_first = with_rows_first(self.model)
         of_linears = [
             (module, FactorsHook(name, RowsFirst(name, module in rows_first), batches))
@@ -153,7 +151,6 @@ class ServedModel:
         """Take the hooks back."""
         for handle in handles:
             handle.remove()
-        stop_sharing_inputs(self.model)
 
     def check_fits(
         self,

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite, prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter_file.values import AdapterValues
-from ..layer import current_pass
 from ..peft.base_weight import keep_differentiable
 from ..rows.batch import Batches
 from ..rows.gathered import GatheredRows, Held, RowIndex, check_names, saved_here
@@ -100,7 +99,12 @@ class TrainableAdapters:
         self._dropout.train(self.served.model.training and self._dropout.p > 0)
         index = RowIndex([position[name] for name in names], 1, self.served.device)
         trained = TrainedRows(self, present, index, self._dropout if self._dropout.training else None)
-        with self._batches.entered(trained.gathered):
+        model = self.served.model
+        with (
+            self._batches.entered(trained.gathered) as batch,
+            # A pass of another thread is of another batch.
+            model.register_forward_pre_hook(lambda *_: trained.begin() if self._batches.current() is batch else None),
+        ):
             yield trained
 
     def place(self, name: str) -> int:
@@ -285,7 +289,12 @@ class TrainedRows:
         self.gathered = GatheredRows(
             rows, adapters.row_lengths, self._matrix, lambda: adapters.held_of(present), dropout=dropout
         )
-        self._cached: _OfPass | None = None
+        self._cached: tuple[tuple[int, bool], Tensor] | None = None
+        """The factor rows of a pass, with the version of the values and whether gradients were recorded."""
+
+    def begin(self) -> None:
+        """Begin a pass of the model: the graph of the last one's factor rows may be gone."""
+        self._cached = None
 
     def loss(self, losses: Float[Tensor, "B"], weights: Float[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
         """The sum of every adapter's own mean loss, so that each gets the gradient that it would get alone.
@@ -310,17 +319,9 @@ class TrainedRows:
 
     def _matrix(self) -> Tensor:
         """The factor rows of this pass; what a checkpoint repeats in the backward pass gets those of the last one."""
-        current, cached = current_pass(), self._cached
         state = (self._adapters.version(self._present), torch.is_grad_enabled())
-        if cached is None or cached.state != state or (current is not None and cached.in_pass is not current):
+        if self._cached is None or self._cached[0] != state:
             # A checkpointed layer may be the first to ask for them, and does not make them when it is repeated.
             with saved_here():
-                cached = self._cached = _OfPass(current, state, self._adapters.factors(self._present))
-        return cached.factors
-
-
-class _OfPass(NamedTuple):
-    in_pass: object | None
-    state: tuple[int, bool]
-    """The version of the values, and whether gradients were recorded."""
-    factors: Tensor
+                self._cached = state, self._adapters.factors(self._present)
+        return self._cached[1]

@@ -40,17 +40,14 @@ class SharedProjections(nn.Module):
             default is not that of `DVoRAConfig`, because the state dict of a plain layer does not say which it was
             trained with. An adapter that comes from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)", torch's values for
             a seed.
-        share_inputs: whether layers that read the same x, one after another, compute `x A^T` once. Also an attribute;
-            switch it off where x is written to in between by something that PyTorch does not count.
 
     Raises:
         TypeError: `seed` is not an integer.
         ValueError: `seed` is out of range, or `distribution` is unknown.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform", *, share_inputs: bool = True) -> None:
+    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform") -> None:
         super().__init__()
-        self.share_inputs = share_inputs
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
         self.impl = _matrices(seed, self.distribution)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..adapter_file.patterns import is_named, value_of
 from ..adapter_file.settings import DVoRAConfig, own_config
 from ..checks import checked_strength
-from ..layer import share_inputs, stop_sharing_inputs
 from ..rows.batch import batches_entered, entered
 from .base_weight import keep_differentiable
 from .injecting import (
@@ -122,7 +121,6 @@ class DVoRAModel(BaseTuner):
             checked_folder(model, config, adapter_name, None if config.file is None else config.file.folder)
         self._prepared = {}
         keep_differentiable(model)
-        share_inputs(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it is the only active one, the first of the others is activated, in every layer.
@@ -222,7 +220,6 @@ class DVoRAModel(BaseTuner):
         merging = merged_or_restored(self.model, adapter_names, safe_merge) if merge else nullcontext()
         with restored_on_error(self), merging:
             super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-            stop_sharing_inputs(self.model)
         return cast(nn.Module, self.model)
 
     def _with_targets(self, config: DVoRAConfig, model: nn.Module) -> DVoRAConfig:
