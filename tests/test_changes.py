@@ -17,8 +17,8 @@ from tests.cases import COPIES, fresh_copy, linear, randn, trained_layer
 from tests.reference import worst_error
 
 WIDTH = 6
-SIZES = {"few tokens": (4, 3), "many tokens": (70, 3), "a rank above the width": (4, 9)}
-"""Tokens and rank, by which training is thin, folded or formed, and evaluation thin, formed or thin."""
+SIZES = {"few tokens": (4, 3), "many tokens": (70, 3)}
+"""Tokens and rank, by which passes are thin or folded."""
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "training": torch.enable_grad,
     "evaluation": torch.no_grad,

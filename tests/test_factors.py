@@ -124,7 +124,7 @@ def test_each_row_of_a_batch_gets_what_it_gets_alone(
 
 
 @dtypes
-@pytest.mark.parametrize(("tokens", "rank"), [(2, 1), (20, 1), (2, 5)], ids=["thin", "folded", "formed"])
+@pytest.mark.parametrize(("tokens", "rank"), [(2, 1), (20, 1), (20, 5)], ids=["thin", "folded", "above the width"])
 def test_a_row_that_vanishes_altogether_gives_finite_numbers(tokens: int, rank: int, dtype: torch.dtype) -> None:
     layer = nearly_cancelled(trained_layer(3, 4, rank, dtype=dtype), 0.0)
     x = randn(tokens, 3, seed=8, dtype=dtype).requires_grad_()
@@ -189,7 +189,7 @@ def test_other_vectors_do_not_come_to_have_the_address_of_those_that_were_kept(s
 
 
 WIDTH = 6
-RANKS = {"thin": (4, RANK), "folded": (40, RANK), "formed": (4, WIDTH + 3)}
+RANKS = {"thin": (4, RANK), "folded": (40, RANK), "folded, above the width": (40, WIDTH + 3)}
 """Tokens and rank for which training is computed that way."""
 
 

@@ -1,12 +1,11 @@
 """The forward of a linear layer with an adapter: from x to y, and back.
 
-There are three computations, and `functional` defines them all. `computation` says which one runs:
+There are two computations, and `functional` defines both. `computation` says which one runs:
 
-| computation | when | products beyond the base's, of T tokens | formed or kept |
+| computation | when | products beyond the base's, of T tokens | kept |
 |---|---|---|---|
 | thin | few tokens; half precision, quantised, sharded; rows of a batch | with A and B, there and back | z, y_b |
-| folded | training a rank below the width | with A, and `dy^T z` | W'', z, y |
-| formed | training a rank about the width or above it | `dy^T x` | W'', D, x |
+| folded | many tokens of a plain layer | in training with A, and `dy^T z` | W'', z, y |
 
 Thin adds the update to the base's outputs, with `g` and `scale` of `factors`:
 
@@ -14,12 +13,10 @@ Thin adds the update to the base's outputs, with `g` and `scale` of `factors`:
     dL/dy_b = g dy,   h = (dy scale) B,   dL/dz = h lambda_d,   dL/dlambda_d = sum_t h z
     dL/d(g - 1) = sum_t dy (y_b - bias),   dL/dscale = sum_t dy low
 
-The others form one weight, by a structured product of the rows of B (or A), as an evaluation of many tokens does too:
+Folded forms one weight, by a structured product of the rows of B (or A). The gradients of the factors are taken from
+thin products, so that they cost `T O R` and not `T O I`:
 
     D = B diag(lambda_d) A,   W'' = diag(g) W + diag(scale) D,   y = x W''^T + bias,   dL/dx = dy W''
-
-Folded takes the gradients of the factors from thin products, so that they cost `T O R` and not `T O I`:
-
     E = dy^T z,   dL/dscale = rowsum(E * B diag(lambda_d)),   dL/dlambda_d = scale (E * B)
     dL/dg = (sum_t dy (y - bias) - scale dL/dscale) / g
 
@@ -27,12 +24,6 @@ With lambda_d by groups of columns, `A'` (A with its columns scaled) takes the p
 of one layer, and a gradient needs x instead of it, as LoRA's does:
 
     low = z B^T,   D = B A',   dL/dA' = h^T x,   dL/dlambda_d[g] = the sum of dL/dA' * A over the columns of g
-
-Formed takes them, and the terms of the norm, from matrices of the weight's size, so that no product depends on tokens
-times rank:
-
-    cross = rowsum(W / w * D),   q = rowsum(D**2),   G = dy^T x,   dL/dg = rowsum(G * W),   dL/dscale = rowsum(G * D)
-    dL/dD = diag(scale) G + diag(dL/dcross / w) W + 2 diag(dL/dq) D,   dL/dlambda_d = colsum(B * (dL/dD A^T))
 
 Where every row of a batch has an adapter of its own, factors have a value for each row, and sums go over the tokens
 of a row. What is compiled, exported or transformed is thin, by plain operations.
@@ -75,16 +66,10 @@ from .tensors import (
 )
 from .weight import AdaptedWeight
 
-Computation = Literal["thin", "folded", "formed"]
+Computation = Literal["thin", "folded"]
 
-FOLDED_RANK = 0.7
-"""Rank for each of the layer's inputs above which a layer is formed: `dy^T z` costs about as much as `dy^T x`."""
 FEW_TOKENS = 64
 """An evaluation of fewer tokens is thin, in small layers too, where the time is that of launches."""
-SMALLEST_GAIN = 1e-2
-"""Layers with smaller gains are formed, not folded: what their gradient is divided by would have too few digits."""
-_COMPARED = 16
-"""Tokens by which outputs are compared with the bias that is taken off them."""
 _PART = 2**16
 """Values that are multiplied at a time where their products are only summed."""
 _FEW_VALUES = 2**17
@@ -115,10 +100,10 @@ def adapted_linear(
     if dropout is None and adapted.rank and _is_plain(layer, x):
         trained = grad_recorded() and vectors.are_trained()
         way = computation(x.numel() // adapted.in_features, adapted, trained)
-        if trained and way != "thin":
+        if trained and way == "folded":
             adapted.follow(weight)
-            return trained_outputs(layer, x, adapted, vectors, strength, way)
-        if way == "formed":
+            return trained_outputs(layer, x, adapted, vectors, strength)
+        if way == "folded":
             factors = factors_of(adapted, vectors, weight, strength)
             assert factors.gain is not None
             with full_precision(x.device):
@@ -132,22 +117,21 @@ def adapted_linear(
 
 
 def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computation:
-    """The fastest of the computations for a plain layer, by sizes.
+    """The faster of the computations for a plain layer, by sizes.
 
-    Forming a weight pays from `O I / (O + I) + R / 2` tokens on. A rank above the inputs is always formed in training,
-    since the norm takes D anyway. Training steps of one layer, thin / folded / formed, in units of LoRA r=1's, measured
-    on one core with PyTorch 2.13 in float32 (bfloat16 under autocast crosses at the same sizes); what the rule takes
-    has a star:
+    Forming a weight pays from `O I / (O + I) + R / 2` tokens on. Training steps of one layer, thin / folded, in units
+    of LoRA r=1's, measured on one core with PyTorch 2.13 in float32 (bfloat16 under autocast crosses at the same
+    sizes); what the rule takes has a star:
 
-    | O x I         | rank  | 64 tokens           | 256                 | 512                 | 2,048               |
-    |---------------|-------|---------------------|---------------------|---------------------|---------------------|
-    | 384 x 384     | 64    | 2.52* / 2.53 / 3.01 | 1.73 / 1.83* / 1.98 | 1.97 / 1.49* / 1.80 | 1.61 / 1.14* / 1.14 |
-    | 384 x 384     | 256   | 2.47* / 3.45 / 3.43 | 1.85* / 2.20 / 2.38 | 1.98 / 1.74* / 1.70 | 2.13 / 1.41* / 1.12 |
-    | 384 x 384     | 1,024 | 8.10 / 10.5 / 6.23* | 5.71 / 6.66 / 3.76* | 6.25 / 4.76 / 2.24* | 4.75 / 3.20 / 1.56* |
-    | 1,536 x 384   | 256   | 2.14* / 3.98 / 5.51 | 1.66* / 2.10 / 2.62 | 1.56 / 1.56* / 1.68 | 2.13 / 1.49* / 1.45 |
-    | 384 x 1,536   | 256   | 1.61* / 2.53 / 4.10 | 1.79* / 1.74 / 2.54 | 1.51 / 1.36* / 1.68 | 1.37 / 1.18* / 1.42 |
-    | 1,024 x 1,024 | 256   |                     |                     | 1.21* / 1.35 / 2.28 | 1.42 / 1.10* / 1.46 |
-    | 1,024 x 1,024 | 1,024 |                     |                     | 1.64* / 2.61 / 2.77 | 1.87 / 1.62 / 1.50* |
+    | O x I         | rank  | 64 tokens    | 256          | 512          | 2,048        |
+    |---------------|-------|--------------|--------------|--------------|--------------|
+    | 384 x 384     | 64    | 2.52* / 2.53 | 1.73 / 1.83* | 1.97 / 1.49* | 1.61 / 1.14* |
+    | 384 x 384     | 256   | 2.47* / 3.45 | 1.85* / 2.20 | 1.98 / 1.74* | 2.13 / 1.41* |
+    | 384 x 384     | 1,024 | 8.10* / 10.5 | 5.71* / 6.66 | 6.25* / 4.76 | 4.75 / 3.20* |
+    | 1,536 x 384   | 256   | 2.14* / 3.98 | 1.66* / 2.10 | 1.56 / 1.56* | 2.13 / 1.49* |
+    | 384 x 1,536   | 256   | 1.61* / 2.53 | 1.79* / 1.74 | 1.51 / 1.36* | 1.37 / 1.18* |
+    | 1,024 x 1,024 | 256   |              |              | 1.21* / 1.35 | 1.42 / 1.10* |
+    | 1,024 x 1,024 | 1,024 |              |              | 1.64* / 2.61 | 1.87 / 1.62* |
 
     Args:
         tokens: T.
@@ -155,15 +139,11 @@ def computation(tokens: int, adapted: AdaptedWeight, trained: bool) -> Computati
         trained: whether a vector gets a gradient.
     """
     rank, out_features, in_features = adapted.rank, adapted.out_features, adapted.in_features
-    if trained and rank > in_features:
-        return "formed"
     least = out_features * in_features / (out_features + in_features) + rank / 2
     if adapted.by_groups is not None and trained:
         # What forming takes is little more than what the norm takes of the weight in any case.
         least /= 3
-    if tokens < (least if trained else max(least, FEW_TOKENS)):
-        return "thin"
-    return "folded" if trained and rank <= FOLDED_RANK * in_features else "formed"
+    return "thin" if tokens < (least if trained else max(least, FEW_TOKENS)) else "folded"
 
 
 def _is_plain(layer: nn.Module, x: Float[Tensor, "*T I"]) -> TypeGuard[nn.Linear]:
@@ -197,11 +177,8 @@ def _updated_weight(
     lambda_d: Float[Tensor, "R"],
     gain: Float[Tensor, "O"],
     scale: Float[Tensor, "O"],
-    update: Float[Tensor, "O I"] | None = None,
 ) -> Float[Tensor, "O I"]:
     """`W'' = diag(g) W + diag(scale) D`; W itself, bit for bit, where nothing was trained."""
-    if update is not None:
-        return torch.addcmul(weight * gain[:, None], update, scale[:, None])
     update = adapted.update(lambda_d, scale)
     # Fresh memory takes as long as the sum.
     add = torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_
@@ -209,25 +186,20 @@ def _updated_weight(
 
 
 def trained_outputs(
-    layer: nn.Linear,
-    x: Float[Tensor, "*T I"],
-    adapted: AdaptedWeight,
-    vectors: Vectors,
-    strength: float,
-    way: Literal["folded", "formed"],
+    layer: nn.Linear, x: Float[Tensor, "*T I"], adapted: AdaptedWeight, vectors: Vectors, strength: float
 ) -> Float[Tensor, "*T O"]:
     """The outputs by way of W'', which vectors of a plain layer are trained with. Arguments as for `adapted_linear`."""
-    z = project(adapted, x) if way == "folded" and adapted.by_groups is None else None
+    z = project(adapted, x) if adapted.by_groups is None else None
     x, vectors = _as_multiplied(x), vectors.to(adapted.w.dtype)
-    y: Tensor = _Updated.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength, way == "folded")
+    y: Tensor = _Folded.apply(x, z, *vectors, layer.weight, layer.bias, adapted, strength)
     return y
 
 
-class _Updated(torch.autograd.Function):
-    """`x W''^T + bias` from the vectors, folded or formed.
+class _Folded(torch.autograd.Function):
+    """`x W''^T + bias` from the vectors.
 
-    z, of a folded layer with one lambda_d, gets no gradient here, since that of x includes it; it is an input for
-    derivatives of higher order.
+    z, of a layer with one lambda_d, gets no gradient here, since that of x includes it; it is an input for derivatives
+    of higher order.
     """
 
     @staticmethod
@@ -242,42 +214,26 @@ class _Updated(torch.autograd.Function):
         bias: Tensor | None,
         adapted: AdaptedWeight,
         strength: float,
-        is_folded: bool,
     ) -> Tensor:
-        update, constants = None, adapted.row_constants
+        constants = adapted.row_constants
         with full_precision(x.device):
-            if is_folded and adapted.by_groups is None:
+            if adapted.by_groups is None:
                 factors = relative_factors(m, lambda_b, *adapted.terms(lambda_d)[1:], constants)
                 gain, scale = factors.weakened(strength)
-                # On other devices a look at the values would synchronise; there a tiny gain's gradient loses digits.
-                is_folded = not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN
-            if not is_folded or adapted.by_groups is not None:
-                # By groups in any case: the terms of the norm take less from D than from the weight.
+                updated = _updated_weight(weight, adapted, lambda_d, gain, scale)
+            else:
+                # The terms of the norm take less from D than from the weight.
                 update = adapted.update(lambda_d)
                 cross = vecdot(weight, update).div_(constants.w)
                 factors = relative_factors(m, lambda_b, cross, vecdot(update, update), constants)
                 gain, scale = factors.weakened(strength)
-                is_folded = is_folded and (not gain.is_cpu or float(gain.min()) > SMALLEST_GAIN)
-            if is_folded and update is not None:
                 updated = update.mul_(scale[:, None]).addcmul_(weight, gain[:, None])
-                update = None
-            else:
-                updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
             updated = as_dtype(updated, x.dtype)
         y = linear(x, updated, bias)
-        if is_folded and bias is not None and y.numel():
-            # Asked once: it takes as long as a small product, and synchronises. A trained bias is as its first values.
-            key = y.dtype, None if ctx.needs_input_grad[6] else bias._version
-            if adapted.below_bias is None or adapted.below_bias[0] != key:
-                adapted.below_bias = key, _are_far_below(y, bias, constants.zero_rows)
-            # `y - bias` would have too few digits for the gradient of m: the backward pass is that of a formed layer.
-            is_folded = not adapted.below_bias[1]
         ctx.adapted, ctx.strength = adapted, strength
-        # Made again in the backward pass where they are larger than inputs and outputs, which others may keep anyway.
-        large = updated.numel() > (x.numel() if is_folded else max(x.numel(), y.numel()))
-        inputs = (x if z is None else None, z, y) if is_folded else (x, None, None)
-        formed = (None, None) if large else (update, updated)
-        ctx.save_for_backward(*inputs, m, lambda_b, lambda_d, weight, bias, *formed, *factors)
+        # Made again in the backward pass where it is larger than the inputs, which others may keep anyway.
+        kept = None if updated.numel() > x.numel() else updated
+        ctx.save_for_backward(x if z is None else None, z, y, m, lambda_b, lambda_d, weight, bias, kept, *factors)
         return y
 
     @staticmethod
@@ -286,63 +242,49 @@ class _Updated(torch.autograd.Function):
         adapted, strength, needed = ctx.adapted, ctx.strength, ctx.needs_input_grad
         # Not every optimizer's step is counted as a write.
         adapted.kept = None
-        x, z, y, m, lambda_b, lambda_d, weight, bias, update, updated, *saved = _saved(ctx)
-        is_folded = y is not None
+        x, z, y, m, lambda_b, lambda_d, weight, bias, updated, *saved = _saved(ctx)
         factors, graph = RelativeFactors(*saved), needs_graph(dy)
         gain, scale = factors.weakened(strength)
         if graph:
             gain_minus_one, scale = defined_factors(adapted, strength, m, lambda_b, lambda_d)
-            gain, update, updated = 1 + gain_minus_one, None, None
-        if not is_folded and update is None:
-            update = adapted.update(lambda_d)
+            gain, updated = 1 + gain_minus_one, None
         rows, d_x = dy.reshape(-1, len(m)), None
-        if is_folded and z is not None:
+        if z is not None:
             E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
             products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
             d_scale, d_d = products @ lambda_d, scale @ products
-        elif is_folded:
+        else:
             inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), dy.dtype)
             B = adapted.matrices.rows("B", adapted.rank, len(m), m.dtype, m.device)
             h = rows @ as_dtype(scale[:, None] * B, dy.dtype)
             d_scale = vecdot(as_dtype(rows.T @ (inputs @ scaled.T), m.dtype), B)
             d_d = adapted.scaled_gradient(as_dtype(h.T @ inputs, m.dtype))
-        if needed[0] and is_folded and z is None and updated is None:
+        if needed[0] and z is None and updated is None:
             # Less than to form W'' once more.
             d_x = (rows * as_dtype(gain, dy.dtype)) @ as_dtype(weight, dy.dtype)
             d_x = torch.addmm(d_x, h, scaled).view(x.shape)
         elif needed[0]:
             if updated is None:
-                updated = _updated_weight(weight, adapted, lambda_d, gain, scale, update)
+                updated = _updated_weight(weight, adapted, lambda_d, gain, scale)
             d_x = dy @ as_dtype(updated, dy.dtype)
-        d_bias = None if bias is None or not (is_folded or needed[6]) else rows.sum(0, dtype=m.dtype)
-        if not is_folded:
-            G = as_dtype(rows.T @ x.reshape(-1, x.shape[-1]), m.dtype)
-            d_g, d_scale, d_update = vecdot(G, weight), vecdot(G, update), G * scale[:, None]
-        else:
-            d_g = _column_dots(rows, y.reshape(rows.shape), m.dtype)
-            if d_bias is not None:
-                d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, m.dtype), value=-1)
-            # Only on a CPU it is known that no gain is zero: elsewhere its own gradient is left out then.
-            gain = gain if gain.is_cpu else gain.masked_fill(gain == 0, float("inf"))
-            d_g = torch.addcmul(d_g, scale, d_scale, value=-1) / gain
+        d_g, d_bias = _column_dots(rows, y.reshape(rows.shape), m.dtype), None
+        if bias is not None:
+            d_bias = rows.sum(0, dtype=m.dtype)
+            d_g = torch.addcmul(d_g, d_bias, as_dtype(bias, m.dtype), value=-1)
+        # A gain of zero gets no gradient.
+        d_g = torch.addcmul(d_g, scale, d_scale, value=-1) / gain.masked_fill(gain == 0, float("inf"))
         if graph:
             of_factors = partial(defined_factors, adapted, strength)
             d_m, d_b, d_norm = differentiated(of_factors, (m, lambda_b, lambda_d), (d_g, d_scale))
-            d_d = d_d if is_folded else adapted.update_gradient(d_update)
             d_d = d_d if d_norm is None else d_d + d_norm
         else:
-            constants = adapted.row_constants
             if strength != 1:
                 d_g, d_scale = strength * d_g, strength * d_scale
+            constants = adapted.row_constants
             d_m, d_b, d_cross, d_half_q = vector_gradients(d_g, d_scale, factors, constants, adapted.detach_norm)
-            if not is_folded:
-                if d_cross is not None and d_half_q is not None:
-                    d_update.addcmul_(weight, d_cross.div_(constants.w)[:, None])
-                    d_update.addcmul_(update, d_half_q[:, None])
-                d_d = adapted.update_gradient(d_update)
-            elif d_cross is not None and d_half_q is not None:
+            if d_cross is not None and d_half_q is not None:
                 d_d += adapted.terms_gradient(d_cross, d_half_q, lambda_d)
-        return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None, None
+        return d_x, None, d_m, d_b, d_d, None, d_bias if needed[6] else None, None, None
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -356,14 +298,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             "(for example by nn.ReLU(inplace=True)); let the next operation make a new tensor"
         ) from error
     return saved
-
-
-def _are_far_below(y: Float[Tensor, "*T O"], bias: Float[Tensor, "O"], zero_rows: Tensor | None) -> bool:
-    """Whether some outputs have half of their digits or fewer beside their bias, by a few tokens."""
-    rows = y.reshape(-1, len(bias))
-    size = (rows[:: len(rows) // _COMPARED + 1] - bias).abs().mean(0)
-    far = size < torch.finfo(y.dtype).eps ** 0.5 * bias.abs()
-    return bool((far if zero_rows is None else far & ~zero_rows).any())
 
 
 def _column_dots(first: Float[Tensor, "T O"], second: Float[Tensor, "T O"], dtype: torch.dtype) -> Float[Tensor, "O"]:

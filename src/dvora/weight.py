@@ -203,8 +203,6 @@ class AdaptedWeight(nn.Module):
         """Whether `cross` is computed from the weight in every pass."""
         self.kept: tuple[object, Any, list[Tensor]] | None = None
         """Of the last evaluation: what its row factors belong to, they themselves, and their vectors (`factors`)."""
-        self.below_bias: tuple[object, bool] | None = None
-        """Of the last dtype and bias that were trained with, whether rows are too far below the bias to be folded."""
         self._row_constants: RowConstants | None = None
         self.weight_version: TensorVersion | None = None
         """The state of the weight that the constants belong to; None: compute them again."""
@@ -351,12 +349,6 @@ class AdaptedWeight(nn.Module):
         D = self.dvora_projections.impl.update(lambda_d, self.in_features, self.out_features, scale)
         return D if self.padding_column is None else _without_column(D, self.padding_column)
 
-    def update_gradient(self, d_update: Float[Tensor, "O I"]) -> Float[Tensor, "K"]:
-        """The gradient of lambda_d from that of `update`, of a weight without a padding entry."""
-        if self.by_groups is None:
-            return self.matrices.update_gradient(d_update, self.rank)
-        return self.scaled_gradient(self._rows_of_B(d_update).T @ d_update)
-
     def squares(self, lambda_d: Float[Tensor, "*N K"]) -> Float[Tensor, "*N O"]:
         """q, the squared row norms of `B diag(lambda_d) A`, of one adapter or of N."""
         if not self.rank:
@@ -432,7 +424,7 @@ class AdaptedWeight(nn.Module):
         # Past the registration of modules: it is looked up in every pass, and registered with the projections.
         vars(self)["matrices"] = kind if shard is None else kind.of_shard(shard.inputs, shard.outputs)
         self.w, self.C, self.shard, self.weight_version = w, C, shard, version
-        self.kept = self.below_bias = self._row_constants = None
+        self.kept = self._row_constants = None
         self._weight = weakref.ref(weight)
 
     def A(self, like: Tensor) -> Float[Tensor, "R I"]:
