@@ -26,7 +26,7 @@ from benchmarks.speed.timing import Step, interleaved, ratios, spread
 from benchmarks.speed.workloads import bert
 from benchmarks.tables import table, text
 
-ARMS = (Arm("LoRA", 1), Arm("VeRA", 256), Arm("dvora structured", 256), Arm("dvora dense", 256))
+ARMS = (Arm("LoRA", 1), Arm("VeRA", 256), Arm("dvora dense", 64), Arm("dvora dense", 256))
 MODELS = {"BERT": "BERT of six blocks", "llama": "a Llama block"}
 KINDS = {
     "seconds to compile": "seconds to compile the model",

@@ -62,10 +62,10 @@ def with_parts(
     Args:
         model: frozen.
         rows, columns, rank: of `PartsLinear`.
-        seed: of structured A and B.
+        seed: of A and B.
         targets: how the layers' names end; left out, all.
     """
-    shared = SharedProjections(seed, "structured")
+    shared = SharedProjections(seed)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, nn.Linear) and name.endswith(tuple(targets)):
             parent, _, own = name.rpartition(".")

@@ -8,11 +8,6 @@ _CUSTOM: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP rank above the layers' sizes": ("MLP", {"target_modules": ["lin0", "lin1"], "r": 64}),
     "MLP direction weight": ("MLP", {"target_modules": ["lin0", "lin1"], "direction": "weight", "alpha": 4, "r": 8}),
     "MLP detached norm": ("MLP", {"target_modules": ["lin0", "lin1"], "detach_norm": True, "r": 8}),
-    "MLP structured": ("MLP", {"target_modules": ["lin0", "lin1"], "projection_init": "structured", "r": 4}),
-    "MLP kaiming_uniform": (
-        "MLP",
-        {"target_modules": ["lin0", "lin1"], "projection_init": "kaiming_uniform", "r": 8},
-    ),
     "MLP dropout and d_initial": ("MLP", {"target_modules": ["lin0"], "dvora_dropout": 0.1, "d_initial": 0.5, "r": 8}),
     "MLP all-linear": ("MLP", {"target_modules": "all-linear", "r": 8}),
     "MLP excluded": ("MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin0"], "r": 8}),
@@ -49,7 +44,6 @@ _SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Different ranks": ({**_LINES, "r": 8}, {**_LINES, "r": 16}),
     "Different groups": (_LINES, {**_LINES, "lambda_d_groups": 2}),
     "Different directions": (_LINES, {**_LINES, "direction": "weight"}),
-    "Different distributions": (_LINES, {**_LINES, "projection_init": "kaiming_uniform", "r": 8}),
     "Overlapping": ({**_LINES, "target_modules": ["lin0", "lin1"]}, {**_LINES, "target_modules": ["lin1"]}),
 }
 

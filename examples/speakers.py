@@ -53,7 +53,7 @@ class Run:
 
     def __init__(self, top: TopLayers, speakers: Sequence[str], setting: Setting, seed: int, folder: Path) -> None:
         self.speakers, self.rates = list(speakers), setting.rates
-        config = dvora.DVoRAConfig(target_modules="all-linear", projection_init="structured", projection_seed=seed)
+        config = dvora.DVoRAConfig(target_modules="all-linear", projection_seed=seed)
         adapted = get_peft_model(top.model, config)
         adapted.save_pretrained(folder)
         self.top = top._replace(model=adapted.unload())

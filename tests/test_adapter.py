@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 import dvora
 from dvora import DVoRAAdapter, SharedProjections
 from dvora.functional import Vectors
-from dvora.matrices.interface import DISTRIBUTIONS
 from tests.cases import COPIES, DIRECTIONS, DTYPES, SHARED, fresh_copy, linear, randn, train, trained_layer
 from tests.census import Census
 from tests.reference import DenseDVoRA, worst_error
@@ -58,7 +57,6 @@ def trained(layer: nn.Module) -> dict[str, nn.Parameter]:
     zero_rows=st.booleans(),
     bias=st.booleans(),
     direction=st.sampled_from(DIRECTIONS),
-    distribution=st.sampled_from(DISTRIBUTIONS),
     freeze_base_layer=st.booleans(),
     groups=st.integers(1, 5),
 )
@@ -68,7 +66,6 @@ def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     scale: float,
     zero_rows: bool,
     bias: bool,
-    distribution: str,
     dtype: torch.dtype,
     mode: Callable[[], Any],
     groups: int,
@@ -80,7 +77,7 @@ def test_any_layer_is_its_base_at_the_start_bit_for_bit(
     with torch.no_grad():
         base.weight.mul_(scale)
         base.weight[:: 2 if zero_rows else out_features + 1] = 0
-    layer = new_layer(base, rank, shared=SharedProjections(3, distribution), **options)
+    layer = new_layer(base, rank, shared=SharedProjections(3), **options)
     x = randn(tokens, in_features, seed=0, dtype=dtype)
     with mode():
         assert torch.equal(layer(x), base(x))
@@ -699,19 +696,6 @@ def exported(layer: DVoRAAdapter, x: Tensor) -> Tensor:
         batch = torch.export.Dim("batch", min=1, max=64)
         program = torch.export.export(layer, (x[:3],), dynamic_shapes=({0: batch},)).module()
     return program(x)
-
-
-def test_structured_matrices_are_exported_with_any_batch_and_length() -> None:
-    layer = DVoRAAdapter(nn.Linear(256, 256), rank=128, shared=SharedProjections(distribution="structured")).eval()
-    with torch.no_grad():
-        for parameter in (layer.magnitude, layer.lambda_b, layer.lambda_d):
-            parameter.add_(0.1 * randn(*parameter.shape, seed=1))
-    sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
-        program = torch.export.export(layer, (randn(2, 3, 256, seed=2),), dynamic_shapes=(sizes,)).module()
-    x = randn(5, 7, 256, seed=3)
-    torch.testing.assert_close(program(x), layer(x))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -13,7 +13,6 @@ from dvora import DVoRAAdapter, SharedProjections
 from dvora.factors import Factors, delta_weight, factor_rows, factors_of
 from dvora.functional import Vectors
 from dvora.layer import thin_outputs
-from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
 from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, fresh_copy, linear, nearly_cancelled, randn, trained_layer
 from tests.census import Census
@@ -22,7 +21,6 @@ from tests.reference import DenseDVoRA, worst_error
 IN, OUT, RANK = 6, 9, 4
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
-distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -31,12 +29,11 @@ def factors(layer: DVoRAAdapter, **options: Any) -> Factors:
 
 
 @directions
-@distributions
 @pytest.mark.parametrize("rank", [2, 5])
-def test_derivatives_equal_finite_differences(rank: int, distribution: str, direction: str) -> None:
+def test_derivatives_equal_finite_differences(rank: int, direction: str) -> None:
     weight, f64 = randn(4, 3, seed=1, dtype=torch.float64), torch.float64
     weight[1] = 0
-    adapted = AdaptedWeight(weight, rank, shared=SharedProjections(3, distribution), direction=direction)
+    adapted = AdaptedWeight(weight, rank, shared=SharedProjections(3), direction=direction)
     shapes = [(2, 4), (2, 4), (2, rank)]
     vectors = [randn(*shape, seed=4 + i, dtype=f64).requires_grad_() for i, shape in enumerate(shapes)]
 
@@ -48,7 +45,6 @@ def test_derivatives_equal_finite_differences(rank: int, distribution: str, dire
 
 
 @dtypes
-@distributions
 @given(
     groups=st.sampled_from([1, 3]),
     at_once=st.sampled_from([2**7, 2**24]),
@@ -57,9 +53,9 @@ def test_derivatives_equal_finite_differences(rank: int, distribution: str, dire
     alpha=st.floats(0.1, 10),
 )
 def test_adapters_at_once_get_the_rows_that_they_get_one_by_one(
-    distribution: str, dtype: torch.dtype, at_once: int, **options: Any
+    dtype: torch.dtype, at_once: int, **options: Any
 ) -> None:
-    shared = SharedProjections(3, distribution)
+    shared = SharedProjections(3)
     bases = [randn(out, width, seed=out, dtype=dtype) for out, width in [(9, 6), (5, 7), (9, 6), (6, 8)]]
     # Parameters are read where lambda_d is by groups, others have constants instead.
     bases[2:] = [nn.Parameter(base, requires_grad=False) for base in bases[2:]]
@@ -98,12 +94,10 @@ def test_many_adapters_with_groups_need_no_more_memory_than_some(monkeypatch: py
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (5, 2, 3), (5, 0)], ids=str)
-@given(bias=st.booleans(), distribution=st.sampled_from(DISTRIBUTIONS))
-def test_each_row_of_a_batch_gets_what_it_gets_alone(
-    shape: tuple[int, ...], dtype: torch.dtype, bias: bool, distribution: str
-) -> None:
+@given(bias=st.booleans())
+def test_each_row_of_a_batch_gets_what_it_gets_alone(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
     base = linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
-    adapted = AdaptedWeight(base.weight, RANK, shared=SharedProjections(3, distribution))
+    adapted = AdaptedWeight(base.weight, RANK, shared=SharedProjections(3))
     wide, index = adapted.w.dtype, torch.tensor([2, 0, 2, 1, 2])
     values = (0.3 * randn(3, 2 * OUT + RANK, seed=1, dtype=wide)).requires_grad_()
     x = randn(*shape, IN, seed=8, dtype=dtype).requires_grad_()

@@ -16,7 +16,6 @@ from dvora import DVoRAAdapter, SharedProjections
 from dvora import layer as forward
 from dvora.functional import Vectors
 from dvora.layer import adapted_linear, computation
-from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import AdaptedWeight
 from tests.cases import DIRECTIONS, DTYPES, TOLERANCE, linear, randn, trained_layer
 from tests.census import Census
@@ -36,7 +35,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 every_way = pytest.mark.parametrize("way", WAYS)
-distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
 options = st.fixed_dictionaries(
     {
@@ -44,7 +42,7 @@ options = st.fixed_dictionaries(
         "detach_norm": st.booleans(),
         "alpha": st.floats(0.5, 9),
         "lambda_d_groups": st.sampled_from([1, 4, 5]),
-        "shared": st.sampled_from([SharedProjections(3, distribution) for distribution in DISTRIBUTIONS]),
+        "shared": st.just(SharedProjections(3)),
     }
 )
 
@@ -207,10 +205,9 @@ def test_a_new_layer_is_its_base_bit_for_bit(
 
 
 @every_way
-@distributions
 @pytest.mark.parametrize("groups", [1, 4])
-def test_every_call_gives_the_same_bits(groups: int, distribution: str, way: str) -> None:
-    layer = layer_for(way, shared=SharedProjections(3, distribution), lambda_d_groups=groups)
+def test_every_call_gives_the_same_bits(groups: int, way: str) -> None:
+    layer = layer_for(way, shared=SharedProjections(3), lambda_d_groups=groups)
     x, d = inputs(way), output_gradient(way)
     first, again = ([layer(x), *gradients(layer, layer(x), x, d).values()] for _ in range(2))
     assert all(map(torch.equal, first, again))
@@ -295,7 +292,7 @@ def test_a_weight_that_is_formed_under_autocast_is_rounded_once(rank: int) -> No
 )
 def test_the_computation_follows_from_sizes(sizes: tuple[int, ...], tokens: int, trained: str, evaluated: str) -> None:
     in_features, out_features, rank, *groups = sizes
-    weight, shared = torch.ones(out_features, in_features), SharedProjections(3, "structured")
+    weight, shared = torch.ones(out_features, in_features), SharedProjections(3)
     adapted = AdaptedWeight(weight, rank, shared=shared, groups=groups[0] if groups else 1)
     assert [computation(tokens, adapted, True), computation(tokens, adapted, False)] == [trained, evaluated]
 
@@ -346,14 +343,13 @@ def test_a_hook_of_all_modules_sees_the_base() -> None:
 # Derivatives of higher order.
 
 
-@distributions
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "strength"])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("way", "tokens", "rank"), [("thin", 2, 1), ("folded", 8, 1), ("folded", 2, 5)])
 def test_derivatives_of_higher_order_equal_finite_differences(
-    way: str, tokens: int, rank: int, groups: int, bias: bool, distribution: str, monkeypatch: pytest.MonkeyPatch
+    way: str, tokens: int, rank: int, groups: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"shared": SharedProjections(3, distribution), "lambda_d_groups": groups}
+    settings = {"shared": SharedProjections(3), "lambda_d_groups": groups}
     layer = trained_layer(4, 3, rank, dtype=torch.float64, bias=bias, **settings)
     monkeypatch.setattr(forward, "computation", lambda *_: way)
     if bias:
@@ -404,13 +400,10 @@ HELD = {
 """Dtype, tokens, sizes with the groups, and how many values of a token may be held."""
 
 
-@distributions
 @pytest.mark.parametrize("case", HELD)
-def test_what_is_held_of_a_pass_grows_with_tokens_only_and_nothing_after_its_backward_pass(
-    case: str, distribution: str
-) -> None:
+def test_what_is_held_of_a_pass_grows_with_tokens_only_and_nothing_after_its_backward_pass(case: str) -> None:
     dtype, tokens, (width, out, rank, groups), of_token = HELD[case]
-    settings = {"shared": SharedProjections(3, distribution), "lambda_d_groups": groups}
+    settings = {"shared": SharedProjections(3), "lambda_d_groups": groups}
     layer = trained_layer(width, out, rank, dtype=dtype, **settings).eval()
     x = randn(tokens, width, seed=8, dtype=dtype).requires_grad_()
     assert way_of(layer(x)) == case.split(",")[0]

@@ -130,8 +130,7 @@ def test_rates_of_a_sharded_model_are_refused() -> None:
 
 OTHERS: list[tuple[dict[str, object] | None, str]] = [
     ({}, "agreed"),
-    ({"projection_seed": 7}, "projections=structured/"),
-    ({"projection_init": "kaiming_uniform"}, "projections=kaiming_uniform/"),
+    ({"projection_seed": 7}, "projections=kaiming_uniform/"),
     ({"r": 5}, "rank=5"),
     ({"alpha": 9}, "alpha=9"),
     ({"target_modules": ["lin0"]}, "no adapter"),

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from dvora import SharedProjections
 from dvora import weight as weights
 from dvora.factors import factors_of
-from dvora.matrices.interface import DISTRIBUTIONS
 from dvora.weight import (
     COLUMNS,
     EXPERTS,
@@ -73,10 +72,9 @@ def test_rows_of_experts_and_strides_of_kernels_are_those_of_the_stored_weight()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_constants_are_those_of_the_definition_and_never_below_float32(distribution: str, dtype: torch.dtype) -> None:
+def test_constants_are_those_of_the_definition_and_never_below_float32(dtype: torch.dtype) -> None:
     weight = linear(IN, OUT, dtype=dtype).weight.detach()
-    adapted = adapted_weight(weight, shared=SharedProjections(3, distribution))
+    adapted = adapted_weight(weight, shared=SharedProjections(3))
     assert_constants_of(adapted, weight, 1e-12 if dtype == torch.float64 else 1e-6)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert {adapted.w.dtype, adapted.C.dtype, *(v.dtype for v in adapted.initial_vectors(0.1))} == {wide}
@@ -153,10 +151,9 @@ def test_a_large_C_beside_a_weight_in_half_precision_is_kept_in_bfloat16(dtype: 
     assert adapted_weight(weight.float(), 128).C.dtype == torch.float32
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update(distribution: str) -> None:
+def test_a_padding_column_is_neither_updated_nor_in_the_norm_of_an_update() -> None:
     weight = randn(OUT, IN, seed=1, dtype=torch.float64)
-    adapted = adapted_weight(weight, shared=SharedProjections(3, distribution), padding_column=2)
+    adapted = adapted_weight(weight, shared=SharedProjections(3), padding_column=2)
     vectors = adapted.initial_vectors(0.1)._replace(lambda_b=randn(OUT, seed=2, dtype=torch.float64))
     A = adapted.shared.A(RANK, IN, torch.float64)
     A[:, 2] = 0

@@ -14,15 +14,14 @@ MANY = 1024
 """Adapters known to a bank, where nothing else is said."""
 KNOWN = (ROWS, MANY, 10_000)
 SLOTS = 256
-DENSE, STRUCTURED, SMALL = Arm("dvora dense", 256), Arm("dvora structured", 256), Arm("dvora structured", 64)
+DENSE, SMALL = Arm("dvora dense", 256), Arm("dvora dense", 64)
 LORAS = (Arm("LoRA", 8), Arm("LoRA", 1))
 BASE, MERGED = ManyArm("base"), ManyArm("merged", DENSE)
 PASSES = 16
 """Tokens that are decoded with the same rows."""
 LEFT_OUT = (
     "GPUs: nothing here was run on one",
-    "64 adapters known to the bank: only with structured matrices and all 64 in the batch; 10,000: only in the linear "
-    "layers",
+    "64 adapters known to the bank: only of rank 64 and all 64 in the batch; 10,000: only in the linear layers",
     "SmolLM2: float32 only, 64 adapters known, prompts of 4 tokens, only LoRA r=8 through adapter_names",
     "bfloat16: MiniLM and the linear layers, fewer ways and rounds",
     "(IA)3: PEFT has no batches of several of its adapters",
@@ -106,10 +105,10 @@ def whole() -> Plan:
     return Plan(
         grounds=whole_grounds(),
         encoder=workloads.minilm(),
-        adapter=STRUCTURED,
+        adapter=SMALL,
         known=KNOWN[-1],
         resident=[(SLOTS, 2**30), (64, 2**26)],
-        loaded=[(model, (STRUCTURED, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
+        loaded=[(model, (DENSE, SMALL), 16) for model in (workloads.minilm(), workloads.smollm2())],
         one_text=[OneText("MiniLM", (1, 6, 16, 64), (32, 128, 500), 7), OneText("BERT-base", (6, 16), (32, 128), 3)],
     )
 
@@ -120,10 +119,10 @@ def quick() -> Plan:
     return Plan(
         grounds=quick_grounds(),
         encoder=tiny,
-        adapter=Arm("dvora structured", 16),
+        adapter=Arm("dvora dense", 16),
         known=SLOTS + 4,
         resident=[(SLOTS, 2**30)],
-        loaded=[(tiny, [Arm("dvora structured", rank) for rank in (16, 4)], 6)],
+        loaded=[(tiny, [Arm("dvora dense", rank) for rank in (16, 4)], 6)],
         one_text=[OneText("tiny", (1, 3), (9,), 2)],
     )
 
@@ -131,8 +130,8 @@ def quick() -> Plan:
 def whole_grounds() -> list[Ground]:
     """Every model, and what is timed on it."""
     linears, minilm, smollm2 = workloads.linears(1024, 2816, blocks=2), workloads.minilm(), workloads.smollm2()
-    ten_thousand = bank_arm(STRUCTURED, ROWS, KNOWN[-1])
-    smollm2_arms = [BASE, MERGED, *bank_arms([SMALL, STRUCTURED, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
+    ten_thousand = bank_arm(SMALL, ROWS, KNOWN[-1])
+    smollm2_arms = [BASE, MERGED, *bank_arms([SMALL, DENSE], ROWS), *by_names(LORAS[0]), *gathered()]
     return [
         Ground(linears, "float32", [*all_arms(), ten_thousand], [Phase("decode", 1, 7, PASSES)]),
         Ground(linears, "bfloat16", few_arms(), [Phase("decode", 1, 5, PASSES)]),
@@ -144,7 +143,7 @@ def whole_grounds() -> list[Ground]:
 
 def quick_grounds() -> list[Ground]:
     """Every way, on tiny models."""
-    tiny = [Arm(arm.method, 16) for arm in (STRUCTURED, DENSE)]
+    tiny = [Arm("dvora dense", rank) for rank in (16, 4)]
     arms = [BASE, MERGED, *(bank_arm(arm, n, 8) for arm in tiny for n in (1, 8))]
     arms += [ManyArm("adapter_names", arm, n, 8) for arm in (*tiny, LORAS[0]) for n in (1, 8)]
     arms += [ManyArm("gathered", arm, 8, 8) for arm in LORAS]
@@ -158,14 +157,13 @@ def quick_grounds() -> list[Ground]:
 
 def all_arms() -> list[ManyArm]:
     """Everything but ten thousand adapters."""
-    banks = [bank_arm(adapter, distinct, MANY) for adapter in (STRUCTURED, DENSE) for distinct in (1, 16, ROWS)]
-    few = [*bank_arms([SMALL], MANY), bank_arm(STRUCTURED, ROWS, ROWS)]
-    return [BASE, MERGED, *banks, *few, *by_names(SMALL, STRUCTURED, *LORAS), *gathered()]
+    banks = [bank_arm(adapter, distinct, MANY) for adapter in (SMALL, DENSE) for distinct in (1, 16, ROWS)]
+    return [BASE, MERGED, *banks, bank_arm(SMALL, ROWS, ROWS), *by_names(SMALL, DENSE, *LORAS), *gathered()]
 
 
 def few_arms() -> list[ManyArm]:
     """The least that shows what another adapter in every row costs."""
-    return [BASE, MERGED, *bank_arms([SMALL, STRUCTURED, DENSE], MANY), *by_names(*LORAS), *gathered()]
+    return [BASE, MERGED, *bank_arms([SMALL, DENSE], MANY), *by_names(*LORAS), *gathered()]
 
 
 def bank_arm(adapter: Arm, distinct: int, known: int) -> ManyArm:
@@ -184,7 +182,7 @@ def by_names(*adapters: Arm) -> list[ManyArm]:
 
 def kinds() -> list[ManyArm]:
     """LoRA in a bank, alone and in half of the rows."""
-    return [*bank_arms(LORAS[:1], ROWS), ManyArm("bank, half of the rows LoRA r=8", STRUCTURED, ROWS, ROWS)]
+    return [*bank_arms(LORAS[:1], ROWS), ManyArm("bank, half of the rows LoRA r=8", SMALL, ROWS, ROWS)]
 
 
 def gathered() -> list[ManyArm]:

@@ -45,13 +45,9 @@ def adapted(backbone: nn.Module, arm: Arm, layers: Mapping[str, str], seed: int)
     targets = "all-linear" if arm.layers == "all" else layers[arm.layers]
     if arm.method == "magnitude":
         targets = f"{layers['attention']}|{layers['feed_forward']}"
-    options = arm.options
-    if arm.method == "dvora":
-        # Rows of arms that name no kind of matrices were made when this was the default.
-        options = {"projection_init": "kaiming_uniform", **options}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(backbone, peft_config(arm.method, arm.r, targets, seed, options))
+        return get_peft_model(backbone, peft_config(arm.method, arm.r, targets, seed, arm.options))
 
 
 def groups(model: nn.Module, head: nn.Module | None, rates: Rates) -> list[dict[str, Any]]:

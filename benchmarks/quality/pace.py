@@ -28,7 +28,7 @@ from benchmarks.tables import span, table, text
 
 ARMS = (
     *("magnitude", "ia3", "hyperadapt", "road", "road_4", "lora_r2", "lora_r4", "lora_r8", "vera_r256"),
-    *("structured_r16", "structured_r64", "structured_r256", "structured_r1024"),
+    "dvora_r256",
 )
 """Beside LoRA r=1."""
 WARM_UP, STEPS = 5, 50
@@ -89,7 +89,7 @@ def pace(content: Mapping[str, Any]) -> str:
     """The time of a step of every method, as a table."""
     rows: Sequence[Row] = content["rows"]
     dtypes, lines = [*dict.fromkeys(row["dtype"] for row in rows)], []
-    for arm in ARMS:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         medians = [[row["ratio"][1] for row in rows if (row["arm"], row["dtype"]) == (arm, d)] for d in dtypes]
         if not all(medians):
             continue

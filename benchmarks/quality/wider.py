@@ -1,4 +1,4 @@
-"""High ranks in wider layers: what runs of a model 768 wide say, and what arithmetic says of wider ones."""
+"""High ranks in wider layers: what runs of a model 768 wide say."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +9,11 @@ from benchmarks.quality.page import LABELS, YARDSTICK, gained, heads
 from benchmarks.quality.summary import result_of
 from benchmarks.speed.metrics import Rows
 from benchmarks.tables import kilobytes, table, text
-from dvora.matrices.structured import is_dense, operations
 
 GRID, TASK = Path(__file__).parent / "wider.yaml", "countries"
 OVER = (YARDSTICK, "road")
 """What the others are compared with."""
 HIGH: Mapping[str, str] = {"r768": "DVoRA r=768, structured", "r1024": LABELS["structured_r1024"]}
-WIDTHS = (384, 768, 2048, 4096)
-RANKS = (256, 1024)
 
 
 def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
@@ -26,7 +23,7 @@ def parts(content: Mapping[str, Any], paced: Rows) -> dict[str, str]:
         content: of `wider.json`.
         paced: rows of `wider_pace.json`.
     """
-    return {"wider": _measured(content, paced), "wider-on-paper": _on_paper()}
+    return {"wider": _measured(content, paced)}
 
 
 def _measured(content: Mapping[str, Any], paced: Rows) -> str:
@@ -52,27 +49,3 @@ def _measured(content: Mapping[str, Any], paced: Rows) -> str:
         f"{hours:.0f} hours of a core (`wider.json`, `wider_pace.json`; torch {environment['torch']}, PEFT "
         f"{environment['peft']}, CPU).",
     )
-
-
-def _on_paper() -> str:
-    def line(width: int) -> tuple[str, ...]:
-        layers = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
-        weights = sum(inputs * outputs for inputs, outputs in layers)
-        lora = sum(inputs + outputs for inputs, outputs in layers)
-        sizes = (sum(2 * outputs + rank for _, outputs in layers) / lora for rank in RANKS)
-        work = (sum(_multiply_adds(rank, size) for layer in layers for size in layer) / weights for rank in RANKS)
-        return (f"{width:,}", *(f"{size:.2f}" for size in sizes), *(f"{100 * share:.1f} %" for share in work))
-
-    values = (f"values, r={rank:,}" for rank in RANKS)
-    update = (f"multiply-adds of the update, r={rank:,}" for rank in RANKS)
-    return text(
-        table(("width", *values, *update), map(line, WIDTHS)),
-        "Computed, not run: a block of four square layers and a feed-forward part four times as wide. Values in LoRA "
-        "r=1's; multiply-adds of a token in those of the weights. The norm's do not depend on tokens; of a rank above "
-        "the width they are those of the update's own matrix.",
-    )
-
-
-def _multiply_adds(rank: int, size: int) -> int:
-    """Of a token, with A or B."""
-    return rank * size if is_dense(rank, size) else operations(rank, size)

@@ -36,7 +36,6 @@ class Arm(NamedTuple):
 BASE, FULL, MAGNITUDE = Arm("base"), Arm("full fine-tuning"), Arm("dvora magnitude")
 HYPERADAPT, ROAD, IA3 = Arm("HyperAdapt"), Arm("RoAd"), Arm("(IA)3")
 MERGED = Arm("dvora merged", 256)
-DENSE, STRUCTURED = {"projection_init": "kaiming_uniform"}, {"projection_init": "structured"}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {}),
     "DoRA": ("dora", {}),
@@ -44,11 +43,10 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "RandLoRA": ("randlora", {}),
     ROAD.method: ("road", {"variant": "road_2"}),
     IA3.method: ("ia3", {}),
-    "dvora dense": ("dvora", DENSE),
-    "dvora structured": ("dvora", STRUCTURED),
-    "dvora 64 groups": ("dvora", {**DENSE, "lambda_d_groups": 64}),
+    "dvora dense": ("dvora", {}),
+    "dvora 64 groups": ("dvora", {"lambda_d_groups": 64}),
     MAGNITUDE.method: ("magnitude", {}),
-    MERGED.method: ("dvora", DENSE),
+    MERGED.method: ("dvora", {}),
 }
 """By the names in the result files: the method, and options of its configuration."""
 

@@ -10,23 +10,23 @@ from benchmarks.speed.workloads import Workload
 
 
 def at_rank(rank: int) -> list[Arm]:
-    """VeRA and both kinds of DVoRA, which are compared rank by rank and so are timed next to one another."""
-    return [Arm("dvora dense", rank), Arm("VeRA", rank), Arm("dvora structured", rank)]
+    """VeRA and DVoRA, which are compared rank by rank and so are timed next to one another."""
+    return [Arm("dvora dense", rank), Arm("VeRA", rank)]
 
 
-SMALL = [Arm("LoRA", 16), Arm("LoRA", 1), Arm("dvora structured", 64)]
+SMALL = [Arm("LoRA", 16), Arm("LoRA", 1), Arm("dvora dense", 64)]
 OTHERS = [Arm("LoRA", 8), ROAD]
 COMPARED = [BASE, FULL, *SMALL, *OTHERS, Arm("RandLoRA", 32), *at_rank(256), *at_rank(1024), Arm("DoRA", 16)]
 """The methods as they are used: LoRA and DoRA at small ranks, VeRA and DVoRA at large ones; LoRA r=1 is as small."""
 FEW = [BASE, *SMALL, *at_rank(256), Arm("DoRA", 16)]
-WIDE = [*FEW, *OTHERS, Arm("dvora structured", 1024)]
+WIDE = [*FEW, *OTHERS]
 WHOLE_MODEL = [*WIDE, MAGNITUDE, HYPERADAPT, IA3]
 TINY = [BASE, Arm("LoRA", 1), Arm("DoRA", 4), *at_rank(16)]
 """For models of hidden size 64."""
 DECODING = [*(arm for arm in COMPARED if arm != FULL), MERGED]
 LEFT_OUT = (
-    "hidden 2,048: eight methods, no bfloat16, no prompts and no decoding",
-    "SmolLM2: eight methods, 128 tokens; MiniLM: fourteen methods, 16 x 32 and 64 x 32 tokens",
+    "hidden 2,048: seven methods, no bfloat16, no prompts and no decoding",
+    "SmolLM2: seven methods, 128 tokens; MiniLM: twelve methods, 16 x 32 and 64 x 32 tokens",
     "bfloat16: the Llama block of hidden 1,024, 512 tokens of training",
     "GPUs: nothing here was run on one; `python -m benchmarks.speed --device cuda` would",
 )
@@ -90,8 +90,7 @@ OVERHEAD = (
     Run("prefill", llama_64, NARROW, tokens=1, rounds=15),
 )
 """What a method adds to every layer: kernels, and on a model without weight the host's time to launch them."""
-GROUPED = [BASE, Arm("LoRA", 1), Arm("dvora structured", 64), *(Arm("dvora 64 groups", rank) for rank in (16, 64))]
-GROUPED += [Arm("dvora structured", 1024)]
+GROUPED = [BASE, Arm("LoRA", 1), Arm("dvora dense", 64), *(Arm("dvora 64 groups", rank) for rank in (16, 64))]
 linears_384 = partial(workloads.linears, 384, 1536)
 GROUPS = (
     *(

@@ -14,6 +14,7 @@ LABELS = {
     "hyperadapt": "HyperAdapt",
     "lora_r1": "LoRA r=1",
     "structured_r64": "DVoRA r=64, by the bank",
+    "dvora_r64": "DVoRA r=64, by the bank",
     "lora_r8": "LoRA r=8",
 }
 """The arms, in the order of the table."""

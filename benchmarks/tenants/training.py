@@ -30,9 +30,9 @@ from benchmarks.tenants.sources import KINDS, tenants
 from materials.batches import Sentences, unlabelled
 from materials.models import minilm
 
-ARMS = ("frozen", "structured_r64", "magnitude", "hyperadapt", "lora_r1", "lora_r8")
+ARMS = ("frozen", "dvora_r64", "magnitude", "hyperadapt", "lora_r1", "lora_r8")
 """Of the grid of `benchmarks.quality`, with the rates that are tried there first."""
-IN_BANK = ("structured_r64", "magnitude")
+IN_BANK = ("dvora_r64", "magnitude")
 TASK = "tenants"
 PLAN = TaskPlan("minilm", steps=60, batch=8, train=1000, validation=1000, test=1000)
 """Of every tenant; all of its rows are used, in the batches."""

@@ -13,8 +13,8 @@ Thin adds the update to the base's outputs, with `g` and `scale` of `factors`:
     dL/dy_b = g dy,   h = (dy scale) B,   dL/dz = h lambda_d,   dL/dlambda_d = sum_t h z
     dL/d(g - 1) = sum_t dy (y_b - bias),   dL/dscale = sum_t dy low
 
-Folded forms one weight, by a structured product of the rows of B (or A). The gradients of the factors are taken from
-thin products, so that they cost `T O R` and not `T O I`:
+Folded forms one weight. The gradients of the factors are taken from thin products, so that they cost `T O R` and not
+`T O I`:
 
     D = B diag(lambda_d) A,   W'' = diag(g) W + diag(scale) D,   y = x W''^T + bias,   dL/dx = dy W''
     E = dy^T z,   dL/dscale = rowsum(E * B diag(lambda_d)),   dL/dlambda_d = scale (E * B)
@@ -251,11 +251,11 @@ class _Folded(torch.autograd.Function):
         rows, d_x = dy.reshape(-1, len(m)), None
         if z is not None:
             E = as_dtype(rows.T @ as_dtype(z, dy.dtype).reshape(-1, z.shape[-1]), m.dtype)
-            products = E * adapted.matrices.rows("B", len(lambda_d), len(m), m.dtype, m.device)
+            products = E * adapted.matrices.matrix("B", len(lambda_d), len(m), m.dtype, m.device).T
             d_scale, d_d = products @ lambda_d, scale @ products
         else:
             inputs, scaled = x.reshape(-1, x.shape[-1]), as_dtype(adapted.scaled(lambda_d), dy.dtype)
-            B = adapted.matrices.rows("B", adapted.rank, len(m), m.dtype, m.device)
+            B = adapted.matrices.matrix("B", adapted.rank, len(m), m.dtype, m.device).T
             h = rows @ as_dtype(scale[:, None] * B, dy.dtype)
             d_scale = vecdot(as_dtype(rows.T @ (inputs @ scaled.T), m.dtype), B)
             d_d = adapted.scaled_gradient(as_dtype(h.T @ inputs, m.dtype))

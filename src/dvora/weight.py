@@ -143,8 +143,6 @@ class AdaptedWeight(nn.Module):
         groups: G, into which the columns are cut, each with a lambda_d of its own.
         padding_column: a column of the weight's matrix that the update does not change: an embedding's padding entry.
         readable: whether the weight can be read in every pass; that of a quantised layer cannot.
-        reads_matrices: whether passes read the values of A and B: those of convolutions and of weights that are
-            read by their module do, others multiply by A and B.
         name: of the layer, for error messages.
 
     Raises:
@@ -170,7 +168,6 @@ class AdaptedWeight(nn.Module):
         groups: int = 1,
         padding_column: int | None = None,
         readable: bool = True,
-        reads_matrices: bool = False,
         name: str = "layer",
     ) -> None:
         super().__init__()
@@ -187,15 +184,13 @@ class AdaptedWeight(nn.Module):
         self.groups = checked_groups(groups, self.in_features, name) if groups != 1 and self.rank else 1
         self.by_groups = Groups(self.groups, self.in_features) if self.groups > 1 else None
         self.lambda_d_size = self.groups * self.rank
-        self.reads_matrices = reads_matrices or self.by_groups is not None
         self.name = name
         # A name that no model uses, since PEFT finds modules to save by the ends of their names.
         self.dvora_projections = shared
         self.update_key = shared.seed, shared.distribution, self.rank, self.groups
         """Adapters of equal keys have the same A, B and groups in a layer."""
         if self.rank:
-            sizes = rank, self.in_features, self.out_features, norm_dtype(weight.dtype)
-            shared.impl.reserve(*sizes, values=self.reads_matrices)
+            shared.impl.reserve(rank, self.in_features, self.out_features, norm_dtype(weight.dtype))
         self.shard: TensorParallelShard | None = None
         """The shard on this process, of a weight that is a DTensor."""
         self.has_zero_rows = True
@@ -431,16 +426,14 @@ class AdaptedWeight(nn.Module):
         """The dense A of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(0, self.in_features)
-        sizes, where = (self.rank, self.in_features), (like.dtype, like.device)
-        A = self.shared.impl.values("A", *sizes, *where, keep=self.reads_matrices)
+        A = self.shared.impl.matrix("A", self.rank, self.in_features, like.dtype, like.device)
         return A if self.padding_column is None else _without_column(A, self.padding_column)
 
     def B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """The dense B of this weight, in the dtype and on the device of `like`."""
         if not self.rank:
             return like.new_empty(self.out_features, 0)
-        sizes, where = (self.rank, self.out_features), (like.dtype, like.device)
-        return self.shared.impl.values("B", *sizes, *where, keep=self.reads_matrices).T
+        return self.shared.impl.matrix("B", self.rank, self.out_features, like.dtype, like.device).T
 
     def extra_repr(self) -> str:
         return (
@@ -460,8 +453,7 @@ class AdaptedWeight(nn.Module):
 
     def _rows_of_B(self, like: Tensor) -> Float[Tensor, "O R"]:
         """B for the rows of this process, kept, in the dtype and on the device of `like`."""
-        sizes, where = (self.rank, len(self.w)), (like.dtype, like.device)
-        return self._row_matrices.values("B", *sizes, *where, keep=True).T
+        return self._row_matrices.matrix("B", self.rank, len(self.w), like.dtype, like.device).T
 
     def _can_read(self, weight: Tensor) -> bool:
         """Whether `cross` is computed from the weight, not from a constant that would be an eighth of it or more."""

@@ -34,7 +34,7 @@ BAD_VALUES: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"alpha_pattern": 3}, TypeError, "alpha_pattern"),
     ({"direction": "rows"}, ValueError, "direction 'rows'.*unit, weight"),
     ({"direction": None}, ValueError, "direction None.*unit, weight"),
-    ({"projection_init": "uniform"}, ValueError, "distribution 'uniform'.*kaiming_uniform, structured"),
+    ({"projection_init": "uniform"}, ValueError, "distribution 'uniform'.*kaiming_uniform"),
     ({"bias": "lora_only"}, ValueError, "bias 'lora_only'.*none, all, dvora_only"),
     *[({"projection_seed": seed}, ValueError, f"seed.*{seed}") for seed in (-1, 2**64)],
     ({"projection_seed": "0"}, TypeError, "seed.*'0'"),
@@ -83,7 +83,7 @@ def test_every_setting_comes_back_from_its_file(tmp_path: Path) -> None:
         detach_norm=True,
         dvora_dropout=0.1,
         projection_seed=2**64 - 1,
-        projection_init="structured",
+        projection_init="peft_vera(r=7, in=9, out=8)",
         bias="dvora_only",
         modules_to_save=["head"],
         rank_pattern={"a": 9},
@@ -109,17 +109,14 @@ def test_a_file_of_one_group_says_nothing_of_groups_and_the_config_stays_as_it_w
 
 def test_fingerprints_of_saved_adapters_stay_valid() -> None:
     """Literal values: if one changes, the adapters that were saved with it can no longer be loaded."""
-    known = {"kaiming_uniform": "b5e24f8bbf66c072", "structured": "a1c8de466114cc5f"}
-    assert {init: DVoRAConfig(projection_init=init).projection_fingerprint for init in known} == known
+    assert DVoRAConfig().projection_fingerprint == "b5e24f8bbf66c072"
 
 
-def test_a_file_without_its_distribution_is_not_read_as_the_default(tmp_path: Path) -> None:
-    DVoRAConfig(projection_init="kaiming_uniform").save_pretrained(tmp_path)
+def test_a_file_whose_seed_was_edited_is_refused(tmp_path: Path) -> None:
+    DVoRAConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    settings = json.loads(file.read_text())
-    del settings["projection_init"]
-    file.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"projection_fingerprint is 'b5e24f8bbf66c072'.*'structured' give"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "projection_seed": 1}))
+    with pytest.raises(ValueError, match=r"projection_fingerprint is 'b5e24f8bbf66c072'.*projection_seed=1 and"):
         PeftConfig.from_pretrained(tmp_path)
 
 

@@ -32,7 +32,6 @@ MIXED = ["c", "a", None, "b", "a", None]
 OF_BASE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 6e-3}
 OF_BANK = {torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 0.025}
 """What roundings of a base and of factor rows take from the outputs of a few layers."""
-MATRICES = ["kaiming_uniform", "structured"]
 
 
 def check_rows(found: Tensor, these: Tenants, names: list[str | None], tolerance: float) -> None:
@@ -45,12 +44,10 @@ def doubled(x: Tensor) -> Tensor:
 
 
 @by_groups
-@pytest.mark.parametrize(("name", "matrices"), [(name, MATRICES[k % 2]) for k, name in enumerate(CALLED)])
-def test_rows_of_every_layer_type_are_those_of_the_merged_models(
-    name: str, matrices: str, groups: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", CALLED)
+def test_rows_of_every_layer_type_are_those_of_the_merged_models(name: str, groups: int, tmp_path: Path) -> None:
     kind = Kind(CASES[name].base, {"r": 5, **CASES[name].settings}).by_groups(groups)
-    these, x = tenants(kind, tmp_path, 2, projection_init=matrices), CASES[name].inputs()
+    these, x = tenants(kind, tmp_path, 2), CASES[name].inputs()
     with these.bank() as served:
         found = served(NAMES, x)
         base = served([None] * 4, x)
@@ -75,12 +72,10 @@ def test_every_dtype_of_a_base_and_of_a_bank(
 
 
 @by_groups
-@pytest.mark.parametrize(("name", "matrices"), list(zip(MODELS, MATRICES * 3, strict=False)))
-def test_rows_of_whole_models_are_those_of_the_dense_method(
-    name: str, matrices: str, groups: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_whole_models_are_those_of_the_dense_method(name: str, groups: int, tmp_path: Path) -> None:
     kind = Kind(MODELS[name], {"r": 6, "target_modules": LAYERS[name], "alpha": 3.5, "direction": "weight"})
-    these = tenants(kind.by_groups(groups), tmp_path, projection_init=matrices)
+    these = tenants(kind.by_groups(groups), tmp_path)
     with these.bank() as served:
         found = served(MIXED)
         assert same_bits(served([None] * 6), outputs(these.base(), 6))

@@ -42,9 +42,7 @@ MIXED = ["c", "a", "b", "b", "a", "a"]
 @by_groups
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_are_those_of_each_alone(name: str, groups: int, tmp_path: Path) -> None:
-    # Both kinds of matrices, in turn.
-    init = ["kaiming_uniform", "structured"][list(KINDS).index(name) % 2]
-    kind = Kind(KINDS[name].base, {"projection_init": init, **KINDS[name].settings}).by_groups(groups)
+    kind = KINDS[name].by_groups(groups)
     save_all(kind, tmp_path)
     with together(kind, tmp_path) as both:
         alone, batch = Alone(tmp_path, kind.base), batch_of(both.model, MIXED)

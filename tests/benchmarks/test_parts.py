@@ -14,7 +14,7 @@ from dvora import SharedProjections
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_layer_is_the_formula(rows: bool, columns: bool, rank: int) -> None:
     torch.manual_seed(0)
-    shared = SharedProjections(0, "structured")
+    shared = SharedProjections(0)
     layer, x = PartsLinear(nn.Linear(6, 4), rows, columns, rank, shared), torch.randn(3, 6)
     torch.testing.assert_close(layer(x), layer.base(x))
     with torch.no_grad():

@@ -18,13 +18,15 @@ from benchmarks.quality.running import carry_out
 
 pytestmark = pytest.mark.usefixtures("products_in_bfloat16")
 PLAN = TaskPlan(model="minilm", steps=3, batch=4, train=40, validation=6, test=6)
-ARMS = ("structured_r64_nf4", "full", "rows_columns_low_rank")
+ARMS = ("dvora_r64_nf4", "full", "rows_columns_low_rank")
 """One of each kind: of PEFT's on a quantised base, all weights, of `benchmarks.parts`."""
 
 
 @pytest.fixture
 def grid() -> Grid:
-    return replace(read_grid(), tasks={"movie_ratings": PLAN})
+    grid = read_grid()
+    quantised = replace(grid.arms["dvora_r64"], base="nf4")
+    return replace(grid, tasks={"movie_ratings": PLAN}, arms={**grid.arms, "dvora_r64_nf4": quantised})
 
 
 def row(grid: Grid, arm: str, rate: float, stage: Any = "final") -> dict[str, Any]:
@@ -46,7 +48,7 @@ def test_what_a_method_trains_depends_on_its_rate(grid: Grid, arm: str) -> None:
 
 
 def test_steps_are_timed_in_turns(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "ARMS", ("structured_r64", "road"))
+    monkeypatch.setattr(pace, "ARMS", ("dvora_r256", "road"))
     rows = pace.timed(grid, "movie_ratings", pace.ARMS, count=2)
     assert [made["arm"] for made in rows] == [*pace.ARMS]
     assert all(made["ratio"][0] <= made["ratio"][1] <= made["ratio"][2] for made in rows)

@@ -52,7 +52,7 @@ def test_every_tenant_has_classes_of_its_own_and_no_text_in_two_parts() -> None:
 
 
 def test_every_arm_has_a_line_of_the_table_and_rates_to_try() -> None:
-    assert set(LABELS) == set(ARMS)
+    assert set(ARMS) <= set(LABELS)
     trials = [run.arm for run in grid_of_tenants().waiting({}, [TASK], ARMS) if run.stage == "trial"]
     assert {arm: trials.count(arm) for arm in ARMS} == {arm: 0 if arm == "frozen" else 3 for arm in ARMS}
 

@@ -17,7 +17,7 @@ from tests.peft.tiny import train_vectors
 CASES: dict[str, tuple[dict[str, object], dict[str, bool]]] = {
     "dense": ({}, {}),
     "groups": ({"lambda_d_groups": 3}, {}),
-    "structured, buffers left alone": ({"projection_init": "structured"}, {"broadcast_buffers": False}),
+    "buffers left alone": ({}, {"broadcast_buffers": False}),
 }
 """Settings of the adapter, and options of DDP."""
 

@@ -34,7 +34,6 @@ def adapted_layers(model: nn.Module) -> list[DVoRALayer]:
 
 CASES: dict[str, dict[str, object]] = {
     "dense": {},
-    "structured": {"projection_init": "structured"},
     "groups": {"lambda_d_groups": 3},
 }
 

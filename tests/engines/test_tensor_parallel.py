@@ -48,15 +48,13 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 CASES: list[tuple[str, dict[str, object]]] = [
     ("adapted first", {}),
     ("sharded first", {}),
-    ("sharded first", {"projection_init": "structured"}),
-    ("adapted first", {"projection_init": "structured", "target_modules": COLUMNS}),
-    # B is then a stack.
-    ("sharded first", {"projection_init": "structured", "r": 40, "direction": "weight"}),
+    ("adapted first", {"target_modules": COLUMNS}),
+    ("sharded first", {"r": 40, "direction": "weight"}),
     ("adapted first", {"detach_norm": True}),
     ("sharded by transformers", {}),
     # Both processes have columns of the second group.
     ("adapted first", {"lambda_d_groups": 3}),
-    ("sharded first", {"lambda_d_groups": 5, "direction": "weight", "projection_init": "kaiming_uniform"}),
+    ("sharded first", {"lambda_d_groups": 5, "direction": "weight"}),
     ("sharded by transformers", {"lambda_d_groups": 4}),
 ]
 

@@ -2,9 +2,9 @@
 
 The library may be rebuilt; a file that a user has must go on meaning the same. `test_golden_files.py` holds that. So
 these files were made once, by this file as it was then, whose name is in some of them, and are not to be made again
-because a test fails. The pack is in the format that came after ("dvora pack 2"), of the adapters that the pack of that
-commit held, which are in it byte for byte; answers and digests are that commit's. `groups` came with groups of
-lambda_d, which that commit did not have.
+because a test fails. The pack is in the format that came after ("dvora pack 2"). `groups` came with groups of lambda_d,
+which that commit did not have. Where settings named the structured matrices, which the library had once, they name
+uniform ones now: the values are that commit's, byte for byte, and answers and digests were made again.
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
@@ -108,13 +108,12 @@ class Case:
 
 BERT_LAYERS, MLP_LAYERS = ["query", "key", "value", "dense"], ["lin0", "lin1", "lin2"]
 CASES = {
-    "structured": Case(bert, {"r": 16, "target_modules": BERT_LAYERS}),
+    "plain": Case(bert, {"r": 16, "target_modules": BERT_LAYERS}),
     "kaiming_uniform": Case(
         bert,
         {
             "r": 8,
             "target_modules": BERT_LAYERS,
-            "projection_init": "kaiming_uniform",
             "projection_seed": 7,
             "rank_pattern": {"query": 4},
             "alpha": 12.0,

@@ -59,7 +59,6 @@ configs = st.fixed_dictionaries(
         "direction": st.sampled_from(["unit", "weight"]),
         "detach_norm": st.booleans(),
         "projection_seed": st.sampled_from([0, 1]),
-        "projection_init": st.sampled_from(["structured", "kaiming_uniform"]),
         "train": st.sampled_from([VECTORS, ("magnitude",), ("lambda_b", "lambda_d")]),
         "strength": st.sampled_from([1.0, 0.5]),
     }

@@ -16,28 +16,26 @@ import torch
 from torch import Tensor
 
 from dvora.matrices import philox
-from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
+from dvora.matrices.dense import Matrices, Shard
+from dvora.matrices.interface import DISTRIBUTION, SharedProjections
 from tests.cases import COPIES, randn
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 SIZES = [(3, 6, 5), (9, 6, 5), (64, 1024, 768)]
-"""Rank, in, out: values, a rank above both sizes, factors."""
-
-every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+"""Rank, in, out: small ones, a rank above both sizes, large ones."""
 
 DIGESTS = """
 import hashlib
-from dvora.matrices.interface import DISTRIBUTIONS, SharedProjections
-for distribution in DISTRIBUTIONS:
-    shared = SharedProjections(11, distribution)
-    for matrix in (shared.A(40, 700), shared.B(40, 300)):
-        print(hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest())
+from dvora.matrices.interface import SharedProjections
+shared = SharedProjections(11)
+for matrix in (shared.A(40, 700), shared.B(40, 300)):
+    print(hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest())
 """
 
 
 def digests_here() -> list[str]:
-    sources = [SharedProjections(11, distribution) for distribution in DISTRIBUTIONS]
-    matrices = [matrix for shared in sources for matrix in (shared.A(40, 700), shared.B(40, 300))]
+    shared = SharedProjections(11)
+    matrices = shared.A(40, 700), shared.B(40, 300)
     return [hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest() for matrix in matrices]
 
 
@@ -55,8 +53,8 @@ def test_another_processor_and_thread_count_make_the_same_bits() -> None:
     assert done.stdout.split() == digests_here()
 
 
-def reserved(distribution: str, seed: int = 2) -> SharedProjections:
-    shared = SharedProjections(seed, distribution)
+def reserved(distribution: str = DISTRIBUTION) -> SharedProjections:
+    shared = SharedProjections(2, distribution)
     for sizes in SIZES:
         shared.reserve(*sizes)
     return shared
@@ -95,19 +93,17 @@ CHANGES = {
 }
 
 
-@every_distribution
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_matrices_survive_and_passes_find_them_made(
-    change: Callable[[SharedProjections], SharedProjections], distribution: str, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[SharedProjections], SharedProjections], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, changed = passes(reserved(distribution).impl), change(reserved(distribution))
+    expected, changed = passes(reserved().impl), change(reserved())
     nothing_is_made(monkeypatch)
     assert_same(passes(changed.impl), expected)
 
 
-@every_distribution
-def test_a_copy_shares_the_constants_and_a_file_holds_none(distribution: str) -> None:
-    shared = reserved(distribution)
+def test_a_copy_shares_the_constants_and_a_file_holds_none() -> None:
+    shared = reserved()
     assert shared.state_dict() == {}
     assert [*shared.parameters(), *shared.buffers()] == []
     twin = copy.deepcopy(shared)
@@ -117,9 +113,8 @@ def test_a_copy_shares_the_constants_and_a_file_holds_none(distribution: str) ->
     assert len(pickle.dumps(shared)) < 2000
 
 
-@every_distribution
-def test_the_meta_device_holds_nothing_and_what_is_made_there_has_shapes_alone(distribution: str) -> None:
-    shared = reserved(distribution)
+def test_the_meta_device_holds_nothing_and_what_is_made_there_has_shapes_alone() -> None:
+    shared = reserved()
     shapes = [result.shape for result in passes(shared.impl)]
     shared.to("meta")
     assert not shared.impl._constants
@@ -128,9 +123,8 @@ def test_the_meta_device_holds_nothing_and_what_is_made_there_has_shapes_alone(d
         assert result.shape == shape
 
 
-@every_distribution
-def test_a_shard_follows_to_another_device_and_back(distribution: str) -> None:
-    shared = SharedProjections(3, distribution)
+def test_a_shard_follows_to_another_device_and_back() -> None:
+    shared = SharedProjections(3)
     z = randn(2, 4, seed=0)
     before = shared.impl.of_shard(None, Shard(6, 12, 12)).expand(z, 6)
     shared.to("meta")
@@ -139,9 +133,8 @@ def test_a_shard_follows_to_another_device_and_back(distribution: str) -> None:
     assert torch.equal(shared.impl.of_shard(None, Shard(6, 12, 12)).expand(z, 6), before)
 
 
-@every_distribution
-def test_what_a_caller_writes_into_a_matrix_stays_there(distribution: str) -> None:
-    shared, other = SharedProjections(0, distribution), SharedProjections(0, distribution)
+def test_what_a_caller_writes_into_a_matrix_stays_there() -> None:
+    shared, other = SharedProjections(0), SharedProjections(0)
     shared.reserve(3, 8, 8)
     shared.A(3, 8).zero_()
     shared.B(3, 8).zero_()
@@ -150,10 +143,9 @@ def test_what_a_caller_writes_into_a_matrix_stays_there(distribution: str) -> No
     assert_same(passes(shared.impl), passes(other.impl))
 
 
-@every_distribution
-def test_inference_mode_leaves_matrices_that_can_be_trained_through(distribution: str) -> None:
+def test_inference_mode_leaves_matrices_that_can_be_trained_through() -> None:
     with torch.inference_mode():
-        matrices = reserved(distribution).impl
+        matrices = reserved().impl
         passes(matrices)
     for rank, inputs, outputs in SIZES:
         x, lambda_d = randn(2, inputs, seed=0).requires_grad_(), randn(rank, seed=1).requires_grad_()
@@ -163,20 +155,18 @@ def test_inference_mode_leaves_matrices_that_can_be_trained_through(distribution
         assert lambda_d.grad.isfinite().all()
 
 
-@every_distribution
-def test_nothing_of_a_transform_is_kept(distribution: str) -> None:
-    matrices = SharedProjections(2, distribution).impl
+def test_nothing_of_a_transform_is_kept() -> None:
+    matrices = SharedProjections(2).impl
     x = randn(3, 2, 6, seed=0)
     torch.vmap(lambda x: matrices.project(x, 3))(x)
     torch.func.grad(lambda x: matrices.expand(matrices.project(x, 3), 5).sum())(x)
     assert not matrices._constants
-    assert_same(passes(matrices), passes(reserved(distribution).impl))
+    assert_same(passes(matrices), passes(reserved().impl))
 
 
-@every_distribution
 @pytest.mark.usefixtures("compiler")
-def test_a_graph_is_compiled_once_for_a_model_that_moved(distribution: str) -> None:
-    shared = reserved(distribution).to("meta").to_empty(device="cpu")
+def test_a_graph_is_compiled_once_for_a_model_that_moved() -> None:
+    shared = reserved().to("meta").to_empty(device="cpu")
     compiled = torch.compile(passes, fullgraph=True, backend="aot_eager")
     results = compiled(shared.impl)
     assert_same(results, passes(shared.impl))
@@ -185,12 +175,11 @@ def test_a_graph_is_compiled_once_for_a_model_that_moved(distribution: str) -> N
         assert_same(compiled(shared.impl), results)
 
 
-@every_distribution
 @pytest.mark.usefixtures("hasty_threads")
-def test_threads_that_begin_together_get_the_same_matrices(distribution: str) -> None:
-    expected = passes(reserved(distribution).impl)
+def test_threads_that_begin_together_get_the_same_matrices() -> None:
+    expected = passes(reserved().impl)
     for _ in range(5):
-        matrices = SharedProjections(2, distribution).impl
+        matrices = SharedProjections(2).impl
         with ThreadPoolExecutor(8) as pool:
             for future in [pool.submit(passes, matrices) for _ in range(16)]:
                 assert_same(future.result(), expected)
@@ -198,7 +187,7 @@ def test_threads_that_begin_together_get_the_same_matrices(distribution: str) ->
 
 def test_global_generators_are_untouched() -> None:
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    for distribution in (*DISTRIBUTIONS, "peft_vera(r=64, in=1024, out=768)"):
+    for distribution in (DISTRIBUTION, "peft_vera(r=64, in=1024, out=768)"):
         passes(reserved(distribution).impl)
         SharedProjections(4, distribution).fingerprint()
     after = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002

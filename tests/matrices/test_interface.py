@@ -4,53 +4,30 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft.tuners.vera.model import _kaiming_init
 from torch import Tensor
 
-from dvora.matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections
-from dvora.matrices.structured import factors_of_rows, factors_of_size
+from dvora.matrices.interface import FORMAT_VERSION, SharedProjections
 from dvora.matrices.vera import VeraSizes, vera_sizes
-from tests.reference import worst_error
 
 # sha256 of A (24 x 40) and B (33 x 24) for seed 7, the first values of row 1 of A, of column 1 of B, the fingerprint.
 # A change of any of them is a new format: raise FORMAT_VERSION.
-PINNED = {
-    "kaiming_uniform": (
-        "dfd38ab3e47f5df6b9795b5bd01fdf4127b7f085d4dd504031011f1ac4dd608a",
-        "9db07be690e850c234ad0aef23d1533bf354277019c63bb3138a34529b076066",
-        [0.28927338123321533, 0.26693156361579895, -0.30250629782676697],
-        [0.005861788988113403, 0.42715975642204285, -0.3227138817310333],
-        "c2c23e1275dc0fb8",
-    ),
-    "structured": (
-        "550bfadae3bd363bd8616661b27fdb48feb16a8f182abee9eeae85c4196b3e4b",
-        "0a6d7ba0d0d77419aa62010dec8310ecccedcaef91c7117dbaab34ab17e34426",
-        [-0.09771975129842758, 0.09771975129842758, -0.09771975129842758],
-        [0.058099787682294846, 0.1695924699306488, 0.26734575629234314],
-        "15feef9c84d4dab5",
-    ),
-}
-
-every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-
-
-# The same of A (64 x 40) and B (100 x 36): a rank above the sizes stacks blocks.
-PINNED_BLOCKS = [
-    "35350f6abb833381d74d30adca1ea8d7df85c115d3b55420c72e6d96dbd2949d",
-    "02a5b6ef3d25b24bbfb2fd6494c503070499f687cf9dd90cebc8241cf7df9841",
-]
+PINNED = (
+    "dfd38ab3e47f5df6b9795b5bd01fdf4127b7f085d4dd504031011f1ac4dd608a",
+    "9db07be690e850c234ad0aef23d1533bf354277019c63bb3138a34529b076066",
+    [0.28927338123321533, 0.26693156361579895, -0.30250629782676697],
+    [0.005861788988113403, 0.42715975642204285, -0.3227138817310333],
+    "c2c23e1275dc0fb8",
+)
 
 
 def sha256(matrix: Tensor) -> str:
     return hashlib.sha256(matrix.contiguous().numpy().astype("<f4").tobytes()).hexdigest()
 
 
-@every_distribution
-def test_values_are_pinned(distribution: str) -> None:
-    A_digest, B_digest, row_of_A, column_of_B, fingerprint = PINNED[distribution]
-    shared = SharedProjections(7, distribution)
+def test_values_are_pinned() -> None:
+    A_digest, B_digest, row_of_A, column_of_B, fingerprint = PINNED
+    shared = SharedProjections(7)
     A, B = shared.A(24, 40), shared.B(24, 33)
     assert FORMAT_VERSION == 1
     assert A[1, :3].tolist() == row_of_A
@@ -59,48 +36,20 @@ def test_values_are_pinned(distribution: str) -> None:
     assert shared.fingerprint() == fingerprint
 
 
-def test_stacked_blocks_are_pinned() -> None:
-    shared = SharedProjections(7, "structured")
-    assert [sha256(shared.A(64, 40)), sha256(shared.B(100, 36))] == PINNED_BLOCKS
-
-
-@pytest.mark.parametrize(
-    ("rows", "size", "factors"),
-    [
-        (256, 1024, (16, 16)),
-        (1024, 1024, (32, 32)),
-        (1024, 5632, (64, 16)),
-        (7, 1024, (1, 7)),
-        (100, 101, (1, 100)),
-        (1, 1, (1, 1)),
-        (101, 384, (7, 16)),
-    ],
-)
-def test_factors_of_structured_matrices_are_pinned(rows: int, size: int, factors: tuple[int, int]) -> None:
-    # Another choice is another matrix: a new format.
-    assert factors_of_rows(rows, *factors_of_size(size)) == factors
-
-
-@given(rank=st.integers(1, 70) | st.just(211), size=st.integers(1, 40) | st.sampled_from([64, 97]))
-def test_structured_rows_are_orthogonal_within_blocks_of_the_size(rank: int, size: int) -> None:
-    shared, f64 = SharedProjections(3, "structured"), torch.float64
-    for rows, fan_in in ((shared.A(rank, size, f64), size), (shared.B(rank, size, f64).T, rank)):
-        assert float(rows.square().mean()) == pytest.approx(2 / fan_in, rel=1e-12)
-        for block in rows.split(size):
-            assert worst_error(block @ block.T, 2 * size / fan_in * torch.eye(len(block), dtype=f64)) < 1e-12
-
-
-def test_fingerprints_tell_seeds_and_distributions_apart() -> None:
-    prints = {SharedProjections(seed, name).fingerprint() for seed in (0, 1, 2**64 - 1) for name in DISTRIBUTIONS}
-    assert len(prints) == 3 * len(DISTRIBUTIONS)
+def test_fingerprints_tell_seeds_apart() -> None:
+    assert len({SharedProjections(seed).fingerprint() for seed in (0, 1, 2**64 - 1)}) == 3
 
 
 @pytest.mark.parametrize(
     ("seed", "distribution", "error", "message"),
     [
-        *((seed, "structured", TypeError, f"seed must be an integer, got {seed!r}") for seed in (True, 1.0, "1", None)),
-        *((seed, "structured", ValueError, rf"seed must lie in .*, got {seed}") for seed in (-1, 2**64)),
-        (0, "gaussian", ValueError, r"unknown distribution 'gaussian'.* kaiming_uniform, structured$"),
+        *(
+            (seed, "kaiming_uniform", TypeError, f"seed must be an integer, got {seed!r}")
+            for seed in (True, 1.0, "1", None)
+        ),
+        *((seed, "kaiming_uniform", ValueError, rf"seed must lie in .*, got {seed}") for seed in (-1, 2**64)),
+        (0, "gaussian", ValueError, r"unknown distribution 'gaussian', expected 'kaiming_uniform'"),
+        (0, "structured", ValueError, r"unknown distribution 'structured'.*the version that saved it"),
     ],
 )
 def test_an_unknown_seed_or_distribution_is_refused_with_the_known_ones(

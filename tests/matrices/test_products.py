@@ -1,7 +1,6 @@
 """Products, columns and squares of every kind of matrices against dense ones from the definition, in float64."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from dvora.matrices import base, structured
-from dvora.matrices.interface import DISTRIBUTIONS, Matrices, Shard, SharedProjections
+from dvora.matrices import dense
+from dvora.matrices.dense import Matrices, Shard
+from dvora.matrices.interface import DISTRIBUTION, SharedProjections
 from tests.cases import DTYPES, randn
 from tests.census import Census
 from tests.checked import checked
@@ -20,11 +20,10 @@ from tests.matrices.naive import VERA
 from tests.reference import worst_error
 
 SEED = 3
-KINDS = [*DISTRIBUTIONS, VERA]
+KINDS = [DISTRIBUTION, VERA]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Beside the largest sum of the absolute values that are added up."""
 
-every_kind = pytest.mark.parametrize("kind", DISTRIBUTIONS)
 SIZE = st.integers(1, 40) | st.sampled_from([48, 64, 97, 384])
 RANK = st.integers(1, 50) | st.sampled_from([128, 211])
 Product = Callable[[Matrices, Tensor], Tensor]
@@ -38,16 +37,6 @@ def matrices(kind: str) -> Matrices:
 def fitting(kind: str, *sizes: int) -> list[int]:
     """Sizes that matrices of PEFT's VeRA have."""
     return [min(size, most) for size, most in zip(sizes, (40, 48, 48), strict=True)] if kind == VERA else list(sizes)
-
-
-@contextmanager
-def few_values(dense: int | None = None, at_once: int | None = None) -> Iterator[None]:
-    """With other limits for products with values, and for squares of several layers together."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in (("structured", "_FEW_VALUES", dense), ("base", "_AT_ONCE", at_once)):
-            if value is not None:
-                patch.setattr(checked(f"matrices.{module}"), name, value)
-        yield
 
 
 def products(rank: int, in_features: int, out_features: int) -> dict[str, tuple[Product, int]]:
@@ -69,46 +58,37 @@ def by_definition(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     sizes=st.tuples(RANK, SIZE, SIZE),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "strided", "permuted"]),
-    dense=st.sampled_from([0, 2**30]),
 )
-@example("structured", [1, 3], (128, 384, 60), torch.float32, "contiguous", 2**14)
-@example("structured", [1, 3], (100, 97, 64), torch.float16, "strided", 0)
-@example("structured", [0], (7, 48, 36), torch.float64, "contiguous", 0)
-@example("structured", [], (9, 4, 1), torch.bfloat16, "contiguous", 0)
 def test_products_are_those_with_the_dense_matrices(
-    kind: str, leading: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, layout: str, dense: int
+    kind: str, leading: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, layout: str
 ) -> None:
     rank, in_features, out_features = fitting(kind, *sizes)
-    with few_values(dense):
-        ours, reference = matrices(kind), by_definition(*naive.matrices(kind, SEED, rank, in_features, out_features))
-        for name, (product, width) in products(rank, in_features, out_features).items():
-            x = randn(*leading, 2 * width, seed=width, dtype=dtype)[..., ::2]
-            x = {"contiguous": x.contiguous(), "strided": x, "permuted": x.mT.contiguous().mT if leading else x}[layout]
-            before, y, M = x.clone(), product(ours, x), reference[name]
-            assert y.dtype == dtype, name
-            assert y.shape == (*leading, M.shape[1]), name
-            assert torch.equal(x, before), name
-            terms = x.double().abs() @ M.abs()
-            error = (y.double() - x.double() @ M).abs()
-            assert not y.numel() or error.max() <= TOLERANCE[dtype] * terms.max() + 1e-7, name
+    ours, reference = matrices(kind), by_definition(*naive.matrices(kind, SEED, rank, in_features, out_features))
+    for name, (product, width) in products(rank, in_features, out_features).items():
+        x = randn(*leading, 2 * width, seed=width, dtype=dtype)[..., ::2]
+        x = {"contiguous": x.contiguous(), "strided": x, "permuted": x.mT.contiguous().mT if leading else x}[layout]
+        before, y, M = x.clone(), product(ours, x), reference[name]
+        assert y.dtype == dtype, name
+        assert y.shape == (*leading, M.shape[1]), name
+        assert torch.equal(x, before), name
+        terms = x.double().abs() @ M.abs()
+        error = (y.double() - x.double() @ M).abs()
+        assert not y.numel() or error.max() <= TOLERANCE[dtype] * terms.max() + 1e-7, name
 
 
-@given(
-    kind=st.sampled_from(KINDS), rank=RANK, size=SIZE, dtype=st.sampled_from(DTYPES), dense=st.sampled_from([0, 2**30])
-)
-def test_columns_of_A_are_selected(kind: str, rank: int, size: int, dtype: torch.dtype, dense: int) -> None:
+@given(kind=st.sampled_from(KINDS), rank=RANK, size=SIZE, dtype=st.sampled_from(DTYPES))
+def test_columns_of_A_are_selected(kind: str, rank: int, size: int, dtype: torch.dtype) -> None:
     rank, size, _ = fitting(kind, rank, size, 1)
     A, _ = naive.matrices(kind, SEED, rank, size, 1)
-    with few_values(dense):
-        for index in (
-            torch.arange(size).flip(0)[:, None],
-            torch.tensor(size // 2),
-            torch.zeros(0, 2, dtype=torch.long),
-        ):
-            columns = matrices(kind).select(index, rank, size, dtype)
-            assert columns.dtype == dtype
-            assert columns.shape == (*index.shape, rank)
-            torch.testing.assert_close(columns.double(), A.T[index], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for index in (
+        torch.arange(size).flip(0)[:, None],
+        torch.tensor(size // 2),
+        torch.zeros(0, 2, dtype=torch.long),
+    ):
+        columns = matrices(kind).select(index, rank, size, dtype)
+        assert columns.dtype == dtype
+        assert columns.shape == (*index.shape, rank)
+        torch.testing.assert_close(columns.double(), A.T[index], rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @given(
@@ -116,17 +96,11 @@ def test_columns_of_A_are_selected(kind: str, rank: int, size: int, dtype: torch
     adapters=st.lists(st.integers(1, 3), max_size=1),
     sizes=st.tuples(RANK, SIZE, SIZE),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    dense=st.sampled_from([0, 2**30]),
     at_once=st.sampled_from([0, 2**22]),
 )
-@example("structured", [2], (64, 64, 64), torch.float64, 0, 0)
-@example("structured", [3], (211, 384, 36), torch.float32, 0, 2**22)  # the rank is above the outputs alone
-@example("structured", [3], (211, 36, 384), torch.float32, 0, 2**22)  # and above the inputs
-@example("kaiming_uniform", [2], (211, 36, 384), torch.float32, 0, 0)
-@example("structured", [], (3, 1, 48), torch.float64, 0, 0)  # one input, whose product is a view
-@example("structured", [], (30, 1, 1), torch.float32, 0, 0)  # one value, which is the sum of 30 that cancel
+@example("kaiming_uniform", [2], (211, 36, 384), torch.float32, 0)
 def test_squares_and_their_gradient_are_those_of_the_dense_rows(
-    kind: str, adapters: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, dense: int, at_once: int
+    kind: str, adapters: list[int], sizes: tuple[int, int, int], dtype: torch.dtype, at_once: int
 ) -> None:
     rank, in_features, out_features = fitting(kind, *sizes)
     A, B = naive.matrices(kind, SEED, rank, in_features, out_features)
@@ -134,7 +108,8 @@ def test_squares_and_their_gradient_are_those_of_the_dense_rows(
     expected = squares_and_gradient(A, B, lambda_d.double(), d_half_q.double())
     # The same sums of absolute values: a single row may nearly cancel.
     largest = squares_and_gradient(A.abs(), B.abs(), lambda_d.double().abs(), d_half_q.double().abs())
-    with few_values(dense, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checked("matrices.dense"), "_AT_ONCE", at_once)
         ours = matrices(kind)
         squares = ours.squares(lambda_d, in_features, out_features)
         gradient = ours.squares_gradient(d_half_q, lambda_d, in_features)
@@ -154,27 +129,19 @@ def squares_and_gradient(A: Tensor, B: Tensor, lambda_d: Tensor, d_half_q: Tenso
     kind=st.sampled_from(KINDS),
     sizes=st.tuples(RANK, SIZE, SIZE),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    dense=st.sampled_from([0, 2**30]),
 )
-@example("structured", (60, 48, 64), torch.float32, 0)  # by the rows of A
-@example("structured", (60, 64, 48), torch.float32, 0)  # of B, though the rank is above them
-def test_updates_and_their_gradient_are_those_of_the_dense_matrices(
-    kind: str, sizes: tuple[int, int, int], dtype: torch.dtype, dense: int
-) -> None:
+def test_updates_are_those_of_the_dense_matrices(kind: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     rank, in_features, out_features = fitting(kind, *sizes)
     A, B = naive.matrices(kind, SEED, rank, in_features, out_features)
     lambda_d, scale = randn(rank, seed=1, dtype=dtype), randn(out_features, seed=2, dtype=dtype)
-    d_update = randn(out_features, in_features, seed=3, dtype=dtype)
     update = (B * lambda_d.double()) @ A
-    with few_values(dense):
-        ours = matrices(kind)
-        found = [
-            (ours.update(lambda_d, in_features, out_features), update),
-            (ours.update(lambda_d, in_features, out_features, scale), scale.double()[:, None] * update),
-            (ours.update_gradient(d_update, rank), (B * (d_update.double() @ A.T)).sum(0)),
-            (ours.rows("A", rank, in_features, dtype, torch.device("cpu")), A.T),
-            (ours.rows("B", rank, out_features, dtype, torch.device("cpu")), B),
-        ]
+    ours = matrices(kind)
+    found = [
+        (ours.update(lambda_d, in_features, out_features), update),
+        (ours.update(lambda_d, in_features, out_features, scale), scale.double()[:, None] * update),
+        (ours.matrix("A", rank, in_features, dtype, torch.device("cpu")), A),
+        (ours.matrix("B", rank, out_features, dtype, torch.device("cpu")), B.T),
+    ]
     # As large as sums of as many values as are added up.
     terms = rank * float(A.abs().max() * B.abs().max() * lambda_d.abs().max()) * max(1.0, float(scale.abs().max()))
     for value, exact in found:
@@ -183,9 +150,9 @@ def test_updates_and_their_gradient_are_those_of_the_dense_matrices(
         assert (value.double() - exact).abs().max() <= TOLERANCE[dtype] * max(float(exact.abs().max()), terms)
 
 
-def differentiable(kind: str, rank: int = 5) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+def differentiable(rank: int = 5) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     """All that has derivatives, on inputs in float64: 6 inputs, 4 outputs, two tokens."""
-    ours = SharedProjections(SEED, kind).impl
+    ours = SharedProjections(SEED).impl
     ours.reserve(rank, 6, 4, torch.float64)
     cases = {
         name: (lambda x, product=product: product(ours, x), (randn(2, width, seed=width, dtype=torch.float64),))
@@ -201,40 +168,29 @@ def differentiable(kind: str, rank: int = 5) -> dict[str, tuple[Callable[..., Te
     return cases
 
 
-@pytest.fixture(params=[0, 2**14], ids=["factors", "values"])
-def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Whether small structured matrices are multiplied by their factors or by their values."""
-    monkeypatch.setattr(structured, "_FEW_VALUES", request.param)
-    return request.param
-
-
 # PyTorch's own forward mode uses what PyTorch has deprecated.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 @forward_mode
-@every_kind
 @pytest.mark.parametrize("rank", [5, 9])
-@pytest.mark.usefixtures("limit")
-def test_derivatives_of_first_and_second_order_and_vmap(kind: str, rank: int) -> None:
-    for function, inputs in differentiable(kind, rank).values():
+def test_derivatives_of_first_and_second_order_and_vmap(rank: int) -> None:
+    for function, inputs in differentiable(rank).values():
         torch.testing.assert_close(torch.vmap(function)(*inputs), function(*inputs), rtol=1e-7, atol=1e-8)
         inputs = tuple(x.requires_grad_() for x in inputs)
         assert gradcheck(function, inputs, check_forward_ad=True)
         assert gradgradcheck(function, inputs)
 
 
-@every_kind
-@pytest.mark.usefixtures("limit")
-def test_autocast_changes_the_products_no_more_than_those_of_a_linear_layer(kind: str) -> None:
-    ours = SharedProjections(SEED, kind).impl
-    A, B = naive.matrices(kind, SEED, 16, 24, 32)
+def test_autocast_changes_the_products_no_more_than_those_of_a_linear_layer() -> None:
+    ours = SharedProjections(SEED).impl
+    A, B = naive.matrices(DISTRIBUTION, SEED, 16, 24, 32)
     x, d_y, lambda_d = randn(5, 24, seed=0).requires_grad_(), randn(5, 32, seed=1), randn(16, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
         y = ours.expand(ours.project(x, 16), 32)
         wide = ours.project(x.double(), 16)
         squares = ours.squares(lambda_d, 24, 32)
-    assert y.dtype == (torch.float32 if kind == "structured" else torch.bfloat16)
+    assert y.dtype == torch.bfloat16
     y.float().backward(d_y)
     assert x.grad.dtype == torch.float32
     assert worst_error(y, x.double() @ A.T @ B.T) < 3e-2
@@ -243,9 +199,8 @@ def test_autocast_changes_the_products_no_more_than_those_of_a_linear_layer(kind
     assert worst_error(squares, ours.squares(lambda_d.double(), 24, 32)) < 1e-6, "a norm is never of half precision"
 
 
-@every_kind
-def test_large_values_of_float16_do_not_overflow(kind: str) -> None:
-    ours, n = SharedProjections(SEED, kind).impl, 1024
+def test_large_values_of_float16_do_not_overflow() -> None:
+    ours, n = SharedProjections(SEED).impl, 1024
     A, B = ours.values("A", n, n, torch.float64), ours.values("B", n, n, torch.float64).T
     # The sums of unscaled values would be beyond float16.
     for name, matrix in by_definition(A, B).items():
@@ -254,17 +209,8 @@ def test_large_values_of_float16_do_not_overflow(kind: str) -> None:
         assert float(product(ours, x)[0]) == pytest.approx(100 * float(matrix[:, 0].abs().sum()), rel=3e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("limit")
-def test_structured_products_of_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
-    ours = SharedProjections(SEED, "structured").impl
-    for name, (product, width) in products(32, 64, 128).items():
-        x = randn(5, width, seed=0, dtype=dtype)
-        assert torch.equal(product(ours, x), product(ours, x.float()).to(dtype)), name
-
-
 SIZES = [(24, 20, 6, 2), (24, 20, 30, 4), (48, 36, 16, 4), (14, 10, 5, 3)]
-"""Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts that split the structured blocks."""
+"""Out, in, rank, parts: even and uneven ones, a rank above both sizes, parts of one size and not."""
 
 
 def shards(total: int, parts: int) -> list[Shard]:
@@ -272,13 +218,11 @@ def shards(total: int, parts: int) -> list[Shard]:
     return [Shard(start, min(start + size, total), total) for start in range(0, total, size)]
 
 
-@every_kind
 @pytest.mark.parametrize(("out_features", "in_features", "rank", "parts"), SIZES)
-@pytest.mark.usefixtures("limit")
 def test_products_with_shards_of_the_outputs_make_up_the_whole(
-    kind: str, out_features: int, in_features: int, rank: int, parts: int
+    out_features: int, in_features: int, rank: int, parts: int
 ) -> None:
-    whole, f64 = SharedProjections(SEED, kind).impl, torch.float64
+    whole, f64 = SharedProjections(SEED).impl, torch.float64
     z, d, x, d_half_q = (randn(5, n, seed=n, dtype=f64) for n in (rank, out_features, in_features, out_features))
     lambda_d, found, back, gradient = randn(5, rank, seed=9, dtype=f64), [], 0, 0
     for shard in shards(out_features, parts):
@@ -299,13 +243,9 @@ def test_products_with_shards_of_the_outputs_make_up_the_whole(
     torch.testing.assert_close(gradient, whole.squares_gradient(d_half_q, lambda_d, in_features))
 
 
-@every_kind
 @pytest.mark.parametrize(("in_features", "rank", "parts"), [sizes[1:] for sizes in SIZES])
-@pytest.mark.usefixtures("limit")
-def test_products_with_shards_of_the_inputs_add_up_to_the_whole(
-    kind: str, in_features: int, rank: int, parts: int
-) -> None:
-    whole, f64 = SharedProjections(SEED, kind).impl, torch.float64
+def test_products_with_shards_of_the_inputs_add_up_to_the_whole(in_features: int, rank: int, parts: int) -> None:
+    whole, f64 = SharedProjections(SEED).impl, torch.float64
     x, h = (randn(5, n, seed=n, dtype=f64) for n in (in_features, rank))
     A, z, back = whole.values("A", rank, in_features, f64), 0, []
     for shard in shards(in_features, parts):
@@ -319,24 +259,9 @@ def test_products_with_shards_of_the_inputs_add_up_to_the_whole(
     assert whole.of_shard(None, None) is whole
 
 
-@pytest.mark.parametrize(
-    ("rank", "size", "dense"),
-    [(16, 1024, True), (17, 1024, False), (64, 256, True), (65, 256, False), (256, 2 * 503, False), (256, 1009, True)],
-)
-def test_small_and_prime_structured_matrices_are_multiplied_by_their_values(rank: int, size: int, dense: bool) -> None:
-    assert structured.is_dense(rank, size) is dense
-    ours = SharedProjections(SEED, "structured").impl
-    ours.reserve(rank, size, size, torch.float32)
-    constants = [constant for (name, *_), constant in ours._constants.items() if "product" in name]
-    assert [isinstance(constant, Tensor) for constant in constants] == [dense, dense]
-
-
-@every_kind
-def test_squares_of_many_layers_need_no_more_memory_than_those_of_some(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base, "_AT_ONCE", 2**14)
-    ours, lambda_d, d_half_q = SharedProjections(SEED, kind).impl, torch.ones(40, 16), torch.ones(40, 64)
+def test_squares_of_many_layers_need_no_more_memory_than_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_AT_ONCE", 2**14)
+    ours, lambda_d, d_half_q = SharedProjections(SEED).impl, torch.ones(40, 16), torch.ones(40, 64)
     ours.reserve(16, 16, 64, torch.float32)
     with Census() as census:
         ours.squares(lambda_d, 16, 64)

@@ -66,7 +66,7 @@ KINDS = {
         MODELS["bert"],
         {"r": 3, "target_modules": ["query"], "alpha_pattern": {"layer.0.attention.self.query": 2.0}},
     ),
-    "structured": mlp(projection_init="structured", projection_seed=7),
+    "another seed": mlp(projection_seed=7),
     "magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"]),
     "groups": mlp(lambda_d_groups=4, rank_pattern={"lin1": 7}, alpha_pattern={"lin0": 2.0}, projection_seed=7),
     "groups and magnitudes": mlp(target_modules=["lin1"], magnitude_modules=["lin0", "lin2"], lambda_d_groups=5),

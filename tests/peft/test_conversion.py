@@ -98,7 +98,6 @@ SETTINGS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "weight": lambda *_: {"direction": "weight", "alpha": 3.0},
     "strength": lambda first, last: {"strength": {first: 0.4, last: -1.5}},
     "ranks": lambda first, last: {"rank_pattern": {first: 3, last: 9}, "alpha_pattern": {last: 2.0}},
-    "structured": lambda *_: {"projection_init": "structured"},
     "magnitude": lambda _, last: {"magnitude_modules": [last], "strength": 0.5},
     "groups": lambda *_: {"lambda_d_groups": 7},
     "groups and ranks": lambda first, last: {"lambda_d_groups": 4, "rank_pattern": {first: 3, last: 9}, "alpha": 3.0},

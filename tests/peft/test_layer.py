@@ -57,7 +57,7 @@ def x(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"alpha": 2.0}, {"detach_norm": True}], ids=str)
 def test_a_linear_layer_gives_the_bits_of_the_plain_adapter(direction: str, options: dict[str, object]) -> None:
     layer = wrapped(linear(10, 7), direction=direction, **options)
-    plain = DVoRAAdapter(linear(10, 7), 5, shared=SharedProjections(0, "structured"), direction=direction, **options)
+    plain = DVoRAAdapter(linear(10, 7), 5, shared=SharedProjections(0), direction=direction, **options)
     with torch.no_grad():
         for own, other in zip(plain.vectors, layer.vectors("default"), strict=True):
             own.copy_(other)
@@ -141,11 +141,11 @@ def test_one_projections_object_serves_all_layers_and_adapters_of_a_seed_and_dis
         "wider": {"r": 70, "target_modules": "all-linear"},
         "seed": {"r": 4, "projection_seed": 5},
         "same seed": {"r": 8, "projection_seed": 5},
-        "distribution": {"r": 4, "projection_init": "kaiming_uniform"},
+        "distribution": {"r": 4, "projection_init": "peft_vera(r=4, in=32, out=32)"},
     }.items():
         model.add_adapter(name, DVoRAConfig(**{"target_modules": ["key"], **settings}))
     found = sorted((each.seed, each.distribution) for each in projections(model))
-    assert found == [(0, "kaiming_uniform"), (0, "structured"), (5, "structured")]
+    assert found == [(0, "kaiming_uniform"), (0, "peft_vera(r=4, in=32, out=32)"), (5, "kaiming_uniform")]
 
 
 def cast_what_is_trained(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from ..checks import (
     rounds_to_zero,
 )
 from ..functional import Vectors
-from ..matrices.interface import DISTRIBUTIONS, FORMAT_VERSION, SharedProjections, checked_distribution
+from ..matrices.interface import DISTRIBUTION, FORMAT_VERSION, SharedProjections, checked_distribution
 from ..whole_files import make_readable
 from .card import write_card
 from .patterns import check_expressions, value_of
@@ -106,8 +106,7 @@ class DVoRAConfig(PeftConfig):
         detach_norm: leave the gradient through the norm out (DoRA, section 4.3; question 3: `detached_norm`).
         dvora_dropout: dropout probability of the inputs of the update.
         projection_seed: names the shared random matrices.
-        projection_init: their distribution: "structured", or "kaiming_uniform", the papers' independent values, which
-            train as well and are slower at high ranks in wide models. Adapters converted from PEFT's VeRA have
+        projection_init: their distribution: "kaiming_uniform". Adapters converted from PEFT's VeRA have
             "peft_vera(r=R, in=I, out=O)".
         bias: which biases to train: "none", "all" or "dvora_only" (those of adapted layers).
         modules_to_save: further modules to train and save whole, such as a new head.
@@ -128,7 +127,7 @@ class DVoRAConfig(PeftConfig):
         TypeError, ValueError: a value is of the wrong type or out of range.
     """
 
-    r: int = 256
+    r: int = 64
     alpha: float | None = None
     target_modules: list[str] | set[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -141,7 +140,7 @@ class DVoRAConfig(PeftConfig):
     detach_norm: bool = False
     dvora_dropout: float = 0.0
     projection_seed: int = 0
-    projection_init: str = "structured"
+    projection_init: str = DISTRIBUTION
     bias: str = "none"
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -249,7 +248,7 @@ class DVoRAConfig(PeftConfig):
         checked_distribution(self.projection_init)
         SharedProjections(self.projection_seed, self.projection_init)
         # PEFT's VeRA draws whole matrices, which must wait until a model is known to need such sizes.
-        if self.projection_init in DISTRIBUTIONS:
+        if self.projection_init == DISTRIBUTION:
             self.check_fingerprint()
 
     def check_fingerprint(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from ..peft.layer_types import linear
 from ..tensors import Float
 from .graph import AdaptedGraph, adapted, with_lora
 from .packed import Packing
-from .products import FEW, few_operations
 from .verified import NULL, Sample
 
 ROWS = "rows"
@@ -54,12 +53,14 @@ def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> o
             "of PyTorch, or merge the adapter and export the merged model"
         ) from error
     _simplify(model)
-    by_groups = [layer.adapted for layer in packing.served.layers if layer.adapted.by_groups]
+    adapted_weights = [layer.adapted for layer in packing.served.layers]
     Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        # Every layer brings its function's constants, A and B among them; by groups A as values, however many.
-        common.DeduplicateInitializersPass(size_limit=max([FEW, *(of.rank * of.in_features for of in by_groups)])),
+        # Every layer brings its function's constants, A and B among them.
+        common.DeduplicateInitializersPass(
+            size_limit=max((of.rank * max(of.in_features, of.out_features) for of in adapted_weights), default=0)
+        ),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
@@ -81,7 +82,6 @@ class _Body(NamedTuple):
     compute: Callable[..., Tensor]
     shapes: Mapping[str, Sequence[int]]
     """Of these, with sizes that differ, so that none is taken for another."""
-    while_traced: AbstractContextManager[None]
 
 
 class _Functions:
@@ -99,17 +99,16 @@ class _Functions:
             return adapted(layer, x, base_output, values, bias)
         weight = layer.adapted
         name = "_".join(map(str, ("layer", *weight.update_key)))
-        return self._call(name, partial(adapted, layer), few_operations(weight), x, base_output, values, bias)
+        return self._call(name, partial(adapted, layer), x, base_output, values, bias)
 
     def with_lora(self, x: Tensor, outputs: Tensor, values: Float[Tensor, "B F"]) -> Tensor:
         """A call of `graph.with_lora`."""
-        return self._call("lora", with_lora, nullcontext(), x, outputs, values)
+        return self._call("lora", with_lora, x, outputs, values)
 
     def _call(
         self,
         name: str,
         compute: Callable[..., Tensor],
-        while_traced: AbstractContextManager[None],
         x: Tensor,
         outputs: Tensor,
         values: Tensor,
@@ -124,7 +123,7 @@ class _Functions:
             **({} if bias is None else {"bias": bias.shape}),
         }
         name = "_".join(map(str, (name, *(size for shape in shapes.values() for size in shape))))
-        self._bodies.setdefault(name, _Body(compute, shapes, while_traced))
+        self._bodies.setdefault(name, _Body(compute, shapes))
         called: Tensor = torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{name}",
             (x, outputs, values) if bias is None else (x, outputs, values, bias),
@@ -165,8 +164,7 @@ def _traced_body(body: _Body) -> onnx_ir.Graph:
     """The operations of a layer; a last input is a tensor with as many rows and tokens."""
     inputs = {name: torch.zeros(*shape) for name, shape in body.shapes.items()}
     leading = range(inputs["x"].dim() - 1)
-    with body.while_traced:
-        model = _exported(_Layer(body.compute), inputs, ["y"], [leading, leading, (), ()][: len(inputs)])
+    model = _exported(_Layer(body.compute), inputs, ["y"], [leading, leading, (), ()][: len(inputs)])
     _simplify(model)
     graph = model.graph
     graph.inputs.append(sizes := onnx_ir.Value(name="sizes"))

@@ -1,30 +1,25 @@
 """SharedProjections: the frozen random matrices A and B of DVoRA, held once and shared by all layers of all sizes.
 
-Two kinds behind one interface: `dense` stores matrices, `structured` applies fast transforms.
 Dimensions: I in, O out, R rank.
 """
 
 import hashlib
 from functools import lru_cache
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..tensors import Float
-from .base import Matrices, Shard
-from .dense import DenseMatrices
-from .structured import StructuredMatrices
+from .dense import Matrices, Shard
 from .vera import VeraMatrices, vera_sizes
 
-__all__ = ["DISTRIBUTIONS", "FORMAT_VERSION", "Matrices", "Shard", "SharedProjections", "checked_distribution"]
+__all__ = ["DISTRIBUTION", "FORMAT_VERSION", "Matrices", "Shard", "SharedProjections", "checked_distribution"]
 
 FORMAT_VERSION = 1
 """Version of the map from (seed, stream, row, column) to a value. A change of any value needs a new number."""
 
-Distribution = Literal["kaiming_uniform", "structured"]
-DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
-"""Those for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
+DISTRIBUTION = "kaiming_uniform"
+"""That for layers of any size. "peft_vera(r=R, in=I, out=O)" names the matrices of one adapter of PEFT's VeRA."""
 
 
 class SharedProjections(nn.Module):
@@ -35,18 +30,15 @@ class SharedProjections(nn.Module):
 
     Args:
         seed: names the matrices, 0 <= seed < 2**64.
-        distribution: "kaiming_uniform", stored matrices of independent values, or "structured", a randomised cosine
-            transform whose cost hardly grows with the rank in wide layers. Both are reproducible bit for bit. The
-            default is not that of `DVoRAConfig`, because the state dict of a plain layer does not say which it was
-            trained with. An adapter that comes from PEFT's VeRA has "peft_vera(r=R, in=I, out=O)", torch's values for
-            a seed.
+        distribution: "kaiming_uniform", independent values, reproducible bit for bit; or, of an adapter that comes from
+            PEFT's VeRA, "peft_vera(r=R, in=I, out=O)", torch's values for a seed.
 
     Raises:
         TypeError: `seed` is not an integer.
         ValueError: `seed` is out of range, or `distribution` is unknown.
     """
 
-    def __init__(self, seed: int = 0, distribution: str = "kaiming_uniform") -> None:
+    def __init__(self, seed: int = 0, distribution: str = DISTRIBUTION) -> None:
         super().__init__()
         self.seed = _checked_seed(seed)
         self.distribution = checked_distribution(distribution)
@@ -86,18 +78,18 @@ class SharedProjections(nn.Module):
 
 def checked_distribution(distribution: str) -> str:
     """The distribution, if it is known."""
-    known = distribution in DISTRIBUTIONS or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
-    if not known:
-        raise ValueError(f"unknown distribution {distribution!r}, expected one of {', '.join(DISTRIBUTIONS)}")
+    is_known = distribution == DISTRIBUTION or (isinstance(distribution, str) and vera_sizes(distribution) is not None)
+    if not is_known:
+        raise ValueError(
+            f"unknown distribution {distribution!r}, expected {DISTRIBUTION!r}; load an adapter with the version that "
+            "saved it"
+        )
     return distribution
 
 
 def _matrices(seed: int, distribution: str) -> Matrices:
-    if distribution in DISTRIBUTIONS:
-        return (StructuredMatrices if distribution == "structured" else DenseMatrices)(seed)
     sizes = vera_sizes(distribution)
-    assert sizes is not None, distribution
-    return VeraMatrices(seed, sizes)
+    return Matrices(seed) if sizes is None else VeraMatrices(seed, sizes)
 
 
 @lru_cache(maxsize=64)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import Float
-from .base import Side
-from .dense import DenseMatrices
+from .dense import Matrices, Side
 
 _NAME = re.compile(r"peft_vera\(r=([1-9]\d{0,4}), in=([1-9]\d{0,7}), out=([1-9]\d{0,7})\)")
 
@@ -55,7 +54,7 @@ def drawn(seed: int, sizes: VeraSizes) -> tuple[Float[Tensor, "R I"], Float[Tens
     return _uniform((rank, in_features), generator), _uniform((out_features, rank), generator)
 
 
-class VeraMatrices(DenseMatrices):
+class VeraMatrices(Matrices):
     """A and B of PEFT's VeRA.
 
     Args:

@@ -24,7 +24,7 @@ from ..adapter_file.settings import DVoRAConfig, check_adapter_name
 from ..checks import check_bias, check_weight, checked_direction
 from ..functional import Vectors
 from ..matrices import philox
-from ..matrices.interface import DISTRIBUTIONS, SharedProjections
+from ..matrices.interface import SharedProjections
 from ..matrices.vera import vera_sizes
 from ..tensors import bias_of, full_tensor, is_fully_sharded, is_partitioned
 from ..text import nearest
@@ -35,7 +35,6 @@ from .layer_types import (
     LAYER_TYPES,
     READ,
     LayerType,
-    convolve,
     is_initialized,
     is_linear_by_forward,
     is_read,
@@ -314,7 +313,7 @@ def _check_tokens(config: DVoRAConfig, model: nn.Module) -> None:
 
 def _check_projections(targets: Sequence[Target], config: DVoRAConfig, model: nn.Module) -> None:
     """Refuse matrices of PEFT's VeRA that are larger than any layer before they are drawn, or of other values."""
-    if config.projection_init in DISTRIBUTIONS or (sizes := vera_sizes(config.projection_init)) is None:
+    if (sizes := vera_sizes(config.projection_init)) is None:
         return
     rank = max((config.rank_of(target.name) for target in targets), default=0)
     shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1]
@@ -355,7 +354,6 @@ def _prepare(target: Target, config: DVoRAConfig, shared: SharedProjections) -> 
         groups=config.lambda_d_groups,
         padding_column=padding_column(base),
         readable=target.is_readable(),
-        reads_matrices=kind.low_rank in (None, convolve),
         name=target.name,
     )
     return PreparedTarget(target, adapted, fingerprint_of(kind.layout.matrix(weight), adapted.w))

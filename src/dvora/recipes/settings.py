@@ -19,13 +19,12 @@ Task = Literal[
 ]
 Method = Literal["dvora", "vera", "lora", "dora", "full", "head"]
 Group = Literal["magnitude", "lambda_b", "lambda_d", "head"]
-Projections = Literal["kaiming_uniform", "structured"]
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """One path, or several."""
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
 PATHS = ("data", "validation_data", "test_data")
-RANKS: dict[Method, int] = {"dvora": 256, "vera": 256, "lora": 8, "dora": 8}
+RANKS: dict[Method, int] = {"dvora": 64, "vera": 256, "lora": 8, "dora": 8}
 LEARNING_RATES: dict[Method, float] = {
     "dvora": 2e-2, "vera": 3e-2, "lora": 2e-3, "dora": 2e-3, "full": 5e-5, "head": 1e-3,
 }  # fmt: skip
@@ -106,7 +105,7 @@ class Settings(BaseModel):
     )
 
     method: Method = _method(f"what is trained: {', '.join(METHODS)}", "dvora")
-    rank: int | None = _method("rank of the update", None, null="256 for dvora and vera, 8 for lora and dora", ge=1)
+    rank: int | None = _method("rank of the update", None, null="64 for dvora, 256 for vera, 8 for lora and dora", ge=1)
     lambda_d_groups: int = _method("groups of inputs of each layer with a lambda_d of their own (dvora)", 1, ge=1)
     alpha: float | None = _method(
         "the update is scaled by alpha / rank", None, null="a scale of 1, of 2 for lora and dora", gt=0, rare=True
@@ -120,9 +119,6 @@ class Settings(BaseModel):
         None,
         null="all",
         pattern=r"^last:[1-9]\d*$",
-    )
-    projections: Projections = _method(
-        f"random matrices of dvora: one of {', '.join(get_args(Projections))}", "structured", rare=True
     )
     projection_seed: int = _method("seed of the random matrices of dvora and vera", 0, ge=0, lt=2**32, rare=True)
     dropout: float = _method("dropout of the inputs of the update", 0.0, ge=0, lt=1, rare=True)

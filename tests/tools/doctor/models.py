@@ -13,7 +13,6 @@ from tests.peft import tiny
 
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "dvora": lambda **more: dvora.DVoRAConfig(**{"r": 8, **more}),
-    "dvora structured": lambda **more: dvora.DVoRAConfig(**{"r": 8, "projection_init": "structured", **more}),
     "dvora weight": lambda **more: dvora.DVoRAConfig(**{"r": 8, "direction": "weight", "alpha": 4.0, **more}),
     "dvora detached": lambda **more: dvora.DVoRAConfig(**{"r": 8, "detach_norm": True, "strength": 0.5, **more}),
     "dvora groups": lambda **more: dvora.DVoRAConfig(**{"r": 8, "lambda_d_groups": 3, **more}),

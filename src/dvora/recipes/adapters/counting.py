@@ -43,7 +43,7 @@ def count(
             # A of rank one has as many values as the weight has columns.
             checked_groups(groups, values.numel(), name.partition(".lora_")[0].removeprefix("base_model.model."))
     layers, outputs = len(lora) // 2, sum(len(values) for name, values in lora.items() if "_B." in name)
-    trained = [("dvora", rank, 2 * outputs + layers * groups * rank + head) for rank in ranks or (64, 256, 1024)]
+    trained = [("dvora", rank, 2 * outputs + layers * groups * rank + head) for rank in ranks or (16, 64, 256)]
     trained += [("lora", rank, rank * sum(map(torch.numel, lora.values())) + head) for rank in ranks or (1, 8, 16)]
     rows = [
         {"method": method, "rank": rank, "trained": values, "share": values / total, "bytes": 4 * values}

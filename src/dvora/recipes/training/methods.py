@@ -58,7 +58,6 @@ def peft_config(settings: Settings, base: Base) -> PeftConfig:
         return DVoRAConfig(
             lambda_d_groups=settings.lambda_d_groups,
             alpha=settings.alpha,
-            projection_init=settings.projections,
             projection_seed=settings.projection_seed,
             dvora_dropout=settings.dropout,
             **common,
