@@ -76,6 +76,10 @@ def test_what_is_no_model_of_a_bank(these: Tenants) -> None:
         dvora.AdapterBank(MLP.fresh(), like=these.path("a"))
     with pytest.raises(ValueError, match=r"model: lin0\.weight is not whole and in the memory of this process"):
         dvora.AdapterBank(these.base().to("meta"), like=these.path("a"))
+    model = these.base()
+    model.again = model.lin0
+    with pytest.raises(ValueError, match=r"lin0 is one module in several places \(lin0, again\)"):
+        dvora.AdapterBank(model, like=these.path("a"))
 
 
 def test_a_model_of_another_bank(these: Tenants) -> None:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
 from dvora import DVoRAConfig
+from dvora.peft.layer import DVoRALayer
 from tests.peft.models_compared import assert_unchanged, snapshot
 from tests.peft.tiny import LAYERS, MODELS, dvora_layers, outputs, same_bits, train_vectors
 
@@ -250,3 +251,30 @@ def test_biases_of_two_adapters_are_refused_as_by_lora() -> None:
         model.add_adapter("second", DVoRAConfig(r=4, target_modules=["lin0"], bias="all"))
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"]
+
+
+class Twice(nn.Module):
+    """A layer that is called from two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.block.append(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.first(x))
+
+
+def test_a_layer_in_several_places_is_refused_by_all_its_names_and_not_where_it_is_left_out() -> None:
+    model = Twice()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"first is one module in several places \(first, block.2\)"):
+        get_peft_model(model, DVoRAConfig(r=2, target_modules="all-linear"))
+    assert_unchanged(model, before)
+    get_peft_model(model, DVoRAConfig(r=2, target_modules="all-linear", exclude_modules=["first"]))
+
+
+def test_a_part_that_is_called_from_two_places_is_adapted_in_both() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = get_peft_model(nn.Sequential(inner, inner), DVoRAConfig(r=2, target_modules=["0.0"], init_weights=False))
+    assert isinstance(model.base_model.model[1][0], DVoRALayer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -114,7 +115,21 @@ def find_targets(model: nn.Module, is_targeted: Callable[[str], bool], config: D
         if target.name.rpartition(".")[0] in called:
             raise ValueError(f"target_parameters: {target.name} cannot be wrapped, because {_TARGETED_TWICE}")
         targets.setdefault(target.name, target)
+    _check_in_one_place(model, targets.values())
     return list(targets.values())
+
+
+def _check_in_one_place(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Refuse a layer that stands in several places of the model: PEFT would wrap it in one of them."""
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    for target in targets:
+        if places[target.layer] > 1:
+            everywhere = model.named_modules(remove_duplicate=False)
+            names = [name for name, module in everywhere if module is target.layer]
+            raise ValueError(
+                f"{target.name} is one module in several places ({', '.join(names)}), of which an adapter would be in "
+                "one; leave it out with exclude_modules, or give each place a layer of its own (copy.deepcopy)"
+            )
 
 
 def _targets_in(module: nn.Module, name: str) -> list[Target]:
