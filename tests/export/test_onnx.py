@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from dvora import DVoRAConfig
 from dvora.adapter_file.content import vector_digest
 from dvora.export.onnx import _compared
 from dvora.export.packed import graph_file, read_layout, read_packed
@@ -44,12 +43,7 @@ def classifiers(request: pytest.FixtureRequest, bert: Path, tmp_path_factory: py
 @pytest.fixture(scope="module")
 def exported(bert: Path, classifiers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "folder"
-    with pytest.MonkeyPatch.context() as patch:
-        if DVoRAConfig.from_pretrained(str(classifiers / "a")).lambda_d_groups > 1:
-            # As for large layers, whose A is there as values by groups only.
-            for module in ("products", "tracing"):
-                patch.setattr(f"dvora.export.{module}.FEW", 8)
-        export(classifiers, folder, "onnx", str(bert), int8=True)
+    export(classifiers, folder, "onnx", str(bert), int8=True)
     return folder
 
 

@@ -21,7 +21,7 @@ from ..adapter_file.values import AdapterValues
 from ..peft.base_weight import keep_differentiable
 from ..rows.batch import Batches
 from ..rows.gathered import GatheredRows, Held, RowIndex, check_names, saved_here
-from ..tensors import Float
+from ..tensors import Float, is_traced
 from ..training import GROUPS, HEAD_RATE, LAMBDA_RATE, Group, grouped, magnitude_rate
 from .factor_rows import FactorRows
 from .hooks import check_unchanged
@@ -99,12 +99,13 @@ class TrainableAdapters:
         self._dropout.train(self.served.model.training and self._dropout.p > 0)
         index = RowIndex([position[name] for name in names], 1, self.served.device)
         trained = TrainedRows(self, present, index, self._dropout if self._dropout.training else None)
-        model = self.served.model
-        with (
-            self._batches.entered(trained.gathered) as batch,
+
+        def begin(*_: object) -> None:
             # A pass of another thread is of another batch.
-            model.register_forward_pre_hook(lambda *_: trained.begin() if self._batches.current() is batch else None),
-        ):
+            if not is_traced() and self._batches.current() is batch:
+                trained.begin()
+
+        with self._batches.entered(trained.gathered) as batch, self.served.model.register_forward_pre_hook(begin):
             yield trained
 
     def place(self, name: str) -> int:
