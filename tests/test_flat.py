@@ -1,4 +1,4 @@
-"""From an adapter to a vector and back: every value, at its place, or an error and no value; and the factors of it."""
+"""From an adapter to a vector and back: every value, at its place, or an error and no value."""
 
 import copy
 import json
@@ -15,14 +15,12 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dvora import DVoRAConfig
-from dvora.flat import LayerFactors, Layout
-from dvora.peft import DVoRALayer
+from dvora.flat import Layout
 from tests.peft.kinds import GROUPS, KINDS, Kind, bits, by_groups, edit_weights, mlp, saved
 from tests.peft.models_compared import assert_unchanged, snapshot
-from tests.peft.tiny import MODELS, dvora_layers, same_bits, train_vectors
+from tests.peft.tiny import MODELS, same_bits, train_vectors
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted
-from tests.reference import worst_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
@@ -195,22 +193,11 @@ def test_a_bad_vector_is_refused_and_nothing_is_written(name: str) -> None:
     assert_unchanged(model, before)
 
 
-def test_factors_that_are_not_finite_are_refused() -> None:
-    model = mlp().trained()
-    layout = Layout.of(model)
-    vectors = layout.to_vector(model).repeat(2, 1)
-    vectors[1] = at(119, 1e38)(vectors[1])
-    with pytest.raises(ValueError, match=r"vector gives lin2 factors that are not finite"):
-        layout.factors(model, vectors)
-    vectors[1, 119] = 1e13
-    assert layout.factors(model, vectors)
-
-
 @pytest.mark.parametrize("setting", [{"r": 5}, {"lambda_d_groups": 2}, {"r": 2, "lambda_d_groups": 2}], ids=str)
 def test_an_adapter_of_another_layout_is_refused(setting: dict[str, int]) -> None:
     model, layout = mlp().trained(), Layout.of(mlp(**setting).fresh())
     before, vector = snapshot(model), torch.ones(layout.size)
-    for use in (layout.to_vector, partial(layout.from_vector, vector), lambda model: layout.factors(model, vector)):
+    for use in (layout.to_vector, partial(layout.from_vector, vector)):
         with pytest.raises(ValueError, match=r"not that of adapter 'default' of the model.*: lin0 is out_features"):
             use(model)
     assert_unchanged(model, before)
@@ -225,8 +212,6 @@ def test_a_merged_adapter_is_read_and_not_written() -> None:
     assert torch.equal(layout.to_vector(model), vector)
     with pytest.raises(ValueError, match=r"adapter 'default' is merged into lin0; call unmerge_adapter first"):
         layout.from_vector(2 * vector, model)
-    with pytest.raises(ValueError, match=r"adapters are merged into lin0 \(default\).*call unmerge_adapter first"):
-        layout.factors(model, vector)
     assert_unchanged(model, before)
 
 
@@ -328,61 +313,3 @@ def test_a_damaged_layout_is_refused(name: str) -> None:
     damage, message = DAMAGES[name]
     with pytest.raises(ValueError, match=message):
         Layout.from_dict(damage(Layout.of(mlp().fresh()).to_dict()))
-
-
-def own_factors(layer: DVoRALayer, adapter_name: str = "default") -> LayerFactors:
-    """What a layer makes for itself."""
-    with torch.no_grad():
-        return LayerFactors(*layer._factors(adapter_name, layer._weight_in_memory())[:3])
-
-
-def layers(model: PeftModel) -> dict[str, DVoRALayer]:
-    return {layer.name: layer for _, layer in dvora_layers(model)}
-
-
-def agree(found: LayerFactors, expected: LayerFactors) -> bool:
-    """To rounding: products of other sizes may be summed in another order."""
-    pairs = list(zip(found, expected, strict=True))
-    return all(a.dtype == b.dtype and worst_error(a, b.double()) < 1e-6 for a, b in pairs)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_factors_of_a_batch_are_those_that_layers_make_for_themselves(name: str) -> None:
-    models = [KINDS[name].trained(seed) for seed in range(3)]
-    layout = Layout.of(models[0])
-    batch = layout.factors(models[0], torch.stack([layout.to_vector(model) for model in models]))
-    assert list(batch) == sorted(layers(models[0]))
-    for row, model in enumerate(models):
-        single = layout.factors(models[0], layout.to_vector(model))
-        for layer_name, layer in layers(model).items():
-            assert agree(LayerFactors(*(factor[row] for factor in batch[layer_name])), own_factors(layer))
-            assert agree(single[layer_name], own_factors(layer))
-
-
-def test_factors_have_the_strength_that_the_layers_have() -> None:
-    model = mlp().trained()
-    model.set_strength({"lin1": 0.25})
-    layout = Layout.of(model)
-    found = layout.factors(model, layout.to_vector(model))
-    assert all(agree(found[name], own_factors(layer)) for name, layer in layers(model).items())
-
-
-def test_factors_are_of_the_base_as_it_is_now() -> None:
-    model = mlp().trained()
-    with torch.no_grad():
-        model.base_model.model.lin1.base_layer.weight.mul_(2)
-    layout = Layout.of(model)
-    found = layout.factors(model, layout.to_vector(model))
-    fresh = Kind(lambda: copy.deepcopy(model).unload(), mlp().settings).fresh()
-    layout.from_vector(layout.to_vector(model), fresh)
-    assert all(agree(found[name], own_factors(layer)) for name, layer in layers(fresh).items())
-
-
-def test_factors_are_those_of_the_vector_and_leave_the_model_alone() -> None:
-    model, other = mlp().trained(), mlp().trained(seed=1)
-    layout = Layout.of(model)
-    before = layout.to_vector(model)
-    found = layout.factors(model, layout.to_vector(other).requires_grad_())
-    assert all(agree(found[name], own_factors(layer)) for name, layer in layers(other).items())
-    assert torch.equal(layout.to_vector(model), before)
-    assert not any(factor.requires_grad for factors in found.values() for factor in factors)

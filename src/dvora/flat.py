@@ -1,6 +1,6 @@
-"""One flat float32 vector is the adapter: where each value stands, the ways there and back, and what rows get from it.
+"""One flat float32 vector is the adapter: where each value stands, and the ways there and back.
 
-Dimensions: N vectors, S values, L layers of one shape, O out, R rank.
+Dimensions: N vectors, S values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +20,17 @@ from .adapter_file.content import Content
 from .adapter_file.values import of_dvora
 from .adapter_file.values_file import VECTOR_PREFIX
 from .checks import FAR
-from .factors import factor_rows
 from .functional import Vectors
-from .peft.layer import DVoRALayer, check_unmerged
+from .peft.layer import check_unmerged
 from .peft.model_adapter import ModelAdapter, ModelOrFolder, content_of
 from .peft.restoring import keep_values, restored_on_error
 from .peft.saving import check_layer_factors
-from .tensors import Float, is_dtensor, weight_in_memory
-from .weight import AdaptedWeight
+from .tensors import Float, is_dtensor
 
-__all__ = ["LayerFactors", "Layout"]
+__all__ = ["Layout"]
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes whose values float32 holds exactly."""
-
-
-class LayerFactors(NamedTuple):
-    """All that tokens need of an adapter in one layer; N is absent for a single vector."""
-
-    gain_minus_one: Float[Tensor, "*N O"]
-    """`g - 1`, of the base's output."""
-    scale: Float[Tensor, "*N O"]
-    """`g beta`, of the low-rank product."""
-    lambda_d: Float[Tensor, "*N R"]
-    """Of the projected inputs; empty for a layer that has the magnitude only."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,46 +125,16 @@ class Layout:
             keep_values(undo, tensors)
             torch._foreach_copy_(tensors, values)
 
-    @torch.no_grad()
-    def factors(self, model: nn.Module, vectors: Float[Tensor, "*N S"]) -> dict[str, LayerFactors]:
-        """What serving needs of every layer, by name, for one vector or a batch: as its layers would use it.
-
-        Nothing of the model is changed. The results have no gradients; those of a batch (N, size) have N rows. They
-        include the strength that the adapter has in the model.
-
-        Raises:
-            TypeError, ValueError: vectors or model are not of this layout, factors would not be finite, adapters are
-                merged, or a weight is sharded.
-        """
-        self.check_vector(vectors, dimensions=2)
-        layers = self._adapter_in(model).layers
-        weights = [_adapted(layers[layer.name], self.adapter_name, vectors.device) for layer in self.content.layers]
-        of_layers = sum(sum(layer.lengths) for layer in self.content.layers)
-        rows = factor_rows(weights, torch.atleast_2d(vectors)[:, :of_layers])
-        parts = iter(rows.split([n for w in weights for n in (w.out_features, w.out_features, w.lambda_d_size)], -1))
-        factors: dict[str, LayerFactors] = {}
-        for layer in self.content.layers:
-            strength = layers[layer.name].strength(self.adapter_name)
-            factors[layer.name] = LayerFactors(next(parts) * strength, next(parts) * strength, next(parts))
-        for name in layers if vectors.abs().max() > FAR else ():
-            if not all(factor.isfinite().all() for factor in factors[name]):
-                raise ValueError(
-                    f"vector gives {name} factors that are not finite: its values are too large; use another"
-                )
-        row = 0 if vectors.dim() == 1 else slice(None)
-        return {name: LayerFactors(*(factor[row] for factor in factors[name])) for name in layers}
-
-    def check_vector(self, vector: Float[Tensor, "*N S"], dimensions: int = 1) -> None:
+    def check_vector(self, vector: Float[Tensor, "S"]) -> None:
         """Refuse what is no vector of this layout with finite values.
 
         Args:
-            vector: float32, (S,); with two dimensions also (N, S).
-            dimensions: that it may have.
+            vector: float32, (S,).
 
         Raises:
             TypeError, ValueError: it is of another dtype or size, not all in this process, or not finite.
         """
-        self._check_size(vector, dimensions)
+        self._check_size(vector)
         if vector.dtype != torch.float32:
             raise TypeError(
                 f"vector is {vector.dtype}, expected torch.float32: half precision rounds a magnitude by up to 0.4 %. "
@@ -264,7 +221,7 @@ class Layout:
                 f"{difference}. Use Layout.of(...) of that adapter, and vectors that were made with an equal layout"
             )
 
-    def _check_size(self, vector: Tensor, dimensions: int) -> None:
+    def _check_size(self, vector: Tensor, dimensions: int = 1) -> None:
         if not isinstance(vector, Tensor):
             raise TypeError(f"vector must be a tensor of {self.size} values, got {type(vector).__name__}")
         if not 1 <= vector.dim() <= dimensions or vector.shape[-1] != self.size or not vector.numel():
@@ -276,23 +233,6 @@ def _with_zeros(vectors: Vectors) -> Vectors:
     """The vectors with zeros for a lambda_b that the layer does not have."""
     magnitude, lambda_b, lambda_d = vectors
     return vectors if lambda_b.shape == magnitude.shape else Vectors(magnitude, torch.zeros_like(magnitude), lambda_d)
-
-
-def _adapted(layer: DVoRALayer, adapter_name: str, device: torch.device) -> AdaptedWeight:
-    """The frozen side of an adapter, with the constants of the weight as it is now, if factors can be made of it."""
-    adapted, name = layer.adapted(adapter_name), layer.name
-    if layer.merged:
-        raise ValueError(
-            f"model: adapters are merged into {name} ({', '.join(layer.merged_adapters)}); call unmerge_adapter first"
-        )
-    if (own := adapted.w.device) != device:
-        raise ValueError(f"vector is on {device}, and {name} of the model on {own}; pass vector.to({str(own)!r})")
-    weight = weight_in_memory(layer.get_base_layer(), layer.parameter_name) if layer.layer_type.has_weight else None
-    if is_dtensor(weight):
-        raise ValueError(f"model: the weight of {name} is sharded, and factors are of whole rows; make them unsharded")
-    if weight is not None:
-        adapted.refresh_if_stale(weight)
-    return adapted
 
 
 def _check_writable(tensors: Mapping[str, Tensor], values: Sequence[Tensor]) -> None:
