@@ -9,7 +9,7 @@ IS_PYTHON := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> 
 NO_PYTHON := PYTHON=$(PYTHON) is no Python 3.10 or newer; name one, for example: make PYTHON=python3.12
 NO_VENV := no environment could be made in VENV=$(VENV); name a folder that can be written to
 
-.PHONY: setup demo test test-core test-system examples cluster vllm gguf ray web executorch conformance fuzz lint wheel versions canary bench docs site
+.PHONY: setup demo test test-core test-system examples cluster vllm gguf ray web conformance fuzz lint wheel versions canary bench docs site
 
 setup: $(VENV)/ready-$(EXTRAS)
 
@@ -60,10 +60,6 @@ web: setup  ## the exported page in a browser and its module in Node, with packa
 	mkdir -p .web && cp src/dvora/export/web/package.json src/dvora/export/web/vendor.mjs .web
 	cd .web && npm install --no-audit --no-fund --silent --ignore-scripts @huggingface/transformers@^4.3 && npm run --silent vendor
 	$(PY) -m pytest tests/export/test_web.py
-
-executorch:  ## a program of ExecuTorch, run by its Python runtime
-	$(MAKE) setup EXTRAS=dev,executorch
-	$(PY) -m pytest tests/export/test_executorch.py
 
 # An environment of its own: vLLM holds PyTorch and transformers at versions of its own. It brings libraries for sound,
 # which need PyTorch's builds for GPUs and which no test needs.

@@ -1,7 +1,7 @@
 """The command: `python -m benchmarks.exporting RUNTIME` measures a runtime, and keeps the rows of the others.
 
 onnxruntime: MiniLM with twenty adapters, also in the browser where `make web` has brought what the page runs with.
-executorch: the same adapters. llama.cpp: SmolLM2 with an adapter merged; in the environment of `make gguf`.
+llama.cpp: SmolLM2 with an adapter merged; in the environment of `make gguf`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -100,36 +100,21 @@ def int8(folder: Path, texts: list[str], labels: list[int]) -> dict[str, Row]:
     return rows
 
 
-def switched(folder: Path, call: Callable[[NDArray[Any]], object]) -> Row:
-    """In this process: reading a packed adapter, and a run with it."""
-    switch, compute = [], []
-    for number in range(ADAPTERS):
-        started = time.perf_counter()
-        adapter = load_file(folder / "adapters" / f"tenant-{number:04d}.safetensors")["adapter"]
-        read = time.perf_counter()
-        call(adapter)
-        switch.append(read - started)
-        compute.append(time.perf_counter() - read)
-    return {"switch_ms": _median(switch), "run_ms": _median(compute)}
-
-
 def in_python(site: Path) -> Row:
-    """onnxruntime."""
+    """onnxruntime in this process: reading a packed adapter, and a run with it."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph_of(site, "one"), providers=["CPUExecutionProvider"])
     inputs = dict(AutoTokenizer.from_pretrained(site)([SENTENCE], return_tensors="np"))
-    return switched(site, lambda adapter: session.run(["output"], {"adapter": adapter, **inputs}))
-
-
-def in_executorch(phone: Path) -> Row:
-    """ExecuTorch's runtime in Python."""
-    import torch
-    from executorch.runtime import Runtime
-
-    method = Runtime.get().load_program(phone / "one.pte").load_method("forward")
-    inputs = AutoTokenizer.from_pretrained(phone)([SENTENCE], return_tensors="pt").values()
-    return switched(phone, lambda adapter: method.execute([torch.from_numpy(adapter), *inputs]))
+    switch, compute = [], []
+    for number in range(ADAPTERS):
+        started = time.perf_counter()
+        adapter = load_file(site / "adapters" / f"tenant-{number:04d}.safetensors")["adapter"]
+        read = time.perf_counter()
+        session.run(["output"], {"adapter": adapter, **inputs})
+        switch.append(read - started)
+        compute.append(time.perf_counter() - read)
+    return {"switch_ms": _median(switch), "run_ms": _median(compute)}
 
 
 @contextmanager
@@ -209,20 +194,19 @@ def write_adapters(folder: Path) -> None:
     perturbed(folder / "run" / "adapter", folder / "tenants", ADAPTERS, heads=(2,))
 
 
-def exported(folder: Path, to: str, output: str, *options: str) -> Row:
-    """Export them; sizes, and the largest difference."""
-    run(folder, "export", "tenants", "--model", "minilm", "--to", to, "--output", output, *options)
-    report = json.loads((folder / output / "export.json").read_text())
+def exported(folder: Path) -> Row:
+    """Export them to `site`; sizes, and the largest difference."""
+    run(folder, "export", "tenants", "--model", "minilm", "--to", "web", "--output", "site", "--int8")
+    report = json.loads((folder / "site" / "export.json").read_text())
     sizes = {"bytes": report["bytes"], "bytes_an_adapter": report["bytes_an_adapter"]}
-    graph = "one.pte" if to == "executorch" else "one.onnx"
-    return {**sizes, "difference": report["differences"][graph]}
+    return {**sizes, "difference": report["differences"]["one.onnx"]}
 
 
 def of_onnxruntime(folder: Path) -> dict[str, Row]:
     """The rows of onnxruntime, also in the browser, and of int8."""
     write_adapters(folder)
     run(folder, "merge", "run", "--model", "minilm", "--output", "merged")
-    sizes = exported(folder, "web", "site", "--int8")
+    sizes = exported(folder)
     # The merged model's graph, with an adapter that changes nothing.
     merged = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
     nothing = get_peft_model(merged, DVoRAConfig(r=1, target_modules=["query"], task_type="SEQ_CLS"))
@@ -240,14 +224,6 @@ def of_onnxruntime(folder: Path) -> dict[str, Row]:
     return rows
 
 
-def of_executorch(folder: Path) -> dict[str, Row]:
-    """The row of ExecuTorch."""
-    write_adapters(folder)
-    sizes = exported(folder, "executorch", "phone")
-    row = {"version": version("executorch"), **sizes, **in_executorch(folder / "phone")}
-    return {"runtime: ExecuTorch (XNNPACK)": row}
-
-
 def of_llama_cpp(folder: Path) -> dict[str, Row]:
     """The row of llama.cpp."""
     from benchmarks import llama_cpp
@@ -256,11 +232,10 @@ def of_llama_cpp(folder: Path) -> dict[str, Row]:
     return {"runtime: llama.cpp": {"version": version("llama-cpp-py-sync"), **llama_cpp.measured(folder)}}
 
 
-MEASURES = {"onnxruntime": of_onnxruntime, "executorch": of_executorch, "llama.cpp": of_llama_cpp}
+MEASURES = {"onnxruntime": of_onnxruntime, "llama.cpp": of_llama_cpp}
 WORKS = {
     "onnxruntime": "adapters switch; encoders, images, language models",
     "onnxruntime-web": "adapters switch; encoders, language models",
-    "ExecuTorch (XNNPACK)": "adapters switch; encoders, images",
     "llama.cpp": "merged only; language models",
 }
 """What tests/export/ runs."""
@@ -296,7 +271,7 @@ def _of_runtime(name: str, row: Row) -> tuple[str, ...]:
 def parts(result: Mapping[str, Any]) -> dict[str, str]:
     """The generated part of the page about exporting."""
     rows = {row["key"]: row for row in result["rows"]}
-    runtimes = [_of_runtime(key.partition(": ")[2], row) for key, row in rows.items() if key.startswith("runtime: ")]
+    runtimes = [_of_runtime(name, rows[key]) for name in WORKS if (key := f"runtime: {name}") in rows]
     quantised = [
         (
             key.partition(": ")[2],

@@ -5,7 +5,6 @@ _BROUGHT = {
     "cli": ("datasets", "PIL", "pydantic", "rich", "scipy", "sklearn", "typer", "yaml"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
-    "executorch": ("executorch",),
     "report": ("jinja2", "matplotlib"),
 }
 """Of each extra, the modules that are imported from what it installs."""

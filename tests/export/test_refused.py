@@ -15,7 +15,6 @@ from dvora.recipes.adapters.exporting import export
 from tests.peft.kinds import edit_config
 from tests.peft.other_methods import other
 from tests.recipes import tiny_models
-from tests.recipes.saved_adapters import save
 from tests.serve.served import save_classifier, save_trained
 
 
@@ -94,12 +93,6 @@ def test_an_adapter_that_only_banks_take_is_named(bert: Path, tmp_path: Path, me
     message = refused(tmp_path / "adapters", bert, tmp_path)
     assert message.startswith("adapter 'b': ")
     assert f"type {method.upper()}; graphs take" in message
-
-
-def test_lora_for_executorch(bert: Path, tmp_path: Path) -> None:
-    save(bert, tmp_path / "a", "lora")
-    with pytest.raises(ValueError, match=r"^adapter 'a' is of lora, .*--to onnx"):
-        export(tmp_path / "a", tmp_path / "exported", "executorch", str(bert))
 
 
 @pytest.mark.parametrize("name", ["null", "Null"])

@@ -20,8 +20,8 @@ def export(
     to: Annotated[
         Runtime,
         typer.Option(
-            help="onnx: graphs for onnxruntime; web: the same with a page; executorch: a .pte. For llama.cpp (gguf) "
-            "`dvora merge` and its converter; as LoRA there is no export."
+            help="onnx: graphs for onnxruntime; web: the same with a page. For llama.cpp (gguf) `dvora merge` and its "
+            "converter; as LoRA there is no export."
         ),
     ],
     shown: Output,

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import DynamicCache
 
 from ..bank.hooks import ServedLayer
@@ -87,22 +86,19 @@ def with_lora(
 
 
 class AdaptedGraph(nn.Module):
-    """The base model; its forward takes an adapter, or one for each row of the batch, and then the model's inputs.
+    """The base model; its forward takes an adapter for each row of the batch, and then the model's inputs.
 
     Args:
         packing: of the adapters, with the base model, to which hooks are added while `hooked`.
         call: how the model is called.
-        by_row: whether each row of a batch has its adapter.
         adapt: `adapted`, or what stands for it.
         add_lora: `with_lora`, or what stands for it.
     """
 
-    def __init__(
-        self, packing: Packing, call: Call, by_row: bool, adapt: Adapt = adapted, add_lora: AddLoRA = with_lora
-    ) -> None:
+    def __init__(self, packing: Packing, call: Call, adapt: Adapt, add_lora: AddLoRA) -> None:
         super().__init__()
         self.model = packing.served.model
-        self.call, self.by_row, self.adapt, self.add_lora = call, by_row, adapt, add_lora
+        self.call, self.adapt, self.add_lora = call, adapt, add_lora
         self.packing, self._given = packing, _Given()
         self.eval()
 
@@ -110,10 +106,9 @@ class AdaptedGraph(nn.Module):
         """The outputs.
 
         Args:
-            tensors: the adapter (P), or those of all rows (B, P); then what `call` takes.
+            tensors: the adapters of all rows (B, P); then what `call` takes.
         """
-        # One row serves all rows of the batch.
-        self._given.rows = tensors[0] if self.by_row else tensors[0].unsqueeze(0)
+        self._given.rows = tensors[0]
         return self.call(self.model, tensors[1:])
 
     @contextmanager
@@ -141,7 +136,7 @@ class AdaptedGraph(nn.Module):
                 handle.remove()
 
     def values(self, start: int, stop: int) -> Float[Tensor, "B n"]:
-        """A part of the adapter of each row, or of the one of all rows."""
+        """A part of the adapter of each row."""
         assert self._given.rows is not None
         return self._given.rows[:, start:stop]
 
@@ -155,9 +150,7 @@ class _Given:
 class _LayerHook:
     def __init__(self, graph: AdaptedGraph, layer: ServedLayer, place: LayerPlace) -> None:
         self.graph, self.layer, self.place = graph, layer, place
-        bias = bias_of(layer.module, layer.measured_bias)
-        # ExecuTorch loses a bias that is used outside of its layer too.
-        self.bias = None if bias is None else bias.detach().clone()
+        self.bias = bias_of(layer.module, layer.measured_bias)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], base_output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -186,8 +179,4 @@ class _HeadHook:
             entry = self.entries[part.name]
             values = self.graph.values(entry.offset, entry.stop)
             parameters[part.name.removeprefix(f"{self.head.name}.")] = values.reshape(-1, *part.shape)
-        if not self.graph.by_row:
-            one = {name: values[0] for name, values in parameters.items()}
-            output: Tensor = functional_call(self.by_row.module, one, args)
-            return output
         return self.by_row.outputs(parameters, args)

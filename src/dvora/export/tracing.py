@@ -37,7 +37,7 @@ _DOMAIN = "dvora"
 def traced(packing: Packing, vectors: Mapping[str, Tensor], sample: Sample) -> onnx.ModelProto:
     """The graph as ONNX; its first input are the adapters of the rows."""
     functions = _Functions()
-    graph = AdaptedGraph(packing, sample.call, by_row=True, adapt=functions.adapted, add_lora=functions.with_lora)
+    graph = AdaptedGraph(packing, sample.call, functions.adapted, functions.with_lora)
     dynamic = [sample.dynamic[name] for name in sample.inputs]
     rows = vectors[NULL].repeat(len(next(iter(sample.inputs.values()))), 1)
     try:

@@ -64,7 +64,7 @@ export interface Layout {
   digest: string;
   /** The model's class in transformers. */
   model: string;
-  graphs: Record<string, NamedFile & { adapter_inputs: Input[]; weights?: NamedFile; at_most?: Record<string, number> }>;
+  graphs: Record<string, NamedFile & { adapter_inputs: Input[]; weights?: NamedFile }>;
   inputs: Input[];
   outputs: { name: string; dtype: string; is: string }[];
   /** Empty for images. */

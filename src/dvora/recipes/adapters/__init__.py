@@ -10,5 +10,5 @@ TO_LORA = (
     "an adapter of DVoRA is no LoRA: it rescales whole rows of the weight, (g - 1) W, which has the rank of W itself. "
     "Convert it to dora, which is exact, or merge it"
 )
-Runtime = Literal["onnx", "web", "executorch"]
+Runtime = Literal["onnx", "web"]
 """Of what `dvora export` writes."""

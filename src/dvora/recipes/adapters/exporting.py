@@ -42,7 +42,7 @@ def export(
     Args:
         source: an adapter, a run of `dvora train`, or a folder of them.
         output: that must not exist, or be empty.
-        runtime: onnx; web: the same with a page; or executorch.
+        runtime: onnx; or web: the same with a page.
         model: the base, a folder or a name on the hub; None takes the one that the first adapter names.
         texts: with which graphs are compared with PyTorch, beside two sentences.
         int8: write a graph with int8 weights of the base too, for onnxruntime.
@@ -58,19 +58,12 @@ def export(
     """
     if runtime not in get_args(Runtime):
         raise ValueError(f"unknown runtime {runtime!r}, expected one of {', '.join(get_args(Runtime))}")
-    if int8 and runtime == "executorch":
-        raise ValueError("int8=True: only onnxruntime's graphs have int8 weights; leave it out, or take runtime='onnx'")
     from ...export.packed import read_layout
     from ...export.verified import ADAPTERS, NULL
 
     check_new_folder(output)
     folders = _adapters(source)
     adapters = {name: read_adapter(folder) for name, folder in folders.items()}
-    if runtime == "executorch" and (others := [name for name in adapters if adapters[name].method != "dvora"]):
-        raise ValueError(
-            f"adapter {others[0]!r} is of {adapters[others[0]].method}, and programs of ExecuTorch take adapters of "
-            "DVoRA only; take runtime='onnx' (--to onnx), which takes LoRA too, or merge it and export the merged model"
-        )
     first = next(iter(adapters.values()))
     base = first.base(model)
     trust = of_base(model, NOTHING)
@@ -92,24 +85,17 @@ def export(
     loaded.config.name_or_path = Path(base).resolve().name if Path(base).is_dir() else base
     labels = {name: adapter.labels for name, adapter in adapters.items()}
     with new_folder(output) as folder, quiet_transformers():
-        if runtime == "executorch":
-            from ...export.executorch import TOKENS, to_executorch
+        from ...export.onnx import to_onnx
 
-            sample = _sample(loaded, base, texts, folder, trust, TOKENS)
-            note("the program is traced, lowered and compared with PyTorch")
-            compared = to_executorch(loaded, folders, sample, folder, labels=labels)
-        else:
-            from ...export.onnx import to_onnx
-
-            sample = _sample(loaded, base, texts, folder, trust)
-            compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8, note=note)
+        sample = _sample(loaded, base, texts, folder, trust)
+        compared = to_onnx(loaded, folders, sample, folder, labels=labels, int8=int8, note=note)
         if runtime == "web":
             _write_page(folder, loaded)
         graph = read_layout(folder)["graphs"]["one"]
         values = {
             "base_model": loaded.config.name_or_path,
             "adapters": len(adapters),
-            "bytes": graph.get("weights", graph)["bytes"],
+            "bytes": graph["weights"]["bytes"],
             "bytes_an_adapter": (folder / ADAPTERS / f"{NULL}.safetensors").stat().st_size,
             "differences": {
                 graph: max(row.difference for row in compared if row.graph == graph)
@@ -128,9 +114,7 @@ def _adapters(source: Path) -> dict[str, Path]:
     return folders
 
 
-def _sample(
-    model: Any, base: str, texts: Sequence[str], folder: Path, trust: Trust, most_tokens: int = NO_LIMIT
-) -> "Sample":
+def _sample(model: Any, base: str, texts: Sequence[str], folder: Path, trust: Trust) -> "Sample":
     """Real inputs; the tokenizer is written beside the graphs."""
     from ...export.verified import sample_of_decoder, sample_of_encoder
 
@@ -141,7 +125,7 @@ def _sample(
     generates = model.can_generate() and model.get_output_embeddings() is not None
     if generates:
         tokenizer.padding_side = "left"
-    longest = min(most_tokens, longest_text(tokenizer, model.config.get_text_config()))
+    longest = longest_text(tokenizer, model.config.get_text_config())
     described = _write_tokenizer(tokenizer, longest if longest < NO_LIMIT else None, folder)
     inputs = _tokens(tokenizer, texts, longest)
     if generates:
