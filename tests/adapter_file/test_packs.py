@@ -185,7 +185,7 @@ def test_a_damaged_bit_is_refused_and_nothing_is_unpacked_or_changes_no_byte_of_
 
 def test_damage_in_what_a_file_has_beside_the_adapter_is_refused(tmp_path: Path) -> None:
     folder = saved(mlp().trained(projection_init="kaiming_uniform"), tmp_path / "a")
-    edit_weights(folder, lambda tensors: tensors.update({"base_model.dvora_projections.stream_0": torch.ones(4, 24)}))
+    edit_weights(folder, lambda tensors: tensors.update({"base_model.model.lin0.base_layer.bias": torch.ones(24)}))
     write_pack(tmp_path / "pack", {"a": folder})
     description, damaged = FolderSource(folder).description, Parts.of(tmp_path / "pack")
     assert description.dtype == torch.float32
@@ -286,18 +286,15 @@ def test_a_hostile_pack_is_refused_in_little_memory(name: str, folders: dict[str
 
 
 @pytest.mark.parametrize("how", ["folder", "pack"])
-@pytest.mark.parametrize(
-    ("name", "message"), [("extra", "extra"), ("base_model.dvora_projections.stream_0", "500,000,000 values")]
-)
 def test_gigabytes_beside_an_adapter_are_refused_before_they_are_read(
-    name: str, message: str, how: str, folders: dict[str, Path], tmp_path: Path
+    how: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders["0001"], tmp_path / "x"))
     values = (folder / VALUES).read_bytes()
     length = 8 + int.from_bytes(values[:8], "little")
     end = len(values) - length
     entries = json.loads(values[8:length])
-    entries[name] = {"dtype": "F32", "shape": [SPARSE // 4], "data_offsets": [end, end + SPARSE]}
+    entries["extra"] = {"dtype": "F32", "shape": [SPARSE // 4], "data_offsets": [end, end + SPARSE]}
     text = json.dumps(entries).encode()
     header = len(text).to_bytes(8, "little") + text
     if how == "folder":
@@ -306,7 +303,7 @@ def test_gigabytes_beside_an_adapter_are_refused_before_they_are_read(
     else:
         tensors = {".settings.0": (folder / SETTINGS).read_bytes(), ".header.0": header, "x": values[length:]}
         write_sparse(tmp_path / "pack", Parts(tensors, {"x": [0, 0, "0" * 32]}), "x", end + SPARSE)
-    with little_more_memory(), pytest.raises(ValueError, match=message):
+    with little_more_memory(), pytest.raises(ValueError, match="extra"):
         served_by({"0000": folders["0000"], "x": folder}, tmp_path / "pack" if how == "pack" else None)
 
 

@@ -175,20 +175,6 @@ def test_a_config_can_be_copied_pickled_and_changed() -> None:
     assert changed == DVoRAConfig(r=8, target_modules=["query"], projection_seed=3)
 
 
-@pytest.mark.parametrize("reader", [DVoRAConfig, PeftConfig])
-@pytest.mark.parametrize("removed", [{"norm_cache": "auto"}, {"save_projection": False}, {"save_projection": True}])
-def test_a_setting_that_was_removed_is_read_from_a_file_without_a_warning_and_unknown_in_code(
-    removed: dict[str, object], reader: type[PeftConfig], tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    config = reader.from_pretrained(edited(tmp_path, **removed))
-    assert config == DVoRAConfig(r=4)
-    assert not recwarn.list
-    config.save_pretrained(tmp_path)
-    assert removed.keys().isdisjoint(json.loads((tmp_path / "adapter_config.json").read_text()))
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{min(removed)}'"):
-        DVoRAConfig(r=4, **removed)
-
-
 # PEFT knows the method by name, once.
 
 

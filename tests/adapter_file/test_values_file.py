@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from dvora.adapter_file.values_file import PICKLED, VALUES, open_values, read_entries, shapes_in, tensors_in
+from dvora.adapter_file.values_file import VALUES, open_values, read_entries, shapes_in, tensors_in
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -75,15 +75,6 @@ def test_shapes_are_read_from_the_header_alone(tmp_path: Path) -> None:
     with open_values(tmp_path / VALUES) as file:
         assert read_entries(file) == {"a": (torch.float32, (2**20,))}
         assert file.tell() < 200
-
-
-def test_of_a_pickle_tensors_alone_are_read(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2, 3)}, tmp_path / PICKLED)
-    assert shapes_in(tmp_path) == {"a": (2, 3)}
-    assert torch.equal(tensors_in(tmp_path)["a"], torch.ones(2, 3))
-    torch.save({"a": Path("somewhere")}, tmp_path / PICKLED)
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
-        shapes_in(tmp_path)
 
 
 def test_a_folder_without_values_has_no_shapes(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ The library may be rebuilt; a file that a user has must go on meaning the same. 
 these files were made once, by this file as it was then, whose name is in some of them, and are not to be made again
 because a test fails. The pack is in the format that came after ("dvora pack 2"). `groups` came with groups of lambda_d,
 which that commit did not have. Where settings named the structured matrices, which the library had once, they name
-uniform ones now: the values are that commit's, byte for byte, and answers and digests were made again.
+uniform ones now: the values are that commit's, byte for byte, and answers and digests were made again. Two
+settings that are no longer known were taken out of all files.
 
 A folder of a case holds what `save_pretrained` wrote and `answers.safetensors`: the inputs and the outputs, float32.
 `flat/` holds one adapter as a vector with its layout, `packs/` three adapters in one file.
@@ -126,8 +127,6 @@ CASES = {
     "strength": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "strength": 0.5}),
     "conv1d_and_embedding": Case(gpt2, {"r": 8, "target_modules": ["c_attn", "c_proj", "wte"]}),
     "expert_stacks": Case(Mixture, {"r": 4, "target_parameters": ["experts.up", "experts.down"]}),
-    # Saved with `save_projection=True`: the random matrices are in the file.
-    "save_projection": Case(MLP, {"r": 4, "target_modules": MLP_LAYERS, "projection_init": "kaiming_uniform"}),
     "peft_vera": Case(MLP, {"r": 4, "target_modules": ["lin1"], "projection_init": "peft_vera(r=4, in=24, out=24)"}),
     # Of the widths, 3 divides 48 and not 32.
     "groups": Case(bert, {"r": 8, "target_modules": BERT_LAYERS, "lambda_d_groups": 3, "rank_pattern": {"query": 4}}),

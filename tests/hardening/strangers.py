@@ -116,14 +116,13 @@ def empty_head(rows: int) -> Callable[[Path], None]:
 
 
 def with_code(desk: Path) -> None:
-    """A base with code of its own, and a run that asks for it."""
+    """A base with code of its own."""
     kinds = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model", "AutoModel": "evil.Model"}
     of_base(model_type="evil", auto_map=kinds)(desk)
     (desk / "base" / "evil.py").write_text(
         f"open({str(desk / MARK)!r}, 'w').close()\nfrom transformers import BertConfig as Config\n"
         "from transformers import BertForSequenceClassification as Model\n"
     )
-    of_run(trust_remote_code=True)(desk)
 
 
 class Evil:
@@ -206,7 +205,7 @@ CASES: dict[str, Case] = {
     "a number in a record": Case(text("run/run.json", f'{{"state": {DIGITS}}}'), "evaluate run", "4300 digits"),
     "repeated settings": Case(text("a.yaml", laughs()), "train a.yaml", "line 2 repeats *a; write it out"),
     "code of a configuration": Case(text("a.yaml", "task: regression\nmodel: base\ndata: x\ntrust_remote_code: true\n"),
-                                    "train a.yaml", "--trust-remote-code"),
+                                    "train a.yaml", "unknown key 'trust_remote_code'"),
     "a pipe as record": Case(pipe("run/run.json"), "evaluate run", "is a pipe or a device"),
     "a pipe as values": Case(pipe("adapter/adapter_model.safetensors"), MERGE, "holds no adapter_mod"),
     "a pipe as data": Case(both(pipe("a.csv"), data("a.csv")), "evaluate run", "is a pipe or a device"),

@@ -11,7 +11,6 @@ import random
 import shutil
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -92,23 +91,6 @@ def data(change: Callable[[bytes], bytes]) -> Edit:
 
 def several(*edits: Edit) -> Edit:
     return lambda folder: [edit(folder) for edit in edits]
-
-
-def pickled(change: Callable[[dict[str, Tensor]], object], compressed: bool = False) -> Edit:
-    """The values as `torch.save` writes them."""
-
-    def edit(folder: Path) -> None:
-        tensors, file = load_file(folder / WEIGHTS), folder / "adapter_model.bin"
-        (folder / WEIGHTS).unlink()
-        torch.save(change(tensors), file)
-        if compressed:
-            with zipfile.ZipFile(file) as old:
-                entries = [(entry.filename, old.read(entry)) for entry in old.infolist()]
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-                for name, content in entries:
-                    new.writestr(name, content)
-
-    return edit
 
 
 def poisoned(number: float) -> Callable[[Tensor], Tensor]:
@@ -198,14 +180,8 @@ FOLDERS: dict[str, tuple[Kind, Edit, str]] = {
         r"lacks model\.embed_tokens\S*, which its configuration trains"),
     "fewer tokens": (TOKENS, weights(lambda t: [t.update({k: v[:1].clone()}) for k, v in [*t.items()] if "delta" in k]),
                      r"delta\S* has shape \(1, 32\) in the adapter and \(2, 32\)"),
-    "an expanded tensor": (LLAMA, pickled(lambda t: t | {f"{Q_PROJ}.dvora_lambda_d": torch.ones(1).expand(2**30)}),
-                           "has not as many values"),
-    "a sparse tensor": (LLAMA, pickled(lambda t: t | {f"{Q_PROJ}.dvora_lambda_d": torch.ones(6).to_sparse()}),
-        "many|cannot be read"),
-    "a compressed pickle": (LLAMA, pickled(lambda t: t | {TABLE: torch.zeros(2**22)}, compressed=True),
-        "bin is compressed"),
-    "a pickle of no tensors": (LLAMA, pickled(list), "does not hold tensors by name"),
-    "a pickle that runs code": (LLAMA, evil, "cannot be read as tensors"),
+    "matrices": (PLAIN, added("base_model.dvora_projections.stream_0", lambda: torch.ones(6, 32)), "not adapted here"),
+    "a pickle that runs code": (LLAMA, evil, r"pickled adapter_model\.bin, which can run any code"),
 }  # fmt: skip
 
 
@@ -314,6 +290,7 @@ def test_our_own_door_says_what_is_wrong_with_a_configuration(content: str, mess
 ARRIVING: dict[str, tuple[str, Callable[[], Tensor], str]] = {
     "NaN": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.full((6,), torch.nan), "not finite"),
     "an expanded tensor": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.ones(1).expand(2**30), "has not as many values"),
+    "a sparse tensor": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.ones(6).to_sparse(), "has not as many values"),
     "another rank": (f"{Q_PROJ}.dvora_lambda_d", lambda: torch.ones(7), r"shape \(7,\) in the adapter and \(6,\)"),
     "a weight": (f"{Q_PROJ}.base_layer.weight", lambda: torch.ones(32, 32), "does not train"),
     "a table": (TABLE, lambda: torch.ones(40, 32), "does not train"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
 from dvora import DVoRAConfig
-from tests.peft.kinds import KINDS, WEIGHTS, edit_config, edit_weights, save_bert, saved
+from tests.peft.kinds import KINDS, WEIGHTS, edit_weights, save_bert, saved
 from tests.peft.tiny import LAYERS, MODELS, bert, dvora_layers, outputs, same_bits, train_vectors
 
 
@@ -103,12 +103,6 @@ def test_saving_twice_gives_equal_files(tmp_path: Path) -> None:
     assert files(tmp_path / "first") == files(tmp_path / "second") == files(tmp_path / "third")
 
 
-def test_a_pickled_file_is_loaded_too(tmp_path: Path) -> None:
-    model = adapted("mlp")
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    assert same_bits(outputs(PeftModel.from_pretrained(MODELS["mlp"](), tmp_path)), outputs(model))
-
-
 @pytest.mark.parametrize(
     ("name", "auto", "task_type"),
     [
@@ -128,15 +122,6 @@ def test_auto_classes_load_base_and_adapter(name: str, auto: type, task_type: st
     loaded = auto.from_pretrained(tmp_path / "adapter", **options)
     assert type(loaded) is type(model)
     assert same_bits(outputs(loaded), outputs(model))
-
-
-def test_matrices_in_the_file_of_an_earlier_version_are_left_unread(tmp_path: Path) -> None:
-    model = adapted("bert", projection_init="kaiming_uniform")
-    train_vectors(model)
-    model.save_pretrained(tmp_path)
-    edit_config(tmp_path, save_projection=True)
-    edit_weights(tmp_path, lambda tensors: tensors.update({"base_model.dvora_projections.stream_0": torch.ones(6, 48)}))
-    assert same_bits(outputs(PeftModel.from_pretrained(MODELS["bert"](), tmp_path).eval()), outputs(model))
 
 
 def test_biases_in_a_state_dict_at_hand_are_taken_as_by_peft() -> None:

@@ -76,14 +76,6 @@ def test_a_mistake_is_reported_in_one_line(change: dict[str, Any], message: str)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["trust_remote_code", "tensorboard"])
-def test_keys_of_earlier_versions_are_passed_over_unless_they_ask_for_something(key: str, tmp_path: Path) -> None:
-    assert checked_settings({**LEAST, key: False}, "") == checked_settings(LEAST, "")
-    (tmp_path / "a.yaml").write_text(f"{key}: true\n")
-    with pytest.raises(ValueError, match=f"{key} is no setting"):
-        read_settings(tmp_path / "a.yaml", LEAST)
-
-
 def test_all_missing_settings_are_reported_at_once() -> None:
     with pytest.raises(ValueError, match=r"task is missing.*model is missing.*data is missing"):
         checked_settings({}, "a.yaml")

@@ -29,7 +29,6 @@ from .fingerprint import alike
 from .patterns import check_expressions
 from .settings import DVoRAConfig
 from .values_file import (
-    MATRIX_PREFIX,
     OF_SAVED_MODULES,
     VECTOR_PREFIX,
     Shape,
@@ -279,7 +278,7 @@ def _sizes(name: str, shapes: Mapping[str, Shape], config: DVoRAConfig) -> Layer
 
 def is_trained_whole(key: str, config: DVoRAConfig) -> bool:
     """Whether a key of a file is of something trained whole; files may also have tables and biases of the base."""
-    if VECTOR_PREFIX in key or key.startswith(MATRIX_PREFIX) or OF_SAVED_MODULES.search(key):
+    if VECTOR_PREFIX in key or OF_SAVED_MODULES.search(key):
         return False
     return (
         ".trainable_tokens_delta" in key

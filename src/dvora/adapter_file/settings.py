@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,8 @@ class DVoRAConfig(PeftConfig):
     projection_fingerprint: str | None = None
     base_probes: dict[str, list[float]] | None = None
     lambda_d_groups: int = 1
-    # Taken and dropped: files of older versions hold them, and no output depends on them. To remove them in
-    # `from_json_file` would not do: `PeftConfig.from_pretrained` reads files itself, and warns of unknown settings.
-    norm_cache: InitVar[object] = None
-    save_projection: InitVar[object] = None
 
-    def __post_init__(self, norm_cache: object, save_projection: object) -> None:
-        for name, value in (("norm_cache", norm_cache), ("save_projection", save_projection)):
-            # Files name their method, which callers do not.
-            if value is not None and self.peft_type is None:
-                raise TypeError(f"DVoRAConfig got an unexpected keyword argument {name!r}")
+    def __post_init__(self) -> None:
         super().__post_init__()
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None

@@ -32,6 +32,7 @@ from .values_file import (
     VECTOR_PREFIX,
     Shape,
     as_bytes,
+    check_not_pickled,
     check_size,
     data_size,
     header_entries,
@@ -428,10 +429,10 @@ def _shapes(content: Content) -> dict[str, Shape]:
 
 def _check_files(folder: Path) -> None:
     """Refuse a folder without both files of an adapter, or with settings that are too large."""
+    check_not_pickled(folder)
     for name in (SETTINGS, VALUES):
         if not (folder / name).is_file():
-            advice = "; a pickled adapter_model.bin is not read, save it again" if name == VALUES else ""
-            raise ValueError(f"there is no file {name}, so it is no folder with a saved adapter{advice}")
+            raise ValueError(f"there is no file {name}, so it is no folder with a saved adapter")
     if (size := (folder / SETTINGS).stat().st_size) > LARGEST_SETTINGS:
         raise ValueError(f"{SETTINGS} has {size:,} bytes, expected at most {LARGEST_SETTINGS:,}")
 

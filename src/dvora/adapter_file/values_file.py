@@ -1,14 +1,12 @@
 """The file of an adapter's values: the names in it, and what it holds.
 
-It is safetensors, a header and the data behind it, or a pickle of nothing but tensors. The header says which tensors
-there are; it is read and checked by itself, before anything of their sizes is made.
+It is safetensors, a header and the data behind it. The header says which tensors there are; it is read and checked by
+itself, before anything of their sizes is made.
 """
 
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -25,8 +23,6 @@ LARGEST_SETTINGS, LARGEST_HEADER = 2**24, 100_000_000
 """Bytes; the second is safetensors' own limit."""
 PEFT_PREFIX = "base_model.model."
 VECTOR_PREFIX = ".dvora_"
-MATRIX_PREFIX = "base_model.dvora_projections."
-"""Of entries that files of earlier versions may have, and nothing reads: the matrices, which the seed makes."""
 OF_SAVED_MODULES = re.compile(r"\.(modules_to_save|original_module)\.")
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -55,22 +51,34 @@ def plain_key(key: str) -> str:
 
 def is_vector(key: str) -> bool:
     """Whether an entry of a file is a vector of a layer."""
-    return VECTOR_PREFIX in key and not key.startswith(MATRIX_PREFIX)
+    return VECTOR_PREFIX in key
 
 
 def shapes_in(folder: Path) -> dict[str, Shape] | None:
     """The shapes of the values in the folder of an adapter, by name; None if it has no such file.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or a pickle.
         OSError: it cannot be read.
     """
-    if (folder / VALUES).exists():
-        with open_values(folder / VALUES) as file:
-            return {name: shape for name, (_, shape) in read_entries(file).items()}
-    if (folder / PICKLED).exists():
-        return {name: tuple(tensor.shape) for name, tensor in _unpickled(folder / PICKLED).items()}
-    return None
+    check_not_pickled(folder)
+    if not (folder / VALUES).exists():
+        return None
+    with open_values(folder / VALUES) as file:
+        return {name: shape for name, (_, shape) in read_entries(file).items()}
+
+
+def check_not_pickled(folder: Path) -> None:
+    """Refuse an adapter whose values are in a pickle.
+
+    Raises:
+        ValueError: they are.
+    """
+    if (folder / PICKLED).exists() and not (folder / VALUES).exists():
+        raise ValueError(
+            f"the adapter's values are in a pickled {PICKLED}, which can run any code and is never loaded. If you "
+            f"trust its author: safetensors.torch.save_file(torch.load({PICKLED!r}, weights_only=True), {VALUES!r})"
+        )
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -80,8 +88,6 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    if not (folder / VALUES).exists() and (folder / PICKLED).exists():
-        return _unpickled(folder / PICKLED)
     # Header and data by one opening: another file may take this one's name meanwhile.
     with open_values(folder / VALUES) as file:
         return tensors_of(read_entries(file), bytearray(file.read()))
@@ -207,19 +213,3 @@ def check_dense(name: str, tensor: Tensor) -> None:
     dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
     if not dense or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
         raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has not as many values of its own in the adapter")
-
-
-def _unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors in a file that `torch.save` has written; nothing else in it is made, and no code is run."""
-    try:
-        entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
-        if sum(entry.file_size for entry in entries) > file.stat().st_size:
-            raise ValueError(f"{file} is compressed; it could hold any amount of values")
-        tensors = torch.load(file, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} cannot be read as tensors: {error}") from error
-    if not (isinstance(tensors, dict) and all(type(tensor) is Tensor for tensor in tensors.values())):
-        raise ValueError(f"{file} does not hold tensors by name")
-    for name, tensor in tensors.items():
-        check_dense(str(name), tensor)
-    return {str(name): tensor for name, tensor in tensors.items()}

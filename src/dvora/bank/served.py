@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole, head_of
 from ..adapter_file.other_methods import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
-from ..adapter_file.values_file import MATRIX_PREFIX, Shape, plain_key
+from ..adapter_file.values_file import Shape, plain_key
 from ..blocks import known_lists, with_rows_first
 from ..peft.base_weight import measured_bias
 from ..peft.injecting import Target, check_adapter, check_settings, find_targets
@@ -198,10 +198,9 @@ class ServedModel:
         comparable = content._replace(whole=self._with_own_outputs(content.whole))
         if difference := expected._replace(layers=layers, whole=heads).difference(comparable):
             raise ValueError(f"the adapter is another one than those beside it: {difference}")
-        self._check_matrices([shape for key, shape in beside.items() if key.startswith(MATRIX_PREFIX)])
         here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()} if beside else {}
         for key, shape in beside.items():
-            if not key.startswith(MATRIX_PREFIX) and here.get(name := plain_key(key)) != shape:
+            if here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
     def _check_linear(self, sizes: FactorSizes) -> None:
@@ -216,16 +215,6 @@ class ServedModel:
                 "in the adapter: another base"
             )
 
-    def _check_matrices(self, shapes: Sequence[Shape]) -> None:
-        """Refuse matrices in a file, which are read and not used, that are larger than those of the layers."""
-        adapted = [layer.adapted for layer in self.layers]
-        sizes = [*{(a.rank, a.in_features) for a in adapted}, *{(a.rank, a.out_features) for a in adapted}]
-        if (values := sum(map(prod, shapes))) > (most := sum(map(prod, sizes))):
-            raise ValueError(
-                f"the adapter's file has {values:,} values of random matrices, and those of the layers have {most:,}; "
-                "save it again, which leaves them out"
-            )
-
     def check_beside(self, entries: Mapping[str, Tensor]) -> None:
         """Refuse what a file has besides the adapter, unless the model has the same: tables, biases.
 
@@ -235,9 +224,8 @@ class ServedModel:
         Raises:
             ValueError: an entry differs.
         """
-        rest = {key: value for key, value in entries.items() if not key.startswith(MATRIX_PREFIX)}
-        state = self.model.state_dict() if rest else {}
-        for key, value in rest.items():
+        state = self.model.state_dict() if entries else {}
+        for key, value in entries.items():
             check_same_values(key, value, state[plain_key(key)])
 
     def heads_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..adapter_file.content import vector_digest
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import (
-    MATRIX_PREFIX,
     OF_SAVED_MODULES,
     PEFT_PREFIX,
     VECTOR_PREFIX,
@@ -137,7 +136,7 @@ def from_saved(model: nn.Module, config: DVoRAConfig, adapter_name: str, entries
     # Files carry PEFT's prefix, a model that was adapted in place does not.
     paths |= {f"{PEFT_PREFIX}{name}": f"{PEFT_PREFIX}{path}" for name, path in paths.items()}
     # PEFT renames what a dictionary has, whatever that is: here the keys themselves.
-    keys: Any = _renamed({key: key for key in entries if not key.startswith(MATRIX_PREFIX)}, paths)
+    keys: Any = _renamed({key: key for key in entries}, paths)
     keys = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, keys)
     state, handed_over = model.state_dict(), config.file is None
     needed = {key: state[key] for key in state if _VECTOR.search(key) and key.endswith(f".{adapter_name}")}

@@ -30,11 +30,6 @@ LEARNING_RATES: dict[Method, float] = {
 }  # fmt: skip
 SMALL_RANK, SMALL_RANK_RATE = 4, 4e-3
 """Up to this rank LoRA and DoRA learn best at a higher rate (`benchmarks/results/equal_bytes.json`)."""
-GONE = {
-    "trust_remote_code": "no file can allow that code is run; if you trust the author, give --trust-remote-code",
-    "tensorboard": "run.json has every loss",
-}
-"""Keys that files of earlier versions have, and what takes their place."""
 LARGEST_CONFIG = 2**18
 """Bytes of a configuration."""
 HEAD_RATE = 1e-3
@@ -305,20 +300,16 @@ def read_settings(file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         if not isinstance(given, dict):
             found = f"it is a {type(given).__name__} (rows are given by --data)"
             raise ValueError(f"{file} has to hold keys and values, such as `task: regression`; {found}")
-    values, source = {**given, **overrides}, str(file or "the settings")
-    for key, instead in GONE.items():
-        if values.get(key) not in (None, False):
-            raise ValueError(f"{source}: {key} is no setting: {instead}")
-    return checked_settings(values, source)
+    return checked_settings({**given, **overrides}, str(file or "the settings"))
 
 
 def checked_settings(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings from keys and values; keys of earlier versions are passed over.
+    """Settings from keys and values.
 
     Raises:
         ValueError: see `checked`.
     """
-    return checked(Settings, {key: value for key, value in values.items() if key not in GONE}, f"{source}: ")
+    return checked(Settings, values, f"{source}: ")
 
 
 def resolved(settings: Settings) -> Settings:

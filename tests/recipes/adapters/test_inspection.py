@@ -103,7 +103,7 @@ def test_pickled_values_are_refused_and_never_read(bert: Path, tmp_path: Path) -
     (tmp_path / "adapter_model.safetensors").unlink()
     # A file that leaves a mark if it is unpickled.
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "run").encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match=r"pickled adapter_model\.bin, which can run any code .*save_pretrained"):
+    with pytest.raises(ValueError, match=r"pickled adapter_model\.bin, which can run any code"):
         inspect(tmp_path)
     assert not (tmp_path / "run").exists()
 

@@ -12,8 +12,8 @@ from ...adapter import diagnostics
 from ...peft.layer import layers_in
 from ..models.adapters import Adapter, load_adapted, read_adapter
 
-FIXED = ("base_model.dvora_projections.", "base_model.vera_A", "base_model.vera_B")
-"""Prefixes of the names of fixed tensors."""
+FIXED = ("base_model.vera_A", "base_model.vera_B")
+"""Prefixes of the names of VeRA's fixed tensors."""
 SETTINGS = ("lambda_d_groups", "direction", "alpha", "strength", "train", "bias", "dvora_dropout", "detach_norm")
 MEASURES = {
     "angle_mean": "angle_degrees_mean",

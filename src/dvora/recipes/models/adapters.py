@@ -20,9 +20,9 @@ from ...adapter_file.settings import DVoRAConfig
 from ...adapter_file.values import described, errors_of
 from ...adapter_file.values_file import (
     LARGEST_SETTINGS,
-    PICKLED,
     SETTINGS,
     VALUES,
+    check_not_pickled,
     check_size,
     data_size,
     header_entries,
@@ -157,11 +157,8 @@ def read_adapter(folder: Path, with_values: bool = False) -> Adapter:
     settings = parsed_json(text, folder / SETTINGS, _Settings)
     file = folder / VALUES
     if not file.is_file():
-        if (folder / PICKLED).exists():
-            raise ValueError(
-                f"{folder} holds a pickled {PICKLED}, which can run any code and is never loaded; on a machine that "
-                "trusts it, load it with PEFT once and save it again (save_pretrained writes safetensors)"
-            )
+        with errors_of(folder):
+            check_not_pickled(folder)
         raise ValueError(f"{folder} holds no {VALUES}")
     header, shapes, values = read_values(file, with_values and settings["peft_type"] == "DVORA")
     with errors_of(folder):
