@@ -27,7 +27,6 @@ ORDER = [
     "factors",
     "layer",
     "adapter",
-    "trunk",
     "heads",
     "training",
     "adapter_file",

@@ -84,16 +84,6 @@ def with_rows_first(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def are_known(blocks: nn.ModuleList) -> bool:
-    """Whether blocks are known by their types, and all that is in them by its own."""
-    file = _file_of(blocks[0])
-    known = getattr(sys.modules[file], KNOWN.get(_family(blocks[0]), ""), None)
-    if {*map(type, blocks)} != {known}:
-        return False
-    others = {_file_of(module) for block in blocks for module in block.modules()} - {file, *_PARTS}
-    return all(other.startswith(_PLAIN) for other in others)
-
-
 def _file_of(module: nn.Module) -> str:
     """The file that a module's type is of, as a name for imports."""
     return type(module).__module__
@@ -105,11 +95,21 @@ def _family(module: nn.Module) -> str:
     return family if _file_of(module) == f"transformers.models.{family}.modeling_{family}" else ""
 
 
+def _are_known(blocks: nn.ModuleList) -> bool:
+    """Whether blocks are known by their types, and all that is in them by its own."""
+    file = _file_of(blocks[0])
+    known = getattr(sys.modules[file], KNOWN.get(_family(blocks[0]), ""), None)
+    if {*map(type, blocks)} != {known}:
+        return False
+    others = {_file_of(module) for block in blocks for module in block.modules()} - {file, *_PARTS}
+    return all(other.startswith(_PLAIN) for other in others)
+
+
 def _is_known(parent: nn.Module, blocks: nn.ModuleList) -> bool:
     """Whether blocks are known and as they were made, as what calls them is."""
     values = [*blocks.parameters(), *blocks.buffers()]
     return (
-        are_known(blocks)
+        _are_known(blocks)
         and _file_of(parent) == _file_of(blocks[0])
         and "forward" not in vars(parent)
         and all(type(value) in (Tensor, nn.Parameter) for value in values)

@@ -1,4 +1,4 @@
-"""For training loops: groups with their learning rates, the trunk computed once, and whether processes agree."""
+"""For training loops: groups with their learning rates, and whether processes agree."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,11 @@ from .checks import checked_not_negative
 from .functional import Vectors
 from .heads import FittedHead, fit_head
 from .tensors import is_dtensor, is_partitioned
-from .trunk import cached_trunk
 from .weight import AdaptedWeight
 
 __all__ = [
     "AdapterSettings",
     "FittedHead",
-    "cached_trunk",
     "check_ranks_agree",
     "fit_head",
     "parameter_groups",

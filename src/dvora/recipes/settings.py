@@ -109,8 +109,7 @@ class Settings(BaseModel):
         "layers to adapt: all-linear, or a regular expression for their names", "all-linear"
     )
     blocks: str | None = _method(
-        "adapt the last blocks only, such as last:2. What comes before them is computed once a text, without dropout, "
-        "and cached, also where targets leave the first blocks alone",
+        "adapt the last blocks only, such as last:2",
         None,
         null="all",
         pattern=r"^last:[1-9]\d*$",

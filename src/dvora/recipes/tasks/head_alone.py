@@ -78,7 +78,7 @@ def last_features(
     try:
         with reading_last_layer(model):
             model.to(device).eval()
-            for chosen, batch in longest_first(dataset, collator, settings, note):
+            for chosen, batch in _longest_first(dataset, collator, settings, note):
                 with computing(settings):
                     inputs = {key: values for key, values in batch.items() if key != "labels"}
                     read = model(**inputs).logits.float().cpu()
@@ -94,8 +94,8 @@ def last_features(
     return torch.cat([rows[place] for place in np.argsort(order)])
 
 
-def longest_first(
-    dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None] = lambda _: None
+def _longest_first(
+    dataset: Dataset, collator: Any, settings: Settings, note: Callable[[str], None]
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """The rows of a dataset that a model reads, by batch: their indices, and its inputs on the run's device.
 

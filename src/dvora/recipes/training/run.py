@@ -42,7 +42,7 @@ from .callbacks import OnProgress, StopRequest
 from .card import model_card
 from .checkpoints import checkpoints, errors_of_damage, remove_all_but
 from .methods import adapt, back_to_head_alone, learning_rates, save_trained, trained_parameters, values_at_start
-from .trainers import Prepared, final_results, length_of_run, make_trainer, trunk_computed_once
+from .trainers import Prepared, final_results, length_of_run, make_trainer
 
 Note = Callable[[str], None]
 PACKAGES = ("dvora", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -127,45 +127,44 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             save_head_alone(prepared.head_at_start or prepared.head_alone, folder / HEAD_AT_START)
             write_atomically(folder / HEAD_OUTPUTS, save(dict(prepared.head_outputs)))
         remove_all_but(complete, folder / CHECKPOINTS)
-    with trunk_computed_once(trainer, prepared, note):
-        # The head alone is fitted already.
-        if prepared.settings.method != "head":
-            with stop.listening(), errors_of_damage(last):
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
-        record["seconds"] += time.monotonic() - start
-        if callback.was_stopped:
-            if is_first():
-                write_record(folder, record)
-            return Outcome(None, trainer.state.global_step)
-        record |= {
-            "state": "finished",
-            "trained_parameters": trained_parameters(prepared.model),
-            "steps": trainer.state.global_step,
-            "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
-            or trainer.state.global_step,
-            # Before the final evaluations, which the trainer logs as if they were of this step.
-            "history": _history(trainer.state.log_history),
-        }
-        if _may_be_fitted_again(prepared):
-            note("fitting the head again, to what the trained model gives")
-            settings, labels, datasets = prepared.settings, prepared.data.labels, prepared.datasets
-            record["head_fitted_again"] = fit_head_again(
-                prepared.base.model, datasets, prepared.task.collator, settings, labels, note
-            )
-        task, datasets, outputs = prepared.task, prepared.datasets, prepared.head_outputs
-        of_head = {f"{part}_head_alone": evaluated_outputs(task, outputs[part], datasets[part]) for part in outputs}
-        results = _evaluate(trainer, prepared, record, of_head)
-        rows = {key: result.rows for key, result in results.items()}
-        record["comparisons"] = comparisons(task.best, rows)
-        record["verdict"] = verdict(record["metrics"], record["comparisons"], record)
-        if prepared.start and not is_preferred(task.best, rows):
-            record["verdict"].append(head_saved(record["metrics"]))
-            not_saved = {f"{part}_not_saved": results[part] for part in prepared.datasets if part != "train"}
-            back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
-            _evaluate(trainer, prepared, record, {**not_saved, **of_head})
-            record |= {"saved": "head", "head_fitted_again": False}
-        if "calibration" in record:
-            note(calibration_sentence(record["calibration"]))
+    # The head alone is fitted already.
+    if prepared.settings.method != "head":
+        with stop.listening(), errors_of_damage(last):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    record["seconds"] += time.monotonic() - start
+    if callback.was_stopped:
+        if is_first():
+            write_record(folder, record)
+        return Outcome(None, trainer.state.global_step)
+    record |= {
+        "state": "finished",
+        "trained_parameters": trained_parameters(prepared.model),
+        "steps": trainer.state.global_step,
+        "best_step": (trainer.args.load_best_model_at_end and trainer.state.best_global_step)
+        or trainer.state.global_step,
+        # Before the final evaluations, which the trainer logs as if they were of this step.
+        "history": _history(trainer.state.log_history),
+    }
+    if _may_be_fitted_again(prepared):
+        note("fitting the head again, to what the trained model gives")
+        settings, labels, datasets = prepared.settings, prepared.data.labels, prepared.datasets
+        record["head_fitted_again"] = fit_head_again(
+            prepared.base.model, datasets, prepared.task.collator, settings, labels, note
+        )
+    task, datasets, outputs = prepared.task, prepared.datasets, prepared.head_outputs
+    of_head = {f"{part}_head_alone": evaluated_outputs(task, outputs[part], datasets[part]) for part in outputs}
+    results = _evaluate(trainer, prepared, record, of_head)
+    rows = {key: result.rows for key, result in results.items()}
+    record["comparisons"] = comparisons(task.best, rows)
+    record["verdict"] = verdict(record["metrics"], record["comparisons"], record)
+    if prepared.start and not is_preferred(task.best, rows):
+        record["verdict"].append(head_saved(record["metrics"]))
+        not_saved = {f"{part}_not_saved": results[part] for part in prepared.datasets if part != "train"}
+        back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
+        _evaluate(trainer, prepared, record, {**not_saved, **of_head})
+        record |= {"saved": "head", "head_fitted_again": False}
+    if "calibration" in record:
+        note(calibration_sentence(record["calibration"]))
     if is_first():
         _finish(folder, prepared, record)
     return Outcome(Run(folder, prepared.settings, prepared.data.labels, folder / ADAPTER, record), None)

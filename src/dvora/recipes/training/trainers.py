@@ -1,7 +1,6 @@
 """transformers' Trainer, set up for a run."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from ...training import check_ranks_agree
-from ...trunk import NOT_CACHED, cached_trunk, frozen_blocks
 from ..data.run_data import Data
-from ..models.bases import Base, computing
+from ..models.bases import Base
 from ..run_folder import CHECKPOINTS, world_size
 from ..settings import EPOCHS, MOST_STEPS, Group, Settings
 from ..tasks.evaluation import Evaluated, common_arguments, evaluated, simplest_guess_on
-from ..tasks.head_alone import longest_first
 from ..tasks.metrics import GREATER_IS_BETTER
 from ..tasks.task import Task, without_bytes
 from .callbacks import OnProgress, RunCallback, StopRequest
@@ -96,35 +93,6 @@ def make_trainer(prepared: Prepared, stop: StopRequest, on_progress: OnProgress 
     trainer.model_accepts_loss_kwargs = settings.task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
     return trainer, callback
-
-
-@contextmanager
-def trunk_computed_once(trainer: Any, prepared: Prepared, note: Callable[[str], None]) -> Iterator[None]:
-    """Cache what comes before the first trained block, where there are blocks before it, of all rows that are read.
-
-    All in one order, whatever step training starts from: to the last digits, rows depend on those of their batch.
-    """
-    settings, datasets = prepared.settings, dict(prepared.datasets)
-    if settings.method == "head" or not frozen_blocks(prepared.model):
-        yield
-        return
-    if trainer.args.n_gpu > 1:
-        note(f"{NOT_CACHED}: several GPUs are used by one process")
-        yield
-        return
-    max_steps = length_of_run(settings, len(datasets["train"]))[1]
-    if max_steps is not None and max_steps * settings.batch_size * settings.accumulation < len(datasets["train"]):
-        # No row is read twice.
-        del datasets["train"]
-    with cached_trunk(prepared.model, folder=Path(settings.output), note=note) as trunk:
-        if trunk is not None:
-            for dataset in datasets.values():
-                for _, batch in longest_first(without_bytes(dataset), prepared.task.collator, settings, note):
-                    with computing(settings):
-                        trunk.store(batch)
-            if trunk.is_used:
-                note(str(trunk))
-        yield
 
 
 def final_results(trainer: Any, prepared: Prepared, given: Mapping[str, Evaluated]) -> dict[str, Evaluated]:
