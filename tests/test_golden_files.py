@@ -79,7 +79,7 @@ def test_layouts_have_the_digests_they_had() -> None:
 def test_a_pack_has_the_adapters_it_had() -> None:
     x, expected = answers(GOLDEN / "packs")
     base: nn.Module = PACKED.base()
-    with dvora.AdapterBank(base) as bank:
+    with dvora.AdapterBank(base, like=GOLDEN / "packs" / "adapters.dvora") as bank:
         bank.add_pack(GOLDEN / "packs" / "adapters.dvora")
         assert list(bank) == list(TENANTS)
         for row, name in enumerate(TENANTS):

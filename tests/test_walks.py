@@ -106,7 +106,7 @@ def test_a_batch_of_the_bank(tmp_path: Path) -> None:
         with torch.no_grad(), bank.rows(["a", "b", None, "a"]):
             model(input_ids=ids())
 
-    with dvora.AdapterBank(model) as bank:
+    with dvora.AdapterBank(model, like=tmp_path / "a") as bank:
         bank.add_folder(tmp_path)
         check("a batch of the bank", batch, BATCH)
 

@@ -124,9 +124,10 @@ class Models:
     def _bank(self, adapter: Arm, known: int) -> tuple[nn.Module, dvora.AdapterBank]:
         model, start = sharing_copy(self.base), adapted(self.base, adapter, self.workload.targets)
         folder = Path(self._open.enter_context(TemporaryDirectory(prefix="dvora-known-")))
-        bank = dvora.AdapterBank(model)
+        pack = packed(start, known, folder)
+        bank = dvora.AdapterBank(model, like=pack)
         self._open.callback(bank.close)
-        bank.add_pack(packed(start, known, folder))
+        bank.add_pack(pack)
         return model, bank
 
     def _peft(self, adapter: Arm, known: int) -> tuple[nn.Module, Sequence[str]]:

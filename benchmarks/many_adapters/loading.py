@@ -76,7 +76,7 @@ def _of_bank(add: Add, base: nn.Module, first: Path, parent: Path, folders: Mapp
 
         def bank(slots: int = SLOTS) -> dvora.AdapterBank:
             """One that has computed what all adapters share, and holds another one than the folders'."""
-            made = dvora.AdapterBank(sharing_copy(base), slots=slots, dtype=torch.float16)
+            made = dvora.AdapterBank(sharing_copy(base), like=first, slots=slots, dtype=torch.float16)
             banks.callback(made.close)
             made.add("other", first)
             _use(made, "other")

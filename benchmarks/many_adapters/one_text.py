@@ -55,7 +55,8 @@ def measure(report: Report, asked: OneText, folder: Path) -> None:
     model, blocks = _base(encoder), ENCODERS[encoder][0]
     merged = _base(encoder)
     names = _adapters(encoder, folder, max(counts), [*range(blocks - LAST, blocks)])
-    with dvora.AdapterBank(model, own_heads=True) as bank, torch.inference_mode():
+    like = folder / "adapters" / names[0]
+    with dvora.AdapterBank(model, like=like, own_heads=True) as bank, torch.inference_mode():
         bank.add_folder(folder / "adapters")
         bank.add_folder(folder / "heads", allow_unchanged=True)
 

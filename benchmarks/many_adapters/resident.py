@@ -31,7 +31,7 @@ def _sizes(workload: Workload, pack: Path, slots: int, host_bytes: int) -> dict[
     x = workload.inputs(1, 8, torch.float32)
     workload.output(base, x)
     before = process_bytes("VmRSS")
-    bank = dvora.AdapterBank(base, slots=slots, host_bytes=host_bytes, dtype=torch.float16)
+    bank = dvora.AdapterBank(base, like=pack, slots=slots, host_bytes=host_bytes, dtype=torch.float16)
     names = bank.add_pack(pack)
     added = process_bytes("VmRSS")
     for start in range(0, len(names), min(slots, AT_ONCE)):

@@ -315,7 +315,7 @@ def test_an_entry_that_claims_the_digest_of_another_one_is_never_served_under_it
     forged.write(pack)
     expected, model = served_by(folders), HEADED.base().requires_grad_(False)
     for order in (["0001", "0000"], ["0000", "0001"]):
-        with dvora.AdapterBank(model) as bank:
+        with dvora.AdapterBank(model, like=pack) as bank:
             bank.add_pack(pack)
             for name in order:
                 if name == "0001":

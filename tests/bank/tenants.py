@@ -52,7 +52,7 @@ class Tenants(NamedTuple):
     @contextmanager
     def bank(self, **settings: Any) -> Iterator[Served]:
         model = self.base()
-        with dvora.AdapterBank(model, **settings) as bank:
+        with dvora.AdapterBank(model, like=self.path(self.names[0]), **settings) as bank:
             bank.add_folder(self.folder)
             yield Served(model, bank)
 

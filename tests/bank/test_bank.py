@@ -141,7 +141,7 @@ def test_adapters_of_one_bank_have_strengths_of_their_own(tmp_path: Path) -> Non
     for name, strength in (("a", 0.0), ("b", 0.25), ("c", {"lin1": 0.5})):
         edit_config(these.path(name), strength=strength)
     model = these.base()
-    with dvora.AdapterBank(model) as bank:
+    with dvora.AdapterBank(model, like=these.path("a")) as bank:
         bank.add_folder(tmp_path, allow_unchanged=True)
         found = Served(model, bank)(MIXED)
     check_rows(found, these, MIXED, 1e-5)
@@ -233,7 +233,7 @@ def test_what_names_an_adapter_is_its_base_settings_and_values(tmp_path: Path) -
     nudged.lin1.weight[3, 4].mul_(1.01)
 
     def digest(model: nn.Module, folder: Path, **settings: Any) -> str:
-        with dvora.AdapterBank(model, **settings) as bank:
+        with dvora.AdapterBank(model, like=folder, **settings) as bank:
             bank.add("any", folder)
             return bank.digest("any")
 
@@ -273,7 +273,7 @@ def test_a_closed_bank_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     these = tenants(HEADED, tmp_path, 1)
     model = these.base()
     before, hooks = snapshot(model), [len(each._forward_hooks) for each in model.modules()]
-    bank = dvora.AdapterBank(model)
+    bank = dvora.AdapterBank(model, like=these.path("a"))
     bank.add_folder(tmp_path)
     with bank.rows(["a"] * 4):
         outputs(model)
@@ -316,7 +316,7 @@ def test_modes_without_gradients_may_be_mixed(tmp_path: Path) -> None:
     these = tenants(HEADED, tmp_path, 2)
     model = these.base()
     with torch.inference_mode():
-        bank = dvora.AdapterBank(model, slots=1)
+        bank = dvora.AdapterBank(model, slots=1, like=these.path("a"))
         bank.add("a", these.path("a"))
     bank.add("b", these.path("b"))
     x = inputs(model)["x"]
@@ -354,7 +354,7 @@ def test_rows_are_those_of_the_dense_reference(kind: str, groups: int, tmp_path:
         model.save_pretrained(tmp_path / name)
         expected[name] = dense_twin(model, wide(), kind)(x.double()).detach()
     base = quantised(wide(), kind).eval()
-    with dvora.AdapterBank(base) as bank, torch.no_grad():
+    with dvora.AdapterBank(base, like=tmp_path / "a") as bank, torch.no_grad():
         bank.add_folder(tmp_path)
         with bank.rows(OF_QUANTISED):
             found = base(x)

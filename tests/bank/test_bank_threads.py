@@ -90,11 +90,11 @@ def test_rows_are_the_version_that_they_began_with(
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_first_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
+def test_adapters_may_come_from_several_threads(tmp_path: Path) -> None:
     these = tenants(MLP, tmp_path, 4)
     for _ in range(5):
         model = these.base()
-        with dvora.AdapterBank(model) as bank:
+        with dvora.AdapterBank(model, like=these.path("a")) as bank:
             in_threads(*(partial(bank.add, name, these.path(name)) for name in these.names))
             assert sorted(bank) == these.names
             assert sum(len(module._forward_hooks) for module in model.modules()) == 3 + 3 + 1

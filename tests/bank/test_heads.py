@@ -187,7 +187,7 @@ def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(tmp_path: Pat
     saved(plain.trained(0), tmp_path / "plain")
     model = MLP.base().requires_grad_(False)
     x = inputs(model, 1)["x"]
-    with dvora.AdapterBank(model) as bank:
+    with dvora.AdapterBank(model, like=tmp_path / "weak") as bank:
         bank.add("weak", tmp_path / "weak")
         bank.add("plain", tmp_path / "plain")
         served = Served(model, bank)
@@ -237,7 +237,7 @@ def test_all_that_peft_trains_of_a_head_is_served(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "adapters" / name)
         expected.append(model(ids[:1]).logits[0])
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad(), dvora.AdapterBank(model) as bank:
+    with torch.no_grad(), dvora.AdapterBank(model, like=tmp_path / "adapters" / "two") as bank:
         bank.add_folder(tmp_path / "adapters")
         with bank.rows(["two", "five"]) as batch:
             for row, values in zip(batch.split(model(ids).logits, "classifier"), expected, strict=True):

@@ -205,7 +205,7 @@ def test_two_batches_of_one_thread_never_wait_for_each_other(these: Tenants, x: 
 def test_hooks_that_were_there_see_the_outputs_of_the_adapters(these: Tenants, x: Tensor) -> None:
     model, seen = these.base(), list[Tensor]()
     model.lin1.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    with dvora.AdapterBank(model) as bank:
+    with dvora.AdapterBank(model, like=these.path("a")) as bank:
         bank.add_folder(these.folder)
         with torch.no_grad(), bank.rows(["a"]):
             model(x)

@@ -23,7 +23,7 @@ import dvora
 from dvora.adapter_file.packs import write_pack
 from dvora.rows.gathered import GatheredRows
 from tests.bank.tenants import BERT, HEADED, LLAMA, Kind, tenants
-from tests.peft.kinds import WEIGHTS, edit_config, edit_weights, saved
+from tests.peft.kinds import WEIGHTS, edit_config, edit_weights
 from tests.peft.other_methods import other
 from tests.peft.tiny import LAYERS, MODELS, inputs, outputs
 from tests.rows.products import Products
@@ -84,19 +84,18 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, dict[str | No
 
 
 def bank_of(model: nn.Module, folders: dict[str | None, Path | None], **settings: Any) -> dvora.AdapterBank:
-    bank = dvora.AdapterBank(model, own_heads=True, **settings)
-    for name, folder in folders.items():
-        if name is not None and folder is not None:
-            bank.add(name, folder)
+    given = {name: folder for name, folder in folders.items() if name is not None and folder is not None}
+    bank = dvora.AdapterBank(model, like=next(iter(given.values())), own_heads=True, **settings)
+    for name, folder in given.items():
+        bank.add(name, folder)
     return bank
 
 
-@pytest.mark.parametrize("first", ["a", "rslora", "inputs", "road_4"])
-def test_every_row_is_what_peft_gives(mixed: tuple[Kind, dict[str | None, Path | None]], first: str) -> None:
+def test_every_row_is_what_peft_gives(mixed: tuple[Kind, dict[str | None, Path | None]]) -> None:
     kind, folders = mixed
     expected = {name: alone(kind, folder, len(folders)) for name, folder in folders.items()}
     model = kind.base()
-    with bank_of(model, {first: folders[first], **folders}) as bank, torch.no_grad():
+    with bank_of(model, folders) as bank, torch.no_grad():
         batch = inputs(model, len(folders))
 
         @given(st.data())
@@ -175,11 +174,14 @@ def test_settings_and_file_that_were_edited_are_what_peft_gives_or_refused(metho
             is_right = there is not None and (here <= there if allow_partial else here == there)
             outcomes.add(is_right)
             model = BERT.base()
-            with dvora.AdapterBank(model, own_heads=True) as bank:
-                if not is_right:
-                    with pytest.raises(ValueError, match=f"{edited.name}|'edited'"):
-                        bank.add("edited", edited, allow_partial=allow_partial)
-                    return
+            if not is_right:
+                with (
+                    pytest.raises(ValueError, match=f"{edited.name}|'edited'|like"),
+                    dvora.AdapterBank(model, like=edited) as bank,
+                ):
+                    bank.add("edited", edited, allow_partial=allow_partial)
+                return
+            with dvora.AdapterBank(model, like=edited, own_heads=True) as bank:
                 bank.add("edited", edited, allow_partial=allow_partial)
                 with bank.rows(["edited", None, "edited", None]):
                     found = outputs(model)
@@ -347,7 +349,7 @@ def test_packs_and_replacements(method: str, tmp_path: Path) -> None:
     paths = {name: one(method, tmp_path / name, seed) for seed, name in enumerate("ab")}
     write_pack(tmp_path / "both.dvora", paths)
     model = BERT.base()
-    with dvora.AdapterBank(model, slots=1) as bank, torch.no_grad():
+    with dvora.AdapterBank(model, slots=1, like=paths["a"]) as bank, torch.no_grad():
         assert bank.add_pack(tmp_path / "both.dvora") == ["a", "b"]
         for name in ("a", "b", "a"):
             with bank.rows([name] * 4):
@@ -378,15 +380,21 @@ def test_of_one_adapter_nothing_is_copied(method: str, tmp_path: Path) -> None:
 
 @methods
 def test_they_are_served_and_not_trained(method: str, tmp_path: Path) -> None:
-    these = tenants(BERT, tmp_path / "dvora", 1)
-    with bank_of(BERT.base().requires_grad_(False), {"l": one(method, tmp_path / "l")}) as bank:
+    these, path = tenants(BERT, tmp_path / "dvora", 1), one(method, tmp_path / "l")
+    with bank_of(BERT.base().requires_grad_(False), {"l": path}) as bank:
         with pytest.raises(ValueError, match="the bank has no adapter of DVoRA"):
             bank.trainable(["l"])
         with pytest.raises(ValueError, match=f"one of {method} has none"):
             bank.replace("l", torch.ones(9))
-        bank.add("a", these.path("a"))
-        with pytest.raises(ValueError, match=f"'l' is of {method}, which is served here and not trained"):
-            bank.trainable(["l", "a"])
+        with pytest.raises(ValueError, match="the layers served are those of an adapter that is not; begin with like="):
+            bank.add("a", these.path("a"))
+    message = f"'l' is of {method}, which is served here and not trained"
+    folders: dict[str | None, Path | None] = {"a": these.path("a"), "l": path}
+    with (
+        bank_of(BERT.base().requires_grad_(False), folders) as bank,
+        pytest.raises(ValueError, match=message),
+    ):
+        bank.trainable(["l", "a"])
 
 
 def config(**values: Any) -> Callable[[Path], object]:
@@ -510,7 +518,7 @@ def test_the_head_of_a_task_has_no_factors(tmp_path: Path) -> None:
     path = other(BERT.base(), tmp_path, "lora", r=3, target_modules=["query", "classifier"])
     edit_config(path, task_type="SEQ_CLS")
     with (
-        dvora.AdapterBank(BERT.base()) as bank,
+        dvora.AdapterBank(BERT.base(), like=one("lora", tmp_path / "like")) as bank,
         pytest.raises(ValueError, match="classifier has factors in the file, and its settings leave the layer out"),
     ):
         bank.add("l", path)
@@ -525,7 +533,7 @@ def test_what_is_too_large_for_the_slots_is_refused(method: str, tmp_path: Path)
             size = bank.stats().device_bytes - before
     said = f"take {size:,} bytes .* make a bank with more head_bytes or fewer slots"
     with (
-        dvora.AdapterBank(BERT.base().bfloat16(), slots=4, head_bytes=4) as bank,
+        dvora.AdapterBank(BERT.base().bfloat16(), slots=4, head_bytes=4, like=path) as bank,
         pytest.raises(ValueError, match=said),
     ):
         bank.add("a", path)
@@ -533,33 +541,11 @@ def test_what_is_too_large_for_the_slots_is_refused(method: str, tmp_path: Path)
 
 @methods
 def test_settings_that_peft_does_not_know_are_refused(method: str, tmp_path: Path) -> None:
-    path = one(method, tmp_path)
+    path = one(method, tmp_path / "l")
     edit_config(path, mirrored=True)
     with (
-        dvora.AdapterBank(BERT.base()) as bank,
+        dvora.AdapterBank(BERT.base(), like=one(method, tmp_path / "like")) as bank,
         pytest.warns(UserWarning, match="mirrored"),
         pytest.raises(ValueError, match="mirrored=True is not served"),
     ):
         bank.add("l", path)
-
-
-@methods
-def test_the_first_of_dvora_comes_between_batches(method: str, tmp_path: Path) -> None:
-    these = tenants(BERT, tmp_path / "dvora", 1)
-    path = one(method, tmp_path / "l")
-    model = BERT.base()
-    with bank_of(model, {"l": path}) as bank, torch.no_grad():
-        with bank.rows(["l"] * 4):
-            with pytest.raises(ValueError, match="comes between batches"):
-                bank.add("a", these.path("a"))
-            before = outputs(model)
-        other = copy.deepcopy(these.path("a"))
-        with pytest.raises(ValueError, match=r"classifier\.bias is absent here and shape"):
-            bank.add("b", saved(Kind(MODELS["bert"], {"r": 3, "target_modules": ["query"]}).trained(), tmp_path / "b"))
-        with bank.rows(["l"] * 4):
-            assert torch.equal(outputs(model), before)
-        bank.add("a", other)
-        with bank.rows(["l", "a", "l", None]):
-            found = outputs(model)
-        torch.testing.assert_close(found[[0, 2]], before[[0, 2]], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[1], alone(BERT, other, 4)[1], rtol=1e-5, atol=1e-5)

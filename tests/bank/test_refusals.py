@@ -59,6 +59,7 @@ def check_serves(served: Served, these: Tenants, names: list[str | None]) -> Non
         ({"slots": True}, ValueError, "slots must be a positive integer, got True"),
         ({"host_bytes": -1}, ValueError, "host_bytes must be a positive integer, got -1"),
         ({"dtype": torch.int8}, ValueError, r"dtype must be one of torch\.float32, .* got torch\.int8"),
+        ({}, ValueError, "like: nothing says which layers the bank serves; pass the folder of an adapter"),
         ({"like": 3}, TypeError, "like must be a path, got 3"),
         ({"like": "/no/such/place"}, ValueError, "/no/such/place is not a file; a pack is"),
     ],
@@ -83,13 +84,10 @@ def test_what_is_no_model_of_a_bank(these: Tenants) -> None:
 
 
 def test_a_model_of_another_bank(these: Tenants) -> None:
-    second = dvora.AdapterBank(model := these.base())
-    with dvora.AdapterBank(model, like=these.path("a")):
-        with pytest.raises(ValueError, match=r"model: .* is served by another bank; close that one first"):
-            dvora.AdapterBank(model)
-        with pytest.raises(ValueError, match=r"adapter 'a': model: .* is served by another bank"):
-            second.add("a", these.path("a"))
-    second.add("a", these.path("a"))
+    message = r"model: .* is served by another bank; close that one first"
+    with dvora.AdapterBank(model := these.base(), like=these.path("a")), pytest.raises(ValueError, match=message):
+        dvora.AdapterBank(model, like=these.path("a"))
+    dvora.AdapterBank(model, like=these.path("a")).add("a", these.path("a"))
 
 
 def with_two_dtypes() -> Any:
@@ -121,10 +119,9 @@ NOT_HELD: dict[str, tuple[Kind, str]] = {
 def test_what_a_bank_does_not_hold(name: str, tmp_path: Path) -> None:
     kind, message = NOT_HELD[name]
     saved(kind.trained(), tmp_path / "a")
-    bank = dvora.AdapterBank(model := kind.base())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"adapter 'a': .*{message}"):
-        bank.add("a", tmp_path / "a")
+    before = snapshot(model := kind.base())
+    with pytest.raises(ValueError, match=f"like: .*{message}"):
+        dvora.AdapterBank(model, like=tmp_path / "a")
     assert_unchanged(model, before)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -193,15 +190,6 @@ def test_wrong_names(served: Served, these: Tenants) -> None:
         bank.add("a", these.path("b"))
 
 
-def test_before_the_first_adapter(these: Tenants) -> None:
-    bank = dvora.AdapterBank(model := these.base())
-    with pytest.raises(ValueError, match="does not know yet which layers it serves; add the folder of an adapter"):
-        bank.rows([None]).__enter__()
-    with pytest.raises(ValueError, match="does not know yet what a vector is of; add the folder of an adapter first"):
-        bank.add("a", torch.zeros(3))
-    outputs(model)
-
-
 def test_outside_of_rows_and_in_a_second_batch(served: Served) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=r"called outside of bank.rows\(...\), so nobody said which adapter"):
@@ -213,7 +201,7 @@ def test_outside_of_rows_and_in_a_second_batch(served: Served) -> None:
 
 
 def test_a_closed_bank(these: Tenants) -> None:
-    bank = dvora.AdapterBank(model := these.base())
+    bank = dvora.AdapterBank(model := these.base(), like=these.path("a"))
     bank.add("a", these.path("a"))
     with bank.rows(["a"] * 4):
         with pytest.raises(ValueError, match=r"1 batches are in the bank, .* before it is closed"):
@@ -225,6 +213,7 @@ def test_a_closed_bank(these: Tenants) -> None:
         lambda: bank.add("b", these.path("b")),
         lambda: bank.replace("a", these.path("b")),
         lambda: bank.digest("a"),
+        bank.stats,
     ):
         with pytest.raises(ValueError, match="the bank was closed; make a new one"):
             call()
@@ -308,15 +297,21 @@ def test_a_wrong_adapter_is_refused_by_name_and_reason(name: str, served: Served
     assert bank.stats() == before
 
 
-@pytest.mark.parametrize("name", ["untrained", "not finite"])
-def test_a_wrong_first_adapter_leaves_the_model_alone(name: str, these: Tenants, tmp_path: Path) -> None:
-    make, message = WRONG[name]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("not finite", "lin1.* are not finite"), ("fewer layers than it names", "like: the adapter lacks lin0")],
+    ids=str,
+)
+def test_a_wrong_adapter_that_says_the_layers_leaves_the_model_alone(
+    name: str, message: str, these: Tenants, tmp_path: Path
+) -> None:
+    make, _ = WRONG[name]
     make(tmp_path / "wrong")
-    with dvora.AdapterBank(model := these.base()) as bank:
-        with pytest.raises(ANY, match=message):
-            bank.add("x", tmp_path / "wrong")
-        # Neither the model nor the bank remember it.
-        assert same_bits(outputs(model), outputs(these.base()))
+    model = these.base()
+    with pytest.raises(ANY, match=message):
+        dvora.AdapterBank(model, like=tmp_path / "wrong")
+    assert same_bits(outputs(model), outputs(these.base()))
+    with dvora.AdapterBank(model, like=these.path("a")) as bank:
         bank.add_folder(these.folder)
         check_serves(Served(model, bank), these, NAMES)
 
@@ -349,7 +344,7 @@ def test_a_wrong_value_among_many_is_found_at_the_first_use(name: str, served: S
 def test_a_folder_that_changes_is_refused_until_it_is_replaced(these: Tenants, tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(these.path(name), tmp_path / name)
-    with dvora.AdapterBank(model := these.base(), slots=1, host_bytes=ONE) as bank:
+    with dvora.AdapterBank(model := these.base(), slots=1, host_bytes=ONE, like=these.path("a")) as bank:
         bank.add_folder(tmp_path)
         served = Served(model, bank)
         before = served(["a"] * 4)
@@ -378,13 +373,12 @@ def test_heads_that_the_dtype_of_the_base_cannot_hold(tmp_path: Path) -> None:
     edit_weights(half.path("a"), lambda tensors: tensors.update(values))
     message = r"adapter 'a': the adapter has values in its head, lin2\.weight, that torch\.float16, .* cannot hold"
     with pytest.raises(ValueError, match=message):
-        dvora.AdapterBank(half.base()).add("a", half.path("a"))
+        dvora.AdapterBank(half.base(), like=half.path("a")).add("a", half.path("a"))
 
 
 def test_host_bytes_that_cannot_hold_one_adapter(these: Tenants) -> None:
-    bank = dvora.AdapterBank(these.base(), host_bytes=100)
-    with pytest.raises(ValueError, match=rf"'a': host_bytes=100 cannot hold one adapter, which takes {ONE} bytes"):
-        bank.add("a", these.path("a"))
+    with pytest.raises(ValueError, match=rf"host_bytes=100 cannot hold one adapter, which takes {ONE} bytes"):
+        dvora.AdapterBank(these.base(), host_bytes=100, like=these.path("a"))
 
 
 class Rows(nn.Module):
@@ -412,7 +406,7 @@ def test_as_many_rows_as_tokens(method: str, tmp_path: Path) -> None:
         heads = {"modules_to_save": ["head"]} if method == "a head" else {}
         saved(Kind(lambda: copy.deepcopy(base), {"r": 2, **settings, **heads}).trained(), tmp_path / "a")
     message = r"got inputs of shape \(3, 3, 4\), and no batch has shown yet which dimension has the rows"
-    with dvora.AdapterBank(base, own_heads=True) as bank, torch.no_grad():
+    with dvora.AdapterBank(base, like=tmp_path / "a", own_heads=True) as bank, torch.no_grad():
         bank.add("a", tmp_path / "a")
 
         def run(names: list[str | None], x: Tensor) -> Tensor:
@@ -424,7 +418,7 @@ def test_as_many_rows_as_tokens(method: str, tmp_path: Path) -> None:
         expected = torch.cat([run([name], x[row : row + 1]) for row, name in enumerate(["a", None, "a"])])
         torch.testing.assert_close(run(["a", None, "a"], x), expected)
     base.tokens_first = True
-    with dvora.AdapterBank(base, own_heads=True) as bank, torch.no_grad():
+    with dvora.AdapterBank(base, like=tmp_path / "a", own_heads=True) as bank, torch.no_grad():
         bank.add("a", tmp_path / "a")
         with pytest.raises(ValueError, match="the layer a batch of 3 rows"):
             run(["a"], x[:1])

@@ -219,7 +219,7 @@ def test_another_number_of_rows_or_losses_is_refused(both: Together) -> None:
 
 def test_a_strength_other_than_one_is_refused(tmp_path: Path) -> None:
     save_all(HEADED, tmp_path, strength=0.5)
-    with dvora.AdapterBank(HEADED.base().requires_grad_(False)) as bank:
+    with dvora.AdapterBank(HEADED.base().requires_grad_(False), like=tmp_path / "a") as bank:
         bank.add_folder(tmp_path)
         with pytest.raises(ValueError, match="'a' has a strength other than one"):
             bank.trainable(["a"])
@@ -229,7 +229,7 @@ def test_a_strength_other_than_one_is_refused(tmp_path: Path) -> None:
 def test_adapters_with_other_settings_of_training_are_refused(setting: dict[str, Any], tmp_path: Path) -> None:
     saved(HEADED.trained(), tmp_path / "a")
     edit_config(saved(HEADED.trained(1), tmp_path / "b"), **setting)
-    with dvora.AdapterBank(HEADED.base().requires_grad_(False)) as bank:
+    with dvora.AdapterBank(HEADED.base().requires_grad_(False), like=tmp_path / "a") as bank:
         bank.add_folder(tmp_path)
         with pytest.raises(ValueError, match=f"{next(iter(setting))} of 'b' is .*; train them apart"):
             bank.trainable(["a", "b"])

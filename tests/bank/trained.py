@@ -140,7 +140,7 @@ def together(
 ) -> Iterator[Together]:
     """Saved adapters in a bank, in training."""
     model = kind.base().eval().requires_grad_(False)
-    with dvora.AdapterBank(model) as bank:
+    with dvora.AdapterBank(model, like=folder / NAMES[0]) as bank:
         bank.add_folder(folder)
         adapters = bank.trainable(NAMES)
         groups = adapters.parameter_groups(weight_decay=weight_decay)

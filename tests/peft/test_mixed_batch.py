@@ -69,7 +69,7 @@ def test_a_bank_whose_batch_begins_within_the_call_changes_nothing_of_it(tmp_pat
     adapted("mlp").save_pretrained(tmp_path, selected_adapters=["second"])
     model = adapted("bert")
     expected = outputs(model, len(NAMES), adapter_names=NAMES)
-    with AdapterBank(MODELS["mlp"]().eval()) as bank, ExitStack() as entered:
+    with AdapterBank(MODELS["mlp"]().eval(), like=tmp_path / "second") as bank, ExitStack() as entered:
         bank.add_folder(tmp_path)
 
         def ask(*_: object) -> None:

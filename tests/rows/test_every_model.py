@@ -36,7 +36,7 @@ def compare(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(kind)
     alone = save(model, folder)
     dropouts = [m for base in (model, *alone.values()) for m in base.modules() if isinstance(m, nn.Dropout)]
-    with dvora.AdapterBank(model) as bank, torch.inference_mode():
+    with dvora.AdapterBank(model, like=folder / "all") as bank, torch.inference_mode():
         bank.add_folder(folder)
         for what, batch in batches(model):
             for module in dropouts:

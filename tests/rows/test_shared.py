@@ -96,7 +96,7 @@ def shared(
         train_vectors(adapted, seed=seed)
         adapted.save_pretrained(folder / name)
     model = base()
-    with dvora.AdapterBank(model, own_heads=True) as bank:
+    with dvora.AdapterBank(model, like=folder / "all", own_heads=True) as bank:
         bank.add_folder(folder)
         yield Shared(model, bank, model.get_submodule(blocks))
 
@@ -269,7 +269,7 @@ def test_what_is_around_and_within_blocks_may_be_anything(target: str, tmp_path:
         train_vectors(adapted, seed=seed)
         adapted.save_pretrained(tmp_path / name)
     model, names, lengths = base(), ["a", "b", None, "a"], [1.0, 2.0, 3.0, 4.0]
-    with dvora.AdapterBank(model) as bank, torch.inference_mode():
+    with dvora.AdapterBank(model, like=tmp_path / "a") as bank, torch.inference_mode():
         bank.add_folder(tmp_path)
         ids = torch.arange(3, 12).repeat(4, 1)
         with bank.rows(names):
@@ -327,7 +327,7 @@ def test_with_a_cache_each_row_is_computed(tmp_path: Path) -> None:
     train_vectors(adapted)
     adapted.save_pretrained(tmp_path)
     model = base()
-    with dvora.AdapterBank(model) as bank, torch.no_grad():
+    with dvora.AdapterBank(model, like=tmp_path) as bank, torch.no_grad():
         bank.add("a", tmp_path)
         counts = Shared(model, bank, model.model.layers)
         counts(["a", None, "a"], input_ids=torch.arange(3, 10).repeat(3, 1), use_cache=True)
@@ -384,7 +384,7 @@ def check_alone(base: Callable[[], nn.Module], target: str, argument: str, input
     train_vectors(adapted)
     adapted.save_pretrained(folder)
     model, names = base(), (["a", None] * len(inputs))[: len(inputs)]
-    with dvora.AdapterBank(model) as bank, torch.inference_mode():
+    with dvora.AdapterBank(model, like=folder) as bank, torch.inference_mode():
         bank.add("a", folder)
         alone = []
         for row, name in enumerate(names):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import dvora
 from dvora.adapter_file.packs import write_pack
+from dvora.serve.server import Server
+from dvora.serve.settings import Settings
 from tests.peft.kinds import by_groups
 from tests.serve.served import (
     ADMIN,
@@ -239,16 +242,19 @@ def test_an_adapter_that_changes_nothing_yet_is_there_after_a_restart(
 
 
 def test_an_empty_folder_takes_what_comes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    """A server that only the base is in before the first adapter comes, as a pack since there are no settings yet."""
+    """A server that knows its adapters' layers from `like` alone, which it does not serve."""
     (tmp_path / "adapters").mkdir()
-    write_pack(tmp_path / "pack", {"a1": language_adapters / "a1"})
-    with serving(llama, tmp_path / "adapters") as (client, _):
+    with pytest.raises(ValueError, match="--adapters: there is none, so nobody knows which layers they have; put one"):
+        Server(Settings(base=str(llama), adapters=tmp_path / "adapters"))
+    with serving(llama, tmp_path / "adapters", like=language_adapters / "a0") as (client, server):
         assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+        assert not server.registry.versions()
         values = (language_adapters / "a1" / VALUES).read_bytes()
-        assert client.put("/v1/adapters/a1", content=values, headers=ADMIN).status_code == 422
-        client.put("/v1/adapters/a1", content=(tmp_path / "pack").read_bytes(), headers=ADMIN).raise_for_status()
-        assert client.put("/v1/adapters/a2", content=values, headers=ADMIN).status_code == 201
-        assert text_of(client, "a1") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+        vector = dvora.flat.Layout.of(language_adapters / "a2").to_vector(language_adapters / "a2").numpy().tobytes()
+        for name, content, query in (("a2", vector, {"format": "vector"}), ("a1", values, {})):
+            sent = client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)
+            assert sent.status_code == 201
+            assert text_of(client, name) == Alone(llama).continued(language_adapters / name, "the ", 12)
         assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
 
 
@@ -295,17 +301,19 @@ def test_sigterm_answers_what_was_taken(llama: Path, language_adapters: Path, tm
         assert running.wait(20) in (0, -signal.SIGTERM)
 
 
-def test_a_change_whose_turn_comes_too_late_is_not_made(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapters").mkdir()
-    write_pack(tmp_path / "pack", {"a1": language_adapters / "a1"})
-    content = (tmp_path / "pack").read_bytes()
-    with serving(llama, tmp_path / "adapters", timeout=1) as (client, server), ThreadPoolExecutor(2) as pool:
-        # The first adapter waits for the pass that runs.
-        with server.base.passing:
-            begun = pool.submit(client.put, "/v1/adapters/begun", content=content, headers=ADMIN)
-            time.sleep(0.5)
-            late = pool.submit(client.put, "/v1/adapters/late", content=content, headers=ADMIN)
-            time.sleep(1.5)
+def test_a_change_whose_turn_comes_too_late_is_not_made(
+    llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, goes_on = (adapters / "a1" / VALUES).read_bytes(), threading.Event()
+    with serving(llama, adapters, timeout=1) as (client, server), ThreadPoolExecutor(2) as pool:
+        keep = server.store.keep
+        # As a disk that takes its time.
+        monkeypatch.setattr(server.store, "keep", lambda version: (goes_on.wait(), keep(version)))
+        begun = pool.submit(client.put, "/v1/adapters/begun", content=content, headers=ADMIN)
+        time.sleep(0.5)
+        late = pool.submit(client.put, "/v1/adapters/late", content=content, headers=ADMIN)
+        time.sleep(1.5)
+        goes_on.set()
         assert begun.result().status_code == 201
         assert late.result().status_code == 504
         assert "nothing was changed" in late.result().text

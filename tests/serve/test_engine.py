@@ -223,23 +223,6 @@ def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
         assert ask(server, {"adapter": "a2"})[0].text == alone.continued(language_adapters / "a2", "the ", 12)
 
 
-def test_texts_of_the_base_go_on_when_the_first_adapter_comes(
-    llama: Path, language_adapters: Path, tmp_path: Path
-) -> None:
-    adapters = tmp_path / "adapters"
-    adapters.mkdir()
-    with started(llama, adapters) as server:
-        texts = Sent(server, [{"adapter": None, "sampling": {"max_tokens": 58}}])
-        texts.wait_for_piece()
-        with server.base.between_passes():
-            server.base.bank.add("x", language_adapters / "a0")
-        (text,) = texts.texts()
-        (of_adapter,) = ask(server, {"adapter": "x"})
-    assert text.answer == Answer(finish="length")
-    assert text.text == Alone(llama).continued(None, "the ", 58)
-    assert of_adapter.text == Alone(llama).continued(language_adapters / "a0", "the ", 12)
-
-
 def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
     alone = Alone(llama)
     expected = alone.continued(language_adapters / "a1", "the ", 12)

@@ -41,14 +41,19 @@ def test_it_is_put_and_answers_beside_others_after_a_restart_too(
             assert len(digests) == 1
 
 
-def test_a_server_of_it_alone_takes_adapters_of_dvora(
+def test_a_server_of_it_alone_takes_adapters_of_dvora_that_it_knows_the_layers_of(
     llama: Path, language_adapters: Path, adapter: Path, tmp_path: Path
 ) -> None:
     alone, adapters = Alone(llama), copied(adapter, tmp_path / "adapters" / "l0").parent
     write_pack(tmp_path / "pack", {"a1": language_adapters / "a1"})
+    content = (tmp_path / "pack").read_bytes()
     with serving(llama, adapters) as (client, _):
+        refused = client.put("/v1/adapters/a1", content=content, headers=ADMIN)
+        assert refused.status_code == 422
+        assert "begin with like= of one of DVoRA (dvora serve: --like)" in refused.text
+    with serving(llama, adapters, like=language_adapters / "a0") as (client, _):
         assert text_of(client, "l0") == alone.continued(adapter, "the ", 12)
-        client.put("/v1/adapters/a1", content=(tmp_path / "pack").read_bytes(), headers=ADMIN).raise_for_status()
+        client.put("/v1/adapters/a1", content=content, headers=ADMIN).raise_for_status()
         assert text_of(client, "a1") == alone.continued(language_adapters / "a1", "the ", 12)
         assert text_of(client, "l0") == alone.continued(adapter, "the ", 12)
 

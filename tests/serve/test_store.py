@@ -15,7 +15,7 @@ import dvora
 from dvora.adapter_file import uploads
 from dvora.adapter_file.packs import write_pack
 from dvora.serve import store
-from tests.serve.served import ADMIN, Alone, complete, copied, put, save_trained, serving, text_of
+from tests.serve.served import ADMIN, Alone, complete, copied, put, serving, text_of
 
 SETTINGS, VALUES = "adapter_config.json", "adapter_model.safetensors"
 OTHERS = ["a0", "a1", "a2", "a3", "a4", "a5"]
@@ -235,44 +235,12 @@ def without_one_layer(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_a_first_adapter_that_lacks_layers_says_nothing_of_those_after_it(
-    llama: Path, language_adapters: Path, tmp_path: Path
-) -> None:
-    partial = without_one_layer(language_adapters / "a0", tmp_path / "partial")
-    write_pack(tmp_path / "partial.pack", {"x": partial})
-    write_pack(tmp_path / "pack", {"x": language_adapters / "a1"})
-    (tmp_path / "adapters").mkdir()
-    with serving(llama, tmp_path / "adapters") as (client, _):
-        answer = put(client, "first", tmp_path / "partial.pack")
-        assert answer.status_code == 422
-        assert "lacks" in answer.text
-        assert put(client, "a1", tmp_path / "pack").status_code == 201
-        assert text_of(client, "a1") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
-    shutil.rmtree(tmp_path / "adapters")
-    shutil.copytree(language_adapters, tmp_path / "adapters")
-    without_one_layer(language_adapters / "a0", tmp_path / "adapters" / "a00")
-    with serving(llama, tmp_path / "adapters") as (client, _):
+def test_an_adapter_that_lacks_layers_says_nothing_of_others(llama: Path, adapters: Path) -> None:
+    partial = without_one_layer(adapters / "a0", adapters / "a00")
+    with serving(llama, adapters) as (client, _):
         assert names_of(client) == OTHERS
-
-
-def test_when_the_last_adapter_has_left_another_kind_may_come(
-    llama: Path, language_adapters: Path, tmp_path: Path
-) -> None:
-    small = save_trained(llama, tmp_path / "small", 1, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    write_pack(tmp_path / "small.pack", {"x": small})
-    write_pack(tmp_path / "pack", {"x": language_adapters / "a1"})
-    (tmp_path / "adapters").mkdir()
-    alone = Alone(llama)
-    with serving(llama, tmp_path / "adapters") as (client, _), ThreadPoolExecutor(1) as pool:
-        expected = alone.continued(None, "a", 59)
-        # The base's own texts run on meanwhile.
-        running = [pool.submit(complete, client, "llama", "a", 59) for _ in range(30)]
-        for file, source in (("small.pack", small), ("pack", language_adapters / "a1"), ("small.pack", small)):
-            assert put(client, "x", tmp_path / file).status_code == 201, file
-            assert text_of(client, "x") == alone.continued(source, "the ", 12)
-            assert client.delete("/v1/adapters/x", headers=ADMIN).status_code == 200
-        for answer in running:
-            assert answer.result().json()["choices"][0]["text"] == expected
+    with pytest.raises(ValueError, match="none of the 1 adapters can be served; --like: the adapter lacks model"):
+        serving(llama, adapters, like=partial).__enter__()
 
 
 def test_an_upload_takes_no_more_than_it_brings(
@@ -336,7 +304,7 @@ def test_no_upload_decides_what_the_base_is(llama: Path, adapters: Path, tmp_pat
     change_settings(tmp_path / "unnamed", task_type=None, auto_mapping={"base_model_class": "LlamaModel"})
     (tmp_path / "empty").mkdir()
     for folder in (adapters, tmp_path / "empty"):
-        with serving(llama, folder) as (client, _):
+        with serving(llama, folder, like=adapters / "a1") as (client, _):
             for name in ("other", "unnamed"):
                 write_pack(tmp_path / "pack", {"x": tmp_path / name})
                 answer = put(client, "x", tmp_path / "pack")
@@ -409,7 +377,7 @@ def test_pipes_loops_and_half_letters(llama: Path, adapters: Path) -> None:
 
 def test_an_adapter_whose_folder_is_gone_can_be_unloaded(llama: Path, adapters: Path, tmp_path: Path) -> None:
     (tmp_path / "steps").mkdir()
-    with serving(llama, tmp_path / "steps") as (client, _):
+    with serving(llama, tmp_path / "steps", like=adapters / "a1") as (client, _):
         shutil.copytree(adapters / "a1", tmp_path / "steps" / "step1")
         body = {"lora_name": "policy", "lora_path": "step1"}
         client.post("/v1/load_lora_adapter", json=body, headers=ADMIN).raise_for_status()

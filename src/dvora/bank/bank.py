@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,8 +82,8 @@ class UnknownAdapterError(ValueError, LookupError):
     """No adapter has such a name, or its version has left the bank."""
 
 
-class _Fitted(NamedTuple):
-    """What is known once the layers are: from the first adapter on."""
+class _Hooked(NamedTuple):
+    """The model's layers, from when the bank is made until it is closed."""
 
     served: ServedModel
     rows: FactorRows
@@ -95,33 +95,35 @@ class AdapterBank:
     """Serves many adapters of one content (layers, ranks, seed, kind of matrices) over one frozen base.
 
     Within `with bank.rows(names):` every row of a batch gets the outputs of its own adapter, as if that was merged;
-    outside of it the model refuses to run. Layers are hooked when the first adapter comes, and freed by `close`.
+    outside of it the model refuses to run. Its layers are hooked when the bank is made, and freed by `close`.
     Adapters are in three places: slots on the device, factor rows on the host, and their source (a folder, a pack, a
     vector). Safe under threads: adapters may be added, replaced and removed while batches run.
 
     Args:
         model: the frozen base, without adapters, whole and in memory; it may be quantised.
+        like: an adapter whose layers and heads are served, or a pack, for its first one; nothing is added. Adapters of
+            the bank may have fewer layers, not others.
         slots: how many adapters are on the device at a time, at least as many as one batch has.
         host_bytes: of factor rows in memory, at least those of one adapter.
         head_bytes: of heads and of factors of other methods on the device, of which every slot has an equal part, or as
             much as the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
-        like: the folder of an adapter, or a pack, whose layers are served; None waits for the first adapter.
         own_heads: whether rows of the base are meant to have the model's own head, of which nobody is warned then.
 
     Raises:
-        TypeError, ValueError: a setting is out of range, or a layer cannot be served; the message names it.
+        TypeError, ValueError: `like` is missing or damaged, a setting is out of range, or a layer cannot be served; the
+            message names it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        like: str | os.PathLike[str] | FolderSource | PackedSource | None = None,
         slots: int = 256,
         host_bytes: int = 2**30,
         head_bytes: int = 2**30,
         dtype: torch.dtype = torch.float32,
-        like: str | os.PathLike[str] | None = None,
         own_heads: bool = False,
     ) -> None:
         for setting, value in (("slots", slots), ("host_bytes", host_bytes), ("head_bytes", head_bytes)):
@@ -131,10 +133,14 @@ class AdapterBank:
             raise TypeError(f"model must be a torch module, got {model!r:.200}")
         check_dtype(dtype)
         check_without_bank(model)
-        self._model, self._slot_count, self._head_bytes, self._dtype = model, slots, head_bytes, dtype
-        self._host, self._reads = HostRows(host_bytes), 0
+        if like is None:
+            raise ValueError(
+                "like: nothing says which layers the bank serves; pass the folder of an adapter that has them, such as "
+                "one that is added next"
+            )
+        self._head_bytes, self._host, self._reads = head_bytes, HostRows(host_bytes), 0
         self._batches = Batches()
-        self._fitted: _Fitted | None = None
+        self._hooked: _Hooked | None = self._hook(model, _like(like), slots, dtype)
         self._versions: dict[str, Version] = {}
         """That the names have now."""
         self._digests = Counter[str]()
@@ -146,16 +152,6 @@ class AdapterBank:
         self._reading = threading.RLock()
         """Held while adapters are read, so that none is read twice."""
         self._has_warned = own_heads
-        if like is not None:
-            path = _as_path(like, "like")
-            source: Source
-            if path.is_dir():
-                source = FolderSource(path)
-            else:
-                pack = Pack.open(path)
-                source = pack.source(next(iter(pack.entries)))
-            self._fitted = self._fit(source)
-        self._is_for_one_kind = like is not None
 
     def add(
         self,
@@ -366,34 +362,25 @@ class AdapterBank:
                 pass
 
     @property
-    def serves(self) -> bool:
-        """Whether an adapter has come, so that the model's layers are hooked, and it runs within `rows` only."""
-        return self._fitted is not None
-
-    @property
     def layout(self) -> Layout:
-        """What a vector of the bank's first adapter is like, on the base as it is here.
-
-        Raises:
-            ValueError: no adapter has come yet, and the bank was made without `like`.
-        """
+        """What a vector of an adapter with all layers is like, on the base as it is here."""
         return Layout(self._required().served.content)
 
     def stats(self) -> BankStats:
         """Counts and bytes as they are now."""
-        slots = None if self._fitted is None else self._fitted.slots
+        slots = self._required().slots
         return BankStats(
             adapters=len(self),
-            slots=self._slot_count,
-            slots_filled=0 if slots is None else slots.used(),
-            slots_in_use=0 if slots is None else slots.in_use(),
-            device_bytes=0 if slots is None else slots.nbytes,
+            slots=slots.count,
+            slots_filled=slots.used(),
+            slots_in_use=slots.in_use(),
+            device_bytes=slots.nbytes,
             host_adapters=len(self._host),
             host_bytes=self._host.nbytes,
-            hits=0 if slots is None else slots.hits,
-            loads=0 if slots is None else slots.loads,
+            hits=slots.hits,
+            loads=slots.loads,
             reads=self._reads,
-            evictions=0 if slots is None else slots.evictions,
+            evictions=slots.evictions,
         )
 
     def digest(self, name: str) -> str:
@@ -412,7 +399,7 @@ class AdapterBank:
             source: as for `add`.
 
         Raises:
-            TypeError, ValueError: it is damaged, or the bank does not know its layers yet.
+            TypeError, ValueError: it is damaged.
         """
         return self._required().rows.identity(self._source(source).read())
 
@@ -424,7 +411,9 @@ class AdapterBank:
         """
         with self._lock:
             self._batches.close()
-            self._unfit()
+            if self._hooked is not None:
+                self._hooked.served.unhook(self._hooked.handles)
+            self._hooked = None
             self._versions.clear()
 
     def __enter__(self) -> AdapterBank:
@@ -444,55 +433,25 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._versions))
 
-    def _required(self) -> _Fitted:
-        """What the first adapter said of the model."""
+    def _required(self) -> _Hooked:
+        """The layers; a ValueError, if the bank was closed."""
+        hooked = self._hooked
         self._batches.check_open()
-        if self._fitted is None:
-            raise ValueError(
-                "the bank does not know yet which layers it serves; add the folder of an adapter first, or pass like="
-            )
-        return self._fitted
+        assert hooked is not None, "only closing lets go of them, which is seen above"
+        return hooked
 
-    def _fit(self, source: Source, allow_partial: bool = False) -> _Fitted:
-        """Find and hook the layers that the first adapter names."""
-        served = ServedModel(self._model, source.read().config, source.content, allow_partial, PARTIAL)
-        rows = FactorRows(served, self._dtype)
+    def _hook(self, model: nn.Module, like: Source, slots: int, dtype: torch.dtype) -> _Hooked:
+        """Find and hook the layers that an adapter names."""
+        try:
+            served = ServedModel(model, like.read().config, like.content, PARTIAL)
+        except ValueError as error:
+            raise ValueError(f"like: {error}") from error
+        rows = FactorRows(served, dtype)
         base = rows.base()
         if base.nbytes > self._host.limit:
             raise ValueError(f"host_bytes={self._host.limit} cannot hold one adapter, which takes {base.nbytes} bytes")
-        slots = Slots(self._slot_count, base, rows.places, served.device)
-        return _Fitted(served, rows, slots, served.hook(self._batches))
-
-    def is_hooked_for(self, source: Source) -> bool:
-        """Whether an adapter can come while batches run: the layers that it needs are hooked."""
-        if self._fitted is None or not (self._versions or self._is_for_one_kind):
-            return False
-        return bool(self._fitted.served.layers) or not source.content.layers
-
-    def _unfit_for(self, versions: Sequence[Version]) -> Source | None:
-        """Free the layers, if others have to be hooked for new adapters: that of an adapter which is there, if one is.
-
-        The last one of a kind may have left, or the first one of DVoRA comes to some of other methods.
-        """
-        first = next(iter(self._versions.values()), None)
-        if self._fitted is None or all(self.is_hooked_for(version.source) for version in versions):
-            return None
-        if self._batches.are_running:
-            if first is None:
-                return None
-            raise ValueError(
-                "no adapter of the bank is of DVoRA, and the first one comes between batches: add it when none runs, "
-                "or make the bank with like= of one"
-            )
-        self._unfit()
-        self._host = HostRows(self._host.limit)
-        return None if first is None else first.source
-
-    def _unfit(self) -> None:
-        """Free the layers that are hooked, if any are."""
-        if self._fitted is not None:
-            self._fitted.served.unhook(self._fitted.handles)
-        self._fitted = None
+        on_device = Slots(slots, base, rows.places, served.device)
+        return _Hooked(served, rows, on_device, served.hook(self._batches))
 
     def _add(self, versions: Sequence[Version], allow_partial: bool = False, *, read: bool = False) -> list[str]:
         """Add adapters of new names: all or none."""
@@ -504,46 +463,32 @@ class AdapterBank:
     def _loading(
         self, versions: Sequence[Version], allow_partial: bool = False, *, read: bool = True, is_new: bool | None = None
     ) -> Iterator[None]:
-        """Check versions, which their names have afterwards: all or none. If the first are refused, no layer is hooked.
+        """Check versions, which their names have afterwards: all or none.
 
         Args:
             versions: of different names.
             allow_partial, read: see `add`.
             is_new: whether their names have to be, or must not be; None: as they are.
         """
-        # The first ones come one after another: each says which layers there are, and may be refused.
-        with nullcontext() if self._versions else self._lock:
-            self._batches.check_open()
-            before = self._unfit_for(versions)
-            first = self._fitted is None
-            try:
-                if self._fitted is None:
-                    # Others may leave out layers.
-                    widest = max(versions, key=lambda version: len(version.source.content.layers))
-                    with _of_adapter(widest):
-                        self._fitted = self._fit(widest.source, allow_partial)
-                    for version in self._versions.values():
-                        self._check_fits(version, allow_partial)
-                for version in versions:
-                    self._check_fits(version, allow_partial)
-                if read:
-                    self._rows_of(versions)
-                yield
-                with self._lock:
-                    # Others may have changed names meanwhile.
-                    names = [version.name for version in versions]
-                    if is_new is False:
-                        self._named(names)
-                    else:
-                        self._check_new(names if is_new else ())
-                    replaced = [old for v in versions if (old := self._versions.get(v.name)) is not None]
-                    self._versions |= {version.name: version for version in versions}
-            except BaseException:
-                if first:
-                    self._unfit()
-                    self._fitted = None if before is None else self._fit(before)
-                self._release(versions)
-                raise
+        self._batches.check_open()
+        try:
+            for version in versions:
+                self._check_fits(version, allow_partial)
+            if read:
+                self._rows_of(versions)
+            yield
+            with self._lock:
+                # Others may have changed names meanwhile.
+                names = [version.name for version in versions]
+                if is_new is False:
+                    self._named(names)
+                else:
+                    self._check_new(names if is_new else ())
+                replaced = [old for v in versions if (old := self._versions.get(v.name)) is not None]
+                self._versions |= {version.name: version for version in versions}
+        except BaseException:
+            self._release(versions)
+            raise
         self._release(replaced)
 
     def _hold(self, names: Iterable[str | Version | None]) -> dict[str | Version, Version]:
@@ -582,34 +527,30 @@ class AdapterBank:
 
         Args:
             given: by the caller.
-            like: of whose kind a vector is; None is the bank's first, with a strength of one.
+            like: of whose kind a vector is; None is that of the bank, with a strength of one.
         """
         if isinstance(given, FolderSource | PackedSource):
             return given
         if not isinstance(given, Tensor):
             path = _as_path(given, "source")
             return FolderSource(path.parent if path.name == VALUES else path)
-        self._batches.check_open()
-        if self._fitted is None:
-            raise ValueError(
-                "the bank does not know yet what a vector is of; add the folder of an adapter first, or pass like="
-            )
+        served = self._required().served
         if like is not None:
             values = like.source.read()
             return VectorSource(values.content, values.config, values.strengths, given)
-        served = self._fitted.served
         return VectorSource(served.content, served.config, (1.0,) * len(served.layers), given)
 
     def _check_fits(self, adapter: Version, allow_partial: bool) -> None:
         with _of_adapter(adapter):
-            served, content = self._required().served, adapter.source.content
+            served, _, slots, _ = self._required()
+            content = adapter.source.content
             self._batches.have_factors |= bool(content.factors)
             served.check_fits(content, adapter.source.beside, adapter.source.config, allow_partial)
             size, of_base = served.head_bytes(content), served.head_bytes(served.content._replace(factors=()))
-            if size > (most := max(of_base, self._head_bytes // self._slot_count)):
+            if size > (most := max(of_base, self._head_bytes // slots.count)):
                 raise ValueError(
                     f"its head and factors take {size:,} bytes on the device, and the bank has room for "
-                    f"{most:,} in each of {self._slot_count} slots; {MORE_ROOM}"
+                    f"{most:,} in each of {slots.count} slots; {MORE_ROOM}"
                 )
 
     def _check_new(self, names: Collection[str]) -> None:
@@ -693,6 +634,16 @@ def _of_adapter(adapter: Version) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"adapter {adapter.name!r}: {error}") from error
+
+
+def _like(given: str | os.PathLike[str] | FolderSource | PackedSource) -> Source:
+    """The adapter whose layers a bank serves."""
+    if isinstance(given, FolderSource | PackedSource):
+        return given
+    if (path := _as_path(given, "like")).is_dir():
+        return FolderSource(path)
+    pack = Pack.open(path)
+    return pack.source(next(iter(pack.entries)))
 
 
 def _as_path(given: str | os.PathLike[str], argument: str) -> Path:

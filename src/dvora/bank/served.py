@@ -54,17 +54,14 @@ class ServedModel:
         model: the base, without adapters.
         config: of an adapter, whose settings all share; it is not written to.
         content: of that adapter.
-        allow_partial: whether it may lack layers that its own settings name.
-        advice: what else to do where an adapter lacks some, the end of a sentence.
+        advice: what else to do where an adapter beside it lacks some, the end of a sentence.
 
     Raises:
         TypeError, ValueError: the model has adapters, is another base, is spread over devices or processes, or has a
             layer that no bank can serve, or the adapter lacks one; the message names it.
     """
 
-    def __init__(
-        self, model: nn.Module, config: DVoRAConfig, content: Content, allow_partial: bool = False, advice: str = ""
-    ) -> None:
+    def __init__(self, model: nn.Module, config: DVoRAConfig, content: Content, advice: str = "") -> None:
         check_without_bank(model)
         _check_plain(model)
         if content.settings.tokens:
@@ -72,8 +69,7 @@ class ServedModel:
                 "the adapter trains tokens (trainable_token_indices), which is no vector of a layer; merge it"
             )
         self.model, self.config, self._advice = model, copy.deepcopy(config), advice
-        if not allow_partial:
-            _check_complete(model, self.config, content, advice)
+        _check_complete(model, self.config, content)
         self.layers = _layers(model, self.config, content) if content.layers else []
         """In the order of the content."""
         self.heads = _heads(model, self.config, content)
@@ -180,6 +176,11 @@ class ServedModel:
                     f"the adapter lacks {lacking[0]}, which its settings name; save it again{self._advice}"
                 )
             self._checked = None if lacking else config
+        if content.layers and not self.layers:
+            raise ValueError(
+                "it is of DVoRA, and the layers served are those of an adapter that is not; begin with like= of one of "
+                "DVoRA (dvora serve: --like)"
+            )
         expected, names = self.content, _names(content)
         if content.factors:
             # What layers of DVoRA have in common.
@@ -269,13 +270,13 @@ class ServedModel:
         return next(head.name for head in self.heads if any(own_part.name == part for own_part in head.parts))
 
 
-def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content, advice: str) -> None:
+def _check_complete(model: nn.Module, config: DVoRAConfig, content: Content) -> None:
     """Refuse an adapter without vectors of a layer that its settings name: others would be compared with that."""
     names = {layer.name for layer in content.layers}
     targets = find_targets(model, lambda name: _is_named(name, config), config)
     for target in targets:
         if target.name not in names and head_of(f"{target.name}.weight", config.modules_to_save) is None:
-            raise ValueError(f"the adapter lacks {target.name}, which its settings name; save it again{advice}")
+            raise ValueError(f"the adapter lacks {target.name}, which its settings name; save it again")
 
 
 def _is_named(layer: str, config: DVoRAConfig) -> bool:

@@ -29,7 +29,7 @@ def _new_key(tenant: str | None) -> None:
 @with_options_of(Settings)
 def serve(
     base: Annotated[str, typer.Argument(help="Folder of the base model, or its name on the hub.")],
-    adapters: Annotated[Path, typer.Option(help="A folder of adapters or of runs, which may be empty, or a pack.")],
+    adapters: Annotated[Path, typer.Option(help="A folder of adapters or of runs, empty with --like only, or a pack.")],
     shown: Output,
     token: Annotated[
         str | None,

@@ -146,11 +146,6 @@ class Batches:
                 )
             self._closed = True
 
-    @property
-    def are_running(self) -> bool:
-        """Whether somebody is in a batch."""
-        return bool(self._running)
-
     def check_open(self) -> None:
         """Refuse what comes after the end.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 import torch
 
 from ..adapter_file.content import head_of
+from ..adapter_file.packs import PackedSource
 from ..adapter_file.patterns import is_named
 from ..adapter_file.settings import DVoRAConfig
-from ..adapter_file.values import Description
+from ..adapter_file.values import Description, FolderSource, folder_of
 from ..bank import AdapterBank, Version
 from ..bank import Batch as BankBatch
 from ..recipes.models.adapters import base_class
-from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class
+from ..recipes.models.bases import heads_of, load_model, load_tokenizer
 from ..recipes.settings import Trust
 from .requests import RefusedError, Work, model_failed
 from .settings import Settings
@@ -41,6 +42,8 @@ class Base:
     model: Any
     tokenizer: Any
     bank: AdapterBank
+    like: Description
+    """Of the adapter whose layers the bank serves."""
     has_own_head: bool
     """Whether a classifier came with the base, so that rows without an adapter mean something."""
     passing: threading.RLock = field(default_factory=threading.RLock)
@@ -72,15 +75,11 @@ class Base:
         path = Path(self.source)
         return path.resolve().name if path.is_dir() else self.source
 
-    def enter(self, versions: Sequence[Version | None]) -> BankBatch | None:
-        """Give the rows of the next passes these versions; staying in a batch of the bank while they are the same.
-
-        It gives the batch, or None where no adapter has ever been, so that rows can only be the base's.
-        """
-        if versions != self._versions or self.bank.serves != (self._batch is not None):
+    def enter(self, versions: Sequence[Version | None]) -> BankBatch:
+        """Give the rows of the next passes these versions; staying in a batch of the bank while they are the same."""
+        if self._batch is None or versions != self._versions:
             self.leave()
-            if self.bank.serves:
-                self._batch = self._entered.enter_context(self.bank.rows(versions))
+            self._batch = self._entered.enter_context(self.bank.rows(versions))
             self._versions = [*versions]
         return self._batch
 
@@ -151,27 +150,23 @@ class Base:
             common.auto_mapping = {"base_model_class": model.__name__, "parent_library": model.__module__}
         return json.dumps(common.to_dict()).encode()
 
-    @contextmanager
-    def between_passes(self) -> Iterator[None]:
-        """Within it no pass runs, and none goes on in a batch from before: for hooking layers, and for freeing them."""
-        with self.passing:
-            self.leave()
-            yield
 
-
-def open_base(settings: Settings, first: Served | None) -> Base:
+def open_base(settings: Settings, opened: Sequence[Served], damaged: Mapping[str, str]) -> Base:
     """Load a base model, with a bank for the kind of adapters that it will have.
 
     Args:
-        settings: of the server.
-        first: of the adapters, whose task decides on the class and the head; None: as the model was saved.
+        settings: of the server; without `like` its adapters say what that is.
+        opened: its adapters; the task of the first one decides on the class and the head.
+        damaged: why others are left out, by name.
+
+    Raises:
+        ValueError: no adapter says which layers are served.
     """
     source, dtype, trust = settings.base, settings.dtype, Trust(download=settings.download)
-    if first is None:
-        config = config_of(source, trust)
-        kind = model_class(config)
-    else:
-        kind, config = base_class(first.adapter, source, trust)
+    likes = [*opened] if settings.like is None else [Served("--like", FolderSource(folder_of(settings.like)))]
+    if not likes:
+        raise ValueError(nothing_served(damaged))
+    kind, config = base_class(likes[0].adapter, source, trust)
     model, new = load_model(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust=trust)
     model.requires_grad_(False)
     if torch.accelerator.is_available():
@@ -179,15 +174,40 @@ def open_base(settings: Settings, first: Served | None) -> Base:
     tokenizer = load_tokenizer(source, trust)
     heads = heads_of(model)
     has_own_head = bool(heads) and not any(key.partition(".")[0] in heads for key in new)
-    bank = AdapterBank(
-        model,
-        slots=settings.slots,
-        host_bytes=int(settings.host_memory * 2**30),
-        head_bytes=int(settings.head_memory * 2**30),
-        # Rows that would get an untrained one are refused in `Call.rows`.
-        own_heads=True,
-    )
-    return Base(source, model, tokenizer, bank, has_own_head)
+    like, bank = _bank(model, settings, likes, damaged)
+    return Base(source, model, tokenizer, bank, like.description, has_own_head)
+
+
+def nothing_served(damaged: Mapping[str, str]) -> str:
+    """What is said where a server has no adapter: why, if some are left out."""
+    if not damaged:
+        return "--adapters: there is none, so nobody knows which layers they have; put one there, or name it in --like"
+    name, reason = next(iter(damaged.items()))
+    return f"none of the {len(damaged)} adapters can be served; {name}: {reason}"
+
+
+def _bank(
+    model: Any, settings: Settings, likes: Sequence[Served], damaged: Mapping[str, str]
+) -> tuple[Served, AdapterBank]:
+    """An adapter and a bank of its layers: of those that can be served the one with the most."""
+    failed = dict[str, str]()
+    for like in sorted(likes, key=lambda version: -len(version.source.content.layers)):
+        assert isinstance(like.source, FolderSource | PackedSource)
+        try:
+            bank = AdapterBank(
+                model,
+                like=like.source,
+                slots=settings.slots,
+                host_bytes=int(settings.host_memory * 2**30),
+                head_bytes=int(settings.head_memory * 2**30),
+                # Rows that would get an untrained one are refused in `Call.rows`.
+                own_heads=True,
+            )
+        except (ValueError, TypeError, OSError) as error:
+            failed[like.name] = str(error).removeprefix("like: ")
+        else:
+            return like, bank
+    raise ValueError(nothing_served({**failed, **damaged}))
 
 
 def _pattern(values: dict[str, _Number], usual: _Number) -> dict[str, _Number]:

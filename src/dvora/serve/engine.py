@@ -47,7 +47,7 @@ class Encoder:
         else:
             logits = model(**inputs).logits.float().cpu()
             # Of several heads the last one gives them: DistilBERT's has two.
-            values = rows.split(logits, [*rows.widths][-1]) if rows is not None and rows.widths else list(logits)
+            values = rows.split(logits, [*rows.widths][-1]) if rows.widths else list(logits)
             if logits.dim() == 3:
                 # Of tokens, without those that fill rows up.
                 values = [row[mask] for row, mask in zip(values, inputs["attention_mask"].bool().cpu(), strict=True)]

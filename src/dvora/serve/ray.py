@@ -81,6 +81,7 @@ def app(args: Settings) -> serve.Application:
     paths = {
         "base": str(base.resolve()) if base.is_dir() else args.base,
         "adapters": args.adapters.resolve(),
+        "like": args.like and args.like.resolve(),
         "keys": args.keys and args.keys.resolve(),
     }
     return replica.bind(args.model_copy(update=paths))

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -20,7 +20,7 @@ from ..bank import UnknownAdapterError
 from ..recipes.models.adapters import label_count
 from ..whole_files import remove
 from .access import BASE, Key
-from .base import Base
+from .base import Base, nothing_served
 from .requests import RefusedError
 from .store import Served, Store
 
@@ -46,8 +46,7 @@ class Registry:
         """Why what has these names was left out when the server started."""
         self._changing = threading.RLock()
         """Held during a change, so that changes come one after another."""
-        # The first one says which layers are hooked, of which others may leave out some.
-        for version in sorted(opened, key=lambda version: -len(version.source.content.layers)):
+        for version in opened:
             try:
                 self._check_name(version.name)
                 with self._loading(version, read=version.put_as is not None):
@@ -57,8 +56,7 @@ class Registry:
         for name, reason in self.damaged.items():
             _log.warning("%s is left out: %s", name, reason)
         if self.damaged and not len(self.bank) and not store.index:
-            name, reason = next(iter(self.damaged.items()))
-            raise ValueError(f"none of the {len(self.damaged)} adapters can be served; {name}: {reason}")
+            raise ValueError(nothing_served(self.damaged))
         store.sweep()
 
     def follow(self) -> None:
@@ -81,9 +79,7 @@ class Registry:
     @contextmanager
     def _loading(self, version: Served, *, read: bool = True) -> Iterator[None]:
         """Read and check a version, which its name has when the block ends; what was put once must be what was put."""
-        # The bank's first adapter, of DVoRA too, says which layers are hooked, which happens between passes.
-        hooking = nullcontext() if self.bank.is_hooked_for(version.source) else self.base.between_passes()
-        with hooking, self.bank.loading(version, read=read):
+        with self.bank.loading(version, read=read):
             if version.put_as not in (None, version.digest):
                 raise ValueError("its files are other ones than were put; put it again")
             yield
@@ -159,11 +155,12 @@ class Registry:
             before = self.version(name)
             if not replaces and name in self.damaged:
                 raise _taken(name)
-            like = self.like(name, key) or self.like(None, Key())
+            like = self.like(name, key) or self.like(None, Key()) or self.base.like
             # Nothing else may come from an adapter of another tenant, or another one of the same.
-            if like is not None and like.content.layers and (before is None or not replaces):
+            if like.content.layers and (before is None or not replaces):
                 like = replace(like, settings=self.base.common_settings(like))
-            folder = self.store.write(upload.files(like))
+            is_known = bool(like.content.layers) or before is not None
+            folder = self.store.write(upload.files(like if is_known else None))
             unused.callback(remove, folder)
             labels = upload.labels or (() if before is None else before.labels)
             if len({*labels}) < len(labels):

@@ -42,7 +42,7 @@ class Server:
         try:
             opened, damaged = self.store.open()
             settings = self.settings = _with_room_for(opened, settings)
-            self.base = open_base(settings, next(iter(opened), None))
+            self.base = open_base(settings, opened, damaged)
             self.registry = Registry(self.base, self.store, opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
             self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)

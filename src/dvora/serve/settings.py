@@ -27,7 +27,10 @@ class Settings(Limits):
     """All of a server."""
 
     base: str = _option("folder of the base model, or its name on the hub")
-    adapters: Path = _option("a folder of adapters or of runs, which may be empty, or a pack")
+    adapters: Path = _option("a folder of adapters or of runs, empty with like only, or a pack")
+    like: Path | None = _option(
+        "folder of an adapter or a run: others have its layers, or fewer, and its head", None, null="one of adapters"
+    )
     token: str | None = _option(
         "of whoever may change adapters over HTTP", None, null="nobody may, unless a key says so"
     )

@@ -131,7 +131,7 @@ class Store:
     def open(self) -> tuple[list[Served], dict[str, str]]:
         """All adapters whose settings and names can be read, and why others cannot, by name.
 
-        The first one says which layers are served, so those of the most frequent kind come first.
+        The first ones say which layers are served, so those of the most frequent kind come first.
         """
         opened, damaged = list[Served](), dict[str, str]()
         sources = {name: read for name, read in self.given().items() if name not in self.index}

@@ -265,7 +265,7 @@ def test_an_adapter_that_is_no_better_than_the_head_alone_is_not_saved(
         assert torch.equal(model(**inputs).logits, expected)
         if method == "dvora":
             other, _ = load_trained(found, with_adapter=False)
-            bank = AdapterBank(other)
+            bank = AdapterBank(other, like=found.adapter)
             bank.add("none", found.adapter)
             with bank.rows(["none", "none"]):
                 torch.testing.assert_close(other(**inputs).logits, expected)
