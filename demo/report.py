@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 from torch import Tensor
 
 from benchmarks.environment import environment
 from demo.many import ManyAdapters
 from demo.model import CLASSES
-from demo.statistics import sign_test, wilson
 from demo.train import History, Settings
 
 
@@ -31,7 +31,8 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.correct, self.count)
+        ends = stats.binomtest(self.correct, self.count).proportion_ci(method="wilson")
+        return float(ends.low), float(ends.high)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Comparison:
 
     @property
     def chance(self) -> float:
-        return sign_test(self.only_dvora, self.only_frozen)
+        """That a fair coin splits the sentences that only one of them gets right so unevenly (McNemar's exact test)."""
+        differing = self.only_dvora + self.only_frozen
+        return float(stats.binomtest(self.only_dvora, differing).pvalue) if differing else 1.0
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
-"""Confidence interval of an accuracy, sign test of two models, and what training changed in the weights."""
+"""What training changed in the weights."""
 
-import math
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# The quantile of the normal distribution that leaves 2.5 % above it.
-NORMAL_97_5 = 1.959964
 KINDS = {
     "attention.self.query": "query",
     "attention.self.key": "key",
@@ -17,33 +14,6 @@ KINDS = {
     "intermediate.dense": "feed-forward in",
     "output.dense": "feed-forward out",
 }
-
-
-def wilson(correct: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for the share behind `correct` of `count`.
-
-    Raises:
-        ValueError: correct is not in 0 ... count, or count is not positive.
-    """
-    if not 0 <= correct <= count or count == 0:
-        raise ValueError(
-            f"correct={correct} of count={count} is no share: 0 <= correct <= count and 0 < count are needed"
-        )
-    share, square = correct / count, NORMAL_97_5**2
-    centre = share + square / (2 * count)
-    reach = NORMAL_97_5 * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    return (centre - reach) / (1 + square / count), (centre + reach) / (1 + square / count)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """How likely a fair coin is to split `wins + losses` tosses at least this unevenly (two-sided, exact).
-
-    For two models on the same sentences: wins are those that only the first classifies correctly, losses those that
-    only the second does.
-    """
-    count = wins + losses
-    tail = sum(math.comb(count, number) for number in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / (1 << count))
 
 
 @dataclass(frozen=True)
