@@ -1,15 +1,15 @@
-"""TRL's GRPOTrainer, and `dvora serve` that generates: after every step it gets the adapter's vector over HTTP.
+"""TRL's GRPOTrainer, and a copy of the model that generates: after every step it gets the adapter's vector.
 
-The server stands for the inference engine of a larger set-up: it has the base model, and the adapter of each step is a
-version of its own there. Its answers are texts, which are split into tokens again. TRL lets others generate through
-`rollout_func`, which it calls experimental.
+The copy stands for the inference engine of a larger set-up. A bank beside it serves each step's adapter as a version of
+its own. TRL lets others generate through `rollout_func`, which it calls experimental.
 """
 
 import os
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func
 
@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import dvora
-from dvora.sync import BankTarget, Publisher, ServerTarget
+from dvora.sync import BankTarget, ModelTarget, Publisher
 from examples.checks import frozen_digest, log_probabilities, report, require, trained_parameters
-from examples.serving import TOKEN, continued, server
 from examples.sync_costs import costs
 from materials.models import smollm2
 
@@ -67,41 +66,46 @@ def settings(folder: Path) -> GRPOConfig:
 
 def reward(completions: list[str], **_: object) -> list[float]:
     """The share of short words."""
-    words = [text.split() for text in completions]
-    return [sum(len(word) <= SHORT for word in each) / max(1, len(each)) for each in words]
+    return [mean(len(word) <= SHORT for word in text.split() or ["nothing"]) for text in completions]
 
 
-def main(folder: Path, address: str) -> None:
+def continued(model: nn.Module, tokenizer: Any, prompts: list[str], seed: int | None = 0) -> list[list[int]]:
+    """The tokens that a model adds to each prompt; without a seed the likeliest."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed or 0)
+        outputs = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=seed is not None, top_k=0)
+    answers, end = outputs[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
+    return [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
+
+
+def main(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    seconds: list[float] = []
-    ratios: list[float] = []
+    seconds, ratios = list[float](), list[float]()
 
     def synchronise() -> str:
-        """The name of the version that is served then."""
+        """The name of the version that copy and bank have then."""
         start = time.perf_counter()
-        version = publisher.publish()
+        publisher.publish()
         seconds.append(time.perf_counter() - start)
-        beside.publish()
-        return version.name
+        return beside.publish().name
 
     def generate(prompts: list[str], trainer: GRPOTrainer) -> dict[str, object]:
         """Every prompt comes as often as an answer is wanted."""
         version = synchronise()
-        answers = continued(address, version, prompts, TOKENS, seed=1000 * len(seconds))
-        inputs = tokenizer(prompts)["input_ids"]
-        outputs = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * ended for text, ended in answers]
-        # A server of the same vectors gives every token the trainer's probability.
+        inputs, outputs = tokenizer(prompts)["input_ids"], continued(copy, tokenizer, prompts, seed=len(seconds))
         for tokens in map(list.__add__, inputs, outputs):
             with bank.rows([version]):
                 served = log_probabilities(bank_model, tokens)
+            # A bank of the same vectors gives every token the trainer's probability.
             ratios.append(float((served - log_probabilities(trainer.model, tokens)).exp().sub(1).abs().max()))
         return {"prompt_ids": inputs, "completion_ids": outputs, "logprobs": None}
 
     def mean_reward() -> float:
         """Of answers to all beginnings, drawn with the same seed each time."""
-        prompts = [text for text in BEGINNINGS for _ in range(ANSWERS)]
-        rewards = reward([text for text, _ in continued(address, synchronise(), prompts, TOKENS)])
-        return sum(rewards) / len(rewards)
+        synchronise()
+        answers = continued(copy, tokenizer, [text for text in BEGINNINGS for _ in range(ANSWERS)])
+        return mean(reward(tokenizer.batch_decode(answers, skip_special_tokens=True)))
 
     trainer = GRPOTrainer(
         model=base(),
@@ -112,10 +116,10 @@ def main(folder: Path, address: str) -> None:
         peft_config=config(),
         rollout_func=generate,
     )
-    untouched = frozen_digest(trainer.model)
-    publisher = Publisher(trainer.model, ServerTarget(address, TOKEN), "policy")
-    bank_model = base()
-    bank = dvora.AdapterBank(bank_model, like=folder / "adapters" / "start")
+    untouched, copy, bank_model = frozen_digest(trainer.model), adapted(), base()
+    publisher = Publisher(trainer.model, ModelTarget(copy), "policy")
+    copy.save_pretrained(folder / "start")
+    bank = dvora.AdapterBank(bank_model, like=folder / "start")
     beside = Publisher(trainer.model, BankTarget(bank), "policy")
 
     before = mean_reward()
@@ -126,14 +130,12 @@ def main(folder: Path, address: str) -> None:
     require(max(ratios) < 1e-3, f"the ratio of importance is one to within 0.001: {max(ratios)}")
     trainer.save_model(str(folder / "adapter"))
     merged = PeftModel.from_pretrained(base(), folder / "adapter").merge_and_unload()
-    for text, (answer, _) in zip(BEGINNINGS, continued(address, synchronise(), BEGINNINGS, TOKENS, 0.0), strict=True):
-        ids = tokenizer(text, return_tensors="pt")
-        greedy = merged.generate(**ids, max_new_tokens=TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        require(answer == tokenizer.decode(greedy, skip_special_tokens=True), f"greedy answers agree: {answer}")
+    for text in BEGINNINGS:
+        own, copied = (continued(model, tokenizer, [text], None) for model in (merged, copy))
+        require(own == copied, f"greedy answers agree: {own}, {copied}")
     metrics = {
         "mean_reward": [before, after],
-        "synchronisations": len(seconds),
-        "each_ms_over_HTTP": 1000 * median(seconds),
+        "each_ms_into_a_copy": 1000 * median(seconds),
         "off_the_ratio_of_importance": max(ratios),
         "trained_values": trained_parameters(trainer.model),
     }
@@ -145,6 +147,4 @@ def main(folder: Path, address: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        adapted().save_pretrained(Path(name) / "adapters" / "start")
-        with server(smollm2(), Path(name) / "adapters") as running:
-            main(Path(name), running)
+        main(Path(name))

@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,27 +35,6 @@ def server(base: Path, adapters: Path) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
-
-
-def continued(
-    address: str, model: str, prompts: Sequence[str], tokens: int, temperature: float = 1.0, seed: int = 0
-) -> list[tuple[str, bool]]:
-    """What a model adds to each prompt, and whether it ended by itself; all prompts run in one batch."""
-
-    def one(number: int) -> tuple[str, bool]:
-        body = {"prompt": prompts[number], "model": model, "max_tokens": tokens, "temperature": temperature}
-        request = urllib.request.Request(
-            f"{address}/v1/completions",
-            json.dumps({**body, "seed": seed + number}).encode(),
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            require(answer.headers["x-dvora-adapter"] == model, f"{model} answers, not {answer.headers}")
-            choice = json.load(answer)["choices"][0]
-        return choice["text"], choice["finish_reason"] == "stop"
-
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        return list(threads.map(one, range(len(prompts))))
 
 
 def classify(address: str, models: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:

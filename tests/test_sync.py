@@ -23,7 +23,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 import dvora
 from dvora import sync
@@ -44,26 +44,26 @@ from dvora.whole_files import locked
 from tests.peft.kinds import GROUPS
 from tests.peft.tiny import same_bits, train_vectors
 from tests.recipes import tiny_models
-from tests.serve.served import ADMIN, TOKEN, Alone, complete, process, serving
+from tests.serve.served import ADMIN, TOKEN, Alone, ask, probabilities, serving
 
-PROMPT = torch.tensor([[5, 9, 30, 7, 61], [11, 40, 8, 8, 23]])
-ROWS = len(PROMPT)
+IDS = torch.tensor([[2, 9, 12, 7, 3], [2, 11, 4, 18, 3]])
+ROWS = len(IDS)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model of letters."""
-    return tiny_models.llama(tmp_path_factory.mktemp("bases") / "llama")
+def critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder with a head of its own, of three classes."""
+    return tiny_models.classifier(tmp_path_factory.mktemp("bases") / "critic")
 
 
-def base_of(llama: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(llama).eval()
+def base_of(critic: Path) -> nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(critic).eval()
 
 
-def adapted(llama: Path, **settings: object) -> PeftModel:
+def adapted(critic: Path, **settings: object) -> PeftModel:
     """A model whose adapter is not trained yet."""
-    config = dvora.DVoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
-    return get_peft_model(base_of(llama), config).eval()
+    config = dvora.DVoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS", **settings})
+    return get_peft_model(base_of(critic), config).eval()
 
 
 @pytest.fixture
@@ -76,21 +76,21 @@ of_groups = pytest.mark.parametrize("groups", [1, GROUPS], indirect=True, ids=["
 
 
 @pytest.fixture
-def trainer(llama: Path, groups: int) -> PeftModel:
-    return adapted(llama, lambda_d_groups=groups)
+def trainer(critic: Path, groups: int) -> PeftModel:
+    return adapted(critic, lambda_d_groups=groups)
 
 
 @pytest.fixture
-def adapters(llama: Path, groups: int, tmp_path: Path) -> Path:
+def adapters(critic: Path, groups: int, tmp_path: Path) -> Path:
     """What a server starts with: the adapter before its training."""
-    adapted(llama, lambda_d_groups=groups).save_pretrained(tmp_path / "adapters" / "start")
+    adapted(critic, lambda_d_groups=groups).save_pretrained(tmp_path / "adapters" / "start")
     return tmp_path / "adapters"
 
 
 @pytest.fixture
-def model(llama: Path) -> nn.Module:
+def model(critic: Path) -> nn.Module:
     """The base that the bank serves."""
-    return base_of(llama)
+    return base_of(critic)
 
 
 @pytest.fixture
@@ -100,18 +100,18 @@ def bank(model: nn.Module, adapters: Path) -> Iterator[dvora.AdapterBank]:
 
 
 @pytest.fixture
-def other_model(llama: Path) -> PeftModel:
+def other_model(critic: Path) -> PeftModel:
     """With an adapter that a target gives values."""
-    return adapted(llama)
+    return adapted(critic)
 
 
 @pytest.fixture(params=["model", "bank", "folder", "server"])
 def target(
-    request: pytest.FixtureRequest, llama: Path, other_model: PeftModel, adapters: Path, tmp_path: Path
+    request: pytest.FixtureRequest, critic: Path, other_model: PeftModel, adapters: Path, tmp_path: Path
 ) -> Iterator[Target]:
     """One of each kind."""
     if request.param == "server":
-        with serving(llama, adapters) as (client, _):
+        with serving(critic, adapters) as (client, _):
             yield ServerTarget(f"{client.base_url}", TOKEN)
     elif request.param == "bank":
         yield BankTarget(request.getfixturevalue("bank"))
@@ -121,7 +121,7 @@ def target(
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=PROMPT).logits
+    return model(input_ids=IDS).logits
 
 
 def banked(bank: dvora.AdapterBank, model: nn.Module, name: str | None) -> Tensor:
@@ -135,18 +135,18 @@ def saved(trainer: PeftModel, folder: Path) -> Path:
     return folder
 
 
-def served_text(client: object, name: str) -> str:
-    answer = complete(client, name, "the ", 12)
+def served_answer(client: object, name: str) -> list[float]:
+    answer = ask(client, name)
     assert answer.headers["x-dvora-adapter"] == name
-    return answer.json()["choices"][0]["text"]
+    return probabilities(answer)
 
 
 # What is served is what was published.
 
 
 @of_groups
-def test_a_model_gets_every_version_bit_for_bit(llama: Path, groups: int, trainer: PeftModel) -> None:
-    server = adapted(llama, lambda_d_groups=groups)
+def test_a_model_gets_every_version_bit_for_bit(critic: Path, groups: int, trainer: PeftModel) -> None:
+    server = adapted(critic, lambda_d_groups=groups)
     target = ModelTarget(server)
     publisher = Publisher(trainer, target, "policy")
     for number in range(1, 4):
@@ -176,7 +176,7 @@ def test_a_bank_serves_the_newest_versions_and_each_is_itself(
 
 @of_groups
 def test_a_folder_has_the_newest_versions_bit_for_bit(
-    llama: Path, groups: int, trainer: PeftModel, tmp_path: Path
+    critic: Path, groups: int, trainer: PeftModel, tmp_path: Path
 ) -> None:
     folder = FolderTarget(tmp_path / "shared")
     assert folder.latest("policy") is None
@@ -189,7 +189,7 @@ def test_a_folder_has_the_newest_versions_bit_for_bit(
         other.publish()
         read = folder.latest("policy")
         assert (read.name, read.digest, read.layout) == (f"policy-v{number}", published.digest, published.layout)
-        server = adapted(llama, lambda_d_groups=groups)
+        server = adapted(critic, lambda_d_groups=groups)
         ModelTarget(server).put(read)
         assert same_bits(logits(server), logits(trainer))
     assert {*folder.names()} == {"policy-v10", "policy-v11", "policy-v1-v11", "policy-v1-v12"}
@@ -197,24 +197,24 @@ def test_a_folder_has_the_newest_versions_bit_for_bit(
 
 @of_groups
 def test_a_server_serves_the_newest_versions_and_never_the_base_in_their_place(
-    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
 ) -> None:
-    alone = Alone(llama)
-    with serving(llama, adapters) as (client, _):
+    alone = Alone(critic)
+    with serving(critic, adapters) as (client, _):
         target = ServerTarget(f"{client.base_url}", TOKEN)
         publisher = Publisher(trainer, target, "policy", keep=2)
-        texts = {}
+        answers = {}
         for number in range(1, 4):
             train_vectors(trainer, seed=number)
             name = publisher.publish().name
-            texts[name] = alone.continued(saved(trainer, tmp_path / name), "the ", 12)
-        assert len({*texts.values(), alone.continued(None, "the ", 12)}) == 4
+            answers[name] = alone.answer(saved(trainer, tmp_path / name))
+        assert len({*map(str, (*answers.values(), alone.answer(None)))}) == 4
         assert sorted(target.names()) == ["policy-v2", "policy-v3", "start"]
         assert newest("policy", target.names()) == "policy-v3"
         for name in ("policy-v2", "policy-v3"):
-            assert served_text(client, name) == texts[name]
+            assert served_answer(client, name) == answers[name]
         for name in ("policy-v1", "policy-v4", "policy"):
-            assert complete(client, name, "the ").status_code == 404
+            assert ask(client, name).status_code == 404
 
 
 def test_versions_of_equal_values_are_dropped_one_by_one(
@@ -232,7 +232,7 @@ def test_versions_of_equal_values_are_dropped_one_by_one(
 
 
 def test_an_eviction_scales_nothing_twice(
-    llama: Path, trainer: PeftModel, model: nn.Module, adapters: Path, tmp_path: Path
+    critic: Path, trainer: PeftModel, model: nn.Module, adapters: Path, tmp_path: Path
 ) -> None:
     """Neither from the slot nor from memory, with room for one adapter in each, beside one of half the strength."""
     with dvora.AdapterBank(model, slots=1, like=adapters / "start") as bank:
@@ -256,21 +256,21 @@ def test_an_eviction_scales_nothing_twice(
 
 
 def test_a_version_has_not_the_scale_of_another_adapter_of_the_server(
-    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
 ) -> None:
     train_vectors(trainer, seed=9)
     trainer.base_model.set_strength(0.25)
     saved(trainer, adapters / "a-quarter")
     trainer.base_model.set_strength(1.0)
     train_vectors(trainer, seed=1)
-    with serving(llama, adapters) as (client, _):
+    with serving(critic, adapters) as (client, _):
         name = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy").publish().name
-        assert served_text(client, name) == Alone(llama).continued(saved(trainer, tmp_path / "now"), "the ", 12)
+        assert served_answer(client, name) == Alone(critic).answer(saved(trainer, tmp_path / "now"))
 
 
 @pytest.mark.parametrize("is_target", [False, True], ids=["trainer", "target"])
-def test_an_adapter_that_is_scaled_is_refused(llama: Path, trainer: PeftModel, is_target: bool) -> None:
-    server = adapted(llama)
+def test_an_adapter_that_is_scaled_is_refused(critic: Path, trainer: PeftModel, is_target: bool) -> None:
+    server = adapted(critic)
     publisher = Publisher(trainer, ModelTarget(server), "policy")
     (server if is_target else trainer).base_model.set_strength(0.5)
     train_vectors(trainer)
@@ -284,35 +284,35 @@ def test_an_adapter_that_is_scaled_is_refused(llama: Path, trainer: PeftModel, i
 
 
 def test_a_server_that_starts_again_has_the_same_versions_or_none_and_takes_the_next(
-    llama: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
+    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
 ) -> None:
     """None, where it starts from an image as a container does; no stale version answers."""
     shutil.copytree(adapters, tmp_path / "image")
-    with serving(llama, adapters) as (client, _):
+    with serving(critic, adapters) as (client, _):
         port = client.base_url.port
         publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy", keep=2)
-        texts = {}
+        answers = {}
         for number in range(1, 4):
             train_vectors(trainer, seed=number)
             name = publisher.publish().name
-            texts[name] = served_text(client, name)
+            answers[name] = served_answer(client, name)
     train_vectors(trainer, seed=4)
     with pytest.raises(ConnectionError, match="no server answers at"):
         publisher.publish()
-    with serving(llama, adapters, port=port) as (client, _):
+    with serving(critic, adapters, port=port) as (client, _):
         for name in ("policy-v2", "policy-v3"):
-            assert served_text(client, name) == texts[name]
-        assert complete(client, "policy-v1", "the ").status_code == 404
+            assert served_answer(client, name) == answers[name]
+        assert ask(client, "policy-v1").status_code == 404
         assert publisher.publish().name == "policy-v4"
-        assert served_text(client, "policy-v4") not in texts.values()
+        assert served_answer(client, "policy-v4") not in answers.values()
         publisher.publish()
         assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v4", "policy-v5", "start"]
-    with serving(llama, tmp_path / "image", port=port) as (client, _):
-        assert complete(client, "policy-v5", "the ").status_code == 404
+    with serving(critic, tmp_path / "image", port=port) as (client, _):
+        assert ask(client, "policy-v5").status_code == 404
         train_vectors(trainer, seed=6)
         assert publisher.publish().name == "policy-v6"
-        expected = Alone(llama).continued(saved(trainer, tmp_path / "now"), "the ", 12)
-        assert served_text(client, "policy-v6") == expected
+        expected = Alone(critic).answer(saved(trainer, tmp_path / "now"))
+        assert served_answer(client, "policy-v6") == expected
 
 
 def test_a_new_publisher_goes_on_after_the_newest_version(trainer: PeftModel, tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_values_that_are_not_finite_push_out_nothing(trainer: PeftModel, target:
     for wrong in (torch.nan, torch.inf):
         with torch.no_grad():
             value[0] = wrong
-        with pytest.raises(ValueError, match=r"not finite, the first at index \d+ \(\w+ of .*layers"):
+        with pytest.raises(ValueError, match=r"not finite, the first at index \d+ \(\w+ of .*layer\."):
             publisher.publish()
     assert {*target.names()} == had
     with torch.no_grad():
@@ -537,10 +537,10 @@ def test_in_a_folder_the_same_values_for_another_base_are_another_content(traine
 
 @pytest.mark.parametrize("target", ["folder", "model"])
 def test_values_that_were_changed_in_a_version_are_checked_again(
-    llama: Path, trainer: PeftModel, tmp_path: Path, target: str
+    critic: Path, trainer: PeftModel, tmp_path: Path, target: str
 ) -> None:
     """Though nobody should write to them, a digest is that of what is served."""
-    layout, server, folder = Layout.of(trainer), adapted(llama), FolderTarget(tmp_path)
+    layout, server, folder = Layout.of(trainer), adapted(critic), FolderTarget(tmp_path)
     version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
     put = (folder if target == "folder" else ModelTarget(server)).put
     before = version.digest
@@ -594,13 +594,13 @@ def test_another_process_reads_whole_versions_while_they_come_and_go(trainer: Pe
     assert len({*numbers}) > 20
 
 
-def test_a_server_refuses_another_vector_than_was_sent(llama: Path, trainer: PeftModel, adapters: Path) -> None:
+def test_a_server_refuses_another_vector_than_was_sent(critic: Path, trainer: PeftModel, adapters: Path) -> None:
     layout = Layout.of(trainer)
     version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
     changed = version.vector.clone()
     changed[7] += 1
     query = {"format": "vector", "layout": layout.digest, "digest": version.digest}
-    with serving(llama, adapters) as (client, _):
+    with serving(critic, adapters) as (client, _):
         answer = client.put("/v1/adapters/policy-v1", content=changed.numpy().tobytes(), params=query, headers=ADMIN)
         assert answer.status_code == 422
         assert "and that of what arrived" in answer.json()["error"]["message"]
@@ -682,26 +682,26 @@ def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: C
 
 
 @pytest.mark.parametrize("target", ["model", "bank", "server"], indirect=True)
-def test_a_target_of_another_layout_refuses(llama: Path, target: Target) -> None:
+def test_a_target_of_another_layout_refuses(critic: Path, target: Target) -> None:
     """Vectors are as long, and mean something else."""
     with pytest.raises(ValueError, match="layout"):
-        Publisher(adapted(llama, projection_seed=1), target, "policy").publish()
+        Publisher(adapted(critic, projection_seed=1), target, "policy").publish()
     assert newest("policy", target.names()) is None
 
 
 @pytest.mark.parametrize("target", ["bank", "server"], indirect=True)
-def test_a_target_on_another_base_refuses(llama: Path, target: Target) -> None:
-    other = base_of(llama)
+def test_a_target_on_another_base_refuses(critic: Path, target: Target) -> None:
+    other = base_of(critic)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    trainer = get_peft_model(other, dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer = get_peft_model(other, dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="the base models differ"):
         Publisher(trainer, target, "policy").publish()
     assert newest("policy", target.names()) is None
 
 
-def test_a_server_is_asked_for_its_base_once(llama: Path, trainer: PeftModel, adapters: Path) -> None:
+def test_a_server_is_asked_for_its_base_once(critic: Path, trainer: PeftModel, adapters: Path) -> None:
     """A publisher asks for the names anyway; they come with the base, and without a path of the server's machine."""
     asked = []
 
@@ -710,12 +710,12 @@ def test_a_server_is_asked_for_its_base_once(llama: Path, trainer: PeftModel, ad
             asked.append(method)
             return super()._ask(method, *arguments, **options)
 
-    with serving(llama, adapters) as (client, _):
+    with serving(critic, adapters) as (client, _):
         assert "probes" not in client.get("/v1/adapters").text
         listed = client.get("/v1/adapters?base_probes=true").json()
         assert listed["layout"]["base"] == Layout.of(adapters / "start").to_dict()["base"] != {}
         assert listed["layout"]["settings"]["base_model_name_or_path"] == listed["base"]
-        assert str(llama.parent) not in json.dumps(listed)
+        assert str(critic.parent) not in json.dumps(listed)
         target = Listening(f"{client.base_url}", TOKEN)
         version = Publisher(trainer, target, "policy").publish()
         assert asked == ["GET", "GET", "PUT"]
@@ -739,8 +739,8 @@ def test_wrong_arguments(trainer: PeftModel, tmp_path: Path, arguments: dict[str
         Publisher(trainer, FolderTarget(tmp_path), **{"name": "policy", **arguments})
 
 
-def test_a_server_says_why_it_refuses(llama: Path, trainer: PeftModel, adapters: Path) -> None:
-    with serving(llama, adapters) as (client, _):
+def test_a_server_says_why_it_refuses(critic: Path, trainer: PeftModel, adapters: Path) -> None:
+    with serving(critic, adapters) as (client, _):
         publisher = Publisher(trainer, ServerTarget(f"{client.base_url}"), "policy")
         with pytest.raises(
             ValueError, match="refused PUT /v1/adapters/policy-v1 with 401: changing adapters needs the header"
@@ -881,26 +881,3 @@ def test_a_target_of_ones_own(trainer: PeftModel) -> None:
         with pytest.raises(TimeoutError) if number in (3, 4, 6) else nullcontext():
             publisher.publish()
         assert target.has == [f"policy-v{digit}" for digit in there]
-
-
-# The page.
-
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "sync.md"
-
-
-def test_the_page(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code runs from top to bottom, beside the server that its command starts."""
-    shutil.copytree(llama, tmp_path / "llama")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVORA_SERVE_TOKEN", TOKEN)
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    kinds = [kind for kind, _ in blocks]
-    assert kinds[:2] == ["python", "sh"]
-    assert kinds.count("sh") == 1
-    assert blocks[1][1].endswith("\ndvora serve llama --adapters adapters --port 8002\n")
-    names: dict[str, object] = {}
-    exec(compile(blocks[0][1], str(PAGE), "exec"), names)
-    with process(Path("llama"), Path("adapters"), port=8002) as (_, client):
-        for _, code in blocks[2:]:
-            exec(compile(code, str(PAGE), "exec"), names)
-        assert newest("policy", ServerTarget(f"{client.base_url}").names()) == "policy-v1"

@@ -139,9 +139,8 @@ CATALOGUE: tuple[Example, ...] = (
     Example(
         "rl_sync",
         "TRL's GRPOTrainer",
-        "`dvora serve` generates, and gets a version of the adapter after every step; other methods' bytes",
+        "a copy of the model generates, and gets a version of the adapter after every step; other methods' bytes",
         limit_seconds=300,
-        processes=2,
-        needs=("trl", "datasets", "fastapi", "typer"),
+        needs=("trl", "datasets"),
     ),
 )

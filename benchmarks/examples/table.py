@@ -38,9 +38,8 @@ def synchronisation(result: dict[str, Any]) -> str:
     full, bits = (_size(federated[f"{size}_bytes"]) for size in ("each_message", "in_8_bits"))
     return text(
         table(("SmolLM2-135M", "bytes", "ms of a core through a file in memory"), lines),
-        f"Medians of `examples/rl_sync.py` (`benchmarks/results/examples.json`; {versions}; CPU). Over HTTP, to a "
-        f"server on the same two cores, `publish` took {rl['each_ms_over_HTTP']:,.0f} ms. Trainer and server give a "
-        f"token the same probability to within {rl['off_the_ratio_of_importance']:.0e}.",
+        f"Medians of `examples/rl_sync.py` (`benchmarks/results/examples.json`; {versions}; CPU). Trainer and bank "
+        f"give a token the same probability to within {rl['off_the_ratio_of_importance']:.0e}.",
         f"Federated rounds (`examples/federated_flower.py`, MiniLM, three clients, three seeds): {full} a message in "
         f"float32, {bits} in 8 bits; accuracy {100 * federated['validation_accuracy'][1]:.1f} % and "
         f"{100 * federated['accuracy_in_8_bits']:.1f} %.",

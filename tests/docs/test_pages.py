@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 FILES = sorted(DOCS.rglob("*.md"))
 CODE = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-WITH_SERVERS = {"how-to/export.md", "how-to/hub.md", "how-to/ray-serve.md", "how-to/serve.md", "how-to/sync.md"}
+WITH_SERVERS = {"how-to/export.md", "how-to/hub.md", "how-to/ray-serve.md", "how-to/serve.md"}
 """Pages whose commands need other programs or an order; each has a test of its own that runs them."""
 FENCES = re.compile(r"^```(\w*)$", flags=re.MULTILINE)
 # transformers deprecates a property that PEFT asks for, torch 2.13 an argument that has no other name in torch 2.12.

@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
@@ -46,6 +47,14 @@ def bert(folder: Path, layers: int = 2) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     _tokenizer(WORDS, ends=True).save_pretrained(folder)
+    return folder
+
+
+def classifier(folder: Path) -> Path:
+    """A base with a head of three classes."""
+    bert(folder)
+    torch.manual_seed(1)
+    BertForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
     return folder
 
 

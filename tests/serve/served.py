@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 import torch
 import uvicorn
 from peft import PeftModel
@@ -31,7 +32,8 @@ TOKEN = "a secret of the tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 Serving = tuple[httpx.Client, Server]
 CLASSES = {"two": 2, "three": 3, "five": 5, "one": 1}
-TEXTS = ("the ", "a", "Once upon", "0123456789 " * 3, "good book", "!?")
+PROMPTS = ("the ", "a", "Once upon", "0123456789 " * 3, "good book", "!?")
+TEXTS = ("good movie", "a", "the book was very bad", "it is not great", "poor " * 12, "fine ? movie")
 
 
 def save_trained(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
@@ -50,6 +52,13 @@ def save_language_adapters(base: Path, folder: Path, count: int, **settings: Any
     """Adapters a0, a1, ... of a language model."""
     for number in range(count):
         save_trained(base, folder / f"a{number}", number, task_type="CAUSAL_LM", **settings)
+    return folder
+
+
+def save_critics(base: Path, folder: Path, count: int, **settings: Any) -> Path:
+    """Adapters a0, a1, ... with heads of three outputs."""
+    for number in range(count):
+        save_classifier(base, folder / f"a{number}", number, 3, **settings)
     return folder
 
 
@@ -140,6 +149,23 @@ def text_of(client: httpx.Client, model: str) -> str:
     return text
 
 
+def ask(client: httpx.Client, model: str, text: str | list[str] = TEXTS[0]) -> httpx.Response:
+    """Have a text classified, or several."""
+    return client.post("/v1/classify", json={"model": model, "input": text})
+
+
+def answer_of(client: httpx.Client, model: str) -> list[float]:
+    """The probabilities that a model gives the first text's classes."""
+    return probabilities(ask(client, model))
+
+
+def probabilities(answer: httpx.Response) -> list[float]:
+    """Of the classes of the one text that was asked for."""
+    (row,) = answer.json()["data"]
+    values: list[float] = row["probs"]
+    return values
+
+
 def put(client: httpx.Client, name: str, source: Path, **query: object) -> httpx.Response:
     """Put the adapter of a folder, or a file."""
     content = (source / "adapter_model.safetensors" if source.is_dir() else source).read_bytes()
@@ -154,6 +180,7 @@ class Alone:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.merged = functools.cache(self._merged)
         self.continued = functools.cache(self._continued)
+        self.answer = functools.cache(self._answer)
 
     def _merged(self, adapter: Path | None, outputs: int | None) -> Any:
         with warnings.catch_warnings(), torch.random.fork_rng():
@@ -171,7 +198,11 @@ class Alone:
         text: str = self.tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         return text
 
-    def logits(self, adapter: Path, outputs: int, *texts: str) -> torch.Tensor:
+    def _answer(self, adapter: Path | None, text: str = TEXTS[0]) -> Any:
+        """What `probabilities` are to be, of three classes; without an adapter by the base's own head."""
+        return pytest.approx(self.logits(adapter, 3, text).softmax(-1).tolist(), abs=1e-5)
+
+    def logits(self, adapter: Path | None, outputs: int, *texts: str) -> torch.Tensor:
         """Of a classifier."""
         with torch.no_grad():
             logits: torch.Tensor = self.merged(adapter, outputs)(**self.tokenizer(*texts, return_tensors="pt")).logits[

@@ -23,7 +23,7 @@ from dvora.serve.app import make_app
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import ADMIN, TOKEN, Alone, save_trained, serving
+from tests.serve.served import ADMIN, TEXTS, TOKEN, Alone, probabilities, save_classifier, serving
 
 VALUES = "adapter_model.safetensors"
 SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
@@ -49,9 +49,8 @@ def headers(tenant: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {SECRETS[tenant]}"}
 
 
-def completed(client: httpx.Client, model: str, tenant: str) -> int:
-    body = {"model": model, "prompt": "the ", "max_tokens": 2}
-    return client.post("/v1/completions", json=body, headers=headers(tenant)).status_code
+def asked(client: httpx.Client, model: str, tenant: str) -> httpx.Response:
+    return client.post("/v1/classify", json={"model": model, "input": TEXTS[0]}, headers=headers(tenant))
 
 
 def key_file(folder: Path, content: str = FILE) -> Path:
@@ -61,8 +60,8 @@ def key_file(folder: Path, content: str = FILE) -> Path:
 
 
 @pytest.fixture
-def client(llama: Path, adapters: Path, tmp_path: Path) -> Iterator[httpx.Client]:
-    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
+def client(critic: Path, adapters: Path, tmp_path: Path) -> Iterator[httpx.Client]:
+    with serving(critic, adapters, keys=key_file(tmp_path)) as (client, _):
         yield client
 
 
@@ -98,17 +97,17 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
         answer = client.request(method, path.format(name), headers=shop, **options)  # type: ignore[arg-type]
         return answer.status_code, answer.text.replace(name, "NAME"), sorted({*answer.headers} - {"date"})
 
-    for name in ("a0", "shop-2", "llama"):
+    for name in ("a0", "shop-2", "critic"):
         # What exists is answered like what does not.
         for method, path in (("GET", "/v1/models/{}"), ("GET", "/v1/adapters/{}")):
             assert hidden(method, path, name) == hidden(method, path, "nothing"), name
-        messages = [{"role": "user", "content": "a"}]
         for path, body in (
-            ("/v1/completions", {"prompt": "the ", "max_tokens": 1}),
-            ("/v1/completions", {"prompt": "a" * 100, "max_tokens": 1}),
-            ("/v1/chat/completions", {"messages": messages, "max_tokens": 1}),
+            ("/v1/classify", {"input": "good"}),
+            ("/v1/classify", {"input": "good " * 100}),
+            ("/v1/embeddings", {"input": "good"}),
+            ("/predict", {"inputs": "good"}),
         ):
-            for before in ("", "llama:"):
+            for before in ("", "critic:"):
                 of_name = hidden("POST", path, name, json={**body, "model": before + name})
                 assert of_name == hidden("POST", path, "nothing", json={**body, "model": before + "nothing"})
                 assert of_name[0] == 404
@@ -119,13 +118,13 @@ def test_a_tenant_learns_of_its_own_adapters_only(client: httpx.Client, adapters
         )
     load = {"lora_name": "shop-2", "lora_path": "a0"}
     assert client.post("/v1/load_lora_adapter", json=load, headers=shop).status_code == 403
-    assert completed(client, "shop-1", "shop") == 200
+    assert asked(client, "shop-1", "shop").status_code == 200
 
 
 def test_who_may_ask_may_not_change(client: httpx.Client, adapters: Path) -> None:
     reader, values = headers("reader"), (adapters / "a1" / VALUES).read_bytes()
-    for model in ("a0", "llama"):
-        assert completed(client, model, "reader") == 200
+    for model in ("a0", "critic"):
+        assert asked(client, model, "reader").status_code == 200
     assert client.put("/v1/adapters/a0", content=values, headers=reader).status_code == 403
     assert client.delete("/v1/adapters/a0", headers=reader).status_code == 403
     # The server's token is for all.
@@ -223,10 +222,10 @@ CHANGES = [
 @pytest.mark.parametrize("token", [TOKEN, None])
 @pytest.mark.parametrize("prefix", ["", "/mounted", "/root"])
 def test_no_path_leads_around_the_token(
-    prefix: str, token: str | None, llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+    prefix: str, token: str | None, critic: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also mounted in another application, or with a `root_path`, as proxies set it."""
-    server = Server(Settings(base=str(llama), adapters=adapters, token=token))
+    server = Server(Settings(base=str(critic), adapters=adapters, token=token))
     app = make_app(server)
     asgi = {"": app, "/mounted": Starlette(routes=[Mount("/mounted", app)]), "/root": app}[prefix]
     try:
@@ -242,7 +241,7 @@ def test_no_path_leads_around_the_token(
 
 
 def test_a_tenant_gets_nothing_of_hidden_adapters(
-    client: httpx.Client, llama: Path, adapters: Path, tmp_path: Path
+    client: httpx.Client, critic: Path, adapters: Path, tmp_path: Path
 ) -> None:
     """Neither their settings, nor in what another adapter differs from them."""
     settings = adapters / "a0" / "adapter_config.json"
@@ -251,15 +250,15 @@ def test_a_tenant_gets_nothing_of_hidden_adapters(
     content = (adapters / "a1" / VALUES).read_bytes()
     assert client.put("/v1/adapters/shop-1", content=content, headers=headers("shop")).status_code == 201
     (uploaded,) = (adapters / ".served").glob("*/adapter_config.json")
-    assert json.loads(uploaded.read_text())["base_model_name_or_path"] == llama.name
-    other = save_trained(llama, tmp_path / "other", 1, r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert json.loads(uploaded.read_text())["base_model_name_or_path"] == critic.name
+    other = save_classifier(critic, tmp_path / "other", 1, 3, r=3, target_modules=["query"])
     write_pack(tmp_path / "pack", {"x": other})
     answer = client.put("/v1/adapters/shop-2", content=(tmp_path / "pack").read_bytes(), headers=headers("shop"))
     assert answer.status_code == 422
-    assert "proj" not in answer.text
+    assert "query" not in answer.text
 
 
-def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapters: Path, tmp_path: Path) -> None:
+def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(critic: Path, adapters: Path, tmp_path: Path) -> None:
     """A vector and a file of values come without settings, to adapters of which the shop sees none."""
     for file in adapters.glob("*/adapter_config.json"):
         settings = json.loads(file.read_text())
@@ -280,12 +279,12 @@ def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapt
     layout = Layout.of(source)
     vector = layout.to_vector(source).numpy().tobytes()
     secrets = re.compile(r"private|0\.375|17")
-    other = save_trained(llama, tmp_path / "other", 1, r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    other = save_classifier(critic, tmp_path / "other", 1, 3, r=3, target_modules=["query"])
 
     def put(client: httpx.Client, name: str, content: bytes, **query: str) -> httpx.Response:
         return client.put(f"/v1/adapters/shop-{name}", content=content, params=query, headers=shop)
 
-    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
+    with serving(critic, adapters, keys=key_file(tmp_path)) as (client, _):
         answers = [
             put(client, "vector", vector, format="vector", layout=layout.digest),
             put(client, "file", (source / VALUES).read_bytes()),
@@ -302,14 +301,14 @@ def test_nothing_that_a_tenant_wrote_is_in_another_s_adapters(llama: Path, adapt
         for text in (*stored, *(answer.text for answer in answers)):
             assert not secrets.search(re.sub(r"[0-9a-f]{16,}|\d+\.\d{3,}(e-\d+)?", "", text)), text
         assert json.loads(stored[0]) == answers[5].json()["layout"]["settings"]
-        prompt = {"model": "shop-vector", "prompt": "the ", "max_tokens": 12, "temperature": 0}
-        texts = [client.post("/v1/completions", json=prompt, headers=shop).json()["choices"][0]["text"]]
-    with serving(llama, adapters, keys=key_file(tmp_path)) as (client, _):
-        texts.append(client.post("/v1/completions", json=prompt, headers=shop).json()["choices"][0]["text"])
-    assert texts == [Alone(llama).continued(source, "the ", 12)] * 2
+        answers = [asked(client, "shop-vector", "shop")]
+    with serving(critic, adapters, keys=key_file(tmp_path)) as (client, _):
+        answers.append(asked(client, "shop-vector", "shop"))
+    for answer in answers:
+        assert probabilities(answer) == Alone(critic).answer(source)
 
 
-def test_a_new_key_opens_what_its_table_says(llama: Path, adapters: Path, tmp_path: Path) -> None:
+def test_a_new_key_opens_what_its_table_says(critic: Path, adapters: Path, tmp_path: Path) -> None:
     ended = CliRunner().invoke(app, ["serve", "--new-key", "shop"])
     assert ended.exit_code == 0
     said = ended.output
@@ -317,6 +316,6 @@ def test_a_new_key_opens_what_its_table_says(llama: Path, adapters: Path, tmp_pa
     assert secret is not None
     file = tmp_path / "keys.toml"
     file.write_text(said[said.index("[") :])
-    with serving(llama, adapters, keys=file) as (client, _):
+    with serving(critic, adapters, keys=file) as (client, _):
         for key, status in ((secret[1], 200), (secret[1][:-1] + "x", 401)):
             assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status

@@ -11,7 +11,7 @@ import httpx2 as httpx
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 import dvora
 from dvora.adapter_file.packs import write_pack
@@ -22,25 +22,25 @@ from tests.serve.served import (
     ADMIN,
     TOKEN,
     Alone,
-    complete,
+    answer_of,
+    ask,
     copied,
     process,
     save_classifier,
-    save_language_adapters,
+    save_critics,
     serving,
-    text_of,
 )
 
 VALUES = "adapter_model.safetensors"
 
 
 @by_groups
-def test_put_a_file_a_pack_and_a_vector(groups: int, llama: Path, tmp_path: Path) -> None:
-    alone, these = Alone(llama), save_language_adapters(llama, tmp_path / "adapters", 4, lambda_d_groups=groups)
+def test_put_a_file_a_pack_and_a_vector(groups: int, critic: Path, tmp_path: Path) -> None:
+    alone, these = Alone(critic), save_critics(critic, tmp_path / "adapters", 4, lambda_d_groups=groups)
     layout = dvora.flat.Layout.of(these / "a2")
     vector = layout.to_vector(these / "a2").numpy().tobytes()
     write_pack(tmp_path / "pack", {"anything": these / "a3"})
-    with serving(llama, copied(these, tmp_path / "copy")) as (client, _):
+    with serving(critic, copied(these, tmp_path / "copy")) as (client, _):
         described = client.get("/v1/adapters").json()["layout"]
         assert (described["digest"], described["bytes"]) == (layout.digest, len(vector))
         for name, content, query in (
@@ -52,24 +52,22 @@ def test_put_a_file_a_pack_and_a_vector(groups: int, llama: Path, tmp_path: Path
             assert answer.status_code == 201
             assert answer.headers["x-dvora-digest"] == answer.json()["digest"] != ""
         for name, source in (("file", "a1"), ("vector", "a2"), ("pack", "a3")):
-            assert text_of(client, name) == alone.continued(these / source, "the ", 12)
+            assert answer_of(client, name) == alone.answer(these / source)
         # Equal contents have one digest, whichever way they came.
         assert client.get("/v1/adapters/vector").json()["digest"] == client.get("/v1/adapters/a2").json()["digest"]
 
 
-def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(
-    llama: Path, language_adapters: Path, tmp_path: Path
-) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
+def test_a_vector_has_the_strength_of_the_adapter_that_it_replaces(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
     file = adapters / "a0" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "strength": 0.5}))
     before = dvora.DVoRAConfig.from_pretrained(str(adapters / "a0"))
     assert before.strength == 0.5
     vector = dvora.flat.Layout.of(adapters / "a0").to_vector(adapters / "a0").numpy().tobytes()
-    with serving(llama, adapters) as (client, _):
-        text, digest = text_of(client, "a0"), client.get("/v1/adapters/a0").json()["digest"]
+    with serving(critic, adapters) as (client, _):
+        answer, digest = answer_of(client, "a0"), client.get("/v1/adapters/a0").json()["digest"]
         client.put("/v1/adapters/a0", content=vector, params={"format": "vector"}, headers=ADMIN).raise_for_status()
-        assert text_of(client, "a0") == text
+        assert answer_of(client, "a0") == answer
         assert client.get("/v1/adapters/a0").json()["digest"] == digest
 
 
@@ -101,13 +99,13 @@ def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(groups: i
     torch.testing.assert_close(Alone(bert).merged(stored.parent, 3).state_dict(), model.state_dict())
 
 
-def test_what_must_not_be_replaced_is_there_or_refused(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
+def test_what_must_not_be_replaced_is_there_or_refused(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
     (adapters / "a4" / VALUES).write_bytes(b"damaged")
-    contents = {name: (language_adapters / name / VALUES).read_bytes() for name in ("a1", "a2")}
+    contents = {name: (trained / name / VALUES).read_bytes() for name in ("a1", "a2")}
     layout = dvora.flat.Layout.of(adapters / "a1")
     vector = layout.to_vector(adapters / "a1").numpy().tobytes()
-    with serving(llama, adapters) as (client, server):
+    with serving(critic, adapters) as (client, server):
 
         def put(name: str, content: bytes, **query: object) -> httpx.Response:
             return client.put(
@@ -131,7 +129,7 @@ def test_what_must_not_be_replaced_is_there_or_refused(llama: Path, language_ada
                 f"there is an adapter {name!r} with another content; send this one under another name"
             )
         assert put("new", b"damaged").status_code == 422
-        assert text_of(client, "new") == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+        assert answer_of(client, "new") == Alone(critic).answer(trained / "a1")
         assert len([path for path in server.store.folder.iterdir() if path.is_dir()]) == 1
         assert put("new", contents["a2"], replace=True).status_code == 200
         assert client.get("/v1/adapters/new").json()["digest"] != first.json()["digest"]
@@ -163,9 +161,9 @@ def test_heads_of_any_size_and_names_of_classes(bert: Path, classifiers: Path, t
     assert row["probs"] == pytest.approx(Alone(bert).logits(new, 4, "good").softmax(-1).tolist(), abs=1e-5)
 
 
-def test_the_dialect_of_vllm(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
-    with serving(llama, adapters) as (client, _):
+def test_the_dialect_of_vllm(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
+    with serving(critic, adapters) as (client, _):
 
         def load(**body: object) -> httpx.Response:
             return client.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
@@ -175,94 +173,95 @@ def test_the_dialect_of_vllm(llama: Path, language_adapters: Path, tmp_path: Pat
         assert load(lora_name="policy-v2", lora_path="a2").status_code == 200
         assert load(lora_name="policy-v1", lora_path="a2").status_code == 400
         # Several versions at once, each itself.
-        assert text_of(client, "policy-v1") == text_of(client, "a1") != text_of(client, "policy-v2")
+        assert answer_of(client, "policy-v1") == answer_of(client, "a1") != answer_of(client, "policy-v2")
         assert load(lora_name="policy-v1", lora_path="a2", load_inplace=True).status_code == 200
-        assert text_of(client, "policy-v1") == text_of(client, "a2")
+        assert answer_of(client, "policy-v1") == answer_of(client, "a2")
         assert load(lora_name="x", lora_path="a9").status_code == 404
-        for path in ("../elsewhere", "/etc", str(language_adapters / "a1"), ".served"):
+        for path in ("../elsewhere", "/etc", str(trained / "a1"), ".served"):
             assert load(lora_name="x", lora_path=path).status_code in (400, 404), path
         unload = {"lora_name": "policy-v2"}
         assert client.post("/v1/unload_lora_adapter", json=unload, headers=ADMIN).status_code == 200
         assert client.post("/v1/unload_lora_adapter", json=unload, headers=ADMIN).status_code == 404
-        assert complete(client, "policy-v2", "the ").status_code == 404
+        assert ask(client, "policy-v2").status_code == 404
         # The folders are the operator's.
         assert (adapters / "a2" / VALUES).is_file()
 
 
-def test_only_who_has_the_token_changes_adapters(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    values = (language_adapters / "a1" / VALUES).read_bytes()
+def test_only_who_has_the_token_changes_adapters(critic: Path, trained: Path, tmp_path: Path) -> None:
+    values = (trained / "a1" / VALUES).read_bytes()
     load = {"lora_name": "x", "lora_path": "a1"}
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, server):
+    with serving(critic, copied(trained, tmp_path / "adapters")) as (client, server):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
             assert client.put("/v1/adapters/x", content=values, headers=headers).status_code == 401
             assert client.delete("/v1/adapters/a1", headers=headers).status_code == 401
             assert client.post("/v1/load_lora_adapter", json=load, headers=headers).status_code == 401
             assert client.post("/v1/unload_lora_adapter", json={"lora_name": "a1"}, headers=headers).status_code == 401
         assert len(server.base.bank) == 6
-    with serving(llama, tmp_path / "adapters", token=None) as (client, _):
+    with serving(critic, tmp_path / "adapters", token=None) as (client, _):
         assert client.delete("/v1/adapters/a1", headers=ADMIN).status_code == 403
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["folder", "pack"])
-def test_a_restart_serves_the_same(llama: Path, language_adapters: Path, tmp_path: Path, is_packed: bool) -> None:
+def test_a_restart_serves_the_same(critic: Path, trained: Path, tmp_path: Path, is_packed: bool) -> None:
     adapters = tmp_path / "adapters"
     if is_packed:
-        write_pack(adapters, {path.name: path for path in language_adapters.iterdir()})
+        write_pack(adapters, {path.name: path for path in trained.iterdir()})
     else:
-        copied(language_adapters, adapters)
-    values = (language_adapters / "a5" / VALUES).read_bytes()
-    with serving(llama, adapters) as (client, server):
+        copied(trained, adapters)
+    values = (trained / "a5" / VALUES).read_bytes()
+    with serving(critic, adapters) as (client, server):
         for name in ("a0", "new", "gone"):
             client.put(f"/v1/adapters/{name}", content=values, headers=ADMIN).raise_for_status()
         for name in ("a1", "gone"):
             client.delete(f"/v1/adapters/{name}", headers=ADMIN).raise_for_status()
         names = [version.name for version in server.registry.versions()]
         assert names == ["a0", "a2", "a3", "a4", "a5", "new"]
-        texts = {name: text_of(client, name) for name in names}
+        answers = {name: answer_of(client, name) for name in names}
         digests = {name: client.get(f"/v1/adapters/{name}").json()["digest"] for name in names}
-    with serving(llama, adapters) as (client, _):
-        assert {card["id"] for card in client.get("/v1/models").json()["data"]} == {"llama", *names}
-        assert {name: text_of(client, name) for name in names} == texts
+    with serving(critic, adapters) as (client, _):
+        assert {card["id"] for card in client.get("/v1/models").json()["data"]} == {"critic", *names}
+        assert {name: answer_of(client, name) for name in names} == answers
         assert {name: client.get(f"/v1/adapters/{name}").json()["digest"] for name in names} == digests
 
 
 def test_an_adapter_that_changes_nothing_yet_is_there_after_a_restart(
-    llama: Path, language_adapters: Path, tmp_path: Path
+    critic: Path, trained: Path, tmp_path: Path
 ) -> None:
     """Of a trainer before its first step."""
-    config = dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path / "new")
-    adapters = copied(language_adapters, tmp_path / "adapters")
+    config = dvora.DVoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")
+    model = AutoModelForSequenceClassification.from_pretrained(critic)
+    get_peft_model(model, config).save_pretrained(tmp_path / "new")
+    adapters = copied(trained, tmp_path / "adapters")
     for _ in range(2):
-        with serving(llama, adapters) as (client, _):
+        with serving(critic, adapters) as (client, _):
             if "policy" not in {card["id"] for card in client.get("/v1/models").json()["data"]}:
                 content = (tmp_path / "new" / VALUES).read_bytes()
                 client.put("/v1/adapters/policy", content=content, headers=ADMIN).raise_for_status()
-            assert text_of(client, "policy") == Alone(llama).continued(None, "the ", 12)
+            assert answer_of(client, "policy") == Alone(critic).answer(None)
 
 
-def test_an_empty_folder_takes_what_comes(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_takes_what_comes(critic: Path, trained: Path, tmp_path: Path) -> None:
     """A server that knows its adapters' layers from `like` alone, which it does not serve."""
     (tmp_path / "adapters").mkdir()
     with pytest.raises(ValueError, match="--adapters: there is none, so nobody knows which layers they have; put one"):
-        Server(Settings(base=str(llama), adapters=tmp_path / "adapters"))
-    with serving(llama, tmp_path / "adapters", like=language_adapters / "a0") as (client, server):
-        assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+        Server(Settings(base=str(critic), adapters=tmp_path / "adapters"))
+    with serving(critic, tmp_path / "adapters", like=trained / "a0") as (client, server):
+        assert answer_of(client, "critic") == Alone(critic).answer(None)
         assert not server.registry.versions()
-        values = (language_adapters / "a1" / VALUES).read_bytes()
-        vector = dvora.flat.Layout.of(language_adapters / "a2").to_vector(language_adapters / "a2").numpy().tobytes()
+        values = (trained / "a1" / VALUES).read_bytes()
+        vector = dvora.flat.Layout.of(trained / "a2").to_vector(trained / "a2").numpy().tobytes()
         for name, content, query in (("a2", vector, {"format": "vector"}), ("a1", values, {})):
             sent = client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)
             assert sent.status_code == 201
-            assert text_of(client, name) == Alone(llama).continued(language_adapters / name, "the ", 12)
-        assert text_of(client, "llama") == Alone(llama).continued(None, "the ", 12)
+            assert answer_of(client, name) == Alone(critic).answer(trained / name)
+        assert answer_of(client, "critic") == Alone(critic).answer(None)
 
 
-def test_a_killed_server_starts_again_with_what_it_had(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_a_killed_server_starts_again_with_what_it_had(critic: Path, trained: Path, tmp_path: Path) -> None:
     """Killed while an adapter is replaced again and again: every start has the old one or the new one, whole."""
-    adapters = copied(language_adapters, tmp_path / "adapters")
-    contents = {name: (language_adapters / name / VALUES).read_bytes() for name in ("a1", "a2")}
-    with process(llama, adapters) as (running, client):
+    adapters = copied(trained, tmp_path / "adapters")
+    contents = {name: (trained / name / VALUES).read_bytes() for name in ("a1", "a2")}
+    with process(critic, adapters) as (running, client):
         digests = {client.get(f"/v1/adapters/{name}").json()["digest"] for name in contents}
         client.delete("/v1/adapters/a3", headers=ADMIN).raise_for_status()
         until = time.monotonic() + 1
@@ -271,7 +270,7 @@ def test_a_killed_server_starts_again_with_what_it_had(llama: Path, language_ada
                 client.put("/v1/adapters/a0", content=content, headers=ADMIN).raise_for_status()
         running.send_signal(signal.SIGKILL)
         running.wait()
-    with serving(llama, adapters) as (client, server):
+    with serving(critic, adapters) as (client, server):
         assert client.get("/v1/adapters/a0").json()["digest"] in digests
         assert "a3" not in server.base.bank
         # Neither what was half written nor what was replaced is left.
@@ -283,29 +282,24 @@ def waiting(client: httpx.Client) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith("dvora_queue_size "))
 
 
-def test_sigterm_answers_what_was_taken(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    """Also what still waits, since one text is generated at a time."""
-    body = {"model": "a0", "prompt": "the ", "max_tokens": 30, "temperature": 0}
-    adapters = copied(language_adapters, tmp_path / "adapters")
-    with process(llama, adapters, "--batch-rows", "1") as (running, client), ThreadPoolExecutor(10) as pool:
-        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
-            lines = stream.iter_lines()
-            got = [next(lines)]
-            others = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(10)]
-            while waiting(client) < 5:
-                assert not any(other.done() for other in others[5:]), "they were answered before the signal"
-            running.terminate()
-            got += list(lines)
-        assert got[-2] == "data: [DONE]"
-        assert [other.result().status_code for other in others] == [200] * 10
+def test_sigterm_answers_what_was_taken(critic: Path, trained: Path, tmp_path: Path) -> None:
+    """Also what still waits, since one row is computed at a time."""
+    adapters = copied(trained, tmp_path / "adapters")
+    with process(critic, adapters, "--batch-rows", "1") as (running, client), ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, client, "a0", ["good"] * 250) for _ in range(4)]
+        # More than three of them have.
+        while waiting(client) <= 750:
+            assert not any(answer.done() for answer in answers), "it was answered before the signal"
+        running.terminate()
+        assert [answer.result().status_code for answer in answers] == [200] * 4
         assert running.wait(20) in (0, -signal.SIGTERM)
 
 
 def test_a_change_whose_turn_comes_too_late_is_not_made(
-    llama: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+    critic: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, goes_on = (adapters / "a1" / VALUES).read_bytes(), threading.Event()
-    with serving(llama, adapters, timeout=1) as (client, server), ThreadPoolExecutor(2) as pool:
+    with serving(critic, adapters, timeout=1) as (client, server), ThreadPoolExecutor(2) as pool:
         keep = server.store.keep
         # As a disk that takes its time.
         monkeypatch.setattr(server.store, "keep", lambda version: (goes_on.wait(), keep(version)))

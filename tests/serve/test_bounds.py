@@ -11,19 +11,19 @@ import pytest
 
 from dvora.serve import bounds
 from dvora.serve.run import JsonLines
-from tests.serve.served import ADMIN, complete, copied, serving
+from tests.serve.served import ADMIN, copied, serving
 from tests.serve.test_connections import HEAD, POST, connected
 
 
-def test_which_bodies_are_read(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_which_bodies_are_read(critic: Path, trained: Path, tmp_path: Path) -> None:
     """None for a client that is not let in, for no route, or that says itself that it is too large."""
     token, waits = f"Authorization: {ADMIN['Authorization']}\r\n".encode(), b"Expect: 100-continue\r\n"
-    with serving(llama, copied(language_adapters, tmp_path / "adapters"), upload=2**23) as (client, _):
+    with serving(critic, copied(trained, tmp_path / "adapters"), upload=2**23) as (client, _):
         for line, length, headers, status in (
             (b"PUT /v1/adapters/a0", 10**6, b"", b"401"),
             (b"POST /v1/nothing", 10**6, token, b"404"),
             (b"POST /health", 10**6, token, b"405"),
-            (b"POST /v1/completions", bounds.LARGEST_JSON + 1, token, b"413"),
+            (b"POST /v1/classify", bounds.LARGEST_JSON + 1, token, b"413"),
             (b"PUT /v1/adapters/a0", 2**23 + 1, token, b"413"),
             (b"PUT /v1/adapters/a0", bounds.LARGEST_JSON + 1, token, b"100"),
         ):
@@ -34,17 +34,17 @@ def test_which_bodies_are_read(llama: Path, language_adapters: Path, tmp_path: P
         assert large.status_code == 422
 
 
-def test_slow_bodies_give_way_to_others(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
+def test_slow_bodies_give_way_to_others(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
     slow = POST + b"Content-Length: 400000\r\n\r\n" + b" " * 300_000
     with (
-        serving(llama, adapters, body_memory=10**6 / 2**20, upload=10**6) as (client, _),
+        serving(critic, adapters, body_memory=10**6 / 2**20, upload=10**6) as (client, _),
         connected(client, slow) as first,
         connected(client, slow) as second,
         connected(client, slow) as third,
     ):
         time.sleep(0.5)
-        assert complete(client, "a0", "the ", user="x" * 200_000).status_code == 200
+        assert embedded(client, 200_000).status_code == 200
         answer = first.recv(2**16)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer.lower()
@@ -52,8 +52,13 @@ def test_slow_bodies_give_way_to_others(llama: Path, language_adapters: Path, tm
             other.sendall(b" " * 100_000)
             assert other.recv(2**16).startswith(b"HTTP/1.1 400 ")
         # What they held is free again.
-        assert complete(client, "a0", "the ", user="x" * 900_000).status_code == 200
-        assert complete(client, "a0", "the ", user="x" * 1_000_000).status_code == 503
+        assert embedded(client, 900_000).status_code == 200
+        assert embedded(client, 1_000_000).status_code == 503
+
+
+def embedded(client: httpx.Client, letters: int) -> httpx.Response:
+    """By a body with so many letters that change nothing."""
+    return client.post("/v1/embeddings", json={"model": "a0", "input": "good", "user": "x" * letters})
 
 
 def test_answers_are_counted(bert: Path, classifiers: Path, tmp_path: Path) -> None:
@@ -92,11 +97,9 @@ def test_hosts(host: str, status: int, server_of_names: httpx.Client) -> None:
 
 
 @pytest.fixture(scope="module")
-def server_of_names(
-    llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[httpx.Client]:
-    adapters = copied(language_adapters, tmp_path_factory.mktemp("names") / "adapters")
-    with serving(llama, adapters, allow_host=("name.example", "*.Name.example")) as (client, _):
+def server_of_names(critic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    adapters = copied(trained, tmp_path_factory.mktemp("names") / "adapters")
+    with serving(critic, adapters, allow_host=("name.example", "*.Name.example")) as (client, _):
         yield client
 
 

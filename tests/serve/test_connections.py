@@ -5,16 +5,18 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 
 from dvora.serve import connections
-from tests.serve.served import Serving, complete, copied, serving
+from tests.bank.versions import until
+from tests.serve.served import Serving, ask, copied, serving
 
 HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
-POST = b"POST /v1/completions HTTP/1.1\r\n" + HEAD
+POST = b"POST /v1/classify HTTP/1.1\r\n" + HEAD
 SECOND = b"GET /v1/models HTTP/1.1\r\n" + HEAD + b"\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 NO_HTTP = {
@@ -61,8 +63,8 @@ def received(connection: socket.socket) -> bytes:
     return content
 
 
-def test_what_is_no_http(caplog: pytest.LogCaptureFixture, writers: Serving) -> None:
-    client, _ = writers
+def test_what_is_no_http(caplog: pytest.LogCaptureFixture, critics: Serving) -> None:
+    client, _ = critics
     for name, content in NO_HTTP.items():
         with connected(client, content) as connection:
             answers = received(connection)
@@ -73,13 +75,13 @@ def test_what_is_no_http(caplog: pytest.LogCaptureFixture, writers: Serving) -> 
         time.sleep(0.2)
         connection.sendall(b"zz\r\n")
         assert received(connection).startswith(b"HTTP/1.1 400 ")
-    assert complete(client, "a0", "the ").status_code == 200
+    assert ask(client, "a0").status_code == 200
     assert not [record for record in caplog.records if record.levelno > logging.WARNING]
 
 
-def test_other_protocols_are_not_spoken(writers: Serving) -> None:
+def test_other_protocols_are_not_spoken(critics: Serving) -> None:
     upgrade = b"GET /health HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: %b\r\nConnection: close\r\n" + HEAD + b"\r\n"
-    client, _ = writers
+    client, _ = critics
     for content, status in (
         (b"CONNECT elsewhere:443 HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
         (b"GET http://elsewhere/health HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n", b"404"),
@@ -91,12 +93,12 @@ def test_other_protocols_are_not_spoken(writers: Serving) -> None:
 
 
 def test_silent_and_slow_ones_are_closed(
-    llama: Path, language_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    critic: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 1)
     unread_body = b"PUT /v1/adapters/x HTTP/1.1\r\nContent-Length: 1000000\r\n" + HEAD + b"\r\n"
     with (
-        serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _),
+        serving(critic, copied(trained, tmp_path / "adapters")) as (client, _),
         connected(client) as silent,
         connected(client, b"GET / HTTP/1.1\r\nHos") as half,
         connected(client, b"GET /health HTTP/1.1\r\n" + HEAD + b"\r\n") as idle,
@@ -113,23 +115,29 @@ def test_silent_and_slow_ones_are_closed(
         assert received(refused).startswith(b"HTTP/1.1 401 ")
 
 
-def test_silent_ones_lock_nobody_out(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
+def test_silent_ones_lock_nobody_out(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
     slow_body = POST + b"Content-Length: 100\r\n\r\n{"
-    with serving(llama, adapters, connections=5) as (client, _), contextlib.ExitStack() as stack:
-        body = {"model": "a0", "prompt": "the ", "max_tokens": 40, "temperature": 0, "stream": True}
-        with client.stream("POST", "/v1/completions", json=body) as stream:
+    with (
+        serving(critic, adapters, connections=5, batch_rows=1) as (client, server),
+        contextlib.ExitStack() as stack,
+        ThreadPoolExecutor(1) as pool,
+        httpx.Client(base_url=client.base_url) as other,
+    ):
+        with server.base.passing:
+            asked = pool.submit(ask, client, "a0", ["good"] * 3)
+            until(lambda: [*server.engine.requests()[1]])
             for content in (b"", b"GET / HT", slow_body) * 5:
                 stack.enter_context(connected(client, content))
-            with httpx.Client(base_url=client.base_url) as other:
-                assert complete(other, "a1", "the ").status_code == 200
-            assert stream.read().endswith(b"data: [DONE]\n\n")
+            assert other.get("/v1/models").status_code == 200
+        assert asked.result().status_code == 200
+        assert ask(other, "a1").status_code == 200
 
 
-def test_answers_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, writers: Serving) -> None:
+def test_answers_that_nobody_reads(monkeypatch: pytest.MonkeyPatch, critics: Serving) -> None:
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.5)
     monkeypatch.setattr(connections, "LARGEST_HEAD", 2**20)
-    client, _ = writers
+    client, _ = critics
     # More than the system keeps between two ends.
     count = 5 * 10**7 // len(client.get("/openapi.json").content)
     with connected(client, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * count) as connection:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 from dvora.adapter_file.packs import write_pack
+from dvora.serve.server import Server
 from tests.recipes import tiny_models
 from tests.recipes.saved_adapters import adapted
-from tests.serve.served import CLASSES, TOKEN, Alone, Serving, copied, save_classifier, serving
+from tests.serve.served import CLASSES, TOKEN, Alone, Serving, ask, copied, probabilities, save_classifier, serving
+from tests.serve.served import TEXTS as PHRASES
 
 TEXTS = ["good movie", "the book was very bad", "it"]
 
@@ -29,8 +32,9 @@ TEXTS = ["good movie", "the book was very bad", "it"]
 def test_classes_of_one_text_by_several_adapters_in_one_pass(bert: Path, classifiers: Path, judges: Serving) -> None:
     alone = Alone(bert)
     client, server = judges
+    before = batches(server)
     answer = client.post("/v1/classify", json={"model": [*CLASSES], "input": TEXTS[0]}).json()
-    assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+    assert batches(server) == before + 1
     for row in answer["data"]:
         logits = alone.logits(classifiers / row["model"], CLASSES[row["model"]], TEXTS[0])
         if len(logits) == 1:
@@ -39,6 +43,29 @@ def test_classes_of_one_text_by_several_adapters_in_one_pass(bert: Path, classif
         else:
             np.testing.assert_allclose(row["probs"], logits.softmax(-1), atol=1e-5)
             assert row["label"] == f"LABEL_{int(logits.argmax())}"
+
+
+def batches(server: Server) -> float:
+    return server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) or 0.0
+
+
+def test_every_answer_under_mixed_load_is_that_of_the_merged_model_alone(
+    critic: Path, trained: Path, tmp_path: Path
+) -> None:
+    alone, draw = Alone(critic), random.Random(0)
+    folders = {"critic": None, **{f"a{number}": trained / f"a{number}" for number in range(6)}}
+    jobs = [(draw.choice([*folders]), draw.choice(PHRASES)) for _ in range(120)]
+    with (
+        serving(critic, copied(trained, tmp_path / "adapters")) as (client, server),
+        ThreadPoolExecutor(12) as pool,
+    ):
+        answers = list(pool.map(lambda job: ask(client, *job), jobs))
+        digests = {name: server.base.bank.digest(name) for name in folders if name != "critic"}
+    for (model, text), answer in zip(jobs, answers, strict=True):
+        assert probabilities(answer) == alone.answer(folders[model], text)
+        assert answer.headers["x-dvora-digest"] == digests.get(model, "base")
+    # Adapters that answered alike would prove nothing.
+    assert len({str(probabilities(answer)) for answer in answers}) > 30
 
 
 def test_names_of_classes_are_those_of_the_run(bert: Path, classifiers: Path, tmp_path: Path) -> None:
@@ -138,7 +165,7 @@ def test_entities_of_texts_of_several_lengths_by_several_adapters(bert: Path, tm
     assert {one["label"] for found in expected.values() for one in found} == {"MAIL", "NAME", "CITY"}
     with serving(bert, tmp_path / "adapters") as (client, server):
         answer = client.post("/v1/classify", json={"model": [*TAGS], "input": texts}).json()["data"]
-        assert server.metrics.registry.get_sample_value("dvora_batches_total", {"kind": "classify"}) == 1
+        assert batches(server) == 1
         for row in answer:
             found = [{key: one[key] for key in ("start", "end", "label", "text")} for one in row["entities"]]
             assert found == expected[row["model"], texts[row["index"]]]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dvora.serve.requests import Answer, Piece, RefusedError, Request, Sampling
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import Alone, copied
+from tests.serve.served import TEXTS, Alone, copied
 
 VALUES = "adapter_model.safetensors"
 
@@ -29,6 +29,11 @@ class Text(NamedTuple):
     @property
     def text(self) -> str:
         return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def probabilities(self) -> list[float]:
+        values: list[float] = self.answer.values.softmax(-1).tolist()
+        return values
 
 
 @contextmanager
@@ -179,48 +184,46 @@ def test_a_row_of_an_encoder_that_is_not_finite_fails_alone(
     assert answers[good].values.isfinite().all()
 
 
-def test_an_adapter_that_cannot_be_read_any_more_fails_alone(
-    llama: Path, language_adapters: Path, tmp_path: Path
-) -> None:
-    adapters = copied(language_adapters, tmp_path / "adapters")
-    with started(llama, adapters, host_memory=5e-6, slots=2) as server:
+def test_an_adapter_that_cannot_be_read_any_more_fails_alone(critic: Path, trained: Path, tmp_path: Path) -> None:
+    adapters = copied(trained, tmp_path / "adapters")
+    with started(critic, adapters, host_memory=5e-6, slots=2) as server:
         assert server.base.bank.stats().host_adapters < 3
         # Out of its slot, too.
-        ask(server, {"adapter": "a1"}, {"adapter": "a2"})
+        ask(server, {"adapter": "a1", "text": TEXTS[0]}, {"adapter": "a2", "text": TEXTS[0]})
         (adapters / "a0" / VALUES).unlink()
-        before = batches(server, "prefill")
-        bad, good = ask(server, {"adapter": "a0"}, {"adapter": "a1"})
-        assert batches(server, "prefill") == before + 1
+        before = batches(server, "classify")
+        bad, good = ask(server, {"adapter": "a0", "text": TEXTS[0]}, {"adapter": "a1", "text": TEXTS[0]})
+        assert batches(server, "classify") == before + 1
     assert isinstance(bad.answer.error, RefusedError)
     assert bad.answer.error.status == 422
     assert str(adapters) not in bad.answer.error.message
-    assert good.text == Alone(llama).continued(language_adapters / "a1", "the ", 12)
+    assert good.probabilities == Alone(critic).answer(trained / "a1")
 
 
-def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_texts_only(
-    llama: Path, language_adapters: Path, tmp_path: Path
+def test_a_pass_that_fails_is_not_run_again_and_ends_its_own_rows_only(
+    critic: Path, trained: Path, tmp_path: Path
 ) -> None:
-    alone, passes = Alone(llama), []
-    with started(llama, copied(language_adapters, tmp_path / "adapters")) as server:
-        last = server.base.model.model.layers[-1]
+    alone, passes, nine = Alone(critic), [], "good " * 7
+    with started(critic, copied(trained, tmp_path / "adapters"), batch_tokens=18) as server:
 
         def fail(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
             passes.append(arguments[0].shape[:2])
             if arguments[0].shape[1] == 9:
                 raise MemoryError("no room for nine tokens")
 
-        handle = last.register_forward_pre_hook(fail)
-        first = Sent(server, [{"adapter": "a1", "sampling": {"max_tokens": 40}}])
-        # A prompt that has been read is in no prefill with those that fail.
-        first.wait_for_piece()
-        failed = ask(server, {"adapter": "a2", "text": "Once upon"}, {"adapter": "a3", "text": "Once upo"})
+        handle = server.base.model.bert.encoder.layer[-1].register_forward_pre_hook(fail)
+        *failed, good = ask(
+            server,
+            {"adapter": "a2", "text": nine},
+            {"adapter": "a3", "text": nine},
+            {"adapter": "a1", "text": TEXTS[0]},
+        )
+        handle.remove()
         errors = [text.answer.error for text in failed]
         assert [error.status for error in errors if error is not None] == [500, 500]
-        (text,) = first.texts()
-        handle.remove()
-        assert [tuple(shape) for shape in passes if shape[1] == 9] == [(2, 9)]
-        assert text.text == alone.continued(language_adapters / "a1", "the ", 40)
-        assert ask(server, {"adapter": "a2"})[0].text == alone.continued(language_adapters / "a2", "the ", 12)
+        assert [tuple(shape) for shape in passes] == [(2, 9), (1, 4)]
+        assert good.probabilities == alone.answer(trained / "a1")
+        assert ask(server, {"adapter": "a2", "text": nine})[0].probabilities == alone.answer(trained / "a2", nine)
 
 
 def test_chances_are_the_models_and_the_end_is_a_token(llama: Path, language_adapters: Path, tmp_path: Path) -> None:

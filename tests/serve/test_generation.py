@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from tests.serve.served import ADMIN, TEXTS, Alone, Serving, complete, copied, serving
+from tests.serve.served import ADMIN, PROMPTS, Alone, Serving, complete, copied, serving
 
 MODELS = ("llama", *(f"a{number}" for number in range(6)))
 
@@ -21,7 +21,7 @@ def test_every_answer_under_mixed_load_is_that_of_the_merged_model_alone(
     llama: Path, language_adapters: Path, tmp_path: Path
 ) -> None:
     alone, draw = Alone(llama), random.Random(0)
-    jobs = [(draw.choice(MODELS), draw.choice(TEXTS), draw.randint(1, 20)) for _ in range(120)]
+    jobs = [(draw.choice(MODELS), draw.choice(PROMPTS), draw.randint(1, 20)) for _ in range(120)]
     with (
         serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, server),
         ThreadPoolExecutor(12) as pool,

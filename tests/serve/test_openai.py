@@ -12,7 +12,7 @@ import torch
 from openai import BadRequestError, OpenAI
 
 from dvora.serve.server import Server
-from tests.serve.served import TEXTS, Alone, Serving, complete, copied, serving
+from tests.serve.served import PROMPTS, Alone, Serving, complete, copied, serving
 
 COMPLETION = {"model": "a0", "prompt": "the ", "max_tokens": 2, "temperature": 0}
 CHAT = {"model": "a0", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "temperature": 0}
@@ -102,7 +102,7 @@ def test_what_is_not_neutral_is_refused_by_name(http: httpx.Client, change: dict
 
 
 def test_a_list_of_prompts(client: OpenAI, llama: Path, language_adapters: Path) -> None:
-    alone, prompts = Alone(llama), list(TEXTS)
+    alone, prompts = Alone(llama), list(PROMPTS)
     expected = [alone.continued(language_adapters / "a2", prompt, 9) for prompt in prompts]
     tokens = [alone.tokenizer(prompt)["input_ids"] for prompt in prompts]
     options: dict[str, Any] = {"model": "a2", "max_tokens": 9, "temperature": 0}

@@ -56,11 +56,11 @@ def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         assert "at most" in page.locator(".error").inner_text()
 
 
-def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_a_key(critic: Path, trained: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[shop]\nsha256 = "{hashlib.sha256(b"a secret").hexdigest()}"\nadapters = ["a1"]\n')
     with (
-        serving(llama, copied(language_adapters, tmp_path / "adapters"), keys=keys) as (client, _),
+        serving(critic, copied(trained, tmp_path / "adapters"), keys=keys) as (client, _),
         seen(str(client.base_url)) as found,
     ):
         page = found.page
@@ -76,8 +76,8 @@ def test_a_key(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
         assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
 
 
-def test_the_page_of_routes(writers: Serving) -> None:
-    client, _ = writers
+def test_the_page_of_routes(critics: Serving) -> None:
+    client, _ = critics
     answer = client.get("/docs")
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     with seen(f"{client.base_url}/docs", PHONE) as found:

@@ -3,7 +3,6 @@
 Without Ray this is skipped; `make ray` runs it in an environment that has it.
 """
 
-import json
 import os
 import re
 import signal
@@ -23,15 +22,15 @@ import httpx2 as httpx
 import pytest
 
 import dvora
-from tests.serve.served import ADMIN, TOKEN, Alone, complete, copied
+from tests.serve.served import ADMIN, TEXTS, TOKEN, Alone, ask, copied, probabilities
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="make ray has it")
 PAGE = Path(dvora.__file__).parents[2] / "docs" / "how-to" / "ray-serve.md"
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 INSTALL, START, DEPLOY, PUT, ROUTED, RESTART, SCALE = BLOCKS
 VALUES = "adapter_model.safetensors"
-CREATED = re.compile(r'^dvora_requests_created\{route="/v1/completions",status="200"\} (\S+)$', re.MULTILINE)
-"""When a replica first completed a text: no two have the same."""
+CREATED = re.compile(r'^dvora_requests_created\{route="/v1/classify",status="200"\} (\S+)$', re.MULTILINE)
+"""When a replica first classified a text: no two have the same."""
 
 
 def free_port() -> int:
@@ -41,7 +40,7 @@ def free_port() -> int:
 
 
 class Cluster:
-    """A folder with what the page names, the base here a language model; and a Ray of the test's own."""
+    """A folder with what the page names, and a Ray of the test's own."""
 
     def __init__(self, desk: Path, ray_folder: str) -> None:
         self.desk, self.port = desk, free_port()
@@ -69,8 +68,7 @@ class Cluster:
     def run(self, block: str) -> str:
         """Run a block of the page."""
         script = block.replace("curl ", "curl -sS --fail-with-body ")
-        for old, new in (("8000", str(self.port)), ("/v1/classify", "/v1/completions"), ('"input"', '"prompt"')):
-            script = script.replace(old, new)
+        script = script.replace("8000", str(self.port))
         ended = subprocess.run(
             ["bash", "-ec", script], cwd=self.desk, env=self.environment, capture_output=True, text=True, check=False
         )
@@ -78,7 +76,7 @@ class Cluster:
         return ended.stdout
 
     def metrics(self) -> dict[str, str]:
-        """What the replicas that completed texts count, by what only one of them says."""
+        """What the replicas that classified texts count, by what only one of them says."""
         with ThreadPoolExecutor(8) as pool:
             # Several at a time, since one after another may all go to one replica.
             texts = list(pool.map(lambda _: self.client.get("/metrics").text, range(64)))
@@ -96,16 +94,16 @@ class Cluster:
     def busy(self) -> bool:
         """Ask until both replicas have answered."""
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: complete(self.client, "a0", "the ").raise_for_status(), range(24)))
+            list(pool.map(lambda _: ask(self.client, "a0").raise_for_status(), range(24)))
         return len(self.metrics()) == 2
 
 
 @pytest.fixture(scope="module")
-def cluster(llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(critic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     desk = tmp_path_factory.mktemp("desk")
-    copied(llama, desk / "minilm")
-    copied(language_adapters, desk / "customers")
-    copied(language_adapters / "a1", desk / "new")
+    copied(critic, desk / "minilm")
+    copied(trained, desk / "customers")
+    copied(trained / "a1", desk / "new")
     # Sockets have short names.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         ray = Cluster(desk, folder)
@@ -121,28 +119,28 @@ def cluster(llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempP
             ray.client.close()
 
 
-def test_every_replica_serves_what_one_of_them_took(cluster: Cluster, language_adapters: Path, llama: Path) -> None:
-    alone = Alone(llama)
+def test_every_replica_serves_what_one_of_them_took(cluster: Cluster, trained: Path, critic: Path) -> None:
+    alone = Alone(critic)
 
     def answers(_: int) -> httpx.Response:
-        return complete(cluster.client, "tenant", "the ", 6)
+        return ask(cluster.client, "tenant")
 
     for source in ("a1", "a2", "a3", "a1"):
-        content = (language_adapters / source / VALUES).read_bytes()
+        content = (trained / source / VALUES).read_bytes()
         put = cluster.client.put("/v1/adapters/tenant", content=content, headers=ADMIN)
         assert put.status_code in (200, 201)
         with ThreadPoolExecutor(8) as pool:
             for answer in pool.map(answers, range(24)):
                 assert answer.status_code == 200, answer.text
                 assert answer.headers["x-dvora-digest"] == put.headers["x-dvora-digest"]
-                assert answer.json()["choices"][0]["text"] == alone.continued(language_adapters / source, "the ", 6)
+                assert probabilities(answer) == alone.answer(trained / source)
     cluster.wait(lambda: len(cluster.metrics()) == 2)
     assert cluster.client.delete("/v1/adapters/tenant", headers=ADMIN).status_code == 200
     assert {answers(0).status_code for _ in range(16)} == {404}
 
 
-def test_changes_at_two_replicas_are_all_kept(cluster: Cluster, language_adapters: Path) -> None:
-    content = (language_adapters / "a1" / VALUES).read_bytes()
+def test_changes_at_two_replicas_are_all_kept(cluster: Cluster, trained: Path) -> None:
+    content = (trained / "a1" / VALUES).read_bytes()
 
     def put(number: int) -> int:
         return int(cluster.client.put(f"/v1/adapters/new{number}", content=content, headers=ADMIN).status_code)
@@ -155,23 +153,24 @@ def test_changes_at_two_replicas_are_all_kept(cluster: Cluster, language_adapter
 
 
 def test_a_batch_has_several_adapters(cluster: Cluster) -> None:
-    """Rows a step, which would be one if Ray batched by name."""
+    """Those of a request, of which each would have one of its own if Ray batched by name."""
 
-    def steps() -> tuple[float, float]:
+    def counts() -> tuple[float, float]:
         texts = cluster.metrics().values()
         return total(texts, "dvora_batch_rows_total"), total(texts, "dvora_batches_total")
 
-    rows, batches = steps()
+    body = {"model": [f"a{number}" for number in range(6)], "input": TEXTS[0]}
+    rows, batches = counts()
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda number: complete(cluster.client, f"a{number % 6}", "a", 40), range(36)))
+        answers = list(pool.map(lambda _: cluster.client.post("/v1/classify", json=body), range(36)))
     assert {answer.status_code for answer in answers} == {200}
-    new_rows, new_batches = steps()
-    assert new_rows - rows > 2 * (new_batches - batches)
+    new_rows, new_batches = counts()
+    assert new_rows - rows == 6 * 36 >= 6 * (new_batches - batches)
 
 
 def total(texts: Iterable[str], name: str) -> float:
-    """The sum of what replicas counted in steps of generation."""
-    return sum(float(re.findall(rf'^{name}{{kind="decode"}} (\S+)$', text, re.MULTILINE)[0]) for text in texts)
+    """The sum of what replicas counted."""
+    return sum(float(re.findall(rf'^{name}{{kind="classify"}} (\S+)$', text, re.MULTILINE)[0]) for text in texts)
 
 
 def test_a_header_leads_to_where_an_adapter_was_used(cluster: Cluster) -> None:
@@ -180,52 +179,44 @@ def test_a_header_leads_to_where_an_adapter_was_used(cluster: Cluster) -> None:
     cluster.run(ROUTED)
     names = ("shop", "a0", "a1", "a2", "a3", "a4", "a5")
 
-    def ask(name: str) -> None:
-        body = {"model": name, "prompt": "the ", "max_tokens": 2}
-        headers = {"serve_multiplexed_model_id": name}
-        cluster.client.post("/v1/completions", json=body, headers=headers).raise_for_status()
+    def ask_there(name: str) -> None:
+        body, headers = {"model": name, "input": TEXTS[0]}, {"serve_multiplexed_model_id": name}
+        cluster.client.post("/v1/classify", json=body, headers=headers).raise_for_status()
 
     for name in names:
         # Replicas tell Ray's routers every second.
         time.sleep(2)
-        ask(name)
+        ask_there(name)
     time.sleep(2)
     for name in names:
-        start = completed(cluster)
+        start = classified(cluster)
         for _ in range(12):
-            ask(name)
-        assert sorted(count - start[replica] for replica, count in completed(cluster).items()) == [0, 12]
+            ask_there(name)
+        assert sorted(count - start[replica] for replica, count in classified(cluster).items()) == [0, 12]
 
 
-def completed(cluster: Cluster) -> dict[str, int]:
-    """How many texts each replica completed."""
-    pattern = re.compile(r'^dvora_requests_total\{route="/v1/completions",status="200"\} (\S+)$', re.MULTILINE)
+def classified(cluster: Cluster) -> dict[str, int]:
+    """How many texts each replica classified."""
+    pattern = re.compile(r'^dvora_requests_total\{route="/v1/classify",status="200"\} (\S+)$', re.MULTILINE)
     return {replica: int(float(pattern.findall(text)[0])) for replica, text in cluster.metrics().items()}
 
 
-def test_a_restart_loses_no_request(cluster: Cluster, llama: Path, language_adapters: Path) -> None:
-    alone, before, is_done = Alone(llama), set(cluster.metrics()), threading.Event()
-    expected = {name: alone.continued(language_adapters / name, "the ", 30) for name in ("a0", "a1", "a2", "a3")}
+def test_a_restart_loses_no_request(cluster: Cluster, critic: Path, trained: Path) -> None:
+    alone, before, is_done = Alone(critic), set(cluster.metrics()), threading.Event()
+    expected = {name: alone.answer(trained / name) for name in ("a0", "a1", "a2", "a3")}
 
-    def ask(name: str) -> int:
+    def ask_always(name: str) -> int:
         count = 0
         while not is_done.is_set():
-            if count % 2:
-                body = {"model": name, "prompt": "the ", "max_tokens": 30, "temperature": 0, "stream": True}
-                with cluster.client.stream("POST", "/v1/completions", json=body) as stream:
-                    lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
-                assert lines[-1] == "[DONE]"
-                text = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
-            else:
-                answer = complete(cluster.client, name, "the ", 30)
-                assert answer.status_code == 200, answer.text
-                text = answer.json()["choices"][0]["text"]
-            assert text == expected[name]
+            # One text, or a hundred.
+            answer = ask(cluster.client, name, [TEXTS[0]] * (100 if count % 2 else 1))
+            assert answer.status_code == 200, answer.text
+            assert all(row["probs"] == expected[name] for row in answer.json()["data"])
             count += 1
         return count
 
     with ThreadPoolExecutor(16) as pool:
-        asking = [pool.submit(ask, name) for name in expected for _ in range(4)]
+        asking = [pool.submit(ask_always, name) for name in expected for _ in range(4)]
         try:
             cluster.run(RESTART)
             cluster.wait(lambda: len(now := set(cluster.metrics())) == 2 and not now & before)
@@ -240,7 +231,7 @@ def test_replicas_come_with_the_load(cluster: Cluster) -> None:
     with ThreadPoolExecutor(12) as pool:
 
         def is_larger() -> bool:
-            list(pool.map(lambda _: complete(cluster.client, "a0", "a", 40).raise_for_status(), range(60)))
+            list(pool.map(lambda _: ask(cluster.client, "a0", ["good"] * 200).raise_for_status(), range(60)))
             return len(cluster.metrics()) == 3
 
         cluster.wait(is_larger, 90)

@@ -1,5 +1,6 @@
 """Many clients while adapters are replaced and deleted: every answer is its digest's, none another's or the base's."""
 
+import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ import pytest
 from dvora.serve.requests import Answer, Piece, Request, Sampling
 from dvora.serve.server import Server
 from tests.bank.versions import until
-from tests.serve.served import ADMIN, TEXTS, Alone, Serving, complete, copied, serving
+from tests.serve.served import ADMIN, TEXTS, Alone, Serving, answer_of, ask, copied, probabilities, put, serving
+from tests.serve.test_connections import POST, connected
 
 CONTENTS = tuple(f"a{number}" for number in range(6))
 
@@ -20,16 +22,16 @@ def uploads_of(server: Server) -> set[str]:
 
 
 def test_adapters_change_under_load(
-    llama: Path, language_adapters: Path, tmp_path: Path, request: pytest.FixtureRequest
+    critic: Path, trained: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     count = 10_000 if request.config.getoption("--fuzz") else 300
-    alone, draw = Alone(llama), random.Random(1)
-    values = {name: (language_adapters / name / "adapter_model.safetensors").read_bytes() for name in CONTENTS}
+    alone, draw = Alone(critic), random.Random(1)
+    values = {name: (trained / name / "adapter_model.safetensors").read_bytes() for name in CONTENTS}
     tenants = [f"tenant{number}" for number in range(5)]
-    jobs = [(draw.choice(tenants), draw.choice(TEXTS), draw.randint(1, 12)) for _ in range(count)]
+    jobs = [(draw.choice(tenants), draw.choice(TEXTS)) for _ in range(count)]
     is_done = threading.Event()
     with (
-        serving(llama, copied(language_adapters, tmp_path / "adapters"), slots=7) as (client, server),
+        serving(critic, copied(trained, tmp_path / "adapters"), slots=7) as (client, server),
         ThreadPoolExecutor(17) as pool,
     ):
         content_of = {client.get(f"/v1/adapters/{name}").json()["digest"]: name for name in CONTENTS}
@@ -54,32 +56,53 @@ def test_adapters_change_under_load(
             return changes
 
         changing = pool.submit(change)
-        answers = list(pool.map(lambda job: complete(client, *job), jobs))
+        answers = list(pool.map(lambda job: ask(client, *job), jobs))
         is_done.set()
         changes = changing.result()
         # Every version that nobody uses has left, and its upload the disk.
         until(lambda: {path.name for path in server.store.folder.glob("[0-9a-f]*")} == uploads_of(server))
     answered = 0
-    for (tenant, prompt, tokens), answer in zip(jobs, answers, strict=True):
+    for (tenant, text), answer in zip(jobs, answers, strict=True):
         if answer.status_code == 404:
             continue
         content = content_of[answer.headers["x-dvora-digest"]]
         assert content in served[tenant]
-        assert answer.json()["choices"][0]["text"] == alone.continued(language_adapters / content, prompt, tokens)
+        assert probabilities(answer) == alone.answer(trained / content, text)
         answered += 1
     assert answered > count / 2
     assert changes > 10
 
 
-def test_who_hangs_up_frees_the_place(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    body = {"model": "a0", "prompt": "a", "max_tokens": 62, "stream": True}
-    with serving(llama, copied(language_adapters, tmp_path / "adapters"), batch_rows=1) as (client, server):
-        for _ in range(20):
-            with client.stream("POST", "/v1/completions", json=body) as stream:
-                next(stream.iter_lines())
-        assert complete(client, "a1", "the ").status_code == 200
+def test_who_hangs_up_frees_the_place(critic: Path, trained: Path, tmp_path: Path) -> None:
+    body = json.dumps({"model": "a0", "input": ["good"] * 40}).encode()
+    with serving(critic, copied(trained, tmp_path / "adapters"), batch_rows=1) as (client, server):
+
+        def waiting() -> int:
+            return len(server.engine.requests()[1])
+
+        with server.base.passing:
+            for _ in range(20):
+                with connected(client, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+                    until(lambda: waiting() >= 39)
+                until(lambda: not waiting())
+        assert ask(client, "a1").status_code == 200
         # The engine lets go of its last batch when it has nothing to do.
         until(lambda: all(version.users == 1 for version in server.registry.versions()))
+
+
+def test_a_request_keeps_the_version_that_it_began_with(critic: Path, trained: Path, tmp_path: Path) -> None:
+    alone = Alone(critic)
+    with (
+        serving(critic, copied(trained, tmp_path / "adapters"), batch_rows=1) as (client, server),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with server.base.passing:
+            begun = pool.submit(ask, client, "a0", [TEXTS[0]] * 3)
+            until(lambda: len(server.engine.requests()[1]) == 2)
+            assert put(client, "a0", trained / "a1").status_code == 200
+        for row in begun.result().json()["data"]:
+            assert row["probs"] == alone.answer(trained / "a0")
+        assert answer_of(client, "a0") == alone.answer(trained / "a1")
 
 
 def test_a_cancelled_text_gets_no_more_steps(writers: Serving) -> None:

@@ -15,9 +15,9 @@ from dvora.serve.bounds import LARGEST_JSON
 from dvora.serve.calls import Call
 from dvora.serve.requests import RefusedError
 from dvora.serve.texts import MANY, Texts
-from tests.serve.served import Serving, complete, copied, serving
+from tests.serve.served import Serving, ask, copied, serving
 
-MANY_VALUES = ("null", "[]", "{}", '""', "1", "1.5", '["",""]', '{"role":"user","content":1}')
+MANY_VALUES = ("null", "[]", "{}", '""', "1", "1.5", '["",""]', '{"a":"b","c":1}')
 NO_WORDS_OF_HTTP = ("constrained", "list[", "Classify", "str.", "Input should", "NoneType", "/tmp", "site-packages")
 
 
@@ -38,100 +38,105 @@ def check_problem(answer: httpx.Response, seconds: float) -> None:
     assert seconds < 3
 
 
-@pytest.mark.parametrize("field", ["prompt", "stop", "model", "temperature", "logit_bias", "other"])
-def test_bodies_of_many_values_cost_little(writers: Serving, field: str) -> None:
-    client, _ = writers
-    others = "".join(f'"{name}":"a0",' for name in ("model", "prompt") if name != field)
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        *(("/v1/classify", field) for field in ("input", "model", "truncate", "abstain_below", "other")),
+        *(("/predict", field) for field in ("inputs", "parameters")),
+        ("/v1/embeddings", "input"),
+    ],
+)
+def test_bodies_of_many_values_cost_little(critics: Serving, path: str, field: str) -> None:
+    client, _ = critics
+    others = "".join(f'"{name}":"a0",' for name in ("model", "input" + "s" * (path == "/predict")) if name != field)
     for value in MANY_VALUES:
         started = time.process_time()
-        answer = post(client, "/v1/completions", f'{{{others}"{field}":{full(value)}}}')
+        answer = post(client, path, f'{{{others}"{field}":{full(value)}}}')
         check_problem(answer, time.process_time() - started)
 
 
-def test_chats_and_texts_of_many_values_cost_little(writers: Serving, judges: Serving) -> None:
+def test_objects_and_texts_of_many_values_cost_little(judges: Serving) -> None:
+    client, _ = judges
     names = "{" + ",".join(f'"{number:x}":0' for number in range(LARGEST_JSON // 10)) + "}"
-    bodies = [(writers, "/v1/chat/completions", names)]
-    for messages in (f"[{names}]", full("{}"), full('{"role":"user","content":1}')):
-        bodies.append((writers, "/v1/chat/completions", f'{{"model":"a0","messages":{messages}}}'))
+    bodies = [("/v1/classify", names), ("/v1/classify", f'{{"model":"two","input":[{names}]}}')]
     for value in ("null", "1", '["",""]'):
         for path, field in (("/v1/classify", "input"), ("/predict", "inputs"), ("/embed", "inputs")):
-            bodies.append((judges, path, f'{{"model":"two","{field}":{full(value)}}}'))
-    for (client, _), path, body in bodies:
+            bodies.append((path, f'{{"model":"two","{field}":{full(value)}}}'))
+    for path, body in bodies:
         started = time.process_time()
         answer = post(client, path, body)
         check_problem(answer, time.process_time() - started)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("path", "content", "words"),
     [
-        ('{"model":"a0","prompt":"\\ud800"}', "JSON"),
-        ('{"model":"\\ud800","prompt":"a"}', "JSON"),
-        ('{"model":"a\\u0000","prompt":"a"}', "no model 'a\\\\x00'"),
-        ('{"model":"a0","prompt":"a","stop":["\\udfff"]}', "JSON"),
-        ('{"\\ud800":1}', "JSON"),
-        ('{"model":"a0","prompt":"a","temperature":1e400}', "temperature: expected a number from 0 to 2"),
-        ('{"model":"a0","prompt":"a","temperature":NaN}', "temperature"),
-        ('{"model":"a0","prompt":"a","temperature":true}', "temperature"),
-        ('{"model":"a0","prompt":"a","top_p":0}', "top_p: expected a number above 0, at most 1"),
-        ('{"model":"a0","prompt":"a","top_p":1e-400}', "top_p"),
-        ('{"model":"a0","prompt":"a","seed":-1}', "seed"),
-        ('{"model":"a0","prompt":"a","max_tokens":true}', "max_tokens"),
-        (f'{{"model":"a0","prompt":"a","max_tokens":1{"0" * 400}}}', "max_tokens"),
-        (f'{{"model":"a0","prompt":"a","max_tokens":1{"0" * 5000}}}', "JSON"),
-        ('{"model":"a0","prompt":[true]}', "prompt"),
-        ('{"model":"a0","prompt":[99999999999999999999]}', "a token is not from 0 to"),
-        ('{"model":"a0","prompt":[]}', "0 rows"),
-        ('{"model":"a0","prompt":[[]]}', "no tokens"),
-        ('{"model":"a0","prompt":null}', "prompt: expected a text"),
+        ("/v1/classify", '{"model":"a0","input":"\\ud800"}', "JSON"),
+        ("/v1/classify", '{"model":"\\ud800","input":"a"}', "JSON"),
+        ("/v1/classify", '{"model":"a\\u0000","input":"a"}', "no model 'a\\\\x00'"),
+        ("/v1/classify", '{"model":"a0","input":["a","\\udfff"]}', "JSON"),
+        ("/v1/classify", '{"\\ud800":1}', "JSON"),
         (
-            f'{{"model":"a0","prompt":"a","stop":"{"x" * 1000}"}}',
-            "stop: expected at most 4 texts of up to 256 characters",
+            "/v1/classify",
+            '{"model":"a0","input":"a","abstain_below":1e400}',
+            "abstain_below: expected a probability, 0 to 1",
         ),
-        ('{"model":"a0","prompt":"a","stream_options":{"usage":true}}', "stream_options: usage is not kept here"),
-        ("[" * 30_000, "JSON"),
-        ("", "JSON"),
-        ("null", "JSON"),
+        ("/v1/classify", '{"model":"a0","input":"a","abstain_below":NaN}', "abstain_below"),
+        ("/v1/classify", '{"model":"a0","input":"a","abstain_below":true}', "abstain_below"),
+        ("/v1/classify", '{"model":"a0","input":"a","abstain_below":-1}', "abstain_below"),
+        ("/v1/classify", '{"model":"a0","input":"a","truncate":1}', "truncate: expected true or false"),
+        ("/v1/classify", f'{{"model":"a0","input":"a","abstain_below":1{"0" * 400}}}', "abstain_below"),
+        ("/predict", '{"model":"a0","inputs":"a","parameters":{"top_k":0}}', '"top_k", 1 or more'.replace('"', '\\"')),
+        ("/predict", '{"model":"a0","inputs":"a","parameters":{"top_k":true}}', "parameters"),
+        ("/predict", f'{{"model":"a0","inputs":"a","parameters":{{"top_k":1{"0" * 5000}}}}}', "JSON"),
+        ("/predict", '{"model":"a0","inputs":"a","parameters":{"usage":true}}', "parameters: usage is not kept here"),
+        ("/v1/embeddings", '{"model":"a0","input":[true]}', "input"),
+        ("/v1/embeddings", '{"model":"a0","input":[99999999999999999999]}', "a token is not from 0 to"),
+        ("/v1/embeddings", '{"model":"a0","input":[]}', "0 rows"),
+        ("/v1/embeddings", '{"model":"a0","input":[[]]}', "no tokens"),
+        ("/v1/embeddings", '{"model":"a0","input":null}', "input: expected a text"),
+        ("/v1/classify", "[" * 30_000, "JSON"),
+        ("/v1/classify", "", "JSON"),
+        ("/v1/classify", "null", "JSON"),
     ],
 )
-def test_what_is_wrong_with_a_body_is_said(writers: Serving, content: str, words: str) -> None:
-    client, _ = writers
-    answer = post(client, "/v1/completions", content)
+def test_what_is_wrong_with_a_body_is_said(critics: Serving, path: str, content: str, words: str) -> None:
+    client, _ = critics
+    answer = post(client, path, content)
     assert answer.status_code == (404 if "no model" in words else 400), answer.text
     assert words in answer.text
     assert not any(word in answer.text for word in NO_WORDS_OF_HTTP), answer.text
 
 
-def test_only_what_is_no_text_is_counted(writers: Serving) -> None:
-    client, _ = writers
+def test_only_what_is_no_text_is_counted(critics: Serving) -> None:
+    client, _ = critics
     text = '{"a": [1, "\\\\"], ' * 50_000
-    for prompt, words in ((text, "characters"), ([text[:40_000]] * 60, "tokens"), ([["x"]] * 40_000, "parts")):
-        answer = client.post("/v1/completions", json={"model": "a0", "prompt": prompt})
+    for given, words in ((text, "characters"), ([text[:40_000]] * 60, "tokens"), ([["x"]] * 40_000, "parts")):
+        answer = client.post("/v1/classify", json={"model": "a0", "input": given})
         assert words in answer.json()["error"]["message"]
     started = time.process_time()
-    check_problem(post(client, "/v1/completions", '"' + '\\"[' * 1_300_000), time.process_time() - started)
+    check_problem(post(client, "/v1/classify", '"' + '\\"[' * 1_300_000), time.process_time() - started)
 
 
-def test_a_page_of_another_site_cannot_send_a_body(writers: Serving) -> None:
-    client, _ = writers
-    body = '{"model": "a0", "prompt": "a", "max_tokens": 1}'
+def test_a_page_of_another_site_cannot_send_a_body(critics: Serving) -> None:
+    client, _ = critics
+    body = '{"model": "a0", "input": "a"}'
     for kind, status in (("text/plain", 400), ("application/json; charset=utf-8", 200)):
-        assert client.post("/v1/completions", content=body, headers={"content-type": kind}).status_code == status
+        assert client.post("/v1/classify", content=body, headers={"content-type": kind}).status_code == status
 
 
-def test_a_text_that_cannot_fit_is_not_read(writers: Serving, judges: Serving) -> None:
-    (client, _), (classifying, _) = writers, judges
+def test_a_text_that_cannot_fit_is_not_read(judges: Serving) -> None:
+    client, _ = judges
     text = "ab " * (LARGEST_JSON // 3 - 100)
     started = time.process_time()
     answers = [
-        complete(client, "a0", text),
-        client.post("/v1/chat/completions", json={"model": "a0", "messages": [{"role": "user", "content": text}]}),
-        classifying.post("/v1/classify", json={"model": "two", "input": text}),
+        ask(client, "two", text),
+        client.post("/v1/embeddings", json={"model": "two", "input": text}),
     ]
     for answer in answers:
         assert answer.status_code == 400
         assert f"at most {MANY:,} are read" in answer.json()["error"]["message"]
-    cut = classifying.post("/v1/classify", json={"model": "two", "input": "good " + text, "truncate": True})
+    cut = client.post("/v1/classify", json={"model": "two", "input": "good " + text, "truncate": True})
     assert cut.status_code == 200
     assert time.process_time() - started < 3
 
@@ -144,8 +149,8 @@ def test_a_query_is_read_for_each_text_within_bounds(judges: Serving) -> None:
     assert "the texts have 50,003,000 characters" in answer.json()["error"]["message"]
 
 
-def test_short_texts_do_not_wait_for_long_ones(writers: Serving) -> None:
-    _, server = writers
+def test_short_texts_do_not_wait_for_long_ones(critics: Serving) -> None:
+    _, server = critics
     texts, order = Texts(server.base, 2**22), list[str]()
 
     async def read(name: str, text: str) -> None:
@@ -160,21 +165,18 @@ def test_short_texts_do_not_wait_for_long_ones(writers: Serving) -> None:
     assert order == ["short", "long", "other"]
 
 
-def test_one_time_for_the_whole_request(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    """Sixty steps of which each alone is in time."""
-    body = {"model": "a0", "prompt": "the ", "max_tokens": 60, "temperature": 0}
-    with serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, server):
-        assert client.post("/v1/completions", json=body).status_code == 200
+def test_one_time_for_the_whole_request(critic: Path, trained: Path, tmp_path: Path) -> None:
+    """A hundred batches of which each alone is in time."""
+    rows = ["good"] * 100
+    with serving(critic, copied(trained, tmp_path / "adapters"), batch_rows=1) as (client, server):
+        assert ask(client, "a0", rows).status_code == 200
         started = time.monotonic()
-        client.post("/v1/completions", json=body)
+        assert ask(client, "a0", rows).status_code == 200
         # Settings are frozen; this is what the option sets.
         object.__setattr__(server.settings, "timeout", (time.monotonic() - started) / 4)
-        answer = client.post("/v1/completions", json=body)
+        answer = ask(client, "a0", rows)
         assert answer.status_code == 504
         assert answer.json()["error"]["type"] == "timeout"
-        stream = client.post("/v1/completions", json={**body, "stream": True}).text
-        assert "timeout" in stream
-        assert "[DONE]" not in stream
 
 
 def test_who_waits_is_told_in_time() -> None:
