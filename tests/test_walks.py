@@ -35,7 +35,7 @@ class Walk(NamedTuple):
 
 STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1115), Walk(9, 72, 1331), Walk(8, 55, 510)
 REQUEST = Walk(26, 250, 1060)
-BATCH, LOAD = Walk(11, 98, 735), Walk(21, 233, 3190)
+BATCH, LOAD = Walk(11, 93, 716), Walk(21, 233, 3190)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 

@@ -27,7 +27,7 @@ from benchmarks.environment import machine
 from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_classifiers, write_lora
+from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_lora, write_lora_classifier
 from dvora.adapter_file.packs import write_pack
 from dvora.flat import Layout
 from materials.files import lay_out
@@ -168,11 +168,12 @@ def encoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int,
 
 
 def kinds(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
-    """Classification by 64 adapters of one method, and by as many of four methods mixed."""
-    firsts = {"DVoRA r=64": folder / "classifier" / "adapter", **write_classifiers(bases["minilm"], folder / "firsts")}
+    """Classification by 64 adapters of one method, and by as many of both mixed."""
+    lora = write_lora_classifier(bases["minilm"], folder / "lora")
+    firsts = {"DVoRA r=64": folder / "classifier" / "adapter", "LoRA r=8": lora}
     adapters = {name: perturbed(first, folder / f"64 of {name}", 64) for name, first in firsts.items()}
     in_turn = list(adapters.values())
-    adapters["all four"] = {name: in_turn[number % 4][name] for number, name in enumerate(in_turn[0])}
+    adapters["both"] = {name: in_turn[number % 2][name] for number, name in enumerate(in_turn[0])}
     with ExitStack() as running:
         loads = {}
         for number, (name, folders) in enumerate(adapters.items()):

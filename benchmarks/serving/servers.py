@@ -14,7 +14,7 @@ from types import MappingProxyType
 import httpx2 as httpx
 import psutil
 import torch
-from peft import IA3Config, LoraConfig, RoadConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 TOKEN = "of the benchmark"
@@ -99,16 +99,11 @@ def write_lora(base: Path, folder: Path, rank: int, count: int) -> None:
         adapted.save_pretrained(folder / f"tenant-{number:04d}")
 
 
-def write_classifiers(base: Path, folder: Path) -> dict[str, Path]:
-    """Save a classifier of each other method than DVoRA, with random values; where they are."""
-    common = {"target_modules": ["query", "key", "value", "dense"], "task_type": "SEQ_CLS"}
-    configs = {
-        "LoRA r=8": LoraConfig(r=8, init_lora_weights=False, **common),
-        "RoAd": RoadConfig(init_weights=False, **common),
-        "(IA)3": IA3Config(init_ia3_weights=False, feedforward_modules=[], **common),
-    }
-    for name, config in configs.items():
-        torch.manual_seed(0)
-        adapted = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
-        adapted.save_pretrained(folder / name)
-    return {name: folder / name for name in configs}
+def write_lora_classifier(base: Path, folder: Path) -> Path:
+    """Save a classifier of LoRA, with random values; where it is."""
+    targets = ["query", "key", "value", "dense"]
+    config = LoraConfig(r=8, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+    adapted.save_pretrained(folder)
+    return folder

@@ -51,7 +51,8 @@ def parts(result: Mapping[str, Any]) -> dict[str, str]:
             "thread for the model, clients on the other core, servers in turns; ratios are medians in a turn. "
             "Adapters by Zipf's law (exponent 1), dvora structured r=64, 256 slots. MiniLM: sentences of 3 to 25 "
             "tokens, 32 requests under way; SmolLM2: 8, 16 tokens each. The 16 processes are merged models on one "
-            "core. vLLM 0.32 (float32, eager, one core) multiplies with oneDNN, which is faster on this machine.",
+            "core. vLLM 0.32 (float32, eager, one core) multiplies with oneDNN, which is faster on this machine. RoAd "
+            "and (IA)3 were measured while banks took them; they take LoRA only now.",
         ),
     }
 

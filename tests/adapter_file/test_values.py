@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import VeraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, PeftConfig, RoadConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import dvora
@@ -90,16 +90,21 @@ def written(content: bytes, file: str = VALUES) -> Callable[[Path], object]:
     return lambda folder: (folder / file).write_bytes(content)
 
 
+def of(config: PeftConfig) -> Callable[[Path], object]:
+    return lambda folder: get_peft_model(MODELS["mlp"](), config).save_pretrained(folder)
+
+
+OTHERS = r"type {}, and only those of DVoRA and LoRA share a base .* merge it \(merge_and_unload\)"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no settings": (lambda folder: (folder / SETTINGS).unlink(), "there is no file adapter_config.json"),
     "no values": (lambda folder: (folder / VALUES).unlink(), "there is no file adapter_model.safetensors"),
     "a pipe": (lambda folder: ((folder / VALUES).unlink(), os.mkfifo(folder / VALUES)), "there is no file"),
     "deep settings": (written(b"[" * 10**5, SETTINGS), "cannot be read as JSON"),
     "endless settings": (lambda folder: os.truncate(folder / SETTINGS, 2**25), "expected at most"),
-    "another method": (
-        lambda folder: get_peft_model(MODELS["mlp"](), VeraConfig(target_modules=["lin0"])).save_pretrained(folder),
-        r"VERA; only those of DVoRA, LoRA, \(IA\)3 and RoAd",
-    ),
+    "scales": (of(IA3Config(target_modules=["lin0"], feedforward_modules=[])), OTHERS.format("IA3")),
+    "rotations": (of(RoadConfig(target_modules=["lin0"], group_size=8)), OTHERS.format("ROAD")),
+    "another method": (of(VeraConfig(target_modules=["lin0"])), OTHERS.format("VERA")),
+    "LoRA that gives ranks up": (of(AdaLoraConfig(target_modules=["lin0"], total_step=9)), OTHERS.format("ADALORA")),
     "an endless header": (written(b"\xff" * 64), "truncated, or no safetensors"),
     "a deep header": (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "its header cannot be read"),
     "another rank": (lambda folder: edit_config(folder, r=5), "another rank"),

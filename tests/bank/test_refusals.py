@@ -17,8 +17,8 @@ from dvora.adapter_file.values_file import VALUES
 from tests.bank.tenants import HEADED, MLP, Served, Tenants, change_values, row_by_row, tenants
 from tests.peft.kinds import Kind, edit_config, edit_weights, saved
 from tests.peft.layer_cases import CASES
+from tests.peft.lora import lora
 from tests.peft.models_compared import assert_unchanged, snapshot, worst_difference
-from tests.peft.other_methods import other
 from tests.peft.tiny import MODELS, inputs, mlp, outputs, same_bits
 
 NAMES = ["a", None, "b", "a"]
@@ -401,7 +401,7 @@ def test_as_many_rows_as_tokens(method: str, tmp_path: Path) -> None:
     base, x = Rows().eval(), torch.randn(3, 3, 4)
     settings = {"target_modules": ["layer"]}
     if method == "lora":
-        other(copy.deepcopy(base), tmp_path / "a", "lora", **settings)
+        lora(copy.deepcopy(base), tmp_path / "a", **settings)
     else:
         heads = {"modules_to_save": ["head"]} if method == "a head" else {}
         saved(Kind(lambda: copy.deepcopy(base), {"r": 2, **settings, **heads}).trained(), tmp_path / "a")

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import dvora
 from dvora.recipes.adapters.exporting import export
 from tests.peft.kinds import edit_config
-from tests.peft.other_methods import other
 from tests.recipes import tiny_models
 from tests.serve.served import save_classifier, save_trained
 
@@ -82,17 +81,6 @@ def test_an_adapter_beside_those_of_dvora_is_named(
     message = refused(tmp_path / "adapters", bert, tmp_path)
     assert message.startswith("adapter 'b': ")
     assert said in message
-
-
-@pytest.mark.parametrize("method", ["ia3", "road"])
-def test_an_adapter_that_only_banks_take_is_named(bert: Path, tmp_path: Path, method: str) -> None:
-    save_classifier(bert, tmp_path / "adapters" / "a", 0, 3)
-    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
-    settings = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
-    other(model, tmp_path / "adapters" / "b", method, **settings)
-    message = refused(tmp_path / "adapters", bert, tmp_path)
-    assert message.startswith("adapter 'b': ")
-    assert f"type {method.upper()}; graphs take" in message
 
 
 @pytest.mark.parametrize("name", ["null", "Null"])

@@ -86,19 +86,19 @@ class LayerSizes(NamedTuple):
         return list(self if self.groups > 1 else self[:4])
 
 
-class FactorSizes(NamedTuple):
-    """The factors of one linear layer in an adapter of another method."""
+class LowRankSizes(NamedTuple):
+    """The factors of one linear layer in an adapter of LoRA."""
 
     name: str
-    method: str
-    """lora, ia3 or road."""
-    in_features: int | None
-    out_features: int | None
-    """None where the factors do not say."""
-    rank: int = 0
-    """0 for scales."""
-    settings: tuple[str | float, ...] = ()
-    """By which the factors are computed from the file: of LoRA the scaling, of RoAd the variant and the group size."""
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+
+    @property
+    def size(self) -> int:
+        """How many values they have."""
+        return self.rank * (self.in_features + self.out_features)
 
 
 class SavedWhole(NamedTuple):
@@ -140,8 +140,8 @@ class Content(NamedTuple):
     whole: tuple[SavedWhole, ...]
     base: tuple[tuple[str, tuple[float, ...]], ...]
     """Fingerprints of the base weights by layer, where they are known."""
-    factors: tuple[FactorSizes, ...] = ()
-    """Of an adapter of another method, which has no `layers`."""
+    factors: tuple[LowRankSizes, ...] = ()
+    """Of an adapter of LoRA, which has no `layers`."""
 
     @classmethod
     def of_saved(cls, config: DVoRAConfig, shapes: Mapping[str, Shape]) -> Content:
@@ -161,7 +161,7 @@ class Content(NamedTuple):
     @property
     def method(self) -> str:
         """In lower case."""
-        return self.factors[0].method if self.factors else "dvora"
+        return "lora" if self.factors else "dvora"
 
     @property
     def digest(self) -> str:

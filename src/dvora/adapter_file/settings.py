@@ -160,8 +160,8 @@ class DVoRAConfig(PeftConfig):
         # A caller may use one configuration for several bases, so the field itself stays unchanged.
         self.fingerprints_to_save: dict[str, list[float]] | None = None
         self.file: AdapterFile | None = None
-        self.other: PeftConfig | None = None
-        """That of an adapter of another method, for which this one stands."""
+        self.lora: PeftConfig | None = None
+        """That of an adapter of LoRA, for which this one stands."""
         self.peft_type = PeftType["DVORA"]
         _check_types(vars(self))
         for name in ("target_modules", "magnitude_modules", "exclude_modules"):

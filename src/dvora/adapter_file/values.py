@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..tensors import Float
 from .content import Content, check_saved_ranks, in_order, vector_digest
-from .other_methods import read_other
+from .lora import read_lora
 from .settings import DVoRAConfig
 from .values_file import (
     LARGEST_SETTINGS,
@@ -69,7 +69,7 @@ class Description:
     strengths: tuple[float, ...]
     """One a layer."""
     factors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names in the file of the factors of an adapter of another method, by layer."""
+    """Names in the file of the factors of an adapter of LoRA, by layer."""
 
     @cached_property
     def places(self) -> Mapping[str, range]:
@@ -127,7 +127,7 @@ class AdapterValues:
     beside: Mapping[str, Tensor]
     """What a file has that is not the adapter's (tables and biases of the base, projections), by the names in it."""
     factors: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Those of an adapter of another method as its file has them, by layer."""
+    """Those of an adapter of LoRA as its file has them, by layer."""
 
     @cached_property
     def digest(self) -> str:
@@ -317,7 +317,7 @@ def _described(settings: bytes, header: bytes) -> Description:
     shapes = {name: shape for name, (_, shape) in entries.items()}
     config = DVoRAConfig.from_bytes(settings, shapes)
     if not isinstance(config, DVoRAConfig):
-        config, content, of_file = read_other(settings, config, entries)
+        config, content, of_file = read_lora(settings, config, entries)
         return Description(settings, header, config, content, entries, of_file.whole, {}, None, (), of_file.factors)
     check_saved_ranks(config, shapes)
     content = Content.of_saved(config, shapes)

@@ -105,7 +105,7 @@ class AdapterBank:
             the bank may have fewer layers, not others.
         slots: how many adapters are on the device at a time, at least as many as one batch has.
         host_bytes: of factor rows in memory, at least those of one adapter.
-        head_bytes: of heads and of factors of other methods on the device, of which every slot has an equal part, or as
+        head_bytes: of heads and of factors of LoRA on the device, of which every slot has an equal part, or as
             much as the model's own head.
         dtype: of factor rows: float32, or half precision, which rounds each factor by 2**-11 (float16) or 2**-8.
         own_heads: whether rows of the base are meant to have the model's own head, of which nobody is warned then.

@@ -21,7 +21,7 @@ from ..adapter_file.content import LayerSizes, vector_digest
 from ..adapter_file.values import AdapterValues, is_finite
 from ..factors import factor_rows
 from ..rows.gathered import Held, LayerPlace
-from ..rows.layer_factors import LayerFactors, layer_factors
+from ..rows.low_rank import LowRank
 from ..tensors import Float
 from .served import ServedModel
 from .slots import AdapterRow
@@ -56,7 +56,7 @@ class FactorRows:
 
     def identity(self, values: AdapterValues) -> str:
         """What names an adapter on this base, whatever it is called."""
-        # Files of other methods do not say of which base they are.
+        # Files of LoRA do not say of which base they are.
         base = self._base if values.content.layers else "[]"
         return vector_digest(f'[{base}, "{values.digest}"]')
 
@@ -104,28 +104,28 @@ class FactorRows:
                 f"the adapter has factors that {self.dtype} cannot hold; make the bank with dtype=torch.float32, or "
                 "look whether its training diverged"
             )
-        return self._row(factors.clone(), self.served.heads_of(values.whole), self._layer_factors(values))
+        return self._row(factors.clone(), self.served.heads_of(values.whole), self._low_rank(values))
 
     def _row(
         self,
         factors: Float[Tensor, "F"],
         heads: Mapping[str, Tensor],
-        others: Mapping[str, LayerFactors] = MappingProxyType({}),
+        low_rank: Mapping[str, LowRank] = MappingProxyType({}),
     ) -> AdapterRow:
         changed = [layer for layer, place in enumerate(self.places) if self._acts(factors, place)]
         layers = self.served.layers
-        modules = [*(layers[layer].module for layer in changed), *(self.served.linears[name] for name in others)]
+        modules = [*(layers[layer].module for layer in changed), *(self.served.linears[name] for name in low_rank)]
         return AdapterRow(
             factors,
             # Most adapters change all, and there may be thousands of them.
-            Held(heads, self.served.first_blocks(modules), None if len(changed) == len(layers) else changed, others),
+            Held(heads, self.served.first_blocks(modules), None if len(changed) == len(layers) else changed, low_rank),
         )
 
-    def _layer_factors(self, values: AdapterValues) -> dict[str, LayerFactors]:
-        """The factors of an adapter of another method as its layers compute with them."""
+    def _low_rank(self, values: AdapterValues) -> dict[str, LowRank]:
+        """The factors of an adapter of LoRA as its layers compute with them."""
         factors, dtype = {}, self.served.dtype
         for sizes in values.content.factors:
-            factors[sizes.name] = of_layer = layer_factors(sizes, values.factors[sizes.name], dtype)
+            factors[sizes.name] = of_layer = LowRank.of_saved(sizes, values.factors[sizes.name], dtype)
             if not all(map(is_finite, of_layer)):
                 raise ValueError(f"{sizes.name} has factors that {dtype} cannot hold")
         return factors

@@ -16,22 +16,10 @@ from torch.nn.utils import parametrize
 from ..peft.layer_types import ActiveAdapter, LayerType, adapted_outputs, check_gradient
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import GatheredRows, HeadByRow, HeadGroup, RowsFirst, ServedHead
-from ..rows.layer_factors import InputScales, LayerFactors, rows_of
+from ..rows.low_rank import LowRank, rows_of
 from ..rows.shared import KnownBlocks, SharedPass
 from ..tensors import TensorVersion, bias_of, is_traced, replace_forward
 from ..weight import AdaptedWeight
-
-
-class Arguments(NamedTuple):
-    """Of a call of a layer."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def first(self) -> Any:
-        """The layer's inputs."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
 
 class ServedLayer(NamedTuple):
@@ -145,8 +133,8 @@ class LayerHook(_Hook):
         return adapted_outputs(module, layer.layer_type, x, base_output, [adapter], bias, in_place=True)
 
 
-class FactorsHook(_Hook):
-    """The forward hook of a linear layer: what adapters of other methods do for their rows.
+class LowRankHook(_Hook):
+    """The forward hook of a linear layer: what adapters of LoRA do for their rows.
 
     Args:
         name: of the layer.
@@ -160,34 +148,19 @@ class FactorsHook(_Hook):
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if self.batches.have_factors:
-            x = Arguments(args, kwargs).first
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
             for who, factors in self._groups(x):
-                if not isinstance(factors, InputScales):
-                    # Nobody else has seen the outputs yet.
-                    put = torch.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
-                    updated = factors.outputs(x, who, rows_of(output, who))
-                    output = updated if who is None else put(output, 0, who, updated)
+                # Nobody else has seen the outputs yet.
+                put = torch.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
+                updated = factors.outputs(x, who, rows_of(output, who))
+                output = updated if who is None else put(output, 0, who, updated)
         return output
 
-    def inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """The hook before the forward."""
-        if not self.batches.have_factors:
-            return None
-        x = given = Arguments(args, kwargs).first
-        for who, factors in self._groups(x):
-            if isinstance(factors, InputScales):
-                # In new memory, since other layers have the same inputs.
-                scaled = factors.inputs(rows_of(x, who))
-                x = scaled if who is None else x.index_copy(0, who, scaled)
-        if x is given:
-            return None
-        return Arguments((x, *args[1:]), kwargs) if args else Arguments((), {**kwargs, next(iter(kwargs)): x})
-
-    def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LayerFactors]]:
+    def _groups(self, x: Tensor) -> list[tuple[Tensor | None, LowRank]]:
         rows = self.batches.required().rows
         if not self.rows_first.is_known:
             self.rows_first.look(x, rows.rows)
-        groups = rows.layer_factors(self.name, len(x))
+        groups = rows.low_rank(self.name, len(x))
         if groups and not self.rows_first.is_known:
             self.rows_first.check(x)
         return groups

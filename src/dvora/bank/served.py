@@ -18,8 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_file.content import Content, FactorSizes, LayerSizes, SavedWhole, head_of
-from ..adapter_file.other_methods import check_named, with_targets
+from ..adapter_file.content import Content, LayerSizes, LowRankSizes, SavedWhole, head_of
+from ..adapter_file.lora import check_named, with_targets
 from ..adapter_file.settings import DVoRAConfig
 from ..adapter_file.values_file import Shape, plain_key
 from ..blocks import known_lists, with_rows_first
@@ -30,15 +30,14 @@ from ..peft.model import DVoRAModel
 from ..peft.saving import check_same_values
 from ..rows.batch import Batch, Batches
 from ..rows.gathered import RowsFirst, ServedHead
-from ..rows.layer_factors import factor_bytes
 from ..rows.shared import KnownBlocks, SharedPass
 from ..tensors import is_dtensor, is_partitioned
 from ..weight import AdaptedWeight
 from .hooks import (
     BlockForward,
-    FactorsHook,
     HeadHook,
     LayerHook,
+    LowRankHook,
     ModulePlace,
     OutputHook,
     ServedLayer,
@@ -86,7 +85,7 @@ class ServedModel:
             if child is not None
         ]
         self.linears = _linears(model, [head.name for head in self.heads])
-        """All that can have factors of other methods, by name."""
+        """All that can have factors of LoRA, by name."""
         self._modules = [name for name, _ in model.named_modules() if name]
         self._checked: DVoRAConfig | None = None
         # Fingerprints of the model as it is here, not of the base that the adapter was trained on.
@@ -112,12 +111,11 @@ class ServedModel:
             # A graph of the model that was compiled before asks for no new hooks, and would answer with the base.
             torch.compiler.reset()
         rows_first = with_rows_first(self.model)
-        of_linears = [
-            (module, FactorsHook(name, RowsFirst(name, module in rows_first), batches))
+        # The last to be put before all others comes first: LoRA is added to what DVoRA gives.
+        hooks: list[tuple[nn.Module, LowRankHook | LayerHook | HeadHook]] = [
+            (module, LowRankHook(name, RowsFirst(name, module in rows_first), batches))
             for name, module in self.linears.items()
         ]
-        # The last to be put before all others comes first: the rest of other methods see what DVoRA gives.
-        hooks: list[tuple[nn.Module, FactorsHook | LayerHook | HeadHook]] = [*of_linears]
         for position, layer in enumerate(self.layers):
             # The dimensions of a convolution say what they are.
             is_known = layer.module in rows_first or layer.layer_type.spatial > 0
@@ -128,8 +126,6 @@ class ServedModel:
         handles: list[RemovableHandle | BlockForward] = [
             module.register_forward_hook(hook, prepend=True, with_kwargs=True) for module, hook in hooks
         ]
-        # Behind those that were there, which see the inputs as they would those of a merged model.
-        handles += [module.register_forward_pre_hook(hook.inputs, with_kwargs=True) for module, hook in of_linears]
         for number, known in enumerate(map(KnownBlocks, self._known)):
             passes: WeakKeyDictionary[Batch, SharedPass] = WeakKeyDictionary()
             for place, module in enumerate(known.blocks):
@@ -169,8 +165,8 @@ class ServedModel:
         for sizes in content.factors:
             self._check_linear(sizes)
         # Adapters of one recipe share it, and come one after another.
-        if config is not None and config.other is not None and config is not self._checked:
-            lacking = check_named(with_targets(config.other, self.model), content.factors, self._modules)
+        if config is not None and config.lora is not None and config is not self._checked:
+            lacking = check_named(with_targets(config.lora, self.model), content.factors, self._modules)
             if lacking and not allow_partial:
                 raise ValueError(
                     f"the adapter lacks {lacking[0]}, which its settings name; save it again{self._advice}"
@@ -204,12 +200,12 @@ class ServedModel:
             if here.get(name := plain_key(key)) != shape:
                 raise ValueError(f"the adapter's file has {key!r} of shape {shape}, and the model {here.get(name)}")
 
-    def _check_linear(self, sizes: FactorSizes) -> None:
+    def _check_linear(self, sizes: LowRankSizes) -> None:
         """Refuse factors that fit no layer."""
         if (layer := self.linears.get(sizes.name)) is None:
             raise ValueError(f"the adapter has factors of {sizes.name}, which is no linear layer of the model")
         here = linear_sizes(layer)
-        there = sizes.out_features or here[0], sizes.in_features or here[1]
+        there = sizes.out_features, sizes.in_features
         if here != there:
             raise ValueError(
                 f"{sizes.name} has {here[0]} outputs and {here[1]} inputs in the model, and {there[0]} and {there[1]} "
@@ -245,9 +241,9 @@ class ServedModel:
         return heads
 
     def head_bytes(self, content: Content) -> int:
-        """Bytes of an adapter's heads, and of its factors of another method, as they are on the device."""
+        """Bytes of an adapter's heads, and of its factors of LoRA, as they are on the device."""
         of_heads: int = sum(prod(part.shape) * self.own_heads[part.name].itemsize for part in content.whole)
-        return of_heads + sum(factor_bytes(layer, self.dtype) for layer in content.factors)
+        return of_heads + sum(layer.size for layer in content.factors) * self.dtype.itemsize
 
     def _with_own_outputs(self, whole: Sequence[SavedWhole]) -> tuple[SavedWhole, ...]:
         """Parts of heads as if they had as many outputs as the model's, where all of a head agree on another number."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..rows.gathered import GatheredRows, Held, LayerPlace, RowIndex
+from ..rows.low_rank import LowRank
 from ..tensors import Float
 
 
@@ -25,7 +26,7 @@ class AdapterRow(NamedTuple):
 
     factors: Float[Tensor, "F"]
     held: Held
-    """Heads, and factors of another method."""
+    """Heads, and factors of LoRA."""
 
     @property
     def nbytes(self) -> int:
@@ -224,7 +225,7 @@ class Slots:
             device, held = self.factors.device, row.held
             self.held[slot] = held._replace(
                 heads={name: values.to(device) for name, values in held.heads.items()},
-                factors={name: type(of)(*(factor.to(device) for factor in of)) for name, of in held.factors.items()},
+                factors={name: LowRank(*(factor.to(device) for factor in of)) for name, of in held.factors.items()},
             )
 
 

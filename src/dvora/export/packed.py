@@ -29,7 +29,7 @@ from ..adapter_file.values_file import as_bytes
 from ..bank.factor_rows import FactorRows
 from ..bank.served import ServedModel
 from ..bank.slots import AdapterRow
-from ..rows.layer_factors import LayerFactors, LowRank
+from ..rows.low_rank import LowRank
 from ..tensors import Float
 from ..whole_files import write_atomically
 
@@ -165,21 +165,6 @@ def _digest(layout_digest: str, name: str, labels: str, vector: Float[Tensor, "P
     return vector_digest(f"{layout_digest}\n{name}\n{labels}", as_bytes(vector))
 
 
-def graph_source(adapter: Path) -> FolderSource:
-    """An adapter in a folder, of a method that graphs take.
-
-    Raises:
-        ValueError: it is of another one, or as for `FolderSource`.
-    """
-    source = FolderSource(adapter)
-    if (method := source.content.method) not in ("dvora", "lora"):
-        raise ValueError(
-            f"{adapter}: an adapter of type {method.upper()}; graphs take those of DVoRA and LoRA. Merge it, and "
-            "export the merged model"
-        )
-    return source
-
-
 class Packing:
     """How the adapters of a base model become vectors.
 
@@ -194,12 +179,10 @@ class Packing:
     """
 
     def __init__(self, model: nn.Module, adapter: Path, others: Sequence[Content] = ()) -> None:
-        description = graph_source(adapter).description
+        description = FolderSource(adapter).description
         lora = [sizes for content in (description.content, *others) for sizes in content.factors]
         by_rank = sorted(lora, key=lambda sizes: (sizes.name, sizes.rank))
-        # Of LoRA both are there.
-        features = ((s.name, s.rank, s.in_features or 0, s.out_features or 0) for s in by_rank)
-        self.lora = {name: ((inputs, rank), (rank, outputs)) for name, rank, inputs, outputs in features}
+        self.lora = {s.name: ((s.in_features, s.rank), (s.rank, s.out_features)) for s in by_rank}
         """Shapes of A^T and B^T by layer, of the largest rank that an adapter has there."""
         self.served = ServedModel(model, description.config, description.content)
         if table := next((head.name for head in self.served.heads if isinstance(head.module, nn.Embedding)), None):
@@ -274,7 +257,7 @@ class Packing:
         Raises:
             TypeError, ValueError: it is damaged, of another base, or has other layers or heads, or a larger rank.
         """
-        source = graph_source(adapter)
+        source = FolderSource(adapter)
         self.served.check_fits(source.content, source.beside, source.config)
         for sizes in source.content.factors:
             if sizes.rank > (room := self.lora[sizes.name][1][0] if sizes.name in self.lora else 0):
@@ -314,11 +297,11 @@ class Packing:
         parts = [row.factors, *self._filled(row.held.factors), *heads]
         return torch.cat([part.detach().to("cpu", torch.float32).reshape(-1) for part in parts])
 
-    def _filled(self, factors: Mapping[str, LayerFactors]) -> Iterator[Tensor]:
+    def _filled(self, factors: Mapping[str, LowRank]) -> Iterator[Tensor]:
         """A^T (I, R) and B^T (R, O) of every layer that has some in a vector."""
         for name, (of_A, of_B) in self.lora.items():
             A_T, B_T = torch.zeros(of_A), torch.zeros(of_B)
-            if isinstance(of_layer := factors.get(name), LowRank):
-                A, B = of_layer
+            if name in factors:
+                A, B = factors[name]
                 A_T[:, : len(A)], B_T[: len(A)] = A.T, B.T
             yield from (A_T, B_T)

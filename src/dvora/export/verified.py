@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..adapter_file.values import FolderSource
 from .graph import Call, once, with_cache
-from .packed import LAYOUT, SUFFIX, Packing, described, graph_source
+from .packed import LAYOUT, SUFFIX, Packing, described
 
 ADAPTERS, LISTED = "adapters", "index.json"
 OUTPUT = "output"
@@ -129,7 +130,7 @@ def prepared(model: nn.Module, adapters: Mapping[str, Path], sample: Sample) -> 
     contents = {}
     for name, folder in adapters.items():
         with _naming(name):
-            contents[name] = graph_source(folder).content
+            contents[name] = FolderSource(folder).content
     of_dvora = [name for name, content in contents.items() if content.layers]
     of_lora = [name for name in contents if name not in of_dvora]
     with _naming(first := [*of_dvora, *of_lora][0]):

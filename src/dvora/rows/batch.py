@@ -110,7 +110,7 @@ class Batches:
         self._lock = threading.Lock()
         self._closed = False
         self.have_factors = False
-        """Whether an adapter of another method has ever been among them."""
+        """Whether an adapter of LoRA has ever been among them."""
 
     @contextmanager
     def entered(self, rows: GatheredRows) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch.func import functional_call
 from ..adapter_file.content import SavedWhole
 from ..factors import Factors
 from ..tensors import saved_tensors_are_hooked
-from .layer_factors import LayerFactors
+from .low_rank import LowRank
 
 
 class LayerPlace(NamedTuple):
@@ -50,8 +50,8 @@ class Held(NamedTuple):
     """Of each list of known blocks the first that it changes, or how many there are; None: perhaps the first."""
     changed: Collection[int] | None = None
     """The layers that its vectors change, by their positions; None: perhaps all."""
-    factors: Mapping[str, LayerFactors] = {}
-    """Of another method by layer, each without the dimension of rows."""
+    factors: Mapping[str, LowRank] = {}
+    """Of LoRA by layer, each without the dimension of rows."""
 
 
 class ServedHead(NamedTuple):
@@ -223,7 +223,7 @@ class GatheredRows:
         self._of: Tensor | None = None
         self._gathered: dict[int, Tensor] = {}
         self._factors: dict[tuple[int, int], list[Factors]] = {}
-        self._layer_factors: dict[tuple[str, int], list[tuple[Tensor | None, LayerFactors]]] = {}
+        self._low_rank: dict[tuple[str, int], list[tuple[Tensor | None, LowRank]]] = {}
 
     def factors(self, layer: int, rows: int, dimensions: int, dtype: torch.dtype) -> Factors:
         """The factors of a layer: a part of what is gathered and split once.
@@ -246,8 +246,8 @@ class GatheredRows:
                 self._factors[rows, dimensions] = [Factors(*three) for three in zip(parts, parts, parts, strict=True)]
         return self._factors[rows, dimensions][layer]
 
-    def layer_factors(self, layer: str, rows: int) -> list[tuple[Tensor | None, LayerFactors]]:
-        """Rows (None: all) with factors of another method in a layer, and these: those of the same shapes together.
+    def low_rank(self, layer: str, rows: int) -> list[tuple[Tensor | None, LowRank]]:
+        """Rows (None: all) with factors of LoRA in a layer, and these: those of the same shapes together.
 
         One adapter for all rows of a group has factors of N = 1.
 
@@ -258,22 +258,22 @@ class GatheredRows:
         if layer not in self._layers_with_factors:
             # Layers that nobody adapts may get something else than rows.
             return []
-        if (layer, rows) not in self._layer_factors:
+        if (layer, rows) not in self._low_rank:
             held, places = self._held(), self.rows.places_of(rows)
-            of_shapes: dict[Hashable, list[int]] = {}
+            of_shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
             for row, place in enumerate(places):
                 if (of_row := held[place].factors.get(layer)) is not None:
-                    of_shapes.setdefault((type(of_row), *(factor.shape for factor in of_row)), []).append(row)
-            groups: list[tuple[Tensor | None, LayerFactors]] = []
+                    of_shapes.setdefault((of_row.A.shape, of_row.B.shape), []).append(row)
+            groups: list[tuple[Tensor | None, LowRank]] = []
             # Inference tensors could not be used in a later pass with gradients.
             with torch.inference_mode(False):
                 for members in of_shapes.values():
                     is_one = len({places[row] for row in members}) == 1
                     factors = [held[places[row]].factors[layer] for row in members[: 1 if is_one else None]]
                     who = None if len(members) == rows else torch.tensor(members, device=self.rows.once.device)
-                    groups.append((who, type(factors[0])(*map(torch.stack, zip(*factors, strict=True)))))
-            self._layer_factors[layer, rows] = groups
-        return self._layer_factors[layer, rows]
+                    groups.append((who, LowRank(*map(torch.stack, zip(*factors, strict=True)))))
+            self._low_rank[layer, rows] = groups
+        return self._low_rank[layer, rows]
 
     @cached_property
     def _layers_with_factors(self) -> set[str]:

@@ -8,10 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from math import prod
 
-import torch
-
 from ..recipes.models.bases import longest_text
-from ..rows.layer_factors import factor_bytes
 from .access import Keys
 from .base import open_base
 from .engine import Engine
@@ -97,7 +94,7 @@ def _with_room_for(opened: Sequence[Served], settings: Settings) -> Settings:
         with suppress(ValueError, TypeError, OSError):
             content = version.source.content
             heads = sum(prod(part.shape) for part in content.whole)
-            sizes[version.name] = 4 * heads + sum(factor_bytes(layer, torch.float32) for layer in content.factors)
+            sizes[version.name] = 4 * (heads + sum(layer.size for layer in content.factors))
     largest = max(sizes, key=sizes.__getitem__, default="")
     slots = int(settings.head_memory * 2**30) // max(1, sizes.get(largest, 0))
     if not 0 < slots < settings.slots:

@@ -1,4 +1,4 @@
-"""Adapters of LoRA, (IA)3 and RoAd beside those of DVoRA: each row is what PEFT gives for its adapter alone."""
+"""Adapters of LoRA beside those of DVoRA: each row is what PEFT gives for its adapter alone."""
 
 from __future__ import annotations
 
@@ -24,47 +24,28 @@ from dvora.adapter_file.packs import write_pack
 from dvora.rows.gathered import GatheredRows
 from tests.bank.tenants import BERT, HEADED, LLAMA, Kind, tenants
 from tests.peft.kinds import WEIGHTS, edit_config, edit_weights
-from tests.peft.other_methods import other
+from tests.peft.lora import lora
 from tests.peft.tiny import LAYERS, MODELS, inputs, outputs
 from tests.rows.products import Products
 
 HEAD = {"modules_to_save": ["classifier"]}
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "r=8": ("lora", {"r": 8, "target_modules": LAYERS["bert"]}),
-    "r=1, queries": ("lora", {"r": 1, "lora_alpha": 3, "target_modules": ["query"]}),
-    "rslora": ("lora", {"r": 4, "use_rslora": True, "target_modules": ["query", "value"]}),
-    "patterns": (
-        "lora",
-        {
-            "r": 4,
-            "target_modules": LAYERS["bert"],
-            "rank_pattern": {"query": 6, r"layer\.1\..*value": 2},
-            "alpha_pattern": {"layer.0.attention.self.query": 9},
-        },
-    ),
-    "lora, the last block": ("lora", {"r": 2, "target_modules": ["query", "dense"], "layers_to_transform": [1]}),
-    "outputs": ("ia3", {"target_modules": LAYERS["bert"]}),
-    "inputs": ("ia3", {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]}),
-    "ia3, the last block": (
-        "ia3",
-        {"target_modules": r".*layer\.1\..*dense", "feedforward_modules": r".*layer\.1\.output\.dense"},
-    ),
-    "road_1": ("road", {"target_modules": LAYERS["bert"]}),
-    "road_2": ("road", {"variant": "road_2", "group_size": 2, "target_modules": ["query", "value"]}),
-    "road_4": ("road", {"variant": "road_4", "group_size": 16, "target_modules": ["key", "query", "dense"]}),
-    "road, the last block": ("road", {"target_modules": r".*layer\.1\..*query"}),
+CONFIGS: dict[str, dict[str, Any]] = {
+    "r=8": {"r": 8, "target_modules": LAYERS["bert"]},
+    "r=1, queries": {"r": 1, "lora_alpha": 3, "target_modules": ["query"]},
+    "rslora": {"r": 4, "use_rslora": True, "target_modules": ["query", "value"]},
+    "patterns": {
+        "r": 4,
+        "target_modules": LAYERS["bert"],
+        "rank_pattern": {"query": 6, r"layer\.1\..*value": 2},
+        "alpha_pattern": {"layer.0.attention.self.query": 9},
+    },
+    "the last block": {"r": 2, "target_modules": ["query", "dense"], "layers_to_transform": [1]},
 }
-ONE_EACH = {
-    "lora": {"r": 3, "target_modules": ["query"]},
-    "ia3": {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]},
-    "road": {"target_modules": ["query"]},
-}
-methods = pytest.mark.parametrize("method", ONE_EACH)
 
 
-def one(method: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
+def one(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """An adapter of BERT."""
-    return other(BERT.base(), folder, method, seed, **HEAD, **{**ONE_EACH[method], **settings})
+    return lora(BERT.base(), folder, seed, **HEAD, **{"r": 3, "target_modules": ["query"], **settings})
 
 
 def alone(kind: Kind, folder: Path | None, rows: int) -> Tensor:
@@ -74,12 +55,12 @@ def alone(kind: Kind, folder: Path | None, rows: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, dict[str | None, Path | None]]:
-    """Adapters of all methods on one base."""
+    """Adapters of both methods on one base."""
     folder = tmp_path_factory.mktemp("mixed")
     of_dvora = tenants(BERT, folder / "dvora", 2)
     folders: dict[str | None, Path | None] = {name: of_dvora.path(name) for name in of_dvora.names}
-    for seed, (name, (method, config)) in enumerate(CONFIGS.items()):
-        folders[name] = other(BERT.base(), folder / str(seed), method, seed, **HEAD, **config)
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        folders[name] = lora(BERT.base(), folder / str(seed), seed, **HEAD, **config)
     return BERT, {**folders, None: None}
 
 
@@ -121,25 +102,19 @@ TARGETS: list[Any] = [
     *(EVERY_LINEAR, EVERY_LINEAR[1:], ["query", "value"], ["query", "key", "value", "output.dense"], ["query", "lost"]),
     *("all-linear", "All-Linear", None, r".*\.(query|key|value|dense)", r".*layer\.1\..*(query|dense)", "lost"),
 ]
-"""Also what PEFT takes of BERT by itself, for each method."""
+"""Also what PEFT takes of BERT by itself."""
 EXCLUDED = [None, ["value"], ["layer.0.attention.self.query", "pooler.dense"], r".*layer\.0\..*", r".*pooler.*", "lost"]
 IN_BLOCKS = [{}, {}, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1], "layers_pattern": "layer"}]
 HEADS = [["classifier"], ["classifier", "pooler"], ["classifier", "layer.0.intermediate"]]
-FEEDFORWARD = [["output.dense"], ["dense"], [], None, r".*output\.dense", "lost"]
-AS_THEY_ARE = {"lora": "init_lora_weights", "ia3": "init_ia3_weights", "road": "init_weights"}
-"""What is missing starts without a change."""
 
 
 def layers_in(folder: Path) -> set[str]:
     keys = [key.removeprefix("base_model.model.") for key in load_file(folder / WEIGHTS)]
-    return {key.partition(end)[0] for key in keys for end in (".lora_", ".ia3_", ".road_") if end in key}
+    return {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
 
 
-@pytest.mark.parametrize("method", AS_THEY_ARE)
-def test_settings_and_file_that_were_edited_are_what_peft_gives_or_refused(method: str, tmp_path: Path) -> None:
-    more = {"feedforward_modules": ["output.dense"]} if method == "ia3" else {}
-    targets = ["query", "key", "value", "dense", *more.get("feedforward_modules", [])]
-    path = other(BERT.base(), tmp_path / "whole", method, **HEAD, **{**more, "target_modules": targets})
+def test_settings_and_file_that_were_edited_are_what_peft_gives_or_refused(tmp_path: Path) -> None:
+    path = lora(BERT.base(), tmp_path / "whole", **HEAD, target_modules=EVERY_LINEAR)
     outcomes = set()
 
     @settings(max_examples=20)
@@ -149,17 +124,13 @@ def test_settings_and_file_that_were_edited_are_what_peft_gives_or_refused(metho
             return data.draw(st.sampled_from([*values[:1] * 3, *values]))
 
         edits = {"target_modules": draw(TARGETS), "exclude_modules": draw(EXCLUDED), "modules_to_save": draw(HEADS)}
-        if method == "lora":
-            edits |= draw(IN_BLOCKS)
-        if method == "ia3":
-            edits["feedforward_modules"] = inputs_of = draw(FEEDFORWARD)
-            if isinstance(inputs_of, list) and isinstance(edits["target_modules"], list):
-                edits["target_modules"] = edits["target_modules"] + inputs_of
+        edits |= draw(IN_BLOCKS)
         lost, allow_partial = draw([None, "layer.0.", "value", "pooler", "intermediate"]), data.draw(st.booleans())
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             edited = Path(shutil.copytree(path, folder, dirs_exist_ok=True))
-            edit_config(edited, **edits, **{AS_THEY_ARE[method]: True})
+            # What is missing starts without a change.
+            edit_config(edited, **edits, init_lora_weights=True)
             state, head = BERT.base().state_dict(), f"{edits['modules_to_save'][-1]}."
             parts = {f"base_model.model.{key}": value for key, value in state.items() if head in f".{key}"}
             edit_weights(edited, lambda t: [t.pop(key) for key in [*t] if lost is not None and lost in key])
@@ -198,26 +169,19 @@ def test_rows_of_others_keep_their_bits(mixed: tuple[Kind, dict[str | None, Path
     with bank_of(model, folders) as bank:
         with bank.rows(names):
             found = outputs(model, len(names))
-        is_scaled = [name in CONFIGS and CONFIGS[name][0] != "lora" for name in names]
-        with bank.rows([None if scaled else name for name, scaled in zip(names, is_scaled, strict=True)]):
+        with bank.rows([None if name in CONFIGS else name for name in names]):
             without = outputs(model, len(names))
-    for row, scaled in enumerate(is_scaled):
-        assert torch.equal(found[row], without[row]) is not scaled, names[row]
-
-
-OF_LLAMA: dict[str, dict[str, Any]] = {
-    "lora": {"r": 3, "target_modules": LAYERS["llama"]},
-    "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "road": {"target_modules": "all-linear"},
-}
+    for row, name in enumerate(names):
+        assert torch.equal(found[row], without[row]) is (name not in CONFIGS), name
 
 
 def test_texts_are_generated_beside_adapters_of_dvora(tmp_path: Path) -> None:
     folders: dict[str | None, Path | None] = {None: None, "a": tenants(LLAMA, tmp_path / "dvora", 1).path("a")}
-    folders |= {method: other(LLAMA.base(), tmp_path / method, method, **OF_LLAMA[method]) for method in OF_LLAMA}
+    for seed, (name, targets) in enumerate({"l": LAYERS["llama"], "all": "all-linear"}.items()):
+        folders[name] = lora(LLAMA.base(), tmp_path / name, seed, r=3, target_modules=targets)
     model = LLAMA.base()
     settings = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
-    names = ["ia3", "lora", "a", None, "road", "lora"]
+    names = ["all", "l", "a", None, "l"]
     batch = inputs(model, len(names))
     with bank_of(model, folders) as bank:
         with bank.rows(names):
@@ -229,15 +193,6 @@ def test_texts_are_generated_beside_adapters_of_dvora(tmp_path: Path) -> None:
             assert torch.equal(found[row : row + 1], expected)
 
 
-@pytest.mark.parametrize("method", ["ia3", "road"])
-def test_scales_are_not_rounded_to_the_dtype_of_the_base(method: str, tmp_path: Path) -> None:
-    folder = other(LLAMA.base(), tmp_path, method, **OF_LLAMA[method])
-    model = LLAMA.base().bfloat16()
-    with bank_of(model, {"one": folder}) as bank, bank.rows(["one"] * 4):
-        found = outputs(model)
-    assert torch.equal(found, outputs(PeftModel.from_pretrained(LLAMA.base().bfloat16(), folder).eval()))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_lora_over_another_dtype_is_rounded_where_peft_rounds(dtype: torch.dtype, tmp_path: Path) -> None:
     def base() -> nn.Module:
@@ -246,7 +201,7 @@ def test_lora_over_another_dtype_is_rounded_where_peft_rounds(dtype: torch.dtype
     folders: dict[str | None, Path | None] = {None: None}
     for of_file in (torch.float32, torch.bfloat16, torch.float16):
         name, settings = str(of_file), {"r": 8, "lora_alpha": 8 + 3 * len(folders), "target_modules": ["lin1"]}
-        folders[name] = other(MODELS["mlp"](), tmp_path / name, "lora", len(folders), **settings)
+        folders[name] = lora(MODELS["mlp"](), tmp_path / name, len(folders), **settings)
         change("", lambda x, of_file=of_file: x.to(of_file))(folders[name])
     names, (x,) = [*folders, *folders], inputs(base(), 2 * len(folders)).values()
     model = base().requires_grad_(False)
@@ -272,11 +227,9 @@ def test_lora_over_another_dtype_is_rounded_where_peft_rounds(dtype: torch.dtype
             assert (seen[-1] != expected).float().mean() < 0.01 or dtype == torch.float64
 
 
-@methods
-def test_inputs_get_the_gradients_that_peft_gives(method: str, tmp_path: Path) -> None:
-    settings = {**ONE_EACH[method], "target_modules": ["lin0", "lin1"]}
-    settings |= {"feedforward_modules": ["lin1"]} if method == "ia3" else {}
-    folder = other(HEADED.base(), tmp_path / "other", method, modules_to_save=["lin2"], **settings)
+def test_inputs_get_the_gradients_that_peft_gives(tmp_path: Path) -> None:
+    settings = {"r": 3, "target_modules": ["lin0", "lin1"], "modules_to_save": ["lin2"]}
+    folder = lora(HEADED.base(), tmp_path / "other", **settings)
     folders = {"a": tenants(HEADED, tmp_path / "dvora", 1).path("a"), "other": folder, None: None}
     names = ["other", None, "a", "other"]
     x = inputs(HEADED.base())["x"].requires_grad_()
@@ -294,23 +247,17 @@ def test_inputs_get_the_gradients_that_peft_gives(method: str, tmp_path: Path) -
 
 def test_layers_whose_weight_is_transposed(tmp_path: Path) -> None:
     base = MODELS["gpt2"]
-    settings = {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}
-    folders: dict[str | None, Path | None] = {
-        "lora": other(base(), tmp_path / "lora", "lora", **settings),
-        "ia3": other(base(), tmp_path / "ia3", "ia3", **settings, feedforward_modules=["mlp.c_proj"]),
-    }
+    folder = lora(base(), tmp_path, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
     model = base().eval()
-    with bank_of(model, folders) as bank, bank.rows(["ia3", "lora", None, "ia3"]):
+    with bank_of(model, {"l": folder}) as bank, bank.rows(["l", "l", None, "l"]):
         found = outputs(model)
-    for row, name in enumerate(["ia3", "lora"]):
-        expected = outputs(PeftModel.from_pretrained(base(), folders[name]).eval())
-        torch.testing.assert_close(found[row], expected[row], rtol=1e-5, atol=1e-5)
+    expected = outputs(PeftModel.from_pretrained(base(), folder).eval())
+    torch.testing.assert_close(found[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=1e-5)
 
 
-@methods
-def test_one_text_shares_the_blocks_below(mixed: tuple[Kind, dict[str | None, Path | None]], method: str) -> None:
+def test_one_text_shares_the_blocks_below(mixed: tuple[Kind, dict[str | None, Path | None]]) -> None:
     kind, folders = mixed
-    model, name = kind.base(), f"{method}, the last block"
+    model, name = kind.base(), "the last block"
     products = Products(model.bert.encoder.layer)
     batch = {key: x[:1].repeat(3, 1) for key, x in inputs(model).items()}
     with bank_of(model, folders) as bank, torch.no_grad(), bank.rows([name, name, None]), products:
@@ -332,11 +279,9 @@ class Shifted(nn.Module):
         return self.of_rows(x) + self.of_table(self.table).sum(0)
 
 
-@methods
-def test_layers_that_nobody_adapts_may_get_something_else_than_rows(method: str, tmp_path: Path) -> None:
+def test_layers_that_nobody_adapts_may_get_something_else_than_rows(tmp_path: Path) -> None:
     base = Shifted().requires_grad_(False)
-    settings = {"group_size": 4} if method == "road" else {}
-    other(copy.deepcopy(base), tmp_path, method, target_modules=["of_rows"], **settings)
+    lora(copy.deepcopy(base), tmp_path, target_modules=["of_rows"])
     x = torch.arange(12.0).view(3, 4)
     expected = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x).detach()
     with bank_of(base, {"l": tmp_path}) as bank, torch.no_grad(), bank.rows(["l", None, "l"]):
@@ -344,9 +289,8 @@ def test_layers_that_nobody_adapts_may_get_something_else_than_rows(method: str,
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
 
 
-@methods
-def test_packs_and_replacements(method: str, tmp_path: Path) -> None:
-    paths = {name: one(method, tmp_path / name, seed) for seed, name in enumerate("ab")}
+def test_packs_and_replacements(tmp_path: Path) -> None:
+    paths = {name: one(tmp_path / name, seed) for seed, name in enumerate("ab")}
     write_pack(tmp_path / "both.dvora", paths)
     model = BERT.base()
     with dvora.AdapterBank(model, slots=1, like=paths["a"]) as bank, torch.no_grad():
@@ -360,39 +304,36 @@ def test_packs_and_replacements(method: str, tmp_path: Path) -> None:
 
 
 def test_settings_that_change_what_is_computed_are_in_the_digest(tmp_path: Path) -> None:
-    path = one("road", tmp_path / "a", group_size=16)
+    path = one(tmp_path / "a")
     with bank_of(BERT.base(), {"a": path}) as bank:
         before = bank.digest("a")
-        edit_config(path, group_size=8)
+        edit_config(path, lora_alpha=9)
         assert bank.digest_of(path) != before
 
 
-@methods
-def test_of_one_adapter_nothing_is_copied(method: str, tmp_path: Path) -> None:
-    path, layer = one(method, tmp_path), "bert.encoder.layer.0.attention.self"
+def test_of_one_adapter_nothing_is_copied(tmp_path: Path) -> None:
+    path, layer = one(tmp_path), "bert.encoder.layer.0.attention.self"
     with bank_of(BERT.base(), {"a": path}) as bank, bank.rows(["a"] * 4) as batch:
         rows: GatheredRows = batch.rows
-        ((who, factors),) = rows.layer_factors(f"{layer}.query", 4)
+        ((who, factors),) = rows.low_rank(f"{layer}.query", 4)
         assert who is None
         assert {len(factor) for factor in factors} == {1}
-        assert rows.layer_factors(f"{layer}.value", 4) == []
+        assert rows.low_rank(f"{layer}.value", 4) == []
 
 
-@methods
-def test_they_are_served_and_not_trained(method: str, tmp_path: Path) -> None:
-    these, path = tenants(BERT, tmp_path / "dvora", 1), one(method, tmp_path / "l")
+def test_they_are_served_and_not_trained(tmp_path: Path) -> None:
+    these, path = tenants(BERT, tmp_path / "dvora", 1), one(tmp_path / "l")
     with bank_of(BERT.base().requires_grad_(False), {"l": path}) as bank:
         with pytest.raises(ValueError, match="the bank has no adapter of DVoRA"):
             bank.trainable(["l"])
-        with pytest.raises(ValueError, match=f"one of {method} has none"):
+        with pytest.raises(ValueError, match="one of lora has none"):
             bank.replace("l", torch.ones(9))
         with pytest.raises(ValueError, match="the layers served are those of an adapter that is not; begin with like="):
             bank.add("a", these.path("a"))
-    message = f"'l' is of {method}, which is served here and not trained"
     folders: dict[str | None, Path | None] = {"a": these.path("a"), "l": path}
     with (
         bank_of(BERT.base().requires_grad_(False), folders) as bank,
-        pytest.raises(ValueError, match=message),
+        pytest.raises(ValueError, match="'l' is of lora, which is served here and not trained"),
     ):
         bank.trainable(["l", "a"])
 
@@ -424,88 +365,53 @@ def both(*edits: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [edit(folder) for edit in edits]
 
 
-WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "DoRA": ("lora", config(use_dora=True), "use_dora=True is not served"),
-    "biases": ("lora", config(bias="all"), "bias='all' is not served"),
-    "another base": ("lora", config(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base itself"),
-    "replicated layers": ("lora", config(layer_replication=[[0, 2]]), "layer_replication"),
-    "another rank": ("lora", config(r=4), "has rank 3, and another one in r"),
-    "an endless expression": ("lora", config(alpha_pattern={"(.+)+!": 2}), "alpha_pattern: .* could take more than"),
-    "an embedding": ("lora", renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is of no linear layer"),
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "DoRA": (config(use_dora=True), "use_dora=True is not served"),
+    "biases": (config(bias="all"), "bias='all' is not served"),
+    "another base": (config(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the base itself"),
+    "replicated layers": (config(layer_replication=[[0, 2]]), "layer_replication"),
+    "another rank": (config(r=4), "has rank 3, and another one in r"),
+    "an endless expression": (config(alpha_pattern={"(.+)+!": 2}), "alpha_pattern: .* could take more than"),
+    "an embedding": (renamed("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is of no linear layer"),
     "another width": (
-        "lora",
         change("lora_A.weight", lambda x: x[:, :-1].clone()),
         "32 outputs and 32 inputs in the model, and 32 and 31 in the adapter: another base",
     ),
-    "a convolution": ("lora", change("lora_B.weight", lambda x: x[..., None, None]), ".out, r. of a linear layer"),
-    "half a layer": ("lora", without("lora_B"), "query has no lora_B.weight"),
+    "a convolution": (change("lora_B.weight", lambda x: x[..., None, None]), ".out, r. of a linear layer"),
+    "half a layer": (without("lora_B"), "query has no lora_B.weight"),
     "no layer": (
-        "lora",
         both(renamed("query", "other"), config(target_modules=["other"])),
         "other, which is no linear layer of the model",
     ),
     "a layer that is not targeted": (
-        "lora",
         config(target_modules=["value"]),
         r"0\.attention\.self\.query has factors in the file, and its settings leave the layer out",
     ),
-    "a layer that is excluded": ("lora", config(exclude_modules=r".*1\..*"), r"1\.attention\.self\.query has factors"),
-    "a layer of another block": ("lora", config(layers_to_transform=[1]), r"0\.attention\.self\.query has factors"),
-    "a layer in a head": ("lora", config(modules_to_save=["classifier", "self"]), r"self\.query has factors"),
+    "a layer that is excluded": (config(exclude_modules=r".*1\..*"), r"1\.attention\.self\.query has factors"),
+    "a layer of another block": (config(layers_to_transform=[1]), r"0\.attention\.self\.query has factors"),
+    "a layer in a head": (config(modules_to_save=["classifier", "self"]), r"self\.query has factors"),
     "a layer that all linear ones have": (
-        "lora",
         config(target_modules="all-linear"),
         r"lacks bert\.encoder\.layer\.0\.attention\.output\.dense, which its settings name; .* allow_partial=True",
     ),
-    "a layer of PEFT's default": ("lora", config(target_modules=None), r"lacks .*0\.attention\.self\.value, which its"),
-    "no layer of PEFT's default": ("road", config(target_modules=[]), "its settings leave the layer out"),
-    "an endless target": ("lora", config(target_modules="(.+)+!"), "target_modules: .* could take more than"),
-    "endless inputs": ("ia3", config(feedforward_modules="(.+)+!"), "feedforward_modules: .* could take more than"),
-    "an endless exclusion": ("ia3", config(exclude_modules="(.+)+!"), "exclude_modules: .* could take more than"),
+    "a layer of PEFT's default": (config(target_modules=None), r"lacks .*0\.attention\.self\.value, which its"),
+    "no layer of PEFT's default": (config(target_modules=[]), "its settings leave the layer out"),
+    "an endless target": (config(target_modules="(.+)+!"), "target_modules: .* could take more than"),
+    "an endless exclusion": (config(exclude_modules="(.+)+!"), "exclude_modules: .* could take more than"),
     "endless names": (
-        "road",
         config(target_modules=[*map(str, range(4097))]),
         "name 4097 layers, expected at most 4096",
     ),
-    "no names": ("lora", config(target_modules=1), "'int' is not iterable|not a container"),
-    "inputs for outputs": (
-        "ia3",
-        config(feedforward_modules=r".*(query|output\.dense)"),
-        r"query has scales of outputs in the file, and feedforward_modules='.*' says otherwise",
-    ),
-    "outputs for inputs": ("ia3", config(feedforward_modules=[]), "output.dense has scales of inputs in the file"),
-    "not finite": ("lora", change("lora_B.weight", lambda x: x * torch.nan), "factors that are not finite"),
-    "no head": ("lora", without("classifier"), "lacks classifier"),
-    "scales of a convolution": ("ia3", change("ia3_l", lambda x: x.view(1, -1, 1, 1)), ".1, in. of a linear layer"),
-    "scales of one output": ("ia3", change("query.ia3_l", lambda x: x[:1]), r"shape \(1, 1\), expected"),
-    "scales of another width": (
-        "ia3",
-        change("output.dense.ia3_l", lambda x: x[:, :-1].clone()),
-        "32 outputs and 31 inputs in the adapter: another base|32 and 31 in the adapter: another base",
-    ),
-    "scales of no layer": (
-        "ia3",
-        both(renamed("query", "other"), config(target_modules=["other", "output.dense"])),
-        "other, which is no linear layer of the model",
-    ),
-    "scales that are not finite": ("ia3", change("ia3_l", lambda x: x * torch.inf), "factors that are not finite"),
-    "rotations of another width": (
-        "road",
-        change("", lambda x: x[:-4].clone() if x.dim() == 1 and len(x) == 16 else x),
-        "24 and 32 in the adapter: another base",
-    ),
-    "half a rotation": ("road", without("road_alpha"), "query has no road_alpha"),
-    "another group": ("road", config(group_size=12), "expected 6 for each group of variant='road_1' and group_size=12"),
-    "half a group": ("road", config(group_size=8.0), "group_size=8.0; save the adapter again"),
-    "another variant": ("road", config(variant="road_3"), "Invalid variant road_3"),
-    "angles of another shape": ("road", change("road_theta", lambda x: x[:8].clone()), "has angles of shape .8,."),
+    "no names": (config(target_modules=1), "'int' is not iterable|not a container"),
+    "not finite": (change("lora_B.weight", lambda x: x * torch.nan), "factors that are not finite"),
+    "no head": (without("classifier"), "lacks classifier"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_more_than_its_method_in_linear_layers_is_refused(what: str, tmp_path: Path) -> None:
-    method, spoil, said = WRONG[what]
-    path = one(method, tmp_path / "l")
+def test_what_is_more_than_lora_in_linear_layers_is_refused(what: str, tmp_path: Path) -> None:
+    spoil, said = WRONG[what]
+    path = one(tmp_path / "l")
     spoil(path)
     these = tenants(BERT, tmp_path / "dvora", 1)
     with these.bank() as served:
@@ -515,18 +421,17 @@ def test_what_is_more_than_its_method_in_linear_layers_is_refused(what: str, tmp
 
 
 def test_the_head_of_a_task_has_no_factors(tmp_path: Path) -> None:
-    path = other(BERT.base(), tmp_path, "lora", r=3, target_modules=["query", "classifier"])
+    path = lora(BERT.base(), tmp_path, r=3, target_modules=["query", "classifier"])
     edit_config(path, task_type="SEQ_CLS")
     with (
-        dvora.AdapterBank(BERT.base(), like=one("lora", tmp_path / "like")) as bank,
+        dvora.AdapterBank(BERT.base(), like=one(tmp_path / "like")) as bank,
         pytest.raises(ValueError, match="classifier has factors in the file, and its settings leave the layer out"),
     ):
         bank.add("l", path)
 
 
-@methods
-def test_what_is_too_large_for_the_slots_is_refused(method: str, tmp_path: Path) -> None:
-    path = one(method, tmp_path, **({"variant": "road_4"} if method == "road" else {}))
+def test_what_is_too_large_for_the_slots_is_refused(tmp_path: Path) -> None:
+    path = one(tmp_path)
     with bank_of(BERT.base().bfloat16(), {"a": path}) as bank:
         before = bank.stats().device_bytes
         with bank.rows(["a"]):
@@ -539,12 +444,11 @@ def test_what_is_too_large_for_the_slots_is_refused(method: str, tmp_path: Path)
         bank.add("a", path)
 
 
-@methods
-def test_settings_that_peft_does_not_know_are_refused(method: str, tmp_path: Path) -> None:
-    path = one(method, tmp_path / "l")
+def test_settings_that_peft_does_not_know_are_refused(tmp_path: Path) -> None:
+    path = one(tmp_path)
     edit_config(path, mirrored=True)
     with (
-        dvora.AdapterBank(BERT.base(), like=one(method, tmp_path / "like")) as bank,
+        dvora.AdapterBank(BERT.base(), like=one(tmp_path / "like")) as bank,
         pytest.warns(UserWarning, match="mirrored"),
         pytest.raises(ValueError, match="mirrored=True is not served"),
     ):

@@ -1,4 +1,4 @@
-"""Adapters of other methods as files, which no model is needed to read."""
+"""Adapters of LoRA as files, which no model is needed to read."""
 
 from pathlib import Path
 
@@ -8,12 +8,11 @@ from dvora.adapter_file.packs import write_pack
 from dvora.adapter_file.values import FolderSource
 from tests.bank.tenants import BERT
 from tests.peft.kinds import edit_config
-from tests.peft.other_methods import other
+from tests.peft.lora import lora
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "road"])
-def test_factors_of_layers_that_settings_leave_out(method: str, tmp_path: Path) -> None:
-    path = other(BERT.base(), tmp_path / "a", method, target_modules=["query", "value"])
+def test_factors_of_layers_that_settings_leave_out(tmp_path: Path) -> None:
+    path = lora(BERT.base(), tmp_path / "a", target_modules=["query", "value"])
     assert len(FolderSource(path).content.factors) == 4
     edit_config(path, target_modules=r".*query")
     said = r"layer\.0\.attention\.self\.value has factors in the file, and its settings leave the layer out"

@@ -1,4 +1,4 @@
-"""Adapters of LoRA, (IA)3 and RoAd over HTTP, beside those of DVoRA."""
+"""Adapters of LoRA over HTTP, beside those of DVoRA."""
 
 from pathlib import Path
 
@@ -6,25 +6,19 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from dvora.adapter_file.packs import write_pack
-from tests.peft.other_methods import other
+from tests.peft.lora import lora
 from tests.serve.served import ADMIN, Alone, answer_of, copied, serving
 
-SETTINGS = {
-    "lora": {"r": 4, "target_modules": ["query", "output.dense"]},
-    "ia3": {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
-    "road": {"target_modules": ["query", "output.dense"], "variant": "road_2"},
-}
 
-
-@pytest.fixture(scope="module", params=SETTINGS)
-def adapter(request: pytest.FixtureRequest, critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def adapter(critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the critic."""
-    return saved(critic, tmp_path_factory.mktemp(request.param) / "l0", request.param, **SETTINGS[request.param])
+    return saved(critic, tmp_path_factory.mktemp("lora") / "l0", r=4, target_modules=["query", "output.dense"])
 
 
-def saved(critic: Path, folder: Path, method: str, **settings: object) -> Path:
+def saved(critic: Path, folder: Path, **settings: object) -> Path:
     model = AutoModelForSequenceClassification.from_pretrained(critic)
-    return other(model, folder, method, task_type="SEQ_CLS", **settings)
+    return lora(model, folder, task_type="SEQ_CLS", **settings)
 
 
 def test_it_is_put_and_answers_beside_others_after_a_restart_too(
@@ -71,7 +65,7 @@ def test_slots_follow_from_the_adapters_that_are_there(
         slots = client.get("/info").json()["slots"]
         assert 1 <= slots < 256
         assert f"{slots} slots, not 256: the head and factors of l0 take" in caplog.text
-        large = saved(critic, tmp_path / "large", "lora", r=512, target_modules="all-linear")
+        large = saved(critic, tmp_path / "large", r=512, target_modules="all-linear")
         write_pack(tmp_path / "large.pack", {"large": large})
         refused = client.put("/v1/adapters/large", content=(tmp_path / "large.pack").read_bytes(), headers=ADMIN)
         assert refused.status_code == 422
@@ -79,14 +73,15 @@ def test_slots_follow_from_the_adapters_that_are_there(
         assert "head_bytes" not in refused.text
 
 
-def test_values_of_lora_without_settings_need_a_pack(critic: Path, trained: Path, tmp_path: Path) -> None:
-    lora = saved(critic, tmp_path / "lora", "lora", **SETTINGS["lora"])
-    values = (lora / "adapter_model.safetensors").read_bytes()
+def test_values_of_lora_without_settings_need_a_pack(
+    critic: Path, trained: Path, adapter: Path, tmp_path: Path
+) -> None:
+    values = (adapter / "adapter_model.safetensors").read_bytes()
     with serving(critic, copied(trained, tmp_path / "adapters")) as (client, _):
         refused = client.put("/v1/adapters/new", content=values, headers=ADMIN)
         assert refused.status_code == 422
         assert "does not say its alpha; send its folder as a pack (`dvora bank pack`)" in refused.text
-        write_pack(tmp_path / "pack", {"new": lora})
+        write_pack(tmp_path / "pack", {"new": adapter})
         client.put("/v1/adapters/new", content=(tmp_path / "pack").read_bytes(), headers=ADMIN).raise_for_status()
         # Under its own name its settings are there.
         assert client.put("/v1/adapters/new", content=values, headers=ADMIN).status_code == 200
