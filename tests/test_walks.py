@@ -33,9 +33,9 @@ class Walk(NamedTuple):
     calls: int
 
 
-STEP, FEW_TOKENS, EVALUATION = Walk(9, 86, 1115), Walk(9, 72, 1331), Walk(8, 55, 510)
-REQUEST = Walk(26, 250, 1060)
-BATCH, LOAD = Walk(11, 93, 716), Walk(21, 233, 3190)
+STEP, FEW_TOKENS, EVALUATION = Walk(8, 75, 981), Walk(8, 64, 1217), Walk(7, 44, 415)
+REQUEST = Walk(25, 236, 929)
+BATCH, LOAD = Walk(10, 85, 613), Walk(20, 223, 2825)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 
