@@ -138,8 +138,8 @@ class DVoRAAdapter(nn.Module):
         Raises:
             ValueError: the last dimension of `x` is not the layer's `in_features`.
         """
-        held = weight_in_memory(self.base_layer, "weight")
-        width = self.adapted.in_features if held is None else local(held).shape[1]
+        weight = weight_in_memory(self.base_layer, "weight")
+        width = self.adapted.in_features if weight is None else local(weight).shape[1]
         if x.dim() == 0 or x.shape[-1] != width:
             raise ValueError(
                 f"expected inputs of width {width} (the base layer's in_features), got shape {tuple(x.shape)}"
@@ -407,10 +407,10 @@ def initialize_shared_matrices(input_size: int, output_size: int, rank: int, see
             raise TypeError(f"{name} must be a positive integer, got {size!r} of type {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size}")
-    made = SharedProjections(seed=0 if seed is None else seed)
-    made.reserve(checked_rank(rank), input_size, output_size)
+    matrices = SharedProjections(seed=0 if seed is None else seed)
+    matrices.reserve(checked_rank(rank), input_size, output_size)
     with _lock:
-        _default = made
+        _default = matrices
 
 
 def are_shared_matrices_initialized() -> bool:

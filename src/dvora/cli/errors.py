@@ -184,6 +184,6 @@ def nearest_option(typed: str, options: Sequence[str]) -> str | None:
     """The option that was probably meant: by its initials (--lr), by one of its words (--steps), or by its letters."""
     name = typed.lstrip("-").replace("_", "-").lower()
     words = {option: option.lstrip("-").split("-") for option in options}
-    by_initials = [option for option, parts in words.items() if "".join(part[0] for part in parts) == name]
-    by_word = [option for option, parts in words.items() if name in parts]
-    return next(iter((*by_initials, *nearest(f"--{name}", options), *by_word)), None)
+    initials = [option for option, parts in words.items() if "".join(part[0] for part in parts) == name]
+    words_in_common = [option for option, parts in words.items() if name in parts]
+    return next(iter((*initials, *nearest(f"--{name}", options), *words_in_common)), None)

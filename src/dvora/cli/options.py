@@ -93,17 +93,17 @@ def with_options_of(model: type[BaseModel], short: dict[str, str] | None = None)
     """
 
     def decorate(function: Any) -> Any:
-        given = [*signature(function).parameters.values()]
-        given = [parameter for parameter in given if parameter.kind is not parameter.VAR_KEYWORD]
-        names = {parameter.name for parameter in given}
+        parameters = [*signature(function).parameters.values()]
+        parameters = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        names = {parameter.name for parameter in parameters}
         added = [
             _parameter(name, _option(name, field, short or {}), None)
             for name, field in model.model_fields.items()
             if name not in names
         ]
         # Where the help shows them: behind the arguments.
-        place = max(1, sum(parameter.default is parameter.empty for parameter in given))
-        return _with_parameters(function, [*given[:place], *added, *given[place:]])
+        place = max(1, sum(parameter.default is parameter.empty for parameter in parameters))
+        return _with_parameters(function, [*parameters[:place], *added, *parameters[place:]])
 
     return decorate
 

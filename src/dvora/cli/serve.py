@@ -69,8 +69,8 @@ def serve(
     DVORA_SERVE_TOKEN=secret-of-trainers dvora serve smollm2 --adapters adapters
     """
     check_there(adapters)
-    given = {"base": base, "adapters": adapters, "token": token, "download": download, **settings}
-    chosen = checked(Settings, {name: value for name, value in given.items() if value is not None})
+    options = {"base": base, "adapters": adapters, "token": token, "download": download, **settings}
+    chosen = checked(Settings, {name: value for name, value in options.items() if value is not None})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_model(base, Trust(download=download))
     from ..serve.run import serve as run_server

@@ -46,7 +46,7 @@ def train(
     dvora train dvora-run/config.yaml --weight-decay 0.01 -o runs/decay
     dvora train runs/play/config.yaml --resume
     """
-    given = {key: value for key, value in settings.items() if value is not None}
+    options = {key: value for key, value in settings.items() if value is not None}
     if config is not None and config.is_dir():
         config /= "config.yaml"
     if config is not None and not config.exists():
@@ -54,11 +54,11 @@ def train(
     if print_config:
         # A file has what it has; without one the keys that must be set get an example.
         typer.echo(
-            commented(read_settings(config, given if config else {**EXAMPLE, **given})), file=results(), nl=False
+            commented(read_settings(config, options if config else {**EXAMPLE, **options})), file=results(), nl=False
         )
         return
-    chosen = read_settings(config, given)
-    if "output" not in given:
+    chosen = read_settings(config, options)
+    if "output" not in options:
         chosen = _placed(chosen, config, resume)
     _run(chosen, resume, shown, Trust(own_code, download=True))
 

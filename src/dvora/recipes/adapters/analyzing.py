@@ -70,8 +70,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for folder in folders:
         path = folder.resolve()
-        of_run = path.name == ADAPTER and (path.parent / RECORD).is_file()
-        name = (path.parent.name if of_run else path.name) or "adapter"
+        is_run = path.name == ADAPTER and (path.parent / RECORD).is_file()
+        name = (path.parent.name if is_run else path.name) or "adapter"
         earlier = names.count(name) + sum(other.startswith(f"{name} (") for other in names)
         names.append(f"{name} ({earlier + 1})" if earlier else name)
     return names

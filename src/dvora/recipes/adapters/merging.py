@@ -129,10 +129,10 @@ def _copy_companions(adapter: Adapter, base: str, output: Path) -> None:
         ValueError: one is a link to something else on this machine.
     """
     run = [adapter.folder.parent] if (adapter.folder.parent / RECORD).exists() else []
-    of_base = base if Path(base).is_dir() else snapshot_download(base, local_files_only=True)
+    base_folder = base if Path(base).is_dir() else snapshot_download(base, local_files_only=True)
     # In the hub's cache files are links to others there.
     cache = Path(constants.HF_HUB_CACHE).resolve()
-    for folder in (adapter.folder, *run, Path(of_base)):
+    for folder in (adapter.folder, *run, Path(base_folder)):
         files = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
         if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "preprocessor")) for path in files):
             continue

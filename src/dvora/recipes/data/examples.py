@@ -61,7 +61,7 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
     """
     examples: list[Example] = []
     columns: dict[str, str] = {}
-    of_many = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
+    is_whole = sum(path.lower().endswith(".txt") for path in paths) >= WHOLE_FILES
     for path in map(Path, paths):
         _check_kind(path, settings.task)
         if path.is_dir():
@@ -69,8 +69,8 @@ def read_examples(paths: Sequence[str], settings: Settings, note: Note) -> tuple
                 examples.append(Example({"image": str(image), "label": name}, image_key(image), str(image)))
         elif path.suffix.lower() == ".txt":
             text = read_text(path, settings.encoding, note)
-            pieces = [text] if of_many else _stretches(text)
-            if not of_many:
+            pieces = [text] if is_whole else _stretches(text)
+            if not is_whole:
                 note(f"{path.name}: held out in {len(pieces)} stretches of consecutive paragraphs")
             for number, piece in enumerate(pieces, start=1):
                 examples.append(Example({"passage": piece}, same_text(piece), f"{path}, piece {number}"))

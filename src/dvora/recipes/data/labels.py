@@ -69,15 +69,15 @@ def _joined(labels: Collection[str]) -> set[str]:
 
     A class may be called "Bath, bed and beyond".
     """
-    found = set()
+    joined = set()
     for separator in ";|,":
         parts = {label: {part.strip() for part in label.split(separator)} - {""} for label in labels}
         parts = {label: of for label, of in parts.items() if len(of) > 1}
         in_how_many = Counter(part for of in parts.values() for part in of)
         for label, of in parts.items():
             if all(part in labels or (separator != "," and in_how_many[part] > 1) for part in of):
-                found.add(label)
-    return found
+                joined.add(label)
+    return joined
 
 
 def encode_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
@@ -146,15 +146,15 @@ def _are_numbers(values: Sequence[object]) -> bool:
 
 def torn_texts(parts: Iterable[Sequence[Example]], labels: Sequence[str]) -> list[str]:
     """Texts that have several labels, each with these and the rows."""
-    found: dict[str, dict[Any, Example]] = {}
+    seen: dict[str, dict[Any, Example]] = {}
     for example in (example for part in parts for example in part if {"text", "label"} <= example.row.keys()):
-        found.setdefault(example.key, {}).setdefault(example.row["label"], example)
+        seen.setdefault(example.key, {}).setdefault(example.row["label"], example)
 
     def named(label: Any) -> Any:
         return labels[label] if labels and isinstance(label, int) else label
 
     torn = []
-    for examples in found.values():
+    for examples in seen.values():
         if len(examples) > 1:
             places = ", ".join(f"{one.place}: {named(label)}" for label, one in examples.items())
             torn.append(f"{next(iter(examples.values())).row['text'][:LETTERS]!r} ({places})")

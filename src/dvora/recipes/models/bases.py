@@ -134,8 +134,8 @@ def load_base(settings: Settings, labels: Sequence[str], pad_token_id: int | Non
             raise ValueError(f"{source} is no language model: it has no weights for {', '.join(sorted(new)[:3])}")
         return Base(model, (), frozenset(), ())
     modules = frozenset(key.rpartition(".")[0] for key in new)
-    of_task = heads_of(model)
-    heads = (*of_task, *sorted(name for name in modules if name.partition(".")[0] not in of_task))
+    task_heads = heads_of(model)
+    heads = (*task_heads, *sorted(name for name in modules if name.partition(".")[0] not in task_heads))
     note = f"new layers: {', '.join(heads)}" if new else f"the head of {source} is trained on: {', '.join(heads)}"
     return Base(model, heads, modules, (note,))
 

@@ -157,24 +157,28 @@ def _evaluation(
         def evaluation_of(model: Any) -> Evaluated:
             return evaluated(evaluator(model, task, settings, Path(folder)), task, dataset)
 
-        found = {part: evaluation_of(trained.model)}
+        evaluations = {part: evaluation_of(trained.model)}
         if head is not None:
             outputs = head_alone_outputs(run, head, dataset, task)
-            found[f"{part}_head_alone"] = evaluated_outputs(task, outputs, dataset)
+            evaluations[f"{part}_head_alone"] = evaluated_outputs(task, outputs, dataset)
         elif (key := f"{part}_head_alone") in run.record["metrics"]:
             recorded[key] = run.record["metrics"][key]
         if guess_from is not None:
-            found[f"{part}_simplest_guess"] = simplest_guess_on(task, guess_from, rows, run.labels)
+            evaluations[f"{part}_simplest_guess"] = simplest_guess_on(task, guess_from, rows, run.labels)
         if with_base and of_text:
             adapted = isinstance(trained.model, PeftModel)
             base = trained.model if adapted else load_trained(run, with_adapter=False)[0]
             with base.disable_adapter() if adapted else nullcontext():
-                found[f"{part}_before_training"] = evaluation_of(base)
-    metrics = {part: found[part].metrics, **recorded, **{key: result.metrics for key, result in found.items()}}
-    compared = comparisons(task.best, {key: result.rows for key, result in found.items()})
+                evaluations[f"{part}_before_training"] = evaluation_of(base)
+    metrics = {
+        part: evaluations[part].metrics,
+        **recorded,
+        **{key: result.metrics for key, result in evaluations.items()},
+    }
+    compared = comparisons(task.best, {key: result.rows for key, result in evaluations.items()})
     if recorded and "saved" not in run.record:
         compared |= {key: value for key, value in run.record.get("comparisons", {}).items() if key in recorded}
     if least is not None:
-        metrics[part] |= answered(found[part].rows, least)
-    limits = limits_of(found[part].rows) if task.best == "accuracy" else []
+        metrics[part] |= answered(evaluations[part].rows, least)
+    limits = limits_of(evaluations[part].rows) if task.best == "accuracy" else []
     return Evaluation(part, len(rows), seen, metrics, compared, limits, truncation, trained.length)

@@ -80,10 +80,10 @@ class Predictor(RunModel):
         if self.run.settings.task == "token-classification":
             texts = [row.row["text"] for row in batch]
             read = self.processor(texts, truncation=True, max_length=self.length, return_offsets_mapping=True)
-            of_texts = [*logits]
+            text_logits = [*logits]
             if self.processor.padding_side == "left":
-                of_texts = [values[-len(ids) :] for values, ids in zip(logits, read["input_ids"], strict=True)]
-            rows_of = zip(texts, read["offset_mapping"], of_texts, strict=True)
+                text_logits = [values[-len(ids) :] for values, ids in zip(logits, read["input_ids"], strict=True)]
+            rows_of = zip(texts, read["offset_mapping"], text_logits, strict=True)
             return [{"prediction": entities_in(*row, self.run.labels)} for row in rows_of]
         if not self.run.labels:
             return [{"prediction": _rounded(value)} for value in logits.reshape(-1).tolist()]

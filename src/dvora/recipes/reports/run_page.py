@@ -147,8 +147,8 @@ def _classes(run: Run, train: Rows, rows: Sequence[Compared], other: Run | None)
     learned = Counter(run.labels[row["label"]] for row in train)
     scores = [{**row, "training rows": learned[row["class"]]} for row in _scores(run.labels, labels, predicted)]
     if None not in predicted_by_other:
-        of_other = _scores(run.labels, labels, predicted_by_other)
-        scores = [{**row, f"F1, {name}": other_row["F1"]} for row, other_row in zip(scores, of_other, strict=True)]
+        other_scores = _scores(run.labels, labels, predicted_by_other)
+        scores = [{**row, f"F1, {name}": other_row["F1"]} for row, other_row in zip(scores, other_scores, strict=True)]
     scores.sort(key=lambda row: row["F1"])
     sections = [Section("Scores of each class", [text, "The worst class first."], tables=[Table(scores)])]
     sections.append(_mistakes(run.labels, Counter(zip(labels, predicted, strict=True))))

@@ -82,10 +82,10 @@ def last_features(
                 with computing(settings):
                     inputs = {key: values for key, values in batch.items() if key != "labels"}
                     read = model(**inputs).logits.float().cpu()
-                of_tokens = read.dim() == 3
+                is_by_token = read.dim() == 3
                 rows += (
                     [row[tags >= 0] for row, tags in zip(read, batch["labels"].cpu(), strict=True)]
-                    if of_tokens
+                    if is_by_token
                     else read.split(1)
                 )
                 order += chosen
@@ -202,14 +202,14 @@ def _features_and_labels(
 
 def _estimating(note: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
     """What is to be called with each part of the total work, and says from time to time how long the rest takes."""
-    start, done, told = time.monotonic(), 0, 0.0
+    start, done, last = time.monotonic(), 0, 0.0
 
     def on_part(part: int) -> None:
-        nonlocal done, told
+        nonlocal done, last
         done += part
         passed = time.monotonic() - start
-        if done < total and passed > told + (OFTEN if told else SOON):
-            told = passed
+        if done < total and passed > last + (OFTEN if last else SOON):
+            last = passed
             note(f"{what}: {done / total:.0%} done, about {passed * (total / done - 1):.0f} s left")
 
     return on_part

@@ -95,8 +95,8 @@ class RunCallback(TrainerCallback):
         if _anywhere(self.stop.wanted, args.device) and state.global_step < state.max_steps:
             control.should_training_stop = self.was_stopped = True
             # That of an epoch comes after its last step, and the checkpoint after that.
-            of_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
-            self.stopped_within_epoch = not (of_epochs and float(state.epoch).is_integer())
+            has_epochs = "epoch" in (args.eval_strategy, args.save_strategy)
+            self.stopped_within_epoch = not (has_epochs and float(state.epoch).is_integer())
             control.should_save = self.stopped_within_epoch
         if state.global_step == self.first_step:
             self.started = time.monotonic()

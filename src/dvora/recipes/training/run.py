@@ -152,8 +152,8 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
             prepared.base.model, datasets, prepared.task.collator, settings, labels, note
         )
     task, datasets, outputs = prepared.task, prepared.datasets, prepared.head_outputs
-    of_head = {f"{part}_head_alone": evaluated_outputs(task, outputs[part], datasets[part]) for part in outputs}
-    results = _evaluate(trainer, prepared, record, of_head)
+    head_results = {f"{part}_head_alone": evaluated_outputs(task, outputs[part], datasets[part]) for part in outputs}
+    results = _evaluate(trainer, prepared, record, head_results)
     rows = {key: result.rows for key, result in results.items()}
     record["comparisons"] = comparisons(task.best, rows)
     record["verdict"] = verdict(record["metrics"], record["comparisons"], record)
@@ -161,7 +161,7 @@ def _trained(prepared: Prepared, record: dict[str, Any], on_progress: OnProgress
         record["verdict"].append(head_saved(record["metrics"]))
         not_saved = {f"{part}_not_saved": results[part] for part in prepared.datasets if part != "train"}
         back_to_head_alone(prepared.model, prepared.base, prepared.start, prepared.head_alone)
-        _evaluate(trainer, prepared, record, {**not_saved, **of_head})
+        _evaluate(trainer, prepared, record, {**not_saved, **head_results})
         record |= {"saved": "head", "head_fitted_again": False}
     if "calibration" in record:
         note(calibration_sentence(record["calibration"]))

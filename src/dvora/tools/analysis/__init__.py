@@ -93,9 +93,9 @@ def analyze(model: PeftModel, adapters: Sequence[str] | None = None) -> Analysis
             moved, values = change(weight, weight + update), spectrum(weight, update)
             kind, shape = layer_type(subject.name), (weight.shape[0], weight.shape[1])
             changes[name].append(LayerChange(subject.name, kind, shape, moved, values))
-        of_layer = products([updates.get(name, torch.zeros_like(weight)) for name in names]).cpu()
-        by_layer[subject.name] = _rows(cosines(of_layer))
-        inner += of_layer
+        layer_products = products([updates.get(name, torch.zeros_like(weight)) for name in names]).cpu()
+        by_layer[subject.name] = _rows(cosines(layer_products))
+        inner += layer_products
     if empty := [name for name in names if not changes[name]]:
         raise ValueError(f"no layer of the adapter {empty[0]!r} can be rebuilt; LoRA, DoRA, VeRA and DVoRA can")
     return Analysis(names, tuple(map(tuple, changes.values())), _rows(cosines(inner)), by_layer)

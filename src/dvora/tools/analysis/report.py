@@ -133,9 +133,9 @@ def spectra(changes: Sequence[LayerChange]) -> Markup:
     """Singular values of the updates: the median over the layers of a type."""
     figure, axes = _figure(2.5, changes)
     for where, _, style in _by_kind(changes):
-        of_layers = [changes[index].spectrum.values for index in where]
-        length = min(map(len, of_layers))
-        values = np.array([values[:length] for values in of_layers])
+        spectra = [changes[index].spectrum.values for index in where]
+        length = min(map(len, spectra))
+        values = np.array([values[:length] for values in spectra])
         axes.plot(range(1, length + 1), np.median(values, axis=0), linewidth=1.5, **style)
     axes.set(yscale="log", xlabel="singular value", ylabel="share of the weight's largest")
     if limits := log_limits(np.concatenate([line.get_ydata() for line in axes.lines])):

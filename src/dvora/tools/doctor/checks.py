@@ -146,8 +146,8 @@ def _constants(examined: Examined) -> Outcome:
             if adapted.rank and not adapted.reads_weight:
                 A, B, unit = adapted.A(weight), adapted.B(weight), unit_rows(weight, w)
                 group = torch.arange(A.shape[1], device=A.device) * adapted.groups // A.shape[1]
-                of_groups = (group == number for number in range(adapted.groups))
-                expected = torch.cat([B * (unit[:, of] @ A[:, of].T) for of in of_groups], 1)
+                members = (group == number for number in range(adapted.groups))
+                expected = torch.cat([B * (unit[:, of] @ A[:, of].T) for of in members], 1)
                 rounded = 1e-2 if adapted.C.dtype == torch.bfloat16 else 1.0
                 error = max(error, rounded * distance(adapted.C, expected))
             errors[subject.name] = max(error, errors.get(subject.name, 0.0))
@@ -387,12 +387,12 @@ def _within(values: Mapping[str, float], limits: float | Mapping[str, float], wh
     """One number a layer, or one of the model by the name "", which has to stay below a limit; NaN is above any."""
     if not values:
         raise CannotCheckError("no layer that this can be checked on")
-    by_layer = limits if isinstance(limits, Mapping) else dict.fromkeys(values, limits)
+    layer_limits = limits if isinstance(limits, Mapping) else dict.fromkeys(values, limits)
     sizes = {name: value if value == value else float("inf") for name, value in values.items()}
     # The farthest above its own limit first; of those that pass, the nearest to it.
-    ordered = sorted(sizes, key=lambda name: -sizes[name] / max(by_layer[name], 1e-30))
-    above = [name for name in ordered if sizes[name] > by_layer[name]]
-    worst, limit = sizes[ordered[0]], by_layer[ordered[0]]
+    ordered = sorted(sizes, key=lambda name: -sizes[name] / max(layer_limits[name], 1e-30))
+    above = [name for name in ordered if sizes[name] > layer_limits[name]]
+    worst, limit = sizes[ordered[0]], layer_limits[ordered[0]]
     text = f"{what} {'at most ' if len(values) > 1 else ''}{worst:.2g} (limit {limit:.1g})"
     if above and len(values) > 1:
         text += f"; too much in {len(above)} of {len(values)} layers, most in {above[0]}"
