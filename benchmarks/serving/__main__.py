@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,25 +18,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
-import torch
 from rich.console import Console
 
 from benchmarks.environment import machine
 from benchmarks.population import drawn, name_of, perturbed
 from benchmarks.results import Row, file_of, read_rows, write
 from benchmarks.serving.client import Measured, ask
-from benchmarks.serving.servers import TOKEN, Running, dvora, started, vllm, write_lora, write_lora_classifier
+from benchmarks.serving.servers import Running, dvora, started, vllm, write_lora, write_lora_classifier
 from dvora.adapter_file.packs import write_pack
-from dvora.flat import Layout
 from materials.files import lay_out
 
 COUNTS = (1, 16, 64, 256, 1024)
 """Adapters that requests ask for."""
-OF_TEXTS = (1, 16, 64, 256)
 SLOTS = 256
 CLIENTS, WRITERS = 32, 8
-"""Requests under way: classified, and generated."""
+"""Requests under way: classified by `dvora serve`, and continued by vLLM."""
 TOKENS = 16
 PROCESSES = 16
 
@@ -183,33 +178,11 @@ def kinds(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, co
         return {f"kinds: {name}": row for name, row in in_turns(loads, turns, CLIENTS, 0, console).items()}
 
 
-def decoders(folder: Path, bases: Mapping[str, Path], requests: int, turns: int, console: Console) -> dict[str, Row]:
-    """Generation, beside the base alone and the merged model."""
-    adapters = perturbed(folder / "writer" / "adapter", folder / "writers", max(OF_TEXTS))
-    packs = packs_of(adapters, OF_TEXTS, folder / "writers")
-    with ExitStack() as running:
-        loads = {}
-        for name, base in (("base", "smollm2"), ("merged model", "merged-writer")):
-            (empty := folder / f"empty-{base}").mkdir()
-            server = running.enter_context(started(dvora(bases[base], empty, 1, WRITERS)))
-            loads[name] = Load([server], [base] * requests)
-        for count in OF_TEXTS:
-            server = running.enter_context(started(dvora(bases["smollm2"], packs[count], 64, WRITERS)))
-            loads[named(count)] = Load([server], drawn(count, requests))
-        return {f"generate: {name}": row for name, row in in_turns(loads, turns, WRITERS, TOKENS, console).items()}
-
-
 def engines(
     folder: Path, bases: Mapping[str, Path], python: str, requests: int, turns: int, console: Console
 ) -> dict[str, Row]:
-    """Generation by vLLM: the merged model, LoRA, and DVoRA by the plug-in, beside this server."""
-    if not (folder / "writers").exists():
-        perturbed(folder / "writer" / "adapter", folder / "writers", 16)
-    writers = folder / "writers16"
-    for number in range(16):
-        shutil.copytree(folder / "writers" / name_of(number), writers / name_of(number))
-    # Kept apart from the server's own index.
-    shutil.copytree(writers, folder / "writers-of-vllm")
+    """Generation by vLLM: the merged model, LoRA, and DVoRA by the plug-in."""
+    perturbed(folder / "writer" / "adapter", folder / "writers", 16)
     common = ("--enable-lora", "--max-loras", "16", "--max-cpu-loras", "16", "--max-lora-rank")
     of_vllm = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -222,12 +195,10 @@ def engines(
             settings = of_vllm if adapters is None else {**of_vllm, "DVORA_ADAPTERS": str(adapters)}
             return Load([running.enter_context(started(command, python, "health", settings))], models)
 
-        server = running.enter_context(started(dvora(bases["smollm2"], writers, 16, WRITERS)))
         loads = {
-            "dvora serve, 16 adapters": Load([server], drawn(16, requests)),
             "vLLM, merged model": start(vllm(bases["merged-writer"]), ["base"] * requests),
             "vLLM, dvora r=64, 16 adapters": start(
-                vllm(bases["smollm2"], *common, "64"), drawn(16, requests), folder / "writers-of-vllm"
+                vllm(bases["smollm2"], *common, "64"), drawn(16, requests), folder / "writers"
             ),
         }
         for rank in (1, 8):
@@ -262,34 +233,11 @@ def cold(folder: Path, bases: Mapping[str, Path], turns: int, asked: int) -> dic
     return {f"others beside {name}": measured[name].row() for name in measured}
 
 
-def updates(folder: Path, bases: Mapping[str, Path], times: int) -> dict[str, Row]:
-    """An adapter replaced by a flat vector in the request's body."""
-    adapter = folder / "writer" / "adapter"
-    vector = Layout.of(adapter).to_vector(adapter)
-    (adapters := folder / "updated").mkdir()
-    adapters.joinpath("policy").symlink_to(adapter)
-    seconds = []
-    with started(dvora(bases["smollm2"], adapters, 16)) as server, httpx.Client(base_url=server.address) as client:
-        for number in range(times):
-            body = (vector + 1e-4 * torch.randn(len(vector), generator=torch.Generator().manual_seed(number))).numpy()
-            before = time.perf_counter()
-            answer = client.put(
-                "/v1/adapters/policy",
-                content=body.tobytes(),
-                params={"format": "vector"},
-                headers={"Authorization": f"Bearer {TOKEN}"},
-            )
-            answer.raise_for_status()
-            seconds.append(time.perf_counter() - before)
-    measured = Measured(seconds, elapsed=sum(seconds))
-    return {"update: SmolLM2 by a flat vector": {**measured.row(), "bytes": body.nbytes}}
-
-
 def main() -> None:
     """Measure, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few requests, nothing is recorded")
-    parser.add_argument("--only", choices=("classify", "kinds", "generate", "engines", "update"), help="one section")
+    parser.add_argument("--only", choices=("classify", "kinds", "engines"), help="one section")
     parser.add_argument(
         "--vllm", help="an interpreter with vLLM and dvora-vllm, as `make vllm` sets up; else no engines"
     )
@@ -308,12 +256,8 @@ def main() -> None:
             rows |= cold(folder, bases, *((1, 64) if given.quick else (8, 400)))
         if given.only in (None, "kinds"):
             rows |= kinds(folder, bases, requests, turns, console)
-        if given.only in (None, "generate"):
-            rows |= decoders(folder, bases, texts, turns, console)
         if given.vllm and given.only in (None, "engines"):
             rows |= engines(folder, bases, given.vllm, texts, turns, console)
-        if given.only in (None, "update"):
-            rows |= updates(folder, bases, 5 if given.quick else 100)
     for key, row in rows.items():
         console.print(key, row)
     if not given.quick:

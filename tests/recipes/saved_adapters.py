@@ -19,6 +19,7 @@ CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
     "CAUSAL_LM": AutoModelForCausalLM,
+    "FEATURE_EXTRACTION": AutoModel,
     None: AutoModel,
 }
 METHODS = ("dvora", "vera", "lora", "dora")

@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes import tiny_models
-from tests.serve.served import Serving, copied, save_classifiers, save_critics, save_language_adapters, serving
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model of letters."""
-    return tiny_models.llama(tmp_path_factory.mktemp("bases") / "llama")
+from tests.serve.served import Serving, copied, save_classifiers, save_critics, serving
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +22,9 @@ def critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def language_adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a0 to a5."""
-    return save_language_adapters(llama, tmp_path_factory.mktemp("language"), 6)
+def trained(critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters a0 to a5 of the critic, each with a head of three classes."""
+    return save_critics(critic, tmp_path_factory.mktemp("trained"), 6)
 
 
 @pytest.fixture(scope="session")
@@ -39,23 +33,10 @@ def classifiers(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_classifiers(bert, tmp_path_factory.mktemp("classifiers"))
 
 
-@pytest.fixture(scope="session")
-def trained(critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters a0 to a5 of the critic, each with a head of three classes."""
-    return save_critics(critic, tmp_path_factory.mktemp("trained"), 6)
-
-
 @pytest.fixture
 def adapters(trained: Path, tmp_path: Path) -> Path:
     """Those of the critic, which a test may change."""
     return copied(trained, tmp_path / "adapters")
-
-
-@pytest.fixture(scope="session")
-def writers(llama: Path, language_adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A server of the language model, whose adapters no test changes."""
-    with serving(llama, copied(language_adapters, tmp_path_factory.mktemp("writers") / "adapters")) as pair:
-        yield pair
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ TOKEN = "a secret of the tests"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 Serving = tuple[httpx.Client, Server]
 CLASSES = {"two": 2, "three": 3, "five": 5, "one": 1}
-PROMPTS = ("the ", "a", "Once upon", "0123456789 " * 3, "good book", "!?")
 TEXTS = ("good movie", "a", "the book was very bad", "it is not great", "poor " * 12, "fine ? movie")
 
 
@@ -45,13 +44,6 @@ def save_trained(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
         name: value + 0.3 * torch.randn(value.shape, generator=generator) for name, value in load_file(file).items()
     }
     save_file(values, file, metadata={"format": "pt"})
-    return folder
-
-
-def save_language_adapters(base: Path, folder: Path, count: int, **settings: Any) -> Path:
-    """Adapters a0, a1, ... of a language model."""
-    for number in range(count):
-        save_trained(base, folder / f"a{number}", number, task_type="CAUSAL_LM", **settings)
     return folder
 
 
@@ -136,17 +128,6 @@ def process(
         finally:
             running.kill()
             running.wait()
-
-
-def complete(client: httpx.Client, model: str, prompt: str, tokens: int = 8, **options: Any) -> httpx.Response:
-    """A greedy completion."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
-    return client.post("/v1/completions", json=body)
-
-
-def text_of(client: httpx.Client, model: str) -> str:
-    text: str = complete(client, model, "the ", 12).json()["choices"][0]["text"]
-    return text
 
 
 def ask(client: httpx.Client, model: str, text: str | list[str] = TEXTS[0]) -> httpx.Response:

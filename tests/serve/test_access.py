@@ -23,10 +23,15 @@ from dvora.serve.app import make_app
 from dvora.serve.requests import RefusedError
 from dvora.serve.server import Server
 from dvora.serve.settings import Settings
-from tests.serve.served import ADMIN, TEXTS, TOKEN, Alone, probabilities, save_classifier, serving
+from tests.serve.served import ADMIN, TEXTS, TOKEN, Alone, ask, probabilities, save_classifier, serving
 
 VALUES = "adapter_model.safetensors"
-SECRETS = {"shop": "secret of the shop", "reader": "secret of the reader", "few": "secret of few"}
+SECRETS = {
+    "shop": "secret of the shop",
+    "reader": "secret of the reader",
+    "few": "secret of few",
+    "little": "secret of little",
+}
 EMPTY = hashlib.sha256(b"").hexdigest()
 FILE = """
 [shop]
@@ -139,6 +144,20 @@ def test_a_minute_has_so_many_requests(client: httpx.Client) -> None:
     assert 1 <= int(refused.headers["retry-after"]) <= 20
     # Others have minutes of their own.
     assert client.get("/v1/models", headers=headers("reader")).status_code == 200
+
+
+def test_a_minute_has_so_many_tokens(critic: Path, adapters: Path, tmp_path: Path) -> None:
+    keys = key_file(tmp_path, FILE + "\n[little]\nsha256 = \"{little}\"\nadapters = ['a1']\ntokens = 20\n")
+    with serving(critic, adapters, keys=keys) as (client, _):
+        client.headers.update(headers("little"))
+        assert ask(client, "a1", "good " * 10).status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        # A list: 12 tokens before, 12 by this.
+        assert ask(client, "a1", ["good " * 4] * 2).status_code == 200
+        answer = ask(client, "a1")
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_exceeded"
 
 
 def test_what_was_used_comes_back_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

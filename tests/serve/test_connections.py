@@ -126,7 +126,7 @@ def test_silent_ones_lock_nobody_out(critic: Path, trained: Path, tmp_path: Path
     ):
         with server.base.passing:
             asked = pool.submit(ask, client, "a0", ["good"] * 3)
-            until(lambda: [*server.engine.requests()[1]])
+            until(server.engine.waiting)
             for content in (b"", b"GET / HT", slow_body) * 5:
                 stack.enter_context(connected(client, content))
             assert other.get("/v1/models").status_code == 200

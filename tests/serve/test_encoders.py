@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import InferenceClient
-from openai import OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
@@ -142,7 +142,7 @@ def test_entities_of_texts_of_several_lengths_by_several_adapters(bert: Path, tm
     """As pipelines of transformers find them, each adapter alone; spans are semantic-router's `token_spans.v1`."""
     texts = ["the book was very bad", "good", "it is é 你 not a movie  great"]
     expected = {}
-    for seed, (name, tags) in enumerate(TAGS.items()):
+    for seed, (name, tags) in enumerate(TAGS.items(), 1):
         folder = save_classifier(bert, tmp_path / "adapters" / name / "adapter", seed, len(tags), "TOKEN_CLS")
         (folder.parent / "run.json").write_text(json.dumps({"labels": tags}))
         model = AutoModelForTokenClassification.from_pretrained(
@@ -275,6 +275,27 @@ def test_embeddings_are_the_merged_encoders(bert: Path, classifiers: Path, judge
         np.testing.assert_allclose(routes[index], of_adapter[index].embedding, atol=1e-6)
 
 
+def test_openais_client(trained: Path, critics: Serving) -> None:
+    http, server = critics
+    client = OpenAI(base_url=f"{http.base_url}/v1", api_key="unused", max_retries=0)
+    cards = {card.id: card for card in client.models.list()}
+    assert {*cards} == {"critic", *(folder.name for folder in trained.iterdir())}
+    assert cards["a3"].parent == "critic"  # type: ignore[attr-defined]
+    assert client.models.retrieve("critic:a3").id == "a3"
+    expected = client.embeddings.create(model="a3", input="good").data[0].embedding
+    for field, value in (("user", "someone"), ("metadata", {"a": "b"}), ("store", True), ("service_tier", "auto")):
+        answer = client.embeddings.create(model="critic:a3", input="good", extra_body={field: value})
+        assert answer.data[0].embedding == expected
+        assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (3, 3)
+    with pytest.raises(NotFoundError, match="no model 'a9'"):
+        client.embeddings.create(model="a9", input="good")
+    with pytest.raises(BadRequestError, match=r"dimensions is not kept here, leave it out; expected model, input"):
+        client.embeddings.create(model="a3", input="good", dimensions=4)
+    with pytest.raises(BadRequestError, match="at most 32 are read"):
+        client.embeddings.create(model="a3", input="good " * 40)
+    assert server.base.works == ("classify", "embed")
+
+
 def test_the_base_never_answers_for_an_adapter(judges: Serving) -> None:
     """A head that nobody trained, unknown names and fields that are not kept are errors."""
     client, server = judges
@@ -286,7 +307,6 @@ def test_the_base_never_answers_for_an_adapter(judges: Serving) -> None:
         ("/v1/embeddings", {"model": "two", "input": "good", "dimensions": 4}, 400, "dimensions"),
         ("/embed", {"model": "two", "inputs": "good", "lora": "two"}, 400, "lora"),
         ("/v1/classify", {"model": "two", "input": "good " * 40}, 400, "42 tokens, and at most 32"),
-        ("/v1/completions", {"model": "two", "prompt": "good"}, 400, "cannot generate"),
     ]:
         answer = client.post(path, json=body)
         assert answer.status_code == status, (path, answer.text)

@@ -21,13 +21,11 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_page(bert: Path, llama: Path, classifiers: Path, language_adapters: Path, tmp_path: Path) -> None:
+def test_the_page(bert: Path, classifiers: Path, tmp_path: Path) -> None:
     copied(bert, tmp_path / "minilm")
-    copied(llama, tmp_path / "smollm2")
     for name, outputs in (("films", "two"), ("shop", "three")):
         copied(classifiers / outputs, tmp_path / "customers" / name)
     copied(classifiers / "five", tmp_path / "new")
-    copied(language_adapters / "a1", tmp_path / "writers" / "pirate")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DVORA_SERVE_TOKEN": "a-long-secret"}
     servers: list[subprocess.Popen[bytes]] = []
@@ -54,7 +52,7 @@ def test_the_page(bert: Path, llama: Path, classifiers: Path, language_adapters:
     assert '"digest"' in outputs_of[0]
     assert outputs_of[1].count('"probs"') == 2
     assert "score=" in outputs_of[2]
-    assert len(outputs_of) == 6
+    assert len(outputs_of) == 5
 
 
 def test_the_keys_on_the_page(tmp_path: Path) -> None:

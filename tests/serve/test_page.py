@@ -34,23 +34,7 @@ def test_classes(bert: Path, classifiers: Path, tmp_path: Path, width: int, sche
         page.click("#adapters >> text=one")
         page.click("#ask")
         playwright.expect(page.locator("article")).to_have_count(3)
-
-
-def test_texts(llama: Path, language_adapters: Path, tmp_path: Path) -> None:
-    with (
-        serving(llama, copied(language_adapters, tmp_path / "adapters")) as (client, _),
-        seen(str(client.base_url)) as found,
-    ):
-        page = found.page
-        page.wait_for_selector("#adapters button")
-        page.fill("#text", "<b>a")
-        page.click("#ask")
-        page.wait_for_selector("article code >> nth=2")
-        expected = Alone(llama).continued(language_adapters / "a1", "<b>a", 48)
-        assert "".join(("<b>a" + expected).split()) in "".join(
-            page.locator("article", has_text="a1").inner_text().split()
-        )
-        page.fill("#text", "x" * 100)
+        page.fill("#text", "good " * 100)
         page.click("#ask")
         page.wait_for_selector(".error")
         assert "at most" in page.locator(".error").inner_text()

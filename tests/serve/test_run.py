@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from dvora.serve.run import JsonLines, serve
+from dvora.serve.server import Server
 from dvora.serve.settings import Settings
+from tests.recipes import tiny_models
+from tests.serve.served import save_trained, serving
 
 
 @pytest.mark.parametrize("host", ["", " ", "no host", "a..b", "127.0.0.1:80", "[::1]"])
@@ -16,6 +19,30 @@ def test_no_host(host: str, tmp_path: Path) -> None:
     """In particular no address at all, which the system takes for all networks."""
     with pytest.raises(ValueError, match=r"--host is .*expected"):
         serve(Settings(base="none", adapters=tmp_path), host, 0, 1, None)
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_language_model_is_refused(has_adapter: bool, tmp_path: Path) -> None:
+    """Said by the base's own configuration, or by the adapters' task."""
+    base, adapters = tiny_models.llama(tmp_path / "llama"), tmp_path / "adapters"
+    adapters.mkdir()
+    if has_adapter:
+        save_trained(base, adapters / "a", 0, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"is a language model.*dvora-vllm \(docs/how-to/vllm.md\).*`dvora generate`"):
+        Server(Settings(base=str(base), adapters=adapters))
+
+
+@pytest.mark.parametrize(("task", "works"), [("SEQ_CLS", ("classify", "embed")), ("FEATURE_EXTRACTION", ("embed",))])
+def test_a_decoder_classifies_and_embeds(task: str, works: tuple[str, ...], tmp_path: Path) -> None:
+    base = tiny_models.llama(tmp_path / "llama")
+    save_trained(base, tmp_path / "adapters" / "a", 0, task_type=task)
+    with serving(base, tmp_path / "adapters") as (client, server):
+        assert server.base.works == works
+        status = {"/v1/classify": 200 if "classify" in works else 400, "/v1/embeddings": 200}
+        for route, expected in status.items():
+            answer = client.post(route, json={"model": "a", "input": ["a", "long text"]})
+            assert answer.status_code == expected, answer.text
+            assert ("cannot classify; it is served to embed" in answer.text) == (expected == 400)
 
 
 def test_records_are_lines() -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dvora.serve.requests import Answer, Piece, Request, Sampling
 from dvora.serve.server import Server
 from tests.bank.versions import until
-from tests.serve.served import ADMIN, TEXTS, Alone, Serving, answer_of, ask, copied, probabilities, put, serving
+from tests.serve.served import ADMIN, TEXTS, Alone, answer_of, ask, copied, probabilities, put, serving
 from tests.serve.test_connections import POST, connected
 
 CONTENTS = tuple(f"a{number}" for number in range(6))
@@ -78,7 +77,7 @@ def test_who_hangs_up_frees_the_place(critic: Path, trained: Path, tmp_path: Pat
     with serving(critic, copied(trained, tmp_path / "adapters"), batch_rows=1) as (client, server):
 
         def waiting() -> int:
-            return len(server.engine.requests()[1])
+            return len(server.engine.waiting())
 
         with server.base.passing:
             for _ in range(20):
@@ -98,31 +97,11 @@ def test_a_request_keeps_the_version_that_it_began_with(critic: Path, trained: P
     ):
         with server.base.passing:
             begun = pool.submit(ask, client, "a0", [TEXTS[0]] * 3)
-            until(lambda: len(server.engine.requests()[1]) == 2)
+            until(lambda: len(server.engine.waiting()) == 2)
             assert put(client, "a0", trained / "a1").status_code == 200
         for row in begun.result().json()["data"]:
             assert row["probs"] == alone.answer(trained / "a0")
         assert answer_of(client, "a0") == alone.answer(trained / "a1")
-
-
-def test_a_cancelled_text_gets_no_more_steps(writers: Serving) -> None:
-    ended = threading.Event()
-    _, server = writers
-    pieces: list[Piece | Answer] = []
-
-    def deliver(request: Request, part: Piece | Answer) -> None:
-        pieces.append(part)
-        server.engine.cancel([request])
-
-    def deliver_end(_: Request, part: Piece | Answer) -> None:
-        if isinstance(part, Answer):
-            ended.set()
-
-    sampling = Sampling(max_tokens=50, temperature=0)
-    server.engine.submit([Request("generate", None, [20, 21], deliver, sampling)])
-    server.engine.submit([Request("generate", None, [20, 21], deliver_end, sampling)])
-    assert ended.wait(30)
-    assert len(pieces) == 1
 
 
 def test_a_full_queue_is_429(bert: Path, classifiers: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def serve(
 ) -> None:
     """Serve a base model with thousands of adapters over HTTP, each request with its own.
 
-    Classes, embeddings and texts through OpenAI's interface and that of
+    Classes and embeddings through OpenAI's interface and that of
     text-embeddings-inference; a page to try adapters at /; routes at /docs.
     Adapters can be put, replaced and deleted while it runs, and are there
     again after a restart. SIGTERM answers what has been taken first.
@@ -65,8 +65,8 @@ def serve(
 
     \b
     dvora serve minilm --adapters customers
-    dvora serve smollm2 --adapters adapters.pack --slots 64 --port 8080
-    DVORA_SERVE_TOKEN=secret-of-trainers dvora serve smollm2 --adapters adapters
+    dvora serve minilm --adapters adapters.pack --slots 64 --port 8080
+    DVORA_SERVE_TOKEN=secret-of-trainers dvora serve minilm --adapters adapters
     """
     check_there(adapters)
     options = {"base": base, "adapters": adapters, "token": token, "download": download, **settings}

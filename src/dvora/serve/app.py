@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from . import adapter_routes, encoder_routes, openai_routes
+from . import adapter_routes, encoder_routes, openai
 from .access import Asking, asking
 from .bounds import Guard
 from .calls import answer, refused
@@ -53,7 +53,7 @@ def make_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.add_middleware(Guard, server=server)
-    for routes in (openai_routes, encoder_routes, adapter_routes):
+    for routes in (openai, encoder_routes, adapter_routes):
         app.include_router(routes.router, dependencies=[Depends(asking)])
     app.include_router(adapter_routes.changes)
     app.include_router(router)

@@ -23,7 +23,7 @@ from ..adapter_file.values import Description, FolderSource, folder_of
 from ..bank import AdapterBank, Version
 from ..bank import Batch as BankBatch
 from ..recipes.models.adapters import base_class
-from ..recipes.models.bases import heads_of, load_model, load_tokenizer
+from ..recipes.models.bases import config_of, heads_of, load_model, load_tokenizer, model_class, without_memory
 from ..recipes.settings import Trust
 from .requests import RefusedError, Work, model_failed
 from .settings import Settings
@@ -54,9 +54,7 @@ class Base:
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
-        """What it does: generate, if it is a language model; embed, and with a head, its own or adapters', classify."""
-        if self.model.get_output_embeddings() is not None and self.model.can_generate():
-            return ("generate",)
+        """What it does: embed, and with a head, its own or adapters', classify."""
         return ("classify", "embed") if heads_of(self.model) else ("embed",)
 
     @cached_property
@@ -109,7 +107,7 @@ class Base:
         settings, here = json.loads(description.settings), type(self.model).__name__
         task, named = settings.get("task_type"), (settings.get("auto_mapping") or {}).get("base_model_class")
         classes = "TOKEN_CLS" if self.has_tags else "SEQ_CLS"
-        here_is = {"generate": "CAUSAL_LM", "classify": classes, "embed": "FEATURE_EXTRACTION"}[self.works[0]]
+        here_is = {"classify": classes, "embed": "FEATURE_EXTRACTION"}[self.works[0]]
         if task is None and named in (None, here) and here in (named, *(self.model.config.architectures or ())):
             return
         if task != here_is:
@@ -160,13 +158,23 @@ def open_base(settings: Settings, opened: Sequence[Served], damaged: Mapping[str
         damaged: why others are left out, by name.
 
     Raises:
-        ValueError: no adapter says which layers are served.
+        ValueError: no adapter says which layers are served, or the base generates texts.
     """
     source, dtype, trust = settings.base, settings.dtype, Trust(download=settings.download)
     likes = [*opened] if settings.like is None else [Served("--like", FolderSource(folder_of(settings.like)))]
+    if likes:
+        kind, config = base_class(likes[0].adapter, source, trust)
+    else:
+        config = config_of(source, trust)
+        kind = model_class(config)
+    outline: Any = without_memory(kind, config, trust)
+    if outline.get_output_embeddings() is not None and outline.can_generate():
+        raise ValueError(
+            f"{source} is a language model, and `dvora serve` classifies and embeds; language models are served by "
+            "vLLM with dvora-vllm (docs/how-to/vllm.md), or continued by `dvora generate`"
+        )
     if not likes:
         raise ValueError(nothing_served(damaged))
-    kind, config = base_class(likes[0].adapter, source, trust)
     model, new = load_model(source, kind, config, dtype if dtype == "auto" else getattr(torch, dtype), trust=trust)
     model.requires_grad_(False)
     if torch.accelerator.is_available():

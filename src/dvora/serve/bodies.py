@@ -22,10 +22,6 @@ Inputs = Annotated[
     Field(description="a text, a list of texts, a list of tokens, or a list of such lists"),
 ]
 Switch = Annotated[bool, Field(description="true or false")]
-# Fields of others' interfaces that have one value here, by which nothing changes.
-EmptyList = Annotated[list[Any], Field(default_factory=list, max_length=0, description="[]")]
-EmptyObject = Annotated[dict[str, Any], Field(default_factory=dict, max_length=0, description="{}")]
-Zero = Annotated[float, Field(ge=0, le=0, description="0")]
 
 
 class Body(BaseModel):

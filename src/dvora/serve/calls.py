@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .access import BASE, Asking
 from .bodies import B, parsed
-from .requests import Answer, Piece, RefusedError, Sampling, Work
+from .requests import Answer, RefusedError, Work
 from .requests import Request as EngineRequest
 from .server import Server
 from .store import Served
@@ -135,54 +135,6 @@ class Call:
 
         return await self.server.changes.run(self.key.queue_of(None), in_time)
 
-    @asynccontextmanager
-    async def asking(
-        self, work: Work, rows: Sequence[tuple[str | None, Text]], sampling: Sampling
-    ) -> AsyncIterator[tuple[list[Served | None], AsyncIterator[tuple[int, Piece | Answer]]]]:
-        """Have the engine work on rows while this is open: their versions, and what comes, with the row's number.
-
-        Args:
-            work: of all rows.
-            rows: the name of an adapter, None for the base, and its text.
-            sampling: of generated texts.
-        """
-        loop, came = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Answer]]()
-
-        def deliver(request: EngineRequest, part: Piece | Answer) -> None:
-            # Unless the loop has ended with all who waited there.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(came.put_nowait, (request.number, part))
-
-        async def parts() -> AsyncIterator[tuple[int, Piece | Answer]]:
-            answered = 0
-            while answered < len(rows):
-                number, part = came.get_nowait() if came.qsize() else await self.wait(came.get())
-                if isinstance(part, Piece):
-                    # What is generated is the client's to pay.
-                    self.key.tokens.take(1)
-                else:
-                    answered += 1
-                    if part.error is not None:
-                        raise part.error
-                yield number, part
-
-        async with AsyncExitStack() as held:
-            # Adapters are read within the client's time.
-            versions = await self.wait(held.enter_async_context(self.server.versions(name for name, _ in rows)))
-            requests = [
-                EngineRequest(
-                    work, versions[name], text.tokens, deliver, sampling, text.types, number=number,
-                    queue=self.key.queue_of(name), deadline=self.request.state.deadline,
-                )
-                for number, (name, text) in enumerate(rows)
-            ]  # fmt: skip
-            self.server.engine.submit(requests)
-            try:
-                self.key.tokens.take(sum(len(text.tokens) for _, text in rows))
-                yield [versions[name] for name, _ in rows], parts()
-            finally:
-                self.server.engine.cancel(requests)
-
     async def rows(
         self, work: Work, models: Sequence[str | None], texts: Sequence[Input], truncate: bool = False
     ) -> list[Row]:
@@ -201,12 +153,31 @@ class Call:
             )
         read = await self.wait(server.texts.read(texts, self.key.queue_of(names[0]), truncate=truncate))
         rows = [(name, text) for text in read for name in names]
-        async with self.asking(work, rows, Sampling()) as (versions, parts):
-            answers = {number: part async for number, part in parts if isinstance(part, Answer)}
-        return [
-            Row(version, answers[number].values, text)
-            for number, (version, (_, text)) in enumerate(zip(versions, rows, strict=True))
-        ]
+        loop = asyncio.get_running_loop()
+        answers = [loop.create_future() for _ in rows]
+
+        def deliver(request: EngineRequest, answer: Answer) -> None:
+            # Unless the loop has ended with all who waited there.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_settle, answers[request.number], answer)
+
+        async with AsyncExitStack() as held:
+            # Adapters are read within the client's time.
+            versions = await self.wait(held.enter_async_context(server.versions(names)))
+            requests = [
+                EngineRequest(
+                    work, versions[name], text.tokens, deliver, text.types, number=number,
+                    queue=self.key.queue_of(name), deadline=self.request.state.deadline,
+                )
+                for number, (name, text) in enumerate(rows)
+            ]  # fmt: skip
+            server.engine.submit(requests)
+            try:
+                self.key.tokens.take(sum(len(text.tokens) for _, text in rows))
+                values = await self.wait(asyncio.gather(*answers))
+            finally:
+                server.engine.cancel(requests)
+        return [Row(versions[name], value, text) for (name, text), value in zip(rows, values, strict=True)]
 
     async def answer_rows(self, rows: Sequence[Row], item: Callable[[int, Row], Any], **frame: Any) -> Response:
         """An answer with an item for each row, written in a thread, where others take turns with it.
@@ -223,6 +194,16 @@ class Call:
         content = await self.in_turn(size, lambda: b",".join(encoded(item(*row)) for row in enumerate(rows)))
         before, after = (encoded(frame)[:-1] + b',"data":[', b"]}") if frame else (b"[", b"]")
         return answer(before + content + after, [row.version for row in rows])
+
+
+def _settle(future: asyncio.Future[Tensor], answer: Answer) -> None:
+    if future.done():
+        # Nobody waits for it any more.
+        return
+    if answer.error is None:
+        future.set_result(answer.values)
+    else:
+        future.set_exception(answer.error)
 
 
 Here = Annotated[Call, Depends()]

@@ -14,7 +14,6 @@ import torch
 
 from ..recipes.models.pooling import pooled, pooling_of
 from .base import Base
-from .decoder import Decoder
 from .metrics import Metrics
 from .requests import Answer, RefusedError, Request, model_failed, not_finite
 from .scheduler import PASS_ON_ACCELERATOR, PASS_ON_CPU, Batch, Scheduler
@@ -54,9 +53,6 @@ class Encoder:
         answers = [Answer(value) if value.isfinite().all() else Answer(error=not_finite()) for value in values]
         return list(zip(batch.requests, answers, strict=True))
 
-    def drop(self, requests: Sequence[Request]) -> None:
-        """Nothing is kept of requests."""
-
 
 class Engine:
     """Serves requests over one base, which only its thread uses, until it is closed.
@@ -64,15 +60,13 @@ class Engine:
     Args:
         base: with its bank.
         limits: of the server.
-        longest: tokens of a text, its continuation among them.
         metrics: to count in.
     """
 
-    def __init__(self, base: Base, limits: Limits, longest: int, metrics: Metrics) -> None:
+    def __init__(self, base: Base, limits: Limits, metrics: Metrics) -> None:
         self.base, self.metrics = base, metrics
         self._scheduler = Scheduler(limits, PASS_ON_CPU if base.model.device.type == "cpu" else PASS_ON_ACCELERATOR)
-        self._decoder = Decoder(base, limits.cache_tokens, longest) if "generate" in base.works else None
-        self._runner = self._decoder or Encoder(base)
+        self._encoder = Encoder(base)
         self._changed = threading.Condition()
         self._is_draining = False
         self._thread = threading.Thread(target=self._loop, name="dvora-engine", daemon=True)
@@ -95,10 +89,10 @@ class Engine:
             self._scheduler.remove(requests)
             self._changed.notify()
 
-    def requests(self) -> tuple[list[Request], list[Request]]:
-        """Of texts that are generated, and those that wait."""
+    def waiting(self) -> list[Request]:
+        """The requests that wait."""
         with self._changed:
-            return [*self._scheduler.running], [*self._scheduler.all_waiting()]
+            return [*self._scheduler.all_waiting()]
 
     @property
     def takes_requests(self) -> bool:
@@ -118,7 +112,7 @@ class Engine:
         self._thread.join(seconds)
         if self._thread.is_alive():
             with self._changed:
-                left = [*self._scheduler.all_waiting(), *self._scheduler.running]
+                left = [*self._scheduler.all_waiting()]
                 for request in left:
                     request.answer(Answer(error=RefusedError(503, "the server has stopped", "unavailable")))
                 self.cancel(left)
@@ -137,43 +131,30 @@ class Engine:
     def _next(self) -> Batch | None:
         """The next batch, which is waited for; None when the server stops and nothing is left."""
         with self._changed:
-            batch = self._schedule()
+            batch = self._scheduler.schedule()
         if batch is None:
             # Idle: nobody needs the slots of the last batch. Not under the lock that `submit` takes: a load may have
             # this one.
             with self.base.passing:
                 self.base.leave()
         with self._changed:
-            while (batch := batch or self._schedule()) is None:
+            while (batch := batch or self._scheduler.schedule()) is None:
                 if self._is_draining:
                     return None
                 self._changed.wait()
             return batch
 
-    def _schedule(self) -> Batch | None:
-        if self._decoder is not None:
-            now = time.monotonic()
-            self._decoder.drop([request for request in self._decoder.running if not request.is_wanted(now)])
-            self._scheduler.running = [*self._decoder.running]
-        batch = self._scheduler.schedule()
-        if batch is not None:
-            self._runner.drop(batch.paused)
-        return batch
-
     def _run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """The answers of a batch. Nothing runs twice: where the model fails, all of the batch are told."""
-        runner = self._runner
         with self.base.passing:
             unreadable = self.base.unreadable([request.version for request in batch.requests])
             failed = [request for request in batch.requests if request.version in unreadable]
             answers = [(request, Answer(error=unreadable[request.version])) for request in failed]
             batch = replace(batch, requests=[request for request in batch.requests if request not in failed])
             try:
-                runner.drop(failed)
-                return answers + (runner.run(batch) if batch.requests else [])
+                return answers + (self._encoder.run(batch) if batch.requests else [])
             except Exception:
                 # A server goes on; whoever asked is told, and the log has the traceback.
                 _log.exception("a batch of %s failed", batch.kind)
                 self.base.leave()
-                runner.drop(batch.requests)
                 return answers + [(request, Answer(error=model_failed())) for request in batch.requests]

@@ -24,11 +24,11 @@ class Metrics:
         self._batches = counter("dvora_batches", "Batches that ran.", ["kind"])
         self._rows = counter("dvora_batch_rows", "Rows of batches that ran.", ["kind"])
         self._compute = counter("dvora_batch_seconds", "Seconds in batches.", ["kind"])
-        self._queued = seconds("dvora_queue_seconds", "From a request to its first batch.")
+        self._queued = seconds("dvora_queue_seconds", "From a request to its batch.")
         self._gauges: dict[str, Gauge] = {}
         self._adapters = self._gauge(
             "vllm:lora_requests_info",
-            "Adapters of running and of waiting requests, and how many fit: what gateways route on.",
+            "Adapters of waiting requests (none runs between batches), and how many fit: what gateways route on.",
             ["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
         )
 
@@ -42,18 +42,16 @@ class Metrics:
         self._batches.labels(batch.kind).inc()
         self._rows.labels(batch.kind).inc(len(batch.requests))
         self._compute.labels(batch.kind).inc(seconds)
-        for request in batch.requests if batch.kind != "decode" else ():
-            # A text that had lost its row has more.
-            if len(request.generated) <= 1:
-                self._queued.observe(max(0.0, started - request.arrived))
+        for request in batch.requests:
+            self._queued.observe(max(0.0, started - request.arrived))
 
-    def text(self, values: dict[str, int], running: list[str], waiting: list[str], slots: int) -> bytes:
-        """All metrics as Prometheus reads them: values of the moment, adapters that run and wait, how many fit."""
+    def text(self, values: dict[str, int], waiting: list[str], slots: int) -> bytes:
+        """All metrics as Prometheus reads them: values of the moment, adapters that requests wait for, how many fit."""
         for name, value in values.items():
             if name not in self._gauges:
                 self._gauges[name] = self._gauge(f"dvora_{name}", name.replace("_", " "))
             self._gauges[name].set(value)
         # One series, of this moment.
         self._adapters.clear()
-        self._adapters.labels(",".join(running), ",".join(waiting), str(slots)).set_to_current_time()
+        self._adapters.labels("", ",".join(waiting), str(slots)).set_to_current_time()
         return generate_latest(self.registry)

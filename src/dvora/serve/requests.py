@@ -13,8 +13,7 @@ from starlette.exceptions import HTTPException
 if TYPE_CHECKING:
     from ..bank import Version
 
-Work = Literal["classify", "embed", "generate"]
-Finish = Literal["stop", "length"]
+Work = Literal["classify", "embed"]
 
 
 class RefusedError(HTTPException):
@@ -39,46 +38,12 @@ def model_failed() -> RefusedError:
     return RefusedError(500, "the model failed on this input; the server's log says why", "server_error")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when generation ends."""
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that have this probability together."""
-    seed: int | None = None
-    """None draws another one for every request."""
-    stop: tuple[str, ...] = ()
-    """Texts before which generation ends."""
-    chances: int | None = None
-    """How many of the likeliest tokens are listed beside each chosen one; None lists none, not even that."""
-
-
 class Answer(NamedTuple):
-    """What came out for a request: the last thing that is delivered."""
+    """What came out for a request."""
 
     values: Any = None
-    """Logits of a head, or an embedding: a tensor on the CPU. None for generated text, which comes in pieces."""
-    finish: Finish | None = None
+    """Logits of a head, or an embedding: a tensor on the CPU."""
     error: RefusedError | None = None
-
-
-class Chance(NamedTuple):
-    """The log-probability of a token, and those of the likeliest ones beside it."""
-
-    token: int
-    logarithm: float
-    likeliest: tuple[tuple[int, float], ...] = ()
-
-
-class Piece(NamedTuple):
-    """What a generated token adds to a text: nothing, where it ends the text or what it means is not certain yet."""
-
-    text: str
-    chance: Chance | None = None
-    """Of the token, where the request wants it."""
 
 
 @dataclass(eq=False)
@@ -89,9 +54,8 @@ class Request:
     version: Version | None
     """Of the adapter, held as long as somebody waits; None is the base."""
     tokens: Sequence[int]
-    deliver: Callable[[Request, Piece | Answer], None]
-    """Called in the engine's thread with pieces and the answer."""
-    sampling: Sampling = Sampling()
+    deliver: Callable[[Request, Answer], None]
+    """Called in the engine's thread."""
     token_types: Sequence[int] | None = None
     number: int = 0
     """Among those that were asked for together."""
@@ -100,10 +64,6 @@ class Request:
     deadline: float = inf
     """By `time.monotonic`, when nobody waits for it any more."""
     arrived: float = field(default_factory=time.monotonic)
-    generated: list[int] = field(default_factory=list)
-    """Tokens so far, which are read again where a text has lost its row."""
-    state: Any = None
-    """What the decoder keeps of a text."""
     is_cancelled: bool = False
 
     def is_wanted(self, now: float) -> bool:
@@ -113,13 +73,7 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens that a pass over it reads."""
-        return len(self.tokens) + len(self.generated)
-
-    def cached(self, spare: int) -> int:
-        """Tokens of a text in the cache, and up to so many more, if it may still get them."""
-        if self.work != "generate":
-            return 0
-        return min(self.length + spare, len(self.tokens) + self.sampling.max_tokens)
+        return len(self.tokens)
 
     def answer(self, answer: Answer) -> None:
         """Deliver the answer, unless nobody waits for it."""

@@ -1,15 +1,11 @@
 """What runs next: queues of clients take turns by what they have cost, and what is cheap to run beside comes along.
 
-A queue's time is what it has cost, in padded tokens of prompts and generated tokens, and the queue with the smallest
-time is next. Who was idle has saved up nothing, and owes no more than others who wait. So a flood in one queue lets a
-request of another one wait for the batch that runs, and for one more at most.
+A queue's time is what it has cost, in padded tokens, and the queue with the smallest time is next. Who was idle has
+saved up nothing, and owes no more than others who wait. So a flood in one queue lets a request of another one wait for
+the batch that runs, and for one more at most.
 
 A batch is padded to its longest text, so short and long ones run apart where the padding would cost more than another
-pass. It is bounded by its padded tokens, its rows, and the slots of the bank. After every batch of new prompts the
-texts that are generated get a step, so that neither waits for ever.
-
-Texts take room in the cache as they grow. Where it is full, and where a queue with fewer texts gets its turn, the
-youngest text of the queue with the most of them waits again, and its tokens are read anew later.
+pass. It is bounded by its padded tokens, its rows, and the slots of the bank.
 """
 
 from __future__ import annotations
@@ -20,28 +16,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace, nsmallest
 from itertools import chain, islice, zip_longest
-from operator import attrgetter
-from typing import Literal
 
-from .requests import RefusedError, Request
+from .requests import RefusedError, Request, Work
 from .settings import Limits
-
-Kind = Literal["classify", "embed", "prefill", "decode"]
 
 PASS_ON_CPU, PASS_ON_ACCELERATOR = 64, 2048
 """Padded tokens that take about as long as what every pass takes: of small models; only the first was measured."""
-BLOCK = 64
-"""Tokens by which all texts can grow when a new one comes, so that it does not push one out at once."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What runs at once."""
 
-    kind: Kind
+    kind: Work
     requests: Sequence[Request]
-    paused: Sequence[Request] = ()
-    """Texts that lose their rows before it, and wait again."""
 
 
 @dataclass(eq=False)
@@ -54,19 +42,16 @@ class _Queue:
 
 
 class Scheduler:
-    """The requests that wait and those that run, by what padded tokens cost as much as another pass."""
+    """The requests that wait, by what padded tokens cost as much as another pass."""
 
     def __init__(self, limits: Limits, pass_tokens: int = PASS_ON_CPU) -> None:
         self.limits, self.pass_tokens = limits, pass_tokens
-        self.running: list[Request] = []
-        """Texts that are generated."""
         self.waiting = 0
         """How many requests wait."""
         self._queues: dict[str, _Queue] = {}
         """Those in which somebody waits by when they began to."""
         self._time = 0.0
         """Of the queue whose turn was last, before its batch."""
-        self._prompts_were_last = False
 
     def add(self, requests: Sequence[Request]) -> list[Request]:
         """Let requests wait, all or none, and give those of the longest queues that have to go for them.
@@ -97,40 +82,19 @@ class Scheduler:
         return chain.from_iterable(queue.requests for queue in self._queues.values())
 
     def schedule(self) -> Batch | None:
-        """The next batch, of requests that somebody still waits for; None if there are none."""
-        batch = self._prompts() if self.waiting and not (self.running and self._prompts_were_last) else None
-        self._prompts_were_last = batch is not None and batch.kind == "prefill"
-        return batch or (self._step() if self.running else None)
+        """The next batch, of requests that somebody still waits for; None if there are none.
 
-    def _step(self) -> Batch:
-        """A step of as many texts as have room for another token."""
-        running, paused = list(self.running), list[Request]()
-        while not self._is_room_for(running, spare=0):
-            paused.append(_youngest(running))
-            running.remove(paused[-1])
-        self._wait_again(paused)
-        for request in running:
-            self._queues.setdefault(request.queue, _Queue()).time += 1
-        return Batch("decode", running, paused)
-
-    def _prompts(self) -> Batch | None:
-        """The oldest request of the queue whose turn it is, and others that are cheap to run beside it."""
-        turns = self._turns()
-        for queue in turns:
-            first = next(iter(queue.requests))
-            paused = self._making_room(first)
-            if paused is not None:
-                requests = self._with(first, turns, [text for text in self.running if text not in paused])
-                self.remove(requests)
-                cost = max(request.length for request in requests) + self.pass_tokens / len(requests)
-                for request in requests:
-                    self._queues[request.queue].time += cost
-                self._wait_again(paused)
-                return Batch("prefill" if first.work == "generate" else first.work, requests, paused)
-            if all(text.queue != first.queue for text in self.running):
-                # Its client has nothing yet: nobody comes in before it.
-                break
-        return None
+        It has the oldest request of the queue whose turn it is, and others that are cheap to run beside it.
+        """
+        if not (turns := self._turns()):
+            return None
+        first = next(iter(turns[0].requests))
+        requests = self._with(first, turns)
+        self.remove(requests)
+        cost = max(request.length for request in requests) + self.pass_tokens / len(requests)
+        for request in requests:
+            self._queues[request.queue].time += cost
+        return Batch(first.work, requests)
 
     def _turns(self) -> list[_Queue]:
         """The next queues in their order, as many as there could be batches of."""
@@ -157,14 +121,6 @@ class Scheduler:
             queue.requests[request] = None
             self.waiting += 1
 
-    def _wait_again(self, paused: Sequence[Request]) -> None:
-        """Let texts that lose their rows wait before all others of their queues, the oldest of them first."""
-        for name in {request.queue for request in paused}:
-            self._join([text for text in paused if text.queue == name])
-            requests = self._queues[name].requests
-            for text in sorted(filter(attrgetter("generated"), requests), key=lambda text: -text.arrived):
-                requests.move_to_end(text, last=False)
-
     def _displaced(self, requests: Sequence[Request]) -> list[Request]:
         """The youngest of the longest queues, without whom others fit; of queues that stay as long as the others'."""
         if self.waiting + len(requests) <= self.limits.queue:
@@ -183,30 +139,7 @@ class Scheduler:
             going[name] += 1
         return [request for name in going for request in islice(reversed(self._queues[name].requests), going[name])]
 
-    def _is_room_for(self, requests: Sequence[Request], spare: int) -> bool:
-        """Whether requests may run together, if all texts grow by some tokens; one alone always may."""
-        rows, room = len(requests), max((request.cached(spare) for request in requests), default=0)
-        versions = {request.version for request in requests} - {None}
-        if rows > self.limits.batch_rows or len(versions) > self.limits.slots:
-            return False
-        return rows <= 1 or rows * room <= self.limits.cache_tokens
-
-    def _making_room(self, new: Request) -> list[Request] | None:
-        """The texts that wait again for a new one, if any; None: it has to wait itself.
-
-        Only those of queues that have more texts even then, so that no two push each other out in turns.
-        """
-        running, paused = list(self.running), list[Request]()
-        while not self._is_room_for([*running, new], BLOCK):
-            texts = Counter(request.queue for request in running)
-            youngest = _youngest(running)
-            if texts[youngest.queue] < texts[new.queue] + 2:
-                return None
-            running.remove(youngest)
-            paused.append(youngest)
-        return paused
-
-    def _with(self, first: Request, turns: Sequence[_Queue], running: Sequence[Request]) -> list[Request]:
+    def _with(self, first: Request, turns: Sequence[_Queue]) -> list[Request]:
         """A request, and of the next ones of all queues those that are cheap to run with it, as many as fit."""
         window, now = 2 * self.limits.batch_rows, time.monotonic()
         of_queues = [
@@ -214,15 +147,9 @@ class Scheduler:
         ]
         next_ones = (request for level in zip_longest(*of_queues) for request in level if request not in (None, first))
         near = _cheap_together([first, *islice(next_ones, window - 1)], self.limits, self.pass_tokens)
-        while not self._is_room_for([*running, *near], BLOCK):
+        while len({request.version for request in near} - {None}) > self.limits.slots:
             near.pop()
         return near
-
-
-def _youngest(running: Sequence[Request]) -> Request:
-    """Of the texts that run the last of the client that has the most of them."""
-    texts = Counter(request.queue for request in running)
-    return max(running, key=lambda request: (texts[request.queue], request.arrived))
 
 
 def _cheap_together(requests: Sequence[Request], limits: Limits, pass_tokens: int) -> list[Request]:

@@ -42,10 +42,10 @@ class Server:
             self.base = open_base(settings, opened, damaged)
             self.registry = Registry(self.base, self.store, opened, damaged)
             readable = longest_text(self.base.tokenizer, self.base.model.config.get_text_config())
-            self.longest = min(settings.max_length or readable, readable, settings.cache_tokens)
+            self.longest = min(settings.max_length or readable, readable)
             self.texts = Texts(self.base, self.longest)
             self.changes = Turns("dvora-changes")
-            self.engine = Engine(self.base, settings, self.longest, self.metrics)
+            self.engine = Engine(self.base, settings, self.metrics)
         except BaseException:
             self.store.close()
             raise
@@ -78,12 +78,12 @@ class Server:
 
     def metrics_text(self) -> bytes:
         """What Prometheus reads."""
-        stats, requests = self.base.bank.stats(), self.engine.requests()
-        running, waiting = (sorted({one.version.name for one in kind if one.version}) for kind in requests)
+        stats, requests = self.base.bank.stats(), self.engine.waiting()
+        waiting = sorted({request.version.name for request in requests if request.version})
         values = {name: getattr(stats, name) for name in ("adapters", "slots", "slots_filled", "host_bytes")}
-        values |= {"queue_size": len(requests[1]), "slot_bytes": stats.device_bytes}
+        values |= {"queue_size": len(requests), "slot_bytes": stats.device_bytes}
         values |= {f"adapter_{name}": getattr(stats, name) for name in ("loads", "reads", "evictions")}
-        return self.metrics.text(values, running, waiting, stats.slots)
+        return self.metrics.text(values, waiting, stats.slots)
 
 
 def _with_room_for(opened: Sequence[Served], settings: Settings) -> Settings:

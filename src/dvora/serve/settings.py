@@ -16,11 +16,10 @@ class Limits(BaseModel):
     """What runs and waits at a time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    batch_rows: PositiveInt = _limit("rows of a batch, and texts generated at a time", 32)
+    batch_rows: PositiveInt = _limit("rows of a batch", 32)
     batch_tokens: PositiveInt = _limit("padded tokens of a batch", 8192)
     queue: PositiveInt = _limit("rows that wait; those of the longest queues are refused with 429", 1024)
     slots: PositiveInt = _memory("adapters on the device at a time", 256)
-    cache_tokens: int = _memory("tokens of all texts that are generated at a time, padded to the longest", 32768, ge=2)
 
 
 class Settings(Limits):
@@ -45,9 +44,7 @@ class Settings(Limits):
     abstain_below: float = _option(
         "/v1/classify names no class whose probability is below this, unless a request says another", 0.0, ge=0, le=1
     )
-    max_length: int | None = _limit(
-        "tokens of a text and its continuation; more are refused", None, null="what the model takes", ge=2
-    )
+    max_length: int | None = _limit("tokens of a text; more are refused", None, null="what the model takes", ge=2)
     timeout: float = _limit("seconds that an answer may take", 120.0, ge=0.1, allow_inf_nan=False)
     upload: PositiveInt = _limit("bytes of an adapter in a request", 2**26)
     host_memory: float = _memory("GiB of adapters in memory", 1.0, gt=0, le=2**20)

@@ -6,13 +6,9 @@ import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakValueDictionary
 
-from jinja2 import TemplateError
-
-from ..recipes.data.chats import Message, prompt_text
 from ..recipes.data.entities import Offsets
 from .base import Base
 from .requests import RefusedError
@@ -63,18 +59,15 @@ class Text(NamedTuple):
 
 
 class Texts:
-    """Reads texts for a model, of so many tokens at most with what follows them."""
+    """Reads texts for a model, of so many tokens at most."""
 
     def __init__(self, base: Base, longest: int) -> None:
-        self.name, self.generates, self.longest = base.name, "generate" in base.works, longest
-        self.has_tags = base.has_tags
+        self.name, self.longest, self.has_tags = base.name, longest, base.has_tags
         self.vocabulary = base.model.get_input_embeddings().num_embeddings
         # A space between words is of no piece in many vocabularies.
         self.most_characters = max(MANY, longest * (1 + max(map(len, base.tokenizer.get_vocab()))))
-        # To truncate changes a tokenizer, so each thread has one, and the engine decodes with its own.
+        # To truncate changes a tokenizer, so each thread has one, and the engine pads with its own.
         self._lanes = [(Turns("dvora-texts"), copy.deepcopy(base.tokenizer)) for _ in range(2)]
-        self.token = lru_cache(2**16)(lambda token: str(base.tokenizer.decode([token])))
-        """The text of one token."""
 
     def close(self) -> None:
         """End the threads."""
@@ -89,16 +82,13 @@ class Texts:
         turns, tokenizer = self._lanes[size > SHORT]
         return await turns.run(queue, function, tokenizer, *arguments)
 
-    async def read(
-        self, texts: Sequence[Input], queue: str, *, truncate: bool = False, is_template: bool = False
-    ) -> list[Text]:
+    async def read(self, texts: Sequence[Input], queue: str, *, truncate: bool = False) -> list[Text]:
         """Texts, pairs, or tokens, as the model reads them; 400, if one is empty or too long, or all together are.
 
         Args:
             texts: as a client sent them.
             queue: of the client.
             truncate: cut what is longer than the model reads, in place of a refusal.
-            is_template: whether they have the special tokens of a chat's template already.
         """
         read, sizes = list[Text](), [_size(text) for text in texts]
         if (size := sum(sizes)) > MOST:
@@ -107,16 +97,15 @@ class Texts:
             last, size = first + 1, sizes[first]
             while last < len(texts) and size + sizes[last] <= PORTION:
                 last, size = last + 1, size + sizes[last]
-            read += await self.run(size, queue, self._read, texts[first:last], truncate, is_template)
+            read += await self.run(size, queue, self._read, texts[first:last], truncate)
         return read
 
-    def _read(self, tokenizer: Any, texts: Sequence[Input], truncate: bool, is_template: bool) -> list[Text]:
-        return [self._text(tokenizer, text, truncate, is_template) for text in texts]
+    def _read(self, tokenizer: Any, texts: Sequence[Input], truncate: bool) -> list[Text]:
+        return [self._text(tokenizer, text, truncate) for text in texts]
 
-    def _text(self, tokenizer: Any, text: Input, truncate: bool, is_template: bool) -> Text:
-        most = self.longest - self.generates  # At least one token follows a prompt.
+    def _text(self, tokenizer: Any, text: Input, truncate: bool) -> Text:
         if not isinstance(text, str) and (not text or isinstance(text[0], int)):
-            ids = cast(Sequence[int], text[:most] if truncate else text)
+            ids = cast(Sequence[int], text[: self.longest] if truncate else text)
             if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
                 raise RefusedError(400, f"a token is not from 0 to {self.vocabulary - 1}; use the base's tokenizer")
             read = Text(ids)
@@ -125,16 +114,16 @@ class Texts:
             if truncate:
                 parts = [part[: self.most_characters] for part in parts]
             self.check(max(map(len, parts), default=0))
-            cut = {"truncation": True, "max_length": most} if truncate else {}
+            cut = {"truncation": True, "max_length": self.longest} if truncate else {}
             places = {"return_offsets_mapping": self.has_tags and len(parts) == 1}
-            encoded = tokenizer(*parts, verbose=False, add_special_tokens=not is_template, **cut, **places)
+            encoded = tokenizer(*parts, verbose=False, **cut, **places)
             offsets = encoded.get("offset_mapping")
             read = Text(encoded["input_ids"], encoded.get("token_type_ids"), parts[0] if offsets else "", offsets)
         if not read.tokens:
             raise RefusedError(400, "the input has no tokens; send a text")
-        if (count := len(read.tokens)) > most:
-            advice = "send a shorter one" if self.generates else "send a shorter one, or truncate: true"
-            raise RefusedError(400, f"the input has {count:,} tokens, and at most {most:,} are read; {advice}")
+        if (count := len(read.tokens)) > self.longest:
+            message = f"the input has {count:,} tokens, and at most {self.longest:,} are read"
+            raise RefusedError(400, f"{message}; send a shorter one, or truncate: true")
         return read
 
     def check(self, characters: int) -> None:
@@ -145,22 +134,6 @@ class Texts:
                 f"the input has {characters:,} characters, and at most {self.most_characters:,} are read, since "
                 f"{self.name} takes {self.longest:,} tokens; send a shorter one",
             )
-
-    async def chat(self, messages: Sequence[Message], queue: str) -> list[Text]:
-        """The prompt of a chat; 400, if the tokenizer has no template, or that refuses the messages."""
-        self.check(size := sum(len(message["content"]) for message in messages))
-        prompt = await self.run(size + SHORT // 64 * len(messages), queue, self._written, messages)
-        return await self.read([prompt], queue, is_template=True)
-
-    def _written(self, tokenizer: Any, messages: Sequence[Message]) -> str:
-        if not tokenizer.chat_template:
-            raise RefusedError(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions")
-        try:
-            return prompt_text(messages, tokenizer)
-        except Exception as error:  # of the template, which is the model's and raises what it likes
-            # Only what the template says itself is for clients: other errors are of Python.
-            said = f": {str(error)[:200]}" if type(error) is TemplateError else ""
-            raise RefusedError(400, f"the chat template refuses these messages{said}") from error
 
 
 def _size(text: Input) -> int:

@@ -28,8 +28,8 @@ def register() -> None:
     installed = vllm.__version__.partition("+")[0]
     if installed != VERSION:
         raise RuntimeError(
-            f"dvora-vllm works with vLLM {VERSION}, and {installed} is installed; install that version, or serve with "
-            "`dvora serve`"
+            f"dvora-vllm works with vLLM {VERSION}, and {installed} is installed; install that version, or merge the "
+            "adapter (`dvora merge`)"
         )
     folder = adapters_folder()
     # Only now: another version may not have what they import.

@@ -171,8 +171,8 @@ def check_served(config: VllmConfig) -> None:
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(
-                f"dvora-vllm does not serve {what}. Start vLLM without that, serve with `dvora serve`, or merge the "
-                f"adapter (`dvora merge`) and start vLLM without {FOLDER}"
+                f"dvora-vllm does not serve {what}. Start vLLM without that, or merge the adapter (`dvora "
+                f"merge`) and start vLLM without {FOLDER}; encoders are served by `dvora serve`"
             )
 
 
