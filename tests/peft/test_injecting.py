@@ -278,3 +278,14 @@ def test_a_part_that_is_called_from_two_places_is_adapted_in_both() -> None:
     inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model = get_peft_model(nn.Sequential(inner, inner), DVoRAConfig(r=2, target_modules=["0.0"], init_weights=False))
     assert isinstance(model.base_model.model[1][0], DVoRALayer)
+
+
+def test_what_is_added_while_adapters_are_disabled_freezes_no_other(tmp_path: Path) -> None:
+    model = get_peft_model(MODELS["mlp"](), DVoRAConfig(r=2, target_modules=["lin0", "lin1"]), adapter_name="first")
+    model.save_pretrained(tmp_path)
+    model.base_model.disable_adapter_layers()
+    model.load_adapter(tmp_path / "first", "second", is_trainable=True)
+    model.add_adapter("third", DVoRAConfig(r=3, target_modules=["lin0"]))
+    for _, layer in dvora_layers(model):
+        for name in layer.dvora_magnitude:
+            assert all(vector.requires_grad == (name == "second") for vector in layer.vectors(name)), name

@@ -114,7 +114,7 @@ def test_a_resolved_run_does_not_depend_on_the_working_directory(
     found = resolved(checked_settings(LEAST, ""))
     assert found.data == (str(tmp_path / "x.csv"),)
     assert found.output == str(tmp_path / "dvora-run")
-    assert (found.model, found.rank, found.learning_rate) == ("a/b", 256, LEARNING_RATES["dvora"])
+    assert (found.model, found.rank, found.learning_rate) == ("a/b", 64, LEARNING_RATES["dvora"])
 
 
 @pytest.mark.parametrize(

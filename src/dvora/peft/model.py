@@ -107,6 +107,7 @@ class DVoRAModel(BaseTuner):
         for one in prepared.values():
             self._prepared.setdefault(one.target.module_name, []).append(one)
         disabled = any(layer.disable_adapters for layer in layers_in(model))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with restored_on_error(self):
             super().inject_adapter(
                 model,
@@ -118,6 +119,9 @@ class DVoRAModel(BaseTuner):
             if disabled:
                 for layer in layers_of(model, adapter_name):
                     layer.enable_adapters(False)
+                # PEFT's switch freezes all adapters of a layer, not only the new one.
+                for parameter in trained:
+                    parameter.requires_grad_()
             checked_folder(model, config, adapter_name, None if config.file is None else config.file.folder)
         self._prepared = {}
         keep_differentiable(model)
