@@ -35,7 +35,7 @@ class Walk(NamedTuple):
 
 STEP, FEW_TOKENS, EVALUATION = Walk(8, 75, 981), Walk(8, 64, 1217), Walk(7, 44, 415)
 REQUEST = Walk(25, 236, 929)
-BATCH, LOAD = Walk(10, 85, 613), Walk(20, 223, 2825)
+BATCH, LOAD = Walk(10, 85, 618), Walk(20, 224, 2826)
 
 BERT = Kind(MODELS["bert"], {"r": 8, "target_modules": LAYERS["bert"]})
 

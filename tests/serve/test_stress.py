@@ -85,7 +85,6 @@ def test_who_hangs_up_frees_the_place(critic: Path, trained: Path, tmp_path: Pat
                     until(lambda: waiting() >= 39)
                 until(lambda: not waiting())
         assert ask(client, "a1").status_code == 200
-        # The engine lets go of its last batch when it has nothing to do.
         until(lambda: all(version.users == 1 for version in server.registry.versions()))
 
 

@@ -35,7 +35,7 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(eq=False)
 class Base:
-    """What the engine computes with; `enter` and `leave` are for whoever is `passing`."""
+    """What the engine computes with; `enter` is for whoever is `passing`."""
 
     source: str
     """The folder of the model, or its name on the hub."""
@@ -48,9 +48,6 @@ class Base:
     """Whether a classifier came with the base, so that rows without an adapter mean something."""
     passing: threading.RLock = field(default_factory=threading.RLock)
     """Held during every pass of the model."""
-    _versions: list[Version | None] | None = None
-    _batch: BankBatch | None = None
-    _entered: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
@@ -73,34 +70,30 @@ class Base:
         path = Path(self.source)
         return path.resolve().name if path.is_dir() else self.source
 
-    def enter(self, versions: Sequence[Version | None]) -> BankBatch:
-        """Give the rows of the next passes these versions; staying in a batch of the bank while they are the same."""
-        if self._batch is None or versions != self._versions:
-            self.leave()
-            self._batch = self._entered.enter_context(self.bank.rows(versions))
-            self._versions = [*versions]
-        return self._batch
+    def enter(
+        self, versions: Sequence[Version | None], entered: ExitStack
+    ) -> tuple[BankBatch | None, dict[Version | None, RefusedError]]:
+        """Give the rows of a pass these versions, until it ends, but for those that cannot be read any more, and why.
 
-    def leave(self) -> None:
-        """Give back the slots of the last rows."""
-        self._versions = self._batch = None
-        self._entered.close()
-
-    def unreadable(self, versions: Sequence[Version | None]) -> dict[Version | None, RefusedError]:
-        """Enter a batch, or say which of its adapters cannot be read any more: entered alone, without a pass."""
+        The batch of the bank is None where none of them can be read.
+        """
         errors: dict[Version | None, RefusedError] = {}
-        for batch in (versions, *([version] for version in dict.fromkeys(versions))):
+        try:
+            return entered.enter_context(self.bank.rows(versions)), errors
+        except Exception as error:
+            _log.warning("the adapters of a batch cannot be read: %s", error)
+        # Each alone says which.
+        for version in dict.fromkeys(versions):
             try:
-                self.enter(batch)
-                if batch is versions:
-                    break
+                with self.bank.rows([version]):
+                    pass
             except Exception as error:
-                _log.warning("the adapters of a batch cannot be read: %s", error)
+                _log.warning("an adapter of a batch cannot be read: %s", error)
                 message = "the adapter's files were changed or removed since it was loaded; load it again"
                 is_of_files = isinstance(error, ValueError | OSError)
-                if batch is not versions:
-                    errors[batch[0]] = RefusedError(422, message, "adapter_error") if is_of_files else model_failed()
-        return errors
+                errors[version] = RefusedError(422, message, "adapter_error") if is_of_files else model_failed()
+        readable = [version for version in versions if version not in errors]
+        return entered.enter_context(self.bank.rows(readable)) if readable else None, errors
 
     def check_task(self, description: Description) -> None:
         """Refuse, with a ValueError, an adapter for which a server that starts again could load another class."""

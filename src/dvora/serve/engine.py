@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..bank import Batch as BankBatch
 from ..recipes.models.pooling import pooled, pooling_of
 from .base import Base
 from .metrics import Metrics
@@ -31,15 +33,14 @@ class Encoder:
         base.model.config.use_cache = False
 
     @torch.no_grad()
-    def run(self, batch: Batch) -> list[tuple[Request, Answer]]:
-        """The answers of a batch."""
+    def run(self, batch: Batch, rows: BankBatch) -> list[tuple[Request, Answer]]:
+        """The answers of a batch, whose rows have their adapters."""
         model = self.base.model
         columns: dict[str, Any] = {"input_ids": [request.tokens for request in batch.requests]}
         if any(request.token_types is not None for request in batch.requests):
             # Tokens that a client sends have none.
             columns["token_type_ids"] = [request.token_types or [0] * request.length for request in batch.requests]
         inputs = self.base.tokenizer.pad(columns, return_tensors="pt").to(model.device)
-        rows = self.base.enter([request.version for request in batch.requests])
         if batch.kind == "embed":
             hidden = model.base_model(**inputs).last_hidden_state
             values = list(pooled(hidden, inputs["attention_mask"], self.pooling).cpu())
@@ -125,20 +126,11 @@ class Engine:
             self.metrics.batch(batch, time.monotonic() - started, started)
             for request, answer in answers:
                 request.answer(answer)
-        with self.base.passing:
-            self.base.leave()
 
     def _next(self) -> Batch | None:
         """The next batch, which is waited for; None when the server stops and nothing is left."""
         with self._changed:
-            batch = self._scheduler.schedule()
-        if batch is None:
-            # Idle: nobody needs the slots of the last batch. Not under the lock that `submit` takes: a load may have
-            # this one.
-            with self.base.passing:
-                self.base.leave()
-        with self._changed:
-            while (batch := batch or self._scheduler.schedule()) is None:
+            while (batch := self._scheduler.schedule()) is None:
                 if self._is_draining:
                     return None
                 self._changed.wait()
@@ -146,15 +138,16 @@ class Engine:
 
     def _run(self, batch: Batch) -> list[tuple[Request, Answer]]:
         """The answers of a batch. Nothing runs twice: where the model fails, all of the batch are told."""
-        with self.base.passing:
-            unreadable = self.base.unreadable([request.version for request in batch.requests])
-            failed = [request for request in batch.requests if request.version in unreadable]
-            answers = [(request, Answer(error=unreadable[request.version])) for request in failed]
-            batch = replace(batch, requests=[request for request in batch.requests if request not in failed])
+        answers = list[tuple[Request, Answer]]()
+        with self.base.passing, ExitStack() as entered:
             try:
-                return answers + (self._encoder.run(batch) if batch.requests else [])
+                rows, errors = self.base.enter([request.version for request in batch.requests], entered)
+                answers += [(one, Answer(error=errors[one.version])) for one in batch.requests if one.version in errors]
+                if rows is None:
+                    return answers
+                batch = replace(batch, requests=[one for one in batch.requests if one.version not in errors])
+                return answers + self._encoder.run(batch, rows)
             except Exception:
                 # A server goes on; whoever asked is told, and the log has the traceback.
                 _log.exception("a batch of %s failed", batch.kind)
-                self.base.leave()
                 return answers + [(request, Answer(error=model_failed())) for request in batch.requests]

@@ -1,6 +1,6 @@
 """Adapters by name: the versions that the bank has, and for a restart the index of the store.
 
-A text that began with one version ends with it, whatever is loaded under the name meanwhile: the bank holds versions
+A request that began with one version ends with it, whatever is loaded under the name meanwhile: the bank holds versions
 while requests use them, and an upload leaves the disk with its version.
 """
 
