@@ -6,17 +6,12 @@ after an eviction, a stale version after a restart.
 
 import json
 import os
-import re
-import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -35,7 +30,6 @@ from dvora.sync import (
     FolderTarget,
     ModelTarget,
     Publisher,
-    ServerTarget,
     Target,
     newest,
     vector_digest,
@@ -44,7 +38,6 @@ from dvora.whole_files import locked
 from tests.peft.kinds import GROUPS
 from tests.peft.tiny import same_bits, train_vectors
 from tests.recipes import tiny_models
-from tests.serve.served import ADMIN, TOKEN, Alone, ask, probabilities, serving
 
 IDS = torch.tensor([[2, 9, 12, 7, 3], [2, 11, 4, 18, 3]])
 ROWS = len(IDS)
@@ -82,7 +75,7 @@ def trainer(critic: Path, groups: int) -> PeftModel:
 
 @pytest.fixture
 def adapters(critic: Path, groups: int, tmp_path: Path) -> Path:
-    """What a server starts with: the adapter before its training."""
+    """What a bank starts with: the adapter before its training."""
     adapted(critic, lambda_d_groups=groups).save_pretrained(tmp_path / "adapters" / "start")
     return tmp_path / "adapters"
 
@@ -105,18 +98,12 @@ def other_model(critic: Path) -> PeftModel:
     return adapted(critic)
 
 
-@pytest.fixture(params=["model", "bank", "folder", "server"])
-def target(
-    request: pytest.FixtureRequest, critic: Path, other_model: PeftModel, adapters: Path, tmp_path: Path
-) -> Iterator[Target]:
+@pytest.fixture(params=["model", "bank", "folder"])
+def target(request: pytest.FixtureRequest, other_model: PeftModel, tmp_path: Path) -> Target:
     """One of each kind."""
-    if request.param == "server":
-        with serving(critic, adapters) as (client, _):
-            yield ServerTarget(f"{client.base_url}", TOKEN)
-    elif request.param == "bank":
-        yield BankTarget(request.getfixturevalue("bank"))
-    else:
-        yield FolderTarget(tmp_path / "shared") if request.param == "folder" else ModelTarget(other_model)
+    if request.param == "bank":
+        return BankTarget(request.getfixturevalue("bank"))
+    return FolderTarget(tmp_path / "shared") if request.param == "folder" else ModelTarget(other_model)
 
 
 @torch.no_grad()
@@ -133,12 +120,6 @@ def saved(trainer: PeftModel, folder: Path) -> Path:
     """The adapter as it is now, for a model of its own."""
     trainer.save_pretrained(folder)
     return folder
-
-
-def served_answer(client: object, name: str) -> list[float]:
-    answer = ask(client, name)
-    assert answer.headers["x-dvora-adapter"] == name
-    return probabilities(answer)
 
 
 # What is served is what was published.
@@ -195,28 +176,6 @@ def test_a_folder_has_the_newest_versions_bit_for_bit(
     assert {*folder.names()} == {"policy-v10", "policy-v11", "policy-v1-v11", "policy-v1-v12"}
 
 
-@of_groups
-def test_a_server_serves_the_newest_versions_and_never_the_base_in_their_place(
-    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
-) -> None:
-    alone = Alone(critic)
-    with serving(critic, adapters) as (client, _):
-        target = ServerTarget(f"{client.base_url}", TOKEN)
-        publisher = Publisher(trainer, target, "policy", keep=2)
-        answers = {}
-        for number in range(1, 4):
-            train_vectors(trainer, seed=number)
-            name = publisher.publish().name
-            answers[name] = alone.answer(saved(trainer, tmp_path / name))
-        assert len({*map(str, (*answers.values(), alone.answer(None)))}) == 4
-        assert sorted(target.names()) == ["policy-v2", "policy-v3", "start"]
-        assert newest("policy", target.names()) == "policy-v3"
-        for name in ("policy-v2", "policy-v3"):
-            assert served_answer(client, name) == answers[name]
-        for name in ("policy-v1", "policy-v4", "policy"):
-            assert ask(client, name).status_code == 404
-
-
 def test_versions_of_equal_values_are_dropped_one_by_one(
     trainer: PeftModel, bank: dvora.AdapterBank, model: nn.Module
 ) -> None:
@@ -255,19 +214,6 @@ def test_an_eviction_scales_nothing_twice(
         assert bank.stats().reads >= 9
 
 
-def test_a_version_has_not_the_scale_of_another_adapter_of_the_server(
-    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
-) -> None:
-    train_vectors(trainer, seed=9)
-    trainer.base_model.set_strength(0.25)
-    saved(trainer, adapters / "a-quarter")
-    trainer.base_model.set_strength(1.0)
-    train_vectors(trainer, seed=1)
-    with serving(critic, adapters) as (client, _):
-        name = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy").publish().name
-        assert served_answer(client, name) == Alone(critic).answer(saved(trainer, tmp_path / "now"))
-
-
 @pytest.mark.parametrize("is_target", [False, True], ids=["trainer", "target"])
 def test_an_adapter_that_is_scaled_is_refused(critic: Path, trainer: PeftModel, is_target: bool) -> None:
     server = adapted(critic)
@@ -281,38 +227,6 @@ def test_an_adapter_that_is_scaled_is_refused(critic: Path, trainer: PeftModel, 
 
 
 # Restarts.
-
-
-def test_a_server_that_starts_again_has_the_same_versions_or_none_and_takes_the_next(
-    critic: Path, trainer: PeftModel, adapters: Path, tmp_path: Path
-) -> None:
-    """None, where it starts from an image as a container does; no stale version answers."""
-    shutil.copytree(adapters, tmp_path / "image")
-    with serving(critic, adapters) as (client, _):
-        port = client.base_url.port
-        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}", TOKEN), "policy", keep=2)
-        answers = {}
-        for number in range(1, 4):
-            train_vectors(trainer, seed=number)
-            name = publisher.publish().name
-            answers[name] = served_answer(client, name)
-    train_vectors(trainer, seed=4)
-    with pytest.raises(ConnectionError, match="no server answers at"):
-        publisher.publish()
-    with serving(critic, adapters, port=port) as (client, _):
-        for name in ("policy-v2", "policy-v3"):
-            assert served_answer(client, name) == answers[name]
-        assert ask(client, "policy-v1").status_code == 404
-        assert publisher.publish().name == "policy-v4"
-        assert served_answer(client, "policy-v4") not in answers.values()
-        publisher.publish()
-        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["policy-v4", "policy-v5", "start"]
-    with serving(critic, tmp_path / "image", port=port) as (client, _):
-        assert ask(client, "policy-v5").status_code == 404
-        train_vectors(trainer, seed=6)
-        assert publisher.publish().name == "policy-v6"
-        expected = Alone(critic).answer(saved(trainer, tmp_path / "now"))
-        assert served_answer(client, "policy-v6") == expected
 
 
 def test_a_new_publisher_goes_on_after_the_newest_version(trainer: PeftModel, tmp_path: Path) -> None:
@@ -594,21 +508,6 @@ def test_another_process_reads_whole_versions_while_they_come_and_go(trainer: Pe
     assert len({*numbers}) > 20
 
 
-def test_a_server_refuses_another_vector_than_was_sent(critic: Path, trainer: PeftModel, adapters: Path) -> None:
-    layout = Layout.of(trainer)
-    version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
-    changed = version.vector.clone()
-    changed[7] += 1
-    query = {"format": "vector", "layout": layout.digest, "digest": version.digest}
-    with serving(critic, adapters) as (client, _):
-        answer = client.put("/v1/adapters/policy-v1", content=changed.numpy().tobytes(), params=query, headers=ADMIN)
-        assert answer.status_code == 422
-        assert "and that of what arrived" in answer.json()["error"]["message"]
-        file = client.put("/v1/adapters/policy-v1", content=b"file", params={"digest": "x"}, headers=ADMIN)
-        assert file.status_code == 400
-        assert sorted(ServerTarget(f"{client.base_url}").names()) == ["start"]
-
-
 def not_finite(data: bytes) -> bytes:
     """A version of NaN, as one that checks nothing would write it."""
     head, _, values = data.partition(b"\n")
@@ -681,7 +580,7 @@ def test_a_damaged_file_is_refused(trainer: PeftModel, tmp_path: Path, damage: C
 # What is refused.
 
 
-@pytest.mark.parametrize("target", ["model", "bank", "server"], indirect=True)
+@pytest.mark.parametrize("target", ["model", "bank"], indirect=True)
 def test_a_target_of_another_layout_refuses(critic: Path, target: Target) -> None:
     """Vectors are as long, and mean something else."""
     with pytest.raises(ValueError, match="layout"):
@@ -689,7 +588,7 @@ def test_a_target_of_another_layout_refuses(critic: Path, target: Target) -> Non
     assert newest("policy", target.names()) is None
 
 
-@pytest.mark.parametrize("target", ["bank", "server"], indirect=True)
+@pytest.mark.parametrize("target", ["bank"], indirect=True)
 def test_a_target_on_another_base_refuses(critic: Path, target: Target) -> None:
     other = base_of(critic)
     with torch.no_grad():
@@ -699,28 +598,6 @@ def test_a_target_on_another_base_refuses(critic: Path, target: Target) -> None:
     with pytest.raises(ValueError, match="the base models differ"):
         Publisher(trainer, target, "policy").publish()
     assert newest("policy", target.names()) is None
-
-
-def test_a_server_is_asked_for_its_base_once(critic: Path, trainer: PeftModel, adapters: Path) -> None:
-    """A publisher asks for the names anyway; they come with the base, and without a path of the server's machine."""
-    asked = []
-
-    class Listening(ServerTarget):
-        def _ask(self, method: str, *arguments: object, **options: object) -> dict[str, object]:
-            asked.append(method)
-            return super()._ask(method, *arguments, **options)
-
-    with serving(critic, adapters) as (client, _):
-        assert "probes" not in client.get("/v1/adapters").text
-        listed = client.get("/v1/adapters?base_probes=true").json()
-        assert listed["layout"]["base"] == Layout.of(adapters / "start").to_dict()["base"] != {}
-        assert listed["layout"]["settings"]["base_model_name_or_path"] == listed["base"]
-        assert str(critic.parent) not in json.dumps(listed)
-        target = Listening(f"{client.base_url}", TOKEN)
-        version = Publisher(trainer, target, "policy").publish()
-        assert asked == ["GET", "GET", "PUT"]
-        target.put(version)
-        assert asked[3:] == ["GET", "PUT"]
 
 
 @pytest.mark.parametrize(
@@ -737,119 +614,6 @@ def test_a_server_is_asked_for_its_base_once(critic: Path, trainer: PeftModel, a
 def test_wrong_arguments(trainer: PeftModel, tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Publisher(trainer, FolderTarget(tmp_path), **{"name": "policy", **arguments})
-
-
-def test_a_server_says_why_it_refuses(critic: Path, trainer: PeftModel, adapters: Path) -> None:
-    with serving(critic, adapters) as (client, _):
-        publisher = Publisher(trainer, ServerTarget(f"{client.base_url}"), "policy")
-        with pytest.raises(
-            ValueError, match="refused PUT /v1/adapters/policy-v1 with 401: changing adapters needs the header"
-        ):
-            publisher.publish()
-
-
-@contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """The address of a server that says the same to everybody."""
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            length = 0
-            while (line := self.rfile.readline()).strip():
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.partition(b":")[2])
-            self.rfile.read(length)
-            self.wfile.write(answer)
-
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-
-
-def ok(body: bytes) -> bytes:
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"<html>",
-        b"\xff",
-        b"[" * 100_000,
-        b"[]",
-        b"{}",
-        b'{"adapters": [1], "left_out": [], "layout": null}',
-        b'{"adapters": [{"name": 1}], "left_out": [], "layout": null}',
-        b'{"adapters": [], "left_out": [], "layout": {"base": []}}',
-        b'{"adapters": [], "left_out": [], "layout": {"base": {"a": ["b"]}}}',
-    ],
-)
-def test_what_answers_as_no_server_of_dvora_is_named(trainer: PeftModel, body: bytes) -> None:
-    with answering(ok(body)) as address:
-        target = ServerTarget(address)
-        with pytest.raises(ValueError, match=f"^{address} answered GET /v1/adapters, but not as dvora serve"):
-            target.names()
-        assert not target.serves("policy-v1")
-
-
-def test_a_version_is_served_if_the_answer_says_so(trainer: PeftModel) -> None:
-    layout = Layout.of(trainer)
-    version = AdapterVersion("policy", 1, layout, layout.to_vector(trainer))
-    with (
-        answering(ok(b'{"adapters": [], "left_out": [], "layout": null}')) as address,
-        pytest.raises(ValueError, match="answered PUT /v1/adapters/policy-v1, but not as dvora serve"),
-    ):
-        ServerTarget(address).put(version)
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (ok(b"{}")[:-1], "IncompleteRead"),
-        (ok(b"{}").replace(b"200 OK", b"500 No")[:-1], "IncompleteRead"),
-        (b"SSH-2.0\r\n", "BadStatusLine"),
-        (b"", "RemoteDisconnected"),
-    ],
-    ids=["cut", "error that is cut", "no HTTP", "nothing"],
-)
-def test_a_bad_connection_is_named(answer: bytes, message: str) -> None:
-    expected = rf"^http://127\.0\.0\.1:\d+ gave no whole answer to GET /v1/adapters: {message}"
-    with answering(answer) as address, pytest.raises(ConnectionError, match=expected):
-        ServerTarget(address).names()
-
-
-def test_a_server_that_does_not_answer_in_time_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(OSError, match=f"^{address} gave no whole answer to GET /v1/adapters: TimeoutError"):
-            ServerTarget(address, timeout=0.05).names()
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:port", "http://a\0b", "http://a..b"])
-def test_an_address_that_leads_nowhere_is_named(address: str) -> None:
-    with pytest.raises(ConnectionError, match=re.escape(address)):
-        ServerTarget(address).names()
-
-
-@pytest.mark.parametrize(
-    ("address", "token", "message"),
-    [
-        ("localhost:8000", None, "address must be such as 'http://localhost:8000', got 'localhost:8000'"),
-        ("file:///etc", None, "address must be"),
-        ("http://", None, "address must be"),
-        ("http://a b", None, "address must be"),
-        ("http://a/\u0142", None, "address must be"),
-        (None, None, "address must be"),
-        ("http://a", "\u0142", r"^token must be of printable ASCII characters; pass the one that the server has$"),
-        ("http://a", "a\nb", "token must be"),
-    ],
-)
-def test_what_can_be_no_address_or_token(address: str, token: str | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ServerTarget(address, token)
 
 
 def test_a_target_of_ones_own(trainer: PeftModel) -> None:

@@ -2,25 +2,21 @@
 
 A `Publisher` takes the vector of an adapter and puts it into a target under a name of its own: `policy-v1`, then
 `policy-v2` and so on. The newest ones stay, so that work which began with one can end with it, and a name that is
-there never gets other values. A target is a model or a bank of this process, a folder that other processes read (which
-shares memory where it is on a file system in memory), or `dvora serve`.
+there never gets other values. A target is a model or a bank of this process, or a folder that other processes read
+(which shares memory where it is on a file system in memory).
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import stat
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlencode
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +35,6 @@ __all__ = [
     "FolderTarget",
     "ModelTarget",
     "Publisher",
-    "ServerTarget",
     "Target",
     "newest",
     "vector_digest",
@@ -48,7 +43,6 @@ __all__ = [
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(rf"({_NAME.pattern})-v([1-9][0-9]{{0,17}})")
 _SUFFIX = ".vector"
-_ADDRESS = re.compile(r"https?://[^\s/]+(/[!-~]*)?", re.IGNORECASE)
 _UNFINISHED = re.compile(rf"\.{_VERSION.pattern}\{_SUFFIX}\.{RANDOM}")
 """What a publisher leaves in a folder that is killed while it writes."""
 WAITING_SECONDS = 30.0
@@ -382,126 +376,6 @@ class FolderTarget:
         return self._folder / f"{name}{_SUFFIX}"
 
 
-class ServerTarget:
-    """A `dvora serve`, which has at least one adapter of the layout already: save the untrained one for it.
-
-    Texts that are being generated end with the version that they began with; every answer names its version in the
-    header `x-dvora-adapter`. What was put is there again after a restart of the server.
-
-    Args:
-        address: such as http://localhost:8000.
-        token: that the server was started with.
-        timeout: seconds that an answer may take.
-
-    Raises:
-        ValueError: the address is none, or the token cannot be one.
-    """
-
-    def __init__(self, address: str, token: str | None = None, *, timeout: float = 30.0) -> None:
-        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
-            raise ValueError(f"address must be such as 'http://localhost:8000', got {address!r:.200}")
-        if token is not None and not (token.isascii() and token.isprintable()):
-            # It is a secret, so the message does not have it.
-            raise ValueError("token must be of printable ASCII characters; pass the one that the server has")
-        self._address, self._timeout = address.rstrip("/"), timeout
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._base: tuple[tuple[str, tuple[float, ...]], ...] | None = None
-        """Fingerprints of the server's base, if it was asked since the last version was put."""
-
-    def names(self) -> list[str]:
-        """Of all adapters of the server, also of those that it left out.
-
-        Raises:
-            ValueError: what answers is no dvora serve, or of another version.
-            OSError: it cannot be reached.
-        """
-        listed = self._ask("GET", "?base_probes=true")
-        try:
-            names = [adapter["name"] for adapter in [*listed["adapters"], *listed["left_out"]]]
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("names are strings")
-            # Without an adapter it has no layout, and refuses vectors.
-            base = {} if listed["layout"] is None else listed["layout"]["base"]
-            self._base = tuple((name, tuple(map(float, fingerprint))) for name, fingerprint in base.items())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._stranger("GET /v1/adapters") from error
-        return names
-
-    def serves(self, name: str) -> bool:
-        """Whether the server has an adapter of this name that can be read.
-
-        Raises:
-            OSError: it cannot be reached.
-        """
-        try:
-            return bool(self._ask("GET", f"/{name}").get("name") == name)
-        except ValueError:
-            return False
-
-    def put(self, version: AdapterVersion) -> None:
-        """Send a version; when this returns it is served.
-
-        Raises:
-            ValueError: the server has another base, or refuses it, and says why: no token, another layout, no adapter
-                to take settings of, or it has the name with another content.
-            OSError: it cannot be reached.
-        """
-        if self._base is None:
-            self.names()
-        assert self._base is not None
-        content, self._base = version.layout.content._replace(base=self._base), None
-        if difference := version.layout.content.difference(content):
-            raise ValueError(
-                f"version {version.name!r} is none for {self._address}: {difference}. Train on the base that it serves"
-            )
-        query = {"format": "vector", "layout": version.layout.digest, "digest": version.digest, "replace": "false"}
-        path = f"/{version.name}?{urlencode(query)}"
-        answer = self._ask("PUT", path, as_bytes(version.vector).tobytes(), allowed=409)
-        if "error" in answer:
-            raise _taken(version.name, self._address)
-        if answer.get("name") != version.name:
-            raise self._stranger(f"PUT /v1/adapters/{version.name}")
-
-    def drop(self, name: str) -> None:
-        """Have a version served no longer.
-
-        Raises:
-            ValueError: the server refuses it: no token.
-            OSError: it cannot be reached.
-        """
-        self._ask("DELETE", f"/{name}", allowed=404)
-
-    def _ask(self, method: str, path: str, data: bytes | None = None, *, allowed: int | None = None) -> dict[str, Any]:
-        """What the server answers; with the allowed status an error too."""
-        asked = f"{method} /v1/adapters{path.partition('?')[0]}"
-        request = urllib.request.Request(f"{self._address}/v1/adapters{path}", data, self._headers, method=method)
-        try:
-            try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                    status, said = response.status, response.read()
-            except urllib.error.HTTPError as error:
-                status, said = error.code, error.read()
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"no server answers at {self._address}: {error.reason}") from error
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise ConnectionError(f"{self._address} gave no whole answer to {asked}: {error!r:.200}") from error
-        if status >= 300 and status != allowed:
-            message = f"{self._address} refused {asked} with {status}: {_message(said)}"
-            raise (ValueError if status < 500 else OSError)(message)
-        try:
-            answer = json.loads(said)
-        except (ValueError, RecursionError) as error:
-            raise self._stranger(asked) from error
-        if not isinstance(answer, dict):
-            raise self._stranger(asked)
-        return answer
-
-    def _stranger(self, asked: str) -> ValueError:
-        return ValueError(
-            f"{self._address} answered {asked}, but not as dvora serve of this version does; look what runs there"
-        )
-
-
 def _numbers(adapter: str, names: Iterable[str]) -> list[int]:
     """The versions of an adapter among the names, sorted."""
     matches = (_VERSION.fullmatch(name) for name in names)
@@ -536,11 +410,3 @@ def _check_strength(model: nn.Module, adapter_name: str) -> None:
                 f"model: adapter {adapter_name!r} has strength {strength:g} in {layer.name}, which a vector does not "
                 f"carry; call set_strength(1.0, {adapter_name!r}) first"
             )
-
-
-def _message(said: bytes) -> Any:
-    """The message in an error's body, or the body."""
-    try:
-        return json.loads(said)["error"]["message"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return said[:200]

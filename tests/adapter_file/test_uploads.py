@@ -21,7 +21,7 @@ def test_a_vector_a_file_and_a_pack_are_one_adapter(groups: int, tmp_path: Path)
     write_pack(tmp_path / "pack", {"a": folder})
     like, vector = FolderSource(folder).description, layout.to_vector(model)
     expected = load((folder / VALUES).read_bytes())
-    sent = Upload(bits(vector).numpy().tobytes(), is_vector=True, layout=layout.digest)
+    sent = Upload(bits(vector).numpy().tobytes(), is_vector=True)
     for upload in (sent, Upload((folder / VALUES).read_bytes()), Upload((tmp_path / "pack").read_bytes())):
         files = upload.files(like)
         assert files[SETTINGS] == (folder / SETTINGS).read_bytes()
@@ -30,11 +30,9 @@ def test_a_vector_a_file_and_a_pack_are_one_adapter(groups: int, tmp_path: Path)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_vector_of_other_groups_is_refused(tmp_path: Path) -> None:
-    like = FolderSource(saved(mlp(lambda_d_groups=3).trained(), tmp_path / "a")).description
-    other = Layout.of(mlp(r=12).trained())
-    vector = bits(other.to_vector(mlp(r=12).trained())).numpy().tobytes()
-    with pytest.raises(ValueError, match=r"the vector's layout is .*, expected "):
-        Upload(vector, is_vector=True, layout=other.digest).files(like)
+def test_a_vector_of_another_size_is_refused(tmp_path: Path) -> None:
+    model = mlp(lambda_d_groups=3).trained()
+    like = FolderSource(saved(model, tmp_path / "a")).description
+    vector = bits(Layout.of(model).to_vector(model)).numpy().tobytes()
     with pytest.raises(ValueError, match=r"a flat vector is float32 and has .* bytes here, got"):
         Upload(vector[:-4], is_vector=True).files(like)

@@ -45,7 +45,7 @@ def test_put_a_file_a_pack_and_a_vector(groups: int, critic: Path, tmp_path: Pat
         assert (described["digest"], described["bytes"]) == (layout.digest, len(vector))
         for name, content, query in (
             ("file", (these / "a1" / VALUES).read_bytes(), {}),
-            ("vector", vector, {"format": "vector", "layout": layout.digest}),
+            ("vector", vector, {"format": "vector"}),
             ("pack", (tmp_path / "pack").read_bytes(), {}),
         ):
             answer = client.put(f"/v1/adapters/{name}", content=content, params=query, headers=ADMIN)
@@ -86,7 +86,7 @@ def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(groups: i
     file = source / "adapter_config.json"
     file.write_text(file.read_text().replace('"classifier"', '"classifier", "a name of nothing"'))
     layout = dvora.flat.Layout.of(source)
-    vector, query = layout.to_vector(source).numpy().tobytes(), {"format": "vector", "layout": layout.digest}
+    vector, query = layout.to_vector(source).numpy().tobytes(), {"format": "vector"}
     with serving(bert, tmp_path / "adapters") as (client, _):
         answer = client.put("/v1/adapters/new", content=vector, params=query, headers=ADMIN)
         assert answer.status_code == 201
@@ -97,52 +97,6 @@ def test_a_new_vector_means_what_it_means_in_the_adapter_that_it_is_of(groups: i
     assert dvora.flat.Layout.of(stored.parent) == layout
     model = Alone(bert).merged(source, 3)
     torch.testing.assert_close(Alone(bert).merged(stored.parent, 3).state_dict(), model.state_dict())
-
-
-def test_what_must_not_be_replaced_is_there_or_refused(critic: Path, trained: Path, tmp_path: Path) -> None:
-    adapters = copied(trained, tmp_path / "adapters")
-    (adapters / "a4" / VALUES).write_bytes(b"damaged")
-    contents = {name: (trained / name / VALUES).read_bytes() for name in ("a1", "a2")}
-    layout = dvora.flat.Layout.of(adapters / "a1")
-    vector = layout.to_vector(adapters / "a1").numpy().tobytes()
-    with serving(critic, adapters) as (client, server):
-
-        def put(name: str, content: bytes, **query: object) -> httpx.Response:
-            return client.put(
-                f"/v1/adapters/{name}", content=content, params={"replace": False, **query}, headers=ADMIN
-            )
-
-        first = put("new", contents["a1"])
-        assert first.status_code == 201
-        # Also what the server was given and nobody has used yet, and however it is sent.
-        for name, content, query in (
-            ("new", contents["a1"], {}),
-            ("new", vector, {"format": "vector"}),
-            ("a1", contents["a1"], {}),
-        ):
-            again = put(name, content, **query)
-            assert (again.status_code, again.json()["digest"]) == (200, first.json()["digest"])
-        for name in ("new", "a1", "a4"):
-            refused = put(name, contents["a2"])
-            assert refused.status_code == 409
-            assert refused.json()["error"]["message"] == (
-                f"there is an adapter {name!r} with another content; send this one under another name"
-            )
-        assert put("new", b"damaged").status_code == 422
-        assert answer_of(client, "new") == Alone(critic).answer(trained / "a1")
-        assert len([path for path in server.store.folder.iterdir() if path.is_dir()]) == 1
-        assert put("new", contents["a2"], replace=True).status_code == 200
-        assert client.get("/v1/adapters/new").json()["digest"] != first.json()["digest"]
-
-
-def test_other_names_of_classes_are_another_content(bert: Path, classifiers: Path, tmp_path: Path) -> None:
-    content = (classifiers / "two" / VALUES).read_bytes()
-    with serving(bert, copied(classifiers, tmp_path / "adapters")) as (client, _):
-        for labels, status in ((["bad", "good"], 201), (["good", "bad"], 409), (["bad", "good"], 200), ([], 200)):
-            query = {"replace": False, "labels": labels}
-            answer = client.put("/v1/adapters/new", content=content, params=query, headers=ADMIN)
-            assert answer.status_code == status
-        assert answer.json()["labels"] == ["bad", "good"]
 
 
 def test_heads_of_any_size_and_names_of_classes(bert: Path, classifiers: Path, tmp_path: Path) -> None:

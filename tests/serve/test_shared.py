@@ -53,26 +53,6 @@ def test_who_asks_while_a_change_is_taken_over_waits_for_it(pair: Pair, trained:
             assert {answer.headers["x-dvora-digest"] for answer in answers} == {digest}
 
 
-def test_of_two_who_put_what_must_not_be_replaced_one_has_the_name(pair: Pair, trained: Path) -> None:
-    """Each at a server of its own."""
-    clients, _ = pair
-    contents = [(trained / name / VALUES).read_bytes() for name in ("a1", "a2")]
-
-    def put_all(number: int) -> list[int]:
-        urls = [f"/v1/adapters/policy-v{version}?replace=false" for version in range(12)]
-        return [clients[number].put(url, content=contents[number], headers=ADMIN).status_code for url in urls]
-
-    with ThreadPoolExecutor(2) as pool:
-        answers = list(zip(*pool.map(put_all, range(2)), strict=True))
-    assert {*answers} <= {(201, 409), (409, 201)}
-    names = [f"a{1 + codes.index(201)}" for codes in answers]
-    for version, name in enumerate(names):
-        digests = {
-            client.get(f"/v1/adapters/{x}").json()["digest"] for client in clients for x in (name, f"policy-v{version}")
-        }
-        assert len(digests) == 1
-
-
 def test_a_folder_whose_files_were_replaced_is_read_by_all(pair: Pair, critic: Path, adapters: Path) -> None:
     (one, two), _ = pair
     copied(adapters / "a1", adapters / "later")

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from .content import vector_digest
 from .packs import FORMAT, Pack
 from .values import Description
 from .values_file import SETTINGS, VALUES, header_length
@@ -23,13 +22,10 @@ class Upload(NamedTuple):
 
     body: bytes
     is_vector: bool = False
-    layout: str | None = None
-    digest: str | None = None
-    """Of the vector, as its layout, where the client says what they have to be."""
     labels: tuple[str, ...] = ()
 
     def files(self, like: Description | None) -> dict[str, bytes]:
-        """The files of the adapter; a ValueError, if it is none, or another one than was sent.
+        """The files of the adapter; a ValueError, if it is none.
 
         Args:
             like: what a vector is of, and the settings of a vector or a file of values; None: nobody can say.
@@ -51,11 +47,6 @@ class Upload(NamedTuple):
 
     def _values_of_vector(self, like: Description) -> bytes:
         """The file of values whose flat vector this is, in the order of `dvora.flat.Layout`."""
-        expected = like.content.digest
-        if self.layout not in (None, expected):
-            raise ValueError(f"the vector's layout is {self.layout!r:.80}, expected {expected!r}")
-        if self.digest is not None and self.digest != (arrived := vector_digest(expected, self.body)):
-            raise ValueError(f"the vector's digest is {self.digest[:80]!r}, and that of what arrived {arrived!r}")
         shapes = {key: like.entries[key][1] for key in like.names.values()}
         lengths = [prod(shape) for shape in shapes.values()]
         if len(self.body) != (size := 4 * sum(lengths)):

@@ -37,14 +37,14 @@ class Unload(Body):
 
 
 @router.get("/v1/adapters")
-async def adapters(call: Here, base_probes: bool = False) -> Response:
-    """All adapters, and what a flat vector has to be like; with `base_probes` also of which base."""
+async def adapters(call: Here) -> Response:
+    """All adapters, and what a flat vector has to be like."""
     registry = call.server.registry
 
     def content() -> bytes:
         cards = [_card(version, call) for version in registry.versions(call.key)]
         listed = {"adapters": cards, "left_out": registry.left_out(call.key)}
-        return encoded({"base": call.server.base.name, "layout": _layout(call, base_probes), **listed})
+        return encoded({"base": call.server.base.name, "layout": _layout(call), **listed})
 
     return answer(await call.in_turn(len(registry.bank), content))
 
@@ -64,28 +64,21 @@ async def put_adapter(
     name: str,
     call: Here,
     format: Literal["file", "vector"] = "file",
-    layout: Annotated[str | None, Query(max_length=64)] = None,
-    digest: Annotated[str | None, Query(max_length=64)] = None,
     labels: Annotated[list[Label] | None, Query()] = None,
-    replace: bool = True,
 ) -> Response:
     """Serve the adapter in the body from now on, and after a restart.
 
     The body is a file (`adapter_model.safetensors` of an adapter, or a pack of one), or the bytes of a flat vector,
-    little-endian float32, in the layout that `GET /v1/adapters` describes; `layout` and `digest` (of
-    `dvora.sync.vector_digest`) refuse another one than was sent. Files of values and vectors have the settings of the
-    adapter that they replace; under a new name those that all adapters have in common, and a strength of one.
-    `labels` are the names of the classes. With `replace=false` a name that is taken keeps its adapter: the answer is
-    409, unless it is the one that was sent.
+    little-endian float32, in the layout that `GET /v1/adapters` describes. Files of values and vectors have the
+    settings of the adapter that they replace; under a new name those that all adapters have in common, and a strength
+    of one. `labels` are the names of the classes.
     """
     call.key.check_changes(name)
-    if format != "vector" and (layout or digest):
-        raise RefusedError(400, "layout and digest are those of a flat vector; add format=vector, or leave them out")
     call.request.state.incoming.most = call.server.settings.upload
     if not (body := await call.request.body()):
         raise RefusedError(400, "the body is empty; send an adapter, as curl --upload-file FILE does")
-    upload = Upload(body, format == "vector", layout, digest, tuple(labels or ()))
-    put = partial(call.server.registry.put, upload=upload, key=call.key, replaces=replace)
+    upload = Upload(body, format == "vector", tuple(labels or ()))
+    put = partial(call.server.registry.put, upload=upload, key=call.key)
     version, was_there = await call.change(name, put)
     return answer(_card(version, call), [version], 200 if was_there else 201)
 
@@ -126,12 +119,9 @@ def _card(version: Served, call: Call) -> dict[str, Any]:
     }
 
 
-def _layout(call: Call, base_probes: bool) -> dict[str, Any] | None:
+def _layout(call: Call) -> dict[str, Any] | None:
     if (like := call.server.registry.like(None, call.key)) is None:
         return None
     values, settings = Layout(like.content).size, json.loads(call.server.base.common_settings(like))
-    found = {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": settings}
-    if base_probes:
-        return {**found, "base": like.content.to_dict()["base"]}
     del settings["base_probes"]
-    return found
+    return {"digest": like.content.digest, "values": values, "bytes": 4 * values, "settings": settings}

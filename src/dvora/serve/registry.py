@@ -142,22 +142,19 @@ class Registry:
         with self.using(name):
             pass
 
-    def put(self, name: str, upload: Upload, *, key: Key, replaces: bool = True) -> tuple[Served, bool]:
+    def put(self, name: str, upload: Upload, *, key: Key) -> tuple[Served, bool]:
         """Serve what a client sent under a name from now on, and after a restart; whether there was one of the name.
 
         Args:
             name: of the adapter.
             upload: what was sent.
             key: of the client, who learns nothing of other adapters than its own.
-            replaces: False: what is taken stays, and has to be what was sent, or it is 409.
         """
         with self._change(name), ExitStack() as unused:
             before = self.version(name)
-            if not replaces and name in self.damaged:
-                raise _taken(name)
             like = self.like(name, key) or self.like(None, Key()) or self.base.like
             # Nothing else may come from an adapter of another tenant, or another one of the same.
-            if like.content.layers and (before is None or not replaces):
+            if like.content.layers and before is None:
                 like = replace(like, settings=self.base.common_settings(like))
             is_known = bool(like.content.layers) or before is not None
             folder = self.store.write(upload.files(like if is_known else None))
@@ -173,14 +170,9 @@ class Registry:
                     f"labels: there are {len(labels)}{whose}, and the head has {outputs or 'no'} outputs; put it with "
                     "labels=, one for each"
                 )
-            if before is None or replaces:
-                self._load(version, hides=not key.sees_all)
-                unused.pop_all()
-                return version, before is not None
-            with self.using(name):
-                if (self.bank.digest_of(FolderSource(folder)), version.labels) != (before.digest, before.labels):
-                    raise _taken(name)
-            return before, True
+            self._load(version, hides=not key.sees_all)
+            unused.pop_all()
+            return version, before is not None
 
     def load(self, name: str, path: str, *, replaces: bool) -> Served:
         """Serve the adapter of a folder below the store's, which must not change, as `put` does."""
@@ -250,12 +242,6 @@ class Registry:
             )
         if name in (BASE, self.base.name):
             raise RefusedError(400, f"{name!r} is the base model; choose another name", "InvalidUserInput")
-
-
-def _taken(name: str) -> RefusedError:
-    return RefusedError(
-        409, f"there is an adapter {name!r} with another content; send this one under another name", "ConflictError"
-    )
 
 
 def unknown(name: str) -> RefusedError:
